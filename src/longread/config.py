@@ -1,0 +1,271 @@
+"""What a run is made of: frozen, typed, validated; no torch in here.
+
+Every class checks its own fields when it is made, so a config that exists is a config that can run. Wrong
+values raise `UserError` with the value, the limit and the remedy.
+
+Letters used in the whole library: B sequences, T tokens of context, M tokens of a mini-batch (paper: b),
+K window (paper: k), D width, F MLP hidden, N heads, H head dim, V vocabulary, L blocks, S suffix blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong. The message is one sentence: the value, the limit, the remedy."""
+
+
+AttentionPattern = Literal["window", "full", "hybrid"]
+Loss = Literal["end-to-end", "static"]
+MetaGradient = Literal["exact", "first-order"]
+Recompute = Literal["auto", "none", "sqrt", "step"]
+Precision = Literal["auto", "float64", "float32", "bfloat16"]
+
+HYBRID_PERIOD = 6  # hybrid attention: every sixth block sees everything (5 windowed : 1 full)
+
+
+class _Checked:
+    """Shared by every config: construction from plain data, with unknown or mistyped fields refused."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Builds the config from what `dataclasses.asdict` gave. Raises `UserError` on unknown or wrong fields."""
+        if not isinstance(values, dict):
+            raise UserError(f"{cls.__name__} needs a table of fields, not {values!r}")
+        types_ = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        made = {}
+        for name, value in values.items():
+            type_ = types_[name]
+            if isinstance(type_, type) and issubclass(type_, _Checked) and not isinstance(value, type_):
+                value = type_.from_dict(value)
+            made[name] = value
+        try:
+            return cls(**made)
+        except TypeError as error:
+            raise UserError(f"{cls.__name__}: {error}") from None
+
+    def __post_init__(self) -> None:
+        for name, type_ in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _is_a(value, type_):
+                raise UserError(f"{name} is {value!r}; it must be {_describe(type_)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} is {value}; it must be a finite number")
+        self._check()
+
+    def _check(self) -> None:
+        """Overridden: relations between fields."""
+
+    def _at_least(self, limit: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                raise UserError(f"{name} is {value}; it must be at least {limit}")
+
+
+def _is_a(value: Any, type_: Any) -> bool:
+    origin = typing.get_origin(type_)
+    if origin is Literal:
+        return value in typing.get_args(type_)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(type_))
+    if type_ is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if type_ is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, type_)
+
+
+def _describe(type_: Any) -> str:
+    if typing.get_origin(type_) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(type_)))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    options = typing.get_args(type_) or (type_,)
+    return " or ".join(names.get(option, getattr(option, "__name__", str(option))) for option in options)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(_Checked):
+    """The network of the paper (section 2): L sandwich-normed blocks, the last S of them with a fast MLP."""
+
+    vocab_size: int
+    width: int
+    num_blocks: int
+    num_heads: int
+    mlp_hidden: int
+    window_size: int
+    mini_batch_size: int
+    num_suffix_blocks: int = 0
+    attention: AttentionPattern = "window"
+    rope_base: float = 500_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    pre_norm: bool = True
+    post_norm: bool = True
+    qk_norm: bool = True
+    init_std: float | None = None
+    """Standard deviation of the initial matrices; None draws each at fan_in^-1/2 and the embedding at 0.02."""
+
+    def _check(self) -> None:
+        self._at_least(1, "vocab_size", "width", "num_blocks", "num_heads", "mlp_hidden", "window_size")
+        self._at_least(1, "mini_batch_size")
+        self._at_least(0, "num_suffix_blocks")
+        if self.width % self.num_heads:
+            raise UserError(f"width {self.width} does not divide into {self.num_heads} heads; choose a multiple")
+        if self.head_dim % 2:
+            raise UserError(f"the head dimension {self.head_dim} is odd; rotary embedding needs an even one")
+        if self.num_suffix_blocks > self.num_blocks:
+            raise UserError(f"num_suffix_blocks is {self.num_suffix_blocks}; there are only {self.num_blocks} blocks")
+        if self.rope_base <= 1:
+            raise UserError(f"rope_base is {self.rope_base}; it must be above 1")
+        if self.norm_eps <= 0:
+            raise UserError(f"norm_eps is {self.norm_eps}; it must be positive")
+        if self.init_std is not None and self.init_std <= 0:
+            raise UserError(f"init_std is {self.init_std}; it must be positive")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def num_prefix_blocks(self) -> int:
+        return self.num_blocks - self.num_suffix_blocks
+
+    def window_of(self, block: int) -> int | None:
+        """Tokens that the attention of `block` sees, itself included; None: everything before it."""
+        if self.attention == "full" or (self.attention == "hybrid" and block % HYBRID_PERIOD == HYBRID_PERIOD - 1):
+            return None
+        return self.window_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers, norms and embeddings included."""
+        D, F, L, S = self.width, self.mlp_hidden, self.num_blocks, self.num_suffix_blocks
+        norms_per_layer = (self.pre_norm + self.post_norm) * D
+        attention = 4 * D * D + 2 * self.qk_norm * self.head_dim + norms_per_layer
+        mlp = 3 * D * F + norms_per_layer
+        embeddings = self.vocab_size * D * (1 if self.tie_embeddings else 2)
+        return embeddings + L * (attention + mlp) + S * mlp + D
+
+    @property
+    def num_fast_weights(self) -> int:
+        """Numbers that one sequence adapts: three matrices in each suffix block."""
+        return 3 * self.num_suffix_blocks * self.width * self.mlp_hidden
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InnerConfig(_Checked):
+    """The inner loop (paper Eq. 2 and 5): clipped SGD on the fast weights, one step a mini-batch."""
+
+    lr: float = 1.0
+    clip: float | None = 1.0
+    """Largest norm of one sequence's gradient over all its fast weights; None: no clipping."""
+    warmup_from: float = 0.1
+    warmup_steps: int = 0
+    """Outer steps over which the rate climbs from `warmup_from` to `lr`; 0: constant."""
+
+    def _check(self) -> None:
+        self._at_least(0, "lr", "warmup_from", "warmup_steps")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"clip is {self.clip}; it must be positive, or none to switch clipping off")
+
+    def lr_at(self, step: int) -> float:
+        """The inner rate during outer step `step`, counted from 0."""
+        if not self.warmup_steps:
+            return self.lr
+        return self.warmup_from + (self.lr - self.warmup_from) * min(1.0, (step + 1) / self.warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig(_Checked):
+    """The outer loop's AdamW: linear warm-up, then cosine to `end_lr` at `decay_steps`."""
+
+    lr: float
+    initial_lr: float = 0.0
+    end_lr: float = 1e-5
+    warmup_steps: int = 0
+    decay_steps: int = 1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embedding: bool = True
+    clip: float | None = 1.0
+
+    def _check(self) -> None:
+        self._at_least(0, "initial_lr", "end_lr", "warmup_steps", "weight_decay")
+        self._at_least(1, "decay_steps")
+        if self.lr <= 0:
+            raise UserError(f"lr is {self.lr}; it must be positive")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        if self.eps <= 0:
+            raise UserError(f"eps is {self.eps}; it must be positive")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"clip is {self.clip}; it must be positive, or none to switch clipping off")
+        if self.warmup_steps > self.decay_steps:
+            raise UserError(f"warmup_steps is {self.warmup_steps}; it cannot exceed decay_steps, {self.decay_steps}")
+
+    def lr_at(self, step: int) -> float:
+        """The rate of update `step`, counted from 0: the first update of a warm-up uses `initial_lr`."""
+        if step < self.warmup_steps:
+            return self.initial_lr + (self.lr - self.initial_lr) * step / self.warmup_steps
+        span = max(1, self.decay_steps - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / span)
+        return self.end_lr + (self.lr - self.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(_Checked):
+    """One training run: everything that decides its result, and nothing about where it happens."""
+
+    name: str
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    loss: Loss = "end-to-end"
+    meta_gradient: MetaGradient = "exact"
+    truncate_after: int | None = None
+    """Cut the meta-gradient every so many inner steps; None: never (exact)."""
+    context_length: int
+    batch_size: int
+    """Sequences of one outer step, over all devices."""
+    micro_batch_size: int | None = None
+    """Sequences computed at a time on one device; None: all of them. Gradients accumulate."""
+    steps: int
+    seed: int = 0
+    recompute: Recompute = "auto"
+    precision: Precision = "auto"
+    evaluate_every: int | None = None
+    checkpoint_every: int | None = None
+
+    def _check(self) -> None:
+        self._at_least(1, "context_length", "batch_size", "micro_batch_size", "steps", "truncate_after")
+        self._at_least(1, "evaluate_every", "checkpoint_every")
+        self._at_least(0, "seed")
+        M = self.model.mini_batch_size
+        if self.context_length % M:
+            lower = self.context_length // M * M
+            near = f"{lower} or {lower + M}" if lower else f"{M}"
+            raise UserError(
+                f"context_length {self.context_length} is not a multiple of mini_batch_size {M}; use {near}"
+            )
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if self.loss == "end-to-end" and not self.model.num_suffix_blocks:
+            raise UserError(
+                "loss end-to-end needs fast weights: set num_suffix_blocks to 1 or more, or use loss static"
+            )

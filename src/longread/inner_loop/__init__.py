@@ -1,0 +1,22 @@
+"""The inner loop: what a reader does with the tokens it reads.
+
+step.py      the loss of a mini-batch, one step on it, the scan over mini-batches (paper Eq. 2 and 5)
+reading.py   any text in any pieces: the same steps, taken as soon as their tokens have arrived
+"""
+
+from longread.inner_loop.reading import Reading, ReadingState, begin, next_token_logits, read
+from longread.inner_loop.step import Carry, Scan, Step, inner_step, mini_batch_loss, scan
+
+__all__ = [
+    "Carry",
+    "Reading",
+    "ReadingState",
+    "Scan",
+    "Step",
+    "begin",
+    "inner_step",
+    "mini_batch_loss",
+    "next_token_logits",
+    "read",
+    "scan",
+]

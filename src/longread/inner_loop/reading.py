@@ -1,0 +1,238 @@
+"""Reading any text in any pieces, in constant memory and without a graph.
+
+The step on mini-batch i needs the targets of its M tokens, and the last of these is the first token of
+mini-batch i + 1. So the step is taken only once that token has arrived; until then the mini-batch is unfinished
+and its tokens are scored, and new ones predicted, with the weights before the step. This makes reading at once,
+in pieces, or token by token the same computation.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longread.config import InnerConfig
+from longread.inner_loop.step import Carry, inner_step, matrices
+from longread.model import FastWeights, Past, Transformer
+
+STRETCH = 2048
+"""Tokens for which the lower half of the network runs at once, about: larger is faster, smaller is leaner."""
+
+
+@dataclass(frozen=True)
+class ReadingState:
+    """All that is left of what B sequences have read. A value: reading returns a new one and keeps the old."""
+
+    position: int
+    """Tokens read."""
+    fast: FastWeights
+    lower_pasts: tuple[Past, ...]
+    upper_pasts: tuple[Past, ...]
+    """The window before the unfinished mini-batch, and the tokens in it."""
+    hidden: Tensor
+    """Of the unfinished mini-batch's m <= M tokens, [B, m, D], from `Transformer.lower`."""
+    targets: Tensor
+    """Of all of these but the last, int64 [B, max(0, m − 1)]."""
+    targets_mask: Tensor
+    output: Tensor
+    """`Transformer.upper`'s output for the last token, [B, D]; [B, 0] before the first."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the state."""
+        pasts = [x for past in (*self.lower_pasts, *self.upper_pasts) for x in past]
+        return [*matrices(self.fast), *pasts, self.hidden, self.targets, self.targets_mask, self.output]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the state."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class Reading(NamedTuple):
+    """What reading some tokens gave."""
+
+    state: ReadingState
+    nll: Tensor
+    """−log p(token | everything before it), [B, n]; NaN for the first token of all, which nothing predicts."""
+    inner_grad_norm: Tensor
+    """Norm of each step's gradient before clipping, [B, steps taken]."""
+
+
+def begin(model: Transformer, batch_size: int = 1) -> ReadingState:
+    """The state of sequences that have read nothing."""
+    lower_pasts, upper_pasts = model.empty_pasts(batch_size)
+    fast = tuple(type(w)(*(x.detach() for x in w)) for w in model.initial_fast_weights(batch_size))
+    none = torch.empty(batch_size, 0, device=model.device, dtype=model.dtype)
+    return ReadingState(
+        position=0,
+        fast=fast,
+        lower_pasts=lower_pasts,
+        upper_pasts=upper_pasts,
+        hidden=none.new_empty(batch_size, 0, model.config.width),
+        targets=none.long(),
+        targets_mask=none.bool(),
+        output=none,
+    )
+
+
+@torch.no_grad()
+def next_token_logits(model: Transformer, state: ReadingState) -> Tensor:
+    """Logits of the next token, [B, V]. Raises `ValueError` before the first token."""
+    if not state.position:
+        raise ValueError("nothing has been read yet; read at least one token (the BOS, say) first")
+    return model.logits(state.output)
+
+
+@torch.no_grad()
+def read(
+    model: Transformer,
+    state: ReadingState,
+    tokens: Tensor,
+    *,
+    inner: InnerConfig,
+    learn: bool = True,
+    loss_mask: Tensor | None = None,
+) -> Reading:
+    """Reads n more tokens of each sequence.
+
+    Args:
+        tokens: int64 [B, n], n >= 0.
+        inner: rate and clip of the steps; its warm-up belongs to training and is over here.
+        learn: False reads with the weights as they are, and drops an unfinished mini-batch: tokens read
+            frozen are never learned from, nor is a mini-batch that they interrupt.
+        loss_mask: bool [B, n], False for tokens that are no targets of the inner loss; None: all count.
+    """
+    pieces: list[Tensor] = []
+    norms: list[Tensor] = []
+    if tokens.shape[1]:
+        mask = torch.ones_like(tokens, dtype=torch.bool) if loss_mask is None else loss_mask
+        if state.position:
+            pieces.append(model.token_losses(state.output.unsqueeze(1), tokens[:, :1]))
+        else:
+            wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+            pieces.append(torch.full(tokens[:, :1].shape, math.nan, device=tokens.device, dtype=wide))
+        reader = _Reader(model, state, inner, pieces, norms)
+        if learn and model.config.num_suffix_blocks:
+            reader.learn(tokens, mask)
+        else:
+            reader.skim(tokens)
+        state = reader.state
+    wide_empty = model.token_losses(state.hidden[:, :0], tokens[:, :0])
+    return Reading(
+        state,
+        torch.cat(pieces, dim=1) if pieces else wide_empty,
+        torch.stack(norms, dim=1) if norms else wide_empty,
+    )
+
+
+@dataclass
+class _Reader:
+    """One call of `read`: the state as it moves on, and what has been found."""
+
+    model: Transformer
+    state: ReadingState
+    inner: InnerConfig
+    nll: list[Tensor]
+    norms: list[Tensor]
+
+    def learn(self, tokens: Tensor, mask: Tensor) -> None:
+        M, n = self.model.config.mini_batch_size, tokens.shape[1]
+        stretch = M * max(1, STRETCH // M)
+        done = 0
+        while done < n:
+            if self.state.hidden.shape[1] == M:
+                self._finish(tokens[:, done : done + 1], mask[:, done : done + 1])
+            room = M - self.state.hidden.shape[1]
+            end = min(n, done + (room if room < M else stretch))
+            hidden = self._lower(tokens[:, done:end])
+            for first in range(done, end, M):
+                last = min(first + M, end)
+                part = hidden[:, first - done : last - done]
+                following = slice(first + 1, last + 1)
+                if last - first == M and last < n:
+                    self._whole(part, tokens[:, following], mask[:, following])
+                    continue
+                known = slice(first if self.state.hidden.shape[1] else first + 1, last)
+                self._part(part, tokens[:, following], tokens[:, known], mask[:, known])
+            done = end
+
+    def skim(self, tokens: Tensor) -> None:
+        """Reads without learning: no mini-batches, only stretches."""
+        empty = self.state.hidden[:, :0]
+        self._move(hidden=empty, targets=self.state.targets[:, :0], targets_mask=self.state.targets_mask[:, :0])
+        for first in range(0, tokens.shape[1], STRETCH):
+            part = tokens[:, first : first + STRETCH]
+            self._upper(self._lower(part), tokens[:, first + 1 : first + STRETCH + 1], keep=0)
+
+    def _move(self, **changes: object) -> None:
+        self.state = dataclasses.replace(self.state, **changes)  # type: ignore[arg-type]
+
+    def _lower(self, tokens: Tensor) -> Tensor:
+        hidden, pasts = self.model.lower(tokens, self.state.lower_pasts, start=self.state.position)
+        self._move(lower_pasts=self.model.trim(pasts, 0))
+        return hidden
+
+    def _upper(self, hidden: Tensor, targets: Tensor, keep: int) -> None:
+        """Scores tokens with the weights as they are; the pasts keep the window and `keep` tokens more."""
+        state, model = self.state, self.model
+        output, pasts = model.upper(hidden, state.fast, state.upper_pasts, start=state.position, order=0)
+        if targets.shape[1]:
+            self.nll.append(model.token_losses(output[:, : targets.shape[1]], targets))
+        self._move(
+            position=state.position + hidden.shape[1],
+            upper_pasts=model.trim(pasts, model.num_lower_attentions, extra=keep),
+            output=output[:, -1],
+        )
+
+    def _part(self, hidden: Tensor, following: Tensor, known: Tensor, known_mask: Tensor) -> None:
+        """Some tokens of a mini-batch whose step must wait, the tokens that follow each, and the new targets."""
+        state = self.state
+        self._move(
+            hidden=torch.cat((state.hidden, hidden), dim=1),
+            targets=torch.cat((state.targets, known), dim=1),
+            targets_mask=torch.cat((state.targets_mask, known_mask), dim=1),
+        )
+        self._upper(hidden, following, keep=self.state.hidden.shape[1])
+
+    def _finish(self, target: Tensor, mask: Tensor) -> None:
+        """The step on an unfinished mini-batch, whose last target has come."""
+        state, M = self.state, self.state.hidden.shape[1]
+        # its tokens' own keys and values are made again, with a graph, after those of the window before it
+        before = tuple(past.before(M) for past in state.upper_pasts)
+        step = inner_step(
+            self.model,
+            Carry(state.fast, before),
+            state.hidden,
+            torch.cat((state.targets, target), dim=1),
+            torch.cat((state.targets_mask, mask), dim=1),
+            start=state.position - M,
+            lr=self.inner.lr,
+            clip=self.inner.clip,
+            order=0,
+        )
+        self._learned(step.carry, step.grad_norm)
+
+    def _whole(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
+        """A mini-batch that came with all its targets: scored and learned from in one pass."""
+        state = self.state
+        carry = Carry(state.fast, state.upper_pasts)
+        lr, clip = self.inner.lr, self.inner.clip
+        step = inner_step(self.model, carry, hidden, targets, mask, start=state.position, lr=lr, clip=clip, order=0)
+        self.nll.append(step.nll)
+        self._move(position=state.position + hidden.shape[1], output=step.output[:, -1])
+        self._learned(step.carry, step.grad_norm)
+
+    def _learned(self, carry: Carry, grad_norm: Tensor) -> None:
+        state = self.state
+        self.norms.append(grad_norm)
+        self._move(
+            fast=carry.fast,
+            upper_pasts=carry.pasts,
+            hidden=state.hidden[:, :0],
+            targets=state.targets[:, :0],
+            targets_mask=state.targets_mask[:, :0],
+        )

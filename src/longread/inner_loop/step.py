@@ -1,0 +1,141 @@
+"""The loss of a mini-batch, one step of SGD on it, and the scan over mini-batches (paper Eq. 2 and 5).
+
+Training, evaluation and serving all take this one step; `order` says what may be differentiated afterwards:
+0 nothing (reading), 1 the losses but not the steps (first-order meta-gradient), 2 everything (exact).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longread.model import FastWeights, Past, Transformer
+from longread.model.layers import SwiGLU
+from longread.ops.clipped_sgd import clipped_sgd
+
+
+class Carry(NamedTuple):
+    """What one mini-batch hands to the next: the fast weights, and the window of `Transformer.upper`."""
+
+    fast: FastWeights
+    pasts: tuple[Past, ...]
+
+
+class Step(NamedTuple):
+    """One mini-batch read: the weights after it, and how it was scored with the weights before."""
+
+    carry: Carry
+    nll: Tensor
+    """−log p of each target, [B, M]."""
+    loss: Tensor
+    """Mean over the unmasked targets, [B]."""
+    grad_norm: Tensor
+    """Norm of each sequence's gradient before clipping, [B]."""
+    output: Tensor
+    """Of `Transformer.upper`, [B, M, D]."""
+
+
+class Scan(NamedTuple):
+    """Several mini-batches read in turn."""
+
+    carry: Carry
+    nll: Tensor
+    """[B, T]"""
+    mini_batch_loss: Tensor
+    """[B, T / M]"""
+    grad_norm: Tensor
+    """[B, steps]"""
+
+
+def mini_batch_loss(nll: Tensor, loss_mask: Tensor) -> Tensor:
+    """Mean of nll [..., M] over the targets that count; 0 where none does. Returns [...]."""
+    return (nll * loss_mask).sum(-1) / loss_mask.sum(-1).clamp(min=1e-10)
+
+
+def matrices(fast: FastWeights) -> list[Tensor]:
+    """All fast weights in one list: gate, up and down of the lowest block first."""
+    return [matrix for block in fast for matrix in block]
+
+
+def from_matrices(flat: list[Tensor] | tuple[Tensor, ...]) -> FastWeights:
+    """The inverse of `matrices`."""
+    return tuple(SwiGLU(*flat[i : i + 3]) for i in range(0, len(flat), 3))
+
+
+def inner_step(
+    model: Transformer,
+    carry: Carry,
+    hidden: Tensor,
+    target_ids: Tensor,
+    loss_mask: Tensor,
+    *,
+    start: int,
+    lr: float,
+    clip: float | None,
+    order: int,
+) -> Step:
+    """Scores one mini-batch with the weights of `carry`, then takes one clipped SGD step on it.
+
+    The gradient holds everything constant but the fast weights: the hidden states from below, the other
+    parameters, and the keys and values of earlier mini-batches, which lie outside its path. With order 2 the
+    step stays differentiable with respect to all of these.
+
+    Args:
+        hidden: [B, M, D], from `Transformer.lower`.
+        target_ids, loss_mask: [B, M]; the mask is True where the target counts.
+        start: position of the first token.
+        lr, clip: rate, and largest norm per sequence (None: no clipping).
+        order: 0, 1 or 2, as explained at the top of this file.
+    """
+    weights = matrices(carry.fast)
+    if order == 0 or not weights[0].requires_grad:
+        weights = [w.detach().requires_grad_() for w in weights]
+    with torch.enable_grad():
+        output, pasts = model.upper(hidden, from_matrices(weights), carry.pasts, start=start, order=max(1, order))
+        nll = model.token_losses(output, target_ids)
+        loss = mini_batch_loss(nll, loss_mask)
+        gradients = torch.autograd.grad(loss.sum(), weights, create_graph=order == 2, retain_graph=order > 0)
+    if order == 0:
+        output, nll, loss = output.detach(), nll.detach(), loss.detach()
+        weights, pasts = [w.detach() for w in weights], tuple(past.detach() for past in pasts)
+    new, grad_norm = clipped_sgd(weights, gradients, lr=lr, clip=clip)
+    first_block = model.num_lower_attentions
+    return Step(Carry(from_matrices(new), model.trim(pasts, first_block)), nll, loss, grad_norm, output)
+
+
+def scan(
+    model: Transformer,
+    carry: Carry,
+    hidden: Tensor,
+    target_ids: Tensor,
+    loss_mask: Tensor,
+    *,
+    start: int,
+    lr: float,
+    clip: float | None,
+    order: int,
+    last_step: bool = True,
+) -> Scan:
+    """Reads T tokens, a multiple of M, mini-batch by mini-batch.
+
+    Args as in `inner_step`, over [B, T]. `last_step` False leaves out the step on the last mini-batch, whose
+    weights nobody would use when the sequence ends there.
+    """
+    M = model.config.mini_batch_size
+    count = hidden.shape[1] // M
+    nll, loss, grad_norm = [], [], []
+    for i in range(count):
+        part = slice(i * M, (i + 1) * M)
+        inputs = hidden[:, part], target_ids[:, part], loss_mask[:, part]
+        if i == count - 1 and not last_step:
+            output, _ = model.upper(inputs[0], carry.fast, carry.pasts, start=start + i * M, order=min(order, 1))
+            nll.append(model.token_losses(output, inputs[1]))
+            loss.append(mini_batch_loss(nll[-1], inputs[2]))
+        else:
+            step = inner_step(model, carry, *inputs, start=start + i * M, lr=lr, clip=clip, order=order)
+            carry = step.carry
+            nll.append(step.nll)
+            loss.append(step.loss)
+            grad_norm.append(step.grad_norm)
+    norms = torch.stack(grad_norm, dim=1) if grad_norm else hidden.new_empty(hidden.shape[0], 0)
+    return Scan(carry, torch.cat(nll, dim=1), torch.stack(loss, dim=1), norms)

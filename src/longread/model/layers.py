@@ -1,0 +1,68 @@
+"""Linear, RMSNorm and SwiGLU over float32 parameters; products run in the type of their input."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longread.ops.fast_mlp import fast_mlp
+from longread.ops.rms_norm import rms_norm
+from longread.ops.swiglu import swiglu
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ without bias. W [out, in] keeps its own precision and is cast to that of x."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, with a gain."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(NamedTuple):
+    """The three matrices of one fast MLP, a set per sequence: gate and up [B, F, D], down [B, D, F]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class MLP(nn.Module):
+    """down · (silu(gate · x) ∘ (up · x)) between the norms of its sub-layer, added to x.
+
+    The same parameters serve as static MLP, or as the initial weights W_0 of a fast one: then `weights` holds
+    each sequence's own matrices and only the norms are the module's.
+    """
+
+    def __init__(self, width: int, hidden: int, pre_norm: nn.Module, post_norm: nn.Module) -> None:
+        super().__init__()
+        self.pre_norm, self.post_norm = pre_norm, post_norm
+        self.gate, self.up, self.down = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
+
+    def forward(self, x: Tensor, weights: SwiGLU | None = None) -> Tensor:
+        """x: [B, T, D], `weights` as in `SwiGLU`; returns [B, T, D]."""
+        normed = self.pre_norm(x)
+        if weights is None:
+            out = self.down(swiglu(self.gate(normed), self.up(normed)))
+        else:
+            out = fast_mlp(normed, *weights)
+        return x + self.post_norm(out)
+
+    def initial_weights(self, batch_size: int) -> SwiGLU:
+        """W_0 for every sequence, as views of the parameters."""
+        return SwiGLU(*(layer.weight.expand(batch_size, -1, -1) for layer in (self.gate, self.up, self.down)))

@@ -1,0 +1,169 @@
+"""The Transformer of the paper, in two halves that the inner loop cuts apart.
+
+The inner gradient crosses only what lies above the lowest fast MLP. `lower` is everything below it: embedding,
+prefix blocks, and the attention of the first suffix block, which sees no fast weight. It runs over any stretch
+of tokens at once. `upper` is the rest: it runs mini-batch by mini-batch with the weights of the moment.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from longread.config import ModelConfig
+from longread.model.layers import MLP, Linear, RMSNorm, SwiGLU
+from longread.model.mixers.attention import Attention, Past
+from longread.ops.cross_entropy import cross_entropy
+
+FastWeights = tuple[SwiGLU, ...]
+"""What one batch of sequences has learned: the matrices of each suffix block, lowest first."""
+
+EMBEDDING_STD = 0.02
+
+
+class Block(nn.Module):
+    """Attention, then in the suffix the fast MLP, then the static MLP, each a residual sub-layer of its own."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+
+        def norm(wanted: bool) -> nn.Module:
+            return RMSNorm(config.width, config.norm_eps) if wanted else nn.Identity()
+
+        def mlp() -> MLP:
+            return MLP(config.width, config.mlp_hidden, norm(config.pre_norm), norm(config.post_norm))
+
+        self.attention = Attention(config, config.window_of(index), norm(config.pre_norm), norm(config.post_norm))
+        self.fast_mlp = mlp() if index >= config.num_prefix_blocks else None
+        self.static_mlp = mlp()
+
+
+class Transformer(nn.Module):
+    """A causal language model whose suffix MLPs can be given per sequence. Parameters are float32 masters.
+
+    Products run in `compute_dtype`: the parameters' own type by default, bfloat16 on a GPU.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
+        initialize(self)
+
+    @property
+    def num_lower_attentions(self) -> int:
+        """Attention sub-layers that see no fast weight: the prefix and the first suffix block."""
+        return min(self.config.num_prefix_blocks + 1, self.config.num_blocks)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]"""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that products run in and that hidden states have."""
+        return self.compute_dtype or self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def upper_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `upper` and `token_losses` use, but for W_0, which comes in as fast weights."""
+        found = [self.head_weight, self.final_norm.weight]
+        for index, block in enumerate(self.blocks[self.config.num_prefix_blocks :]):
+            found += [] if index == 0 else block.attention.parameters()
+            found += [*block.fast_mlp.pre_norm.parameters(), *block.fast_mlp.post_norm.parameters()]
+            found += block.static_mlp.parameters()
+        return found
+
+    def initial_fast_weights(self, batch_size: int) -> FastWeights:
+        """W_0 for every sequence of a batch, as views of the parameters."""
+        suffix = self.blocks[self.config.num_prefix_blocks :]
+        return tuple(block.fast_mlp.initial_weights(batch_size) for block in suffix)
+
+    def empty_pasts(self, batch_size: int) -> tuple[tuple[Past, ...], tuple[Past, ...]]:
+        """The pasts of sequences that begin: those of `lower`'s attentions, and those of `upper`'s."""
+        like = torch.empty(batch_size, 0, device=self.device, dtype=self.dtype)
+        pasts = tuple(block.attention.empty_past(like) for block in self.blocks)
+        return pasts[: self.num_lower_attentions], pasts[self.num_lower_attentions :]
+
+    def lower(self, input_ids: Tensor, pasts: Sequence[Past], *, start: int) -> tuple[Tensor, tuple[Past, ...]]:
+        """Everything that no fast weight touches, over tokens at positions start … start + T − 1.
+
+        Args:
+            input_ids: int64 [B, T].
+            pasts: one for each of the `num_lower_attentions` attentions.
+
+        Returns:
+            hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and the pasts, untrimmed.
+        """
+        x = self.embedding(input_ids).to(self.dtype)
+        after = []
+        for block, past in zip(self.blocks, pasts, strict=False):
+            x, past = block.attention(x, past, start=start, order=1)
+            after.append(past)
+            if block.fast_mlp is None:
+                x = block.static_mlp(x)
+        return x, tuple(after)
+
+    def upper(
+        self, hidden: Tensor, fast: FastWeights | None, pasts: Sequence[Past], *, start: int, order: int
+    ) -> tuple[Tensor, tuple[Past, ...]]:
+        """The suffix above its first attention, and the final norm, with the given fast weights.
+
+        Args:
+            hidden: [B, T, D] from `lower`.
+            fast: one `SwiGLU` for each suffix block; None: the parameters W_0 as they are, shared by all sequences.
+            pasts: one for each attention above the lowest fast MLP.
+            order: order of derivative that will be taken.
+
+        Returns:
+            [B, T, D], what the head turns into logits, and the pasts, untrimmed.
+        """
+        x, after = hidden, []
+        for index, block in enumerate(self.blocks[self.config.num_prefix_blocks :]):
+            if index > 0:
+                x, past = block.attention(x, pasts[index - 1], start=start, order=order)
+                after.append(past)
+            x = block.static_mlp(block.fast_mlp(x, None if fast is None else fast[index]))
+        return self.final_norm(x), tuple(after)
+
+    def token_losses(self, output: Tensor, target_ids: Tensor) -> Tensor:
+        """−log p of each target [B, T], given `upper`'s output [B, T, D]; float32 or wider."""
+        return cross_entropy(output, self.head_weight, target_ids)
+
+    def logits(self, output: Tensor) -> Tensor:
+        """[..., V], float32 or wider, from `upper`'s output [..., D]."""
+        logits = output @ self.head_weight.to(output.dtype).t()
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def trim(self, pasts: Sequence[Past], first_block: int, extra: int = 0) -> tuple[Past, ...]:
+        """The part of the pasts that later tokens can see: K tokens (and `extra`) of each windowed attention."""
+        trimmed = []
+        for index, past in enumerate(pasts, first_block):
+            window = self.config.window_of(index)
+            trimmed.append(past.last(None if window is None else window + extra))
+        return tuple(trimmed)
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int | None = None) -> None:
+    """Draws all weights anew; with a seed, always the same ones.
+
+    Matrices are normal with standard deviation fan_in^-1/2, which the paper's 0.02 is near width 2500; at the
+    widths of a laptop 0.02 makes the outer gradient explode. The embedding is drawn at 0.02, gains are 1.
+    """
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    std = model.config.init_std
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            default = EMBEDDING_STD if name == "embedding.weight" else parameter.shape[1] ** -0.5
+            parameter.normal_(std=std or default, generator=generator)

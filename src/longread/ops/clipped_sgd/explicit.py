@@ -1,0 +1,66 @@
+"""Clipped SGD with its derivative written out: two passes forward, two backward.
+
+With λ arriving for the new weights, the old weights receive λ and the gradient receives
+
+    −lr λ                                       where ‖g‖ <= clip
+    −lr (clip / ‖g‖) (λ − g ⟨g, λ⟩ / ‖g‖²)      where ‖g‖ > clip
+
+so nothing is divided by a norm that may be zero.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def explicit_clipped_sgd(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, clip: float | None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
+    *stepped, norm = _Step.apply(lr, clip, *weights, *gradients)
+    return tuple(stepped), norm
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """⟨left, right⟩ per sequence, over all tensors: [B]"""
+    products = [torch.linalg.vecdot(a.flatten(1), b.flatten(1)) for a, b in zip(left, right, strict=True)]
+    return torch.stack(products).sum(0)
+
+
+def _per_sequence(factor: Tensor, like: Tensor) -> Tensor:
+    return factor.view(-1, *[1] * (like.dim() - 1))
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, lr: float, clip: float | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) // 2
+        weights, gradients = tensors[:count], tensors[count:]
+        norm = _dot(gradients, gradients).sqrt()
+        # where the norm is small the factor is exactly 1, so the division by a tiny norm is never used
+        scale = torch.ones_like(norm) if clip is None else torch.where(norm > clip, clip / norm, 1.0)
+        ctx.save_for_backward(norm, scale, *gradients)
+        ctx.lr, ctx.clip = lr, clip
+        ctx.mark_non_differentiable(norm)
+        stepped = [
+            torch.addcmul(w, g, _per_sequence(scale, g), value=-lr) for w, g in zip(weights, gradients, strict=True)
+        ]
+        return *stepped, norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *adjoints: Tensor) -> tuple[Any, ...]:
+        norm, scale, *gradients = ctx.saved_tensors
+        to_weights = adjoints[:-1]  # the last one belongs to the norm
+        if not any(ctx.needs_input_grad[2 + len(gradients) :]):
+            return None, None, *to_weights, *[None] * len(gradients)
+        factor = -ctx.lr * scale
+        to_gradients = [adjoint * _per_sequence(factor, adjoint) for adjoint in to_weights]
+        if ctx.clip is not None:
+            radial = torch.where(norm > ctx.clip, -factor * _dot(gradients, to_weights) / norm.square(), 0.0)
+            for out, gradient in zip(to_gradients, gradients, strict=True):
+                out.addcmul_(gradient, _per_sequence(radial, gradient))
+        return None, None, *to_weights, *to_gradients

@@ -1,0 +1,184 @@
+"""Every op against its definition: values, gradients, and gradients of gradients, as numbers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from longread.ops.attention import attention
+from longread.ops.attention.reference import reference_attention
+from longread.ops.clipped_sgd import clipped_sgd
+from longread.ops.clipped_sgd.reference import reference_clipped_sgd
+from longread.ops.cross_entropy import chunked, cross_entropy
+from longread.ops.cross_entropy.reference import reference_cross_entropy
+from longread.ops.fast_mlp import fast_mlp
+from longread.ops.needed import needed_inputs
+from longread.ops.rms_norm import rms_norm
+from longread.ops.rms_norm.reference import reference_rms_norm
+from longread.ops.swiglu import swiglu
+from longread.ops.swiglu.reference import reference_swiglu
+
+D64 = torch.float64
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = D64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
+
+
+def derivatives(f: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The value of f, its gradients, and the gradients of a scalar made of these, all against fixed cotangents."""
+    out = f(*inputs)
+    first = torch.autograd.grad((out * draw(*out.shape, seed=1).detach()).sum(), inputs, create_graph=True)
+    mixed = sum((g * draw(*g.shape, seed=2 + i).detach()).sum() for i, g in enumerate(first))
+    second = torch.autograd.grad(mixed, inputs, allow_unused=True)
+    return [out, *first, *(g for g in second if g is not None)]
+
+
+def agree(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-11) -> None:
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+
+
+def test_rms_norm() -> None:
+    inputs = [draw(2, 5, 7), draw(7, seed=9)]
+    agree(
+        derivatives(lambda x, g: rms_norm(x, g, 1e-5), inputs),
+        derivatives(lambda x, g: reference_rms_norm(x, g, 1e-5), inputs),
+    )
+
+
+def test_swiglu() -> None:
+    inputs = [draw(3, 5), draw(3, 5, seed=9)]
+    agree(derivatives(swiglu, inputs), derivatives(reference_swiglu, inputs))
+
+
+def test_fast_mlp_is_one_mlp_per_sequence() -> None:
+    x, gate, up, down = draw(3, 4, 6), draw(3, 8, 6, seed=1), draw(3, 8, 6, seed=2), draw(3, 6, 8, seed=3)
+    alone = [
+        (torch.nn.functional.silu(x[b] @ gate[b].t()) * (x[b] @ up[b].t())) @ down[b].t() for b in range(x.shape[0])
+    ]
+    torch.testing.assert_close(fast_mlp(x, gate, up, down), torch.stack(alone))
+
+
+@pytest.mark.parametrize("chunk", [4, 11, 64])
+def test_cross_entropy_in_any_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CHUNK", chunk)
+    targets = torch.tensor([[0, 10, 3], [4, 7, 8]])
+    inputs = [draw(2, 3, 5), draw(11, 5, seed=9)]
+    agree(
+        derivatives(lambda h, e: cross_entropy(h, e, targets), inputs),
+        derivatives(lambda h, e: reference_cross_entropy(h, e, targets), inputs),
+    )
+
+
+def test_cross_entropy_weighs_its_second_derivative() -> None:
+    """The adjoint of the losses is an input of the gradient too."""
+    targets = torch.tensor([1, 0, 4])
+    hidden, head, weight = draw(3, 5), draw(6, 5, seed=1), draw(3, seed=2)
+
+    results = []
+    for f in (cross_entropy, reference_cross_entropy):
+        first = torch.autograd.grad((f(hidden, head, targets) * weight).sum(), [hidden, head], create_graph=True)
+        mixed = sum((g * draw(*g.shape, seed=3).detach()).sum() for g in first)
+        results.append([*first, *torch.autograd.grad(mixed, [hidden, head, weight])])
+    agree(*results)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 40, 41, 64])
+@pytest.mark.parametrize(("queries", "past"), [(41, 0), (40, 1), (7, 33), (1, 9), (1, 0), (23, 70)])
+def test_attention_at_order_1_is_the_reference(window: int | None, queries: int, past: int) -> None:
+    q, k, v = draw(2, 3, queries, 4), draw(2, 3, past + queries, 4, seed=1), draw(2, 3, past + queries, 4, seed=2)
+    results = []
+    for f in (
+        lambda: attention(q, k, v, window=window, order=1),
+        lambda: reference_attention(q, k, v, window=window),
+    ):
+        out = f()
+        weight = draw(*out.shape, seed=3).detach()
+        results.append([out, *torch.autograd.grad((out * weight).sum(), [q, k, v])])
+    agree(*results)
+
+
+def test_attention_at_order_2_follows_its_definition() -> None:
+    """Token by token, with no mask anywhere."""
+    window, past, T = 3, 2, 5
+    q, k, v = draw(1, 1, T, 4), draw(1, 1, past + T, 4, seed=1), draw(1, 1, past + T, 4, seed=2)
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = []
+        for t in range(T):
+            seen = slice(max(0, past + t - window + 1), past + t + 1)
+            p = (k[0, 0, seen] @ q[0, 0, t] / 2.0).exp()
+            rows.append((p / p.sum()) @ v[0, 0, seen])
+        return torch.stack(rows)[None, None]
+
+    agree(
+        derivatives(lambda *x: attention(*x, window=window, order=2), [q, k, v]), derivatives(by_hand, [q, k, v])
+    )
+
+
+def test_attention_refuses_what_it_cannot_answer() -> None:
+    q, k = draw(1, 1, 4, 2), draw(1, 1, 3, 2)
+    with pytest.raises(ValueError, match="4 queries for 3 keys"):
+        attention(q, k, k, window=None, order=1)
+    with pytest.raises(ValueError, match="order is 3"):
+        attention(k, k, k, window=None, order=3)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 1e9])
+def test_clipped_sgd(clip: float | None) -> None:
+    weights, gradients = [draw(3, 4, 5), draw(3, 2, seed=1)], [draw(3, 4, 5, seed=2), draw(3, 2, seed=3)]
+    with torch.no_grad():  # one sequence below the threshold, two above
+        for g in gradients:
+            g[0] *= 0.05
+    results = []
+    for f in (clipped_sgd, reference_clipped_sgd):
+        new, norm = f(weights, gradients, lr=0.7, clip=clip)
+        total = sum((w * draw(*w.shape, seed=5 + i).detach()).sum() for i, w in enumerate(new))
+        results.append([*new, norm, *torch.autograd.grad(total, weights + gradients)])
+    agree(*results)
+
+
+def test_clipped_sgd_is_finite_at_zero() -> None:
+    weight, gradient = draw(2, 3), torch.zeros(2, 3, dtype=D64, requires_grad=True)
+    (new,), norm = clipped_sgd([weight], [gradient], lr=1.0, clip=1.0)
+    (adjoint,) = torch.autograd.grad(new.sum(), [gradient])
+    assert norm.tolist() == [0.0, 0.0]
+    torch.testing.assert_close(adjoint, torch.full_like(adjoint, -1.0))
+
+
+@pytest.mark.parametrize("leaves", list(itertools.product([True, False], repeat=2)))
+def test_a_backward_pass_knows_what_it_is_asked_for(leaves: tuple[bool, bool]) -> None:
+    asked = []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(a, b)
+            return a * b
+
+        @staticmethod
+        def backward(ctx, g):  # type: ignore[no-untyped-def]
+            asked.append(needed_inputs(ctx))
+            a, b = ctx.saved_tensors
+            return g * b, g * a
+
+    a, b = (draw(2, seed=i) if leaf else draw(2, seed=i) * 1 for i, leaf in enumerate(leaves))
+    for wanted in ([a], [b], [a, b]):
+        torch.autograd.grad(Product.apply(a, b).sum(), wanted, retain_graph=True)
+    Product.apply(a, b).sum().backward()
+    assert asked == [(True, False), (False, True), (True, True), (True, True)]
+
+
+def test_low_precision_follows_the_reference() -> None:
+    x, gain = draw(4, 64, dtype=torch.bfloat16), draw(64, seed=1, dtype=torch.float32)
+    assert torch.equal(rms_norm(x, gain, 1e-6), reference_rms_norm(x, gain, 1e-6))
+    head, targets = draw(32, 64, seed=2, dtype=torch.float32), torch.tensor([0, 5, 31, 7])
+    nll = cross_entropy(x, head, targets)
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll, reference_cross_entropy(x.double(), head, targets).float(), rtol=0.02, atol=0.05)
