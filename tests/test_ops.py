@@ -117,9 +117,7 @@ def test_attention_at_order_2_follows_its_definition() -> None:
             rows.append((p / p.sum()) @ v[0, 0, seen])
         return torch.stack(rows)[None, None]
 
-    agree(
-        derivatives(lambda *x: attention(*x, window=window, order=2), [q, k, v]), derivatives(by_hand, [q, k, v])
-    )
+    agree(derivatives(lambda *x: attention(*x, window=window, order=2), [q, k, v]), derivatives(by_hand, [q, k, v]))
 
 
 def test_attention_refuses_what_it_cannot_answer() -> None:

@@ -149,10 +149,9 @@ def choose_recompute(
     root = math.ceil(math.sqrt(count))
     need = {"none": count * activations, "sqrt": root * (activations + carry), "step": activations + count * carry}
     limit = 0.6 * _free_bytes(device) if budget is None else budget
-    for schedule in ("none", "sqrt", "step"):
-        if need[schedule] <= limit:
-            return schedule
-    return min(need, key=need.__getitem__)
+    schedules: tuple[Literal["none", "sqrt", "step"], ...] = ("none", "sqrt", "step")
+    fitting = [schedule for schedule in schedules if need[schedule] <= limit]
+    return fitting[0] if fitting else min(schedules, key=need.__getitem__)
 
 
 def step_bytes(config: ModelConfig, batch_size: int, itemsize: int) -> tuple[int, int]:

@@ -170,7 +170,9 @@ def check_inner_loop(case: Case) -> dict[str, float]:
         final = case.expected[f"final.prime.{official}"].transpose(-1, -2)
         for block in range(S):
             start = matrices(initial)[3 * block + index]
-            update = max(update, relative(matrices(result.carry.fast)[3 * block + index] - start, final[:, block] - start))
+            update = max(
+                update, relative(matrices(result.carry.fast)[3 * block + index] - start, final[:, block] - start)
+            )
     norms = case.expected["inner_grad_norm"]
     return {"update": update, "inner norm": ((result.grad_norm - norms).abs() / norms).max().item()}
 

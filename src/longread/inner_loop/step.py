@@ -4,6 +4,7 @@ Training, evaluation and serving all take this one step; `order` says what may b
 0 nothing (reading), 1 the losses but not the steps (first-order meta-gradient), 2 everything (exact).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def matrices(fast: FastWeights) -> list[Tensor]:
     return [matrix for block in fast for matrix in block]
 
 
-def from_matrices(flat: list[Tensor] | tuple[Tensor, ...]) -> FastWeights:
+def from_matrices(flat: Sequence[Tensor]) -> FastWeights:
     """The inverse of `matrices`."""
     return tuple(SwiGLU(*flat[i : i + 3]) for i in range(0, len(flat), 3))
 

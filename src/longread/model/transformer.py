@@ -6,6 +6,7 @@ of tokens at once. `upper` is the rest: it runs mini-batch by mini-batch with th
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class Block(nn.Module):
             return MLP(config.width, config.mlp_hidden, norm(config.pre_norm), norm(config.post_norm))
 
         self.attention = Attention(config, config.window_of(index), norm(config.pre_norm), norm(config.post_norm))
-        self.fast_mlp = mlp() if index >= config.num_prefix_blocks else None
+        if index >= config.num_prefix_blocks:
+            self.fast_mlp = mlp()
         self.static_mlp = mlp()
 
 
@@ -53,6 +55,16 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
         initialize(self)
+
+    @property
+    def prefix(self) -> list[Block]:
+        """The blocks without a fast MLP."""
+        return cast("list[Block]", list(self.blocks)[: self.config.num_prefix_blocks])
+
+    @property
+    def suffix(self) -> list[Block]:
+        """The blocks with a fast MLP; the first one's attention belongs to `lower` all the same."""
+        return cast("list[Block]", list(self.blocks)[self.config.num_prefix_blocks :])
 
     @property
     def num_lower_attentions(self) -> int:
@@ -75,22 +87,20 @@ class Transformer(nn.Module):
 
     def upper_parameters(self) -> list[nn.Parameter]:
         """The parameters that `upper` and `token_losses` use, but for W_0, which comes in as fast weights."""
-        found = [self.head_weight, self.final_norm.weight]
-        for index, block in enumerate(self.blocks[self.config.num_prefix_blocks :]):
-            found += [] if index == 0 else block.attention.parameters()
-            found += [*block.fast_mlp.pre_norm.parameters(), *block.fast_mlp.post_norm.parameters()]
-            found += block.static_mlp.parameters()
-        return found
+        modules: list[nn.Module] = [self.head or self.embedding, self.final_norm]
+        for index, block in enumerate(self.suffix):
+            modules += [] if index == 0 else [block.attention]
+            modules += [block.fast_mlp.pre_norm, block.fast_mlp.post_norm, block.static_mlp]
+        return [parameter for module in modules for parameter in module.parameters()]
 
     def initial_fast_weights(self, batch_size: int) -> FastWeights:
         """W_0 for every sequence of a batch, as views of the parameters."""
-        suffix = self.blocks[self.config.num_prefix_blocks :]
-        return tuple(block.fast_mlp.initial_weights(batch_size) for block in suffix)
+        return tuple(block.fast_mlp.initial_weights(batch_size) for block in self.suffix)
 
     def empty_pasts(self, batch_size: int) -> tuple[tuple[Past, ...], tuple[Past, ...]]:
         """The pasts of sequences that begin: those of `lower`'s attentions, and those of `upper`'s."""
         like = torch.empty(batch_size, 0, device=self.device, dtype=self.dtype)
-        pasts = tuple(block.attention.empty_past(like) for block in self.blocks)
+        pasts = tuple(block.attention.empty_past(like) for block in (*self.prefix, *self.suffix))
         return pasts[: self.num_lower_attentions], pasts[self.num_lower_attentions :]
 
     def lower(self, input_ids: Tensor, pasts: Sequence[Past], *, start: int) -> tuple[Tensor, tuple[Past, ...]]:
@@ -105,10 +115,10 @@ class Transformer(nn.Module):
         """
         x = self.embedding(input_ids).to(self.dtype)
         after = []
-        for block, past in zip(self.blocks, pasts, strict=False):
-            x, past = block.attention(x, past, start=start, order=1)
-            after.append(past)
-            if block.fast_mlp is None:
+        for block, past in zip((*self.prefix, *self.suffix[:1]), pasts, strict=True):
+            x, grown = block.attention(x, past, start=start, order=1)
+            after.append(grown)
+            if len(after) <= len(self.prefix):
                 x = block.static_mlp(x)
         return x, tuple(after)
 
@@ -127,7 +137,7 @@ class Transformer(nn.Module):
             [B, T, D], what the head turns into logits, and the pasts, untrimmed.
         """
         x, after = hidden, []
-        for index, block in enumerate(self.blocks[self.config.num_prefix_blocks :]):
+        for index, block in enumerate(self.suffix):
             if index > 0:
                 x, past = block.attention(x, pasts[index - 1], start=start, order=order)
                 after.append(past)

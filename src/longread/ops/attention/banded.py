@@ -33,11 +33,12 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int |
     num_blocks, blocks_back = -(-num_queries // block), -(-(window - 1) // block)
     past, reach = num_keys - num_queries, blocks_back * block
     absent, missing = max(0, reach - past), num_blocks * block - num_queries
-    bands = []
-    for x in (key, value):
+
+    def bands(x: Tensor) -> Tensor:
+        """[blocks, B · N, reach + block, H]: each block of tokens after those before it."""
         padded = F.pad(x[..., max(0, past - reach) :, :], (0, 0, absent, missing)).unflatten(-2, (-1, block))
-        shifted = [padded[:, :, i : i + num_blocks] for i in range(blocks_back + 1)]
-        bands.append(_blocks_first(torch.cat(shifted, dim=-2)))
+        return _blocks_first(torch.cat([padded[:, :, i : i + num_blocks] for i in range(blocks_back + 1)], dim=-2))
+
     blocks = _blocks_first(F.pad(query, (0, 0, 0, missing)).unflatten(-2, (num_blocks, block)))
 
     mask = visible(block, reach + block, window, query.device)
@@ -45,7 +46,7 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int |
         first_key = torch.arange(num_blocks, device=query.device)[:, None] * block
         exists = first_key + torch.arange(reach + block, device=query.device) >= absent  # [blocks, reach + block]
         mask = mask & exists[:, None, None, :]
-    out = F.scaled_dot_product_attention(blocks, *bands, attn_mask=mask)
+    out = F.scaled_dot_product_attention(blocks, bands(key), bands(value), attn_mask=mask)
     B, N = query.shape[:2]
     return out.unflatten(1, (B, N)).permute(1, 2, 0, 3, 4).flatten(2, 3)[..., :num_queries, :]
 

@@ -1,0 +1,69 @@
+# Longread. `make help` lists the targets; the first call that needs it makes .venv, later calls find it ready.
+
+# `make test-gpu PYTHON=python3` uses that Python as it is and installs nothing.
+PYTHON = .venv/bin/python
+# The Python that makes .venv, 3.11 or newer.
+BASE_PYTHON = python3
+# Exact, and installed before everything else: an open range would fetch gigabytes.
+TORCH = torch==2.13.0
+
+INSTALL = .venv/bin/python -m pip --disable-pip-version-check install -qq --no-compile
+ifeq ($(PYTHON),.venv/bin/python)
+DEMO_READY = .venv/.ready-demo
+TEST_READY = .venv/.ready-test
+else
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu lint format bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+
+demo: $(DEMO_READY) ## train, read and compare three models on this machine's own text (10 minutes)
+	$(PYTHON) examples/demo.py
+
+test: lint ## lint, then every test that takes seconds
+	$(PYTHON) -m pytest -m "not slow and not gpu"
+
+test-slow: $(TEST_READY) ## the tests that take minutes
+	$(PYTHON) -m pytest -m "slow and not gpu"
+
+test-gpu: $(TEST_READY) ## the tests that need a CUDA device
+	$(PYTHON) -m pytest -m gpu
+
+lint: $(TEST_READY) ## ruff (rules, security, format) and mypy
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+format: $(TEST_READY) ## rewrite what ruff can
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+
+bench: $(TEST_READY) ## measure the outer step on this CPU beside a naive loop
+	$(PYTHON) benchmarks/outer_step_cpu.py
+
+clean: ## remove the environment and every cache; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ready-torch: requirements/demo.txt
+	@command -v $(BASE_PYTHON) >/dev/null || { echo "Longread needs Python 3.11 or newer, and $(BASE_PYTHON) was not found: make BASE_PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Longread needs Python 3.11 or newer, and $(BASE_PYTHON) is %d.%d: make BASE_PYTHON=/path/to/python3.11 ..." % sys.version_info[:2])'
+	@echo "Making .venv and installing $(TORCH) ..."
+	@$(BASE_PYTHON) -m venv .venv || { echo "$(BASE_PYTHON) cannot make a virtual environment; on Debian and Ubuntu install the package python3-venv"; exit 1; }
+	@$(INSTALL) "$(TORCH)" -c requirements/demo.txt
+	@touch $@
+
+.venv/.ready-demo: .venv/.ready-torch requirements/demo.txt pyproject.toml
+	@echo "Installing requirements/demo.txt and Longread itself ..."
+	@$(INSTALL) -r requirements/demo.txt
+	@$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.ready-test: .venv/.ready-demo requirements/test.txt
+	@echo "Installing requirements/test.txt ..."
+	@$(INSTALL) -r requirements/test.txt -c requirements/demo.txt
+	@touch $@

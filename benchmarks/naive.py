@@ -1,0 +1,93 @@
+"""TTT-E2E as one would first write it: every formula of the paper in plain PyTorch, and autograd for the rest.
+
+It shares nothing with the library but the names of the parameters. Tests take it as the hand-written unroll of
+the inner loop; benchmarks as the peer that every user could have had: dense masks, the whole suffix inside the
+loop, no recomputation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from longread.config import ModelConfig
+
+State = Mapping[str, Tensor]
+
+
+def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    return x if gain is None else gain * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """x [B, T, N, H]: interleaved pairs."""
+    H = x.shape[-1]
+    angle = positions[:, None].to(x.dtype) * base ** (-torch.arange(0, H, 2, dtype=x.dtype) / H)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+def attention(p: State, block: str, x: Tensor, cache: tuple[Tensor, Tensor] | None, start: int, c: ModelConfig):  # type: ignore[no-untyped-def]
+    """Adds the attention sub-layer; returns the keys and values seen so far."""
+    B, T, D = x.shape
+    name = f"{block}.attention"
+    window = c.window_of(int(block.split(".")[1]))
+    h = rms_norm(x, p.get(f"{name}.pre_norm.weight"), c.norm_eps)
+    q, k, v = ((h @ p[f"{name}.{m}.weight"].t()).view(B, T, c.num_heads, c.head_dim) for m in ("query", "key", "value"))
+    positions = torch.arange(start, start + T)
+    q = rotate(rms_norm(q, p.get(f"{name}.query_norm.weight"), c.norm_eps), positions, c.rope_base)
+    k = rotate(rms_norm(k, p.get(f"{name}.key_norm.weight"), c.norm_eps), positions, c.rope_base)
+    if cache is not None:
+        k, v = torch.cat((cache[0], k), 1), torch.cat((cache[1], v), 1)
+    age = positions[:, None] - torch.arange(start + T - k.shape[1], start + T)
+    seen = (age >= 0) & (age < (window or age.max() + 1))
+    scores = torch.einsum("bqnh,bknh->bnqk", q, k) / c.head_dim**0.5
+    mixed = torch.einsum("bnqk,bknh->bqnh", scores.masked_fill(~seen, -torch.inf).softmax(-1), v).reshape(B, T, D)
+    out = mixed @ p[f"{name}.output.weight"].t()
+    return x + rms_norm(out, p.get(f"{name}.post_norm.weight"), c.norm_eps), (k, v)
+
+
+def mlp(p: State, name: str, x: Tensor, weights: list[Tensor] | None, c: ModelConfig) -> Tensor:
+    gate, up, down = weights or [p[f"{name}.{m}.weight"] for m in ("gate", "up", "down")]
+    h = rms_norm(x, p.get(f"{name}.pre_norm.weight"), c.norm_eps)
+    a = h @ gate.transpose(-1, -2)
+    out = (a * torch.sigmoid(a) * (h @ up.transpose(-1, -2))) @ down.transpose(-1, -2)
+    return x + rms_norm(out, p.get(f"{name}.post_norm.weight"), c.norm_eps)
+
+
+def end_to_end_losses(
+    p: State, c: ModelConfig, ids: Tensor, targets: Tensor, mask: Tensor, *, lr: float, clip: float | None
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """The loss of every mini-batch, [B, T / M], and the fast weights after the last one, block by block."""
+    B, T, M = *ids.shape, c.mini_batch_size
+    prefix = [f"blocks.{i}" for i in range(c.num_prefix_blocks)]
+    suffix = [f"blocks.{i}" for i in range(c.num_prefix_blocks, c.num_blocks)]
+    x = p["embedding.weight"][ids]
+    for block in prefix:
+        x, _ = attention(p, block, x, None, 0, c)
+        x = mlp(p, f"{block}.static_mlp", x, None, c)
+    fast = [[p[f"{block}.fast_mlp.{m}.weight"].expand(B, -1, -1) for m in ("gate", "up", "down")] for block in suffix]
+    caches: list = [None] * len(suffix)
+    losses = []
+    for start in range(0, T, M):
+        part = slice(start, start + M)
+        h = x[:, part]
+        for j, block in enumerate(suffix):
+            h, caches[j] = attention(p, block, h, caches[j], start, c)
+            h = mlp(p, f"{block}.fast_mlp", h, fast[j], c)
+            h = mlp(p, f"{block}.static_mlp", h, None, c)
+        h = rms_norm(h, p["final_norm.weight"], c.norm_eps)
+        log_p = (h @ p.get("head.weight", p["embedding.weight"]).t()).log_softmax(-1)
+        nll = -log_p.gather(-1, targets[:, part, None]).squeeze(-1)
+        loss = (nll * mask[:, part]).sum(1) / mask[:, part].sum(1).clamp(min=1e-10)
+        losses.append(loss)
+        flat = [w for weights in fast for w in weights]
+        gradients = torch.autograd.grad(loss.sum(), flat, create_graph=True)
+        norm = torch.stack([(g * g).sum((1, 2)) for g in gradients]).sum(0).sqrt()
+        scale = torch.ones_like(norm) if clip is None else (clip / norm).clamp(max=1)
+        flat = [w - lr * scale[:, None, None] * g for w, g in zip(flat, gradients, strict=True)]
+        fast = [flat[i : i + 3] for i in range(0, len(flat), 3)]
+    return torch.stack(losses, 1), fast

@@ -1,0 +1,49 @@
+"""Models as files, the checkpoints of a run, and the layout of the official implementation.
+
+model      a model directory: config.json + model.safetensors
+training   the checkpoints of a run, from which training resumes exactly
+load       a model from any of these
+official   to and from the layout of the official implementation
+"""
+
+from __future__ import annotations
+
+from longread.checkpoint.load import LoadedModel, load_model
+from longread.checkpoint.model import fill, save_model
+from longread.checkpoint.official import (
+    export_official,
+    from_official,
+    import_official,
+    inner_config_from_official,
+    model_config_from_official,
+    to_official,
+)
+from longread.checkpoint.training import (
+    CHECKPOINTS,
+    Checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from longread.model import fingerprint_of
+
+__all__ = [
+    "CHECKPOINTS",
+    "Checkpoint",
+    "LoadedModel",
+    "export_official",
+    "fill",
+    "fingerprint_of",
+    "from_official",
+    "import_official",
+    "inner_config_from_official",
+    "load_model",
+    "model_config_from_official",
+    "newest_checkpoint",
+    "read_checkpoint",
+    "save_model",
+    "to_official",
+    "verify_checkpoint",
+    "write_checkpoint",
+]

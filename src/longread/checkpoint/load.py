@@ -1,0 +1,59 @@
+"""Loads a model from wherever one lies: a model directory, a run, or a checkpoint of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from longread.checkpoint.model import CONFIG_FILE, KIND, read_model
+from longread.checkpoint.training import CHECKPOINTS, MARKER_FILE, newest_checkpoint, verify_checkpoint
+from longread.config import InnerConfig, UserError
+from longread.model import Transformer
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class LoadedModel(NamedTuple):
+    """A model and what was stored with it."""
+
+    model: Transformer
+    inner: InnerConfig
+    tokenizer_path: Path | None
+    """The tokenizer.json that belongs to the model; None if none lies where it should."""
+    fingerprint: str
+    """SHA-256 of the stored model, whatever dtype it was loaded in."""
+    metadata: dict[str, Any]
+    """What config.json says: the tokenizer's fingerprint and where the model comes from."""
+
+
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Loads a model from a model directory, a run (its final model, else its newest checkpoint) or a checkpoint.
+
+    `dtype` None keeps the stored one. Raises `UserError` with the reason if there is no model at `path`, if it is
+    damaged, or if its weights are not those of its config.
+    """
+    directory, tokenizer = _find(Path(path))
+    model, inner, metadata = read_model(directory)
+    model.to(device=device, dtype=dtype)
+    return LoadedModel(model, inner, tokenizer if tokenizer.is_file() else None, metadata["fingerprint"], metadata)
+
+
+def _find(path: Path) -> tuple[Path, Path]:
+    """The directory of the weights and the place of their tokenizer."""
+    if not path.exists():
+        raise UserError(f"there is no model at {path}; give a model, a run or a checkpoint directory")
+    if path.parent.name == CHECKPOINTS or (path / MARKER_FILE).exists():
+        verify_checkpoint(path)
+        return path, path.parent.parent / TOKENIZER_FILE
+    if (path / CONFIG_FILE).is_file():
+        return path, path / TOKENIZER_FILE
+    if (path / KIND / CONFIG_FILE).is_file():
+        return path / KIND, path / KIND / TOKENIZER_FILE
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"there is no model at {path}: it has no {CONFIG_FILE}, no {KIND}/ and no finished checkpoint")
+    return checkpoint, path / TOKENIZER_FILE

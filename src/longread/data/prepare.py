@@ -1,0 +1,216 @@
+"""From sources and a tokenizer to token shards, as a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol, get_args
+
+import numpy as np
+
+from longread.config import UserError
+from longread.data.locate import Source, locate
+from longread.data.shards import VALIDATION, Documents, ShardWriter, TokenDataset, read_index
+from longread.data.sources import Document, TokenArray, read_documents
+from longread.data.staging import staged_directory
+
+SHARD_TOKENS = 1 << 27
+
+
+class TextEncoder(Protocol):
+    """What is asked of a tokenizer here; `longread.tokenizer.Tokenizer` is one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def save(self, directory: Path) -> None: ...
+
+
+class Progress(NamedTuple):
+    """What has been written so far, and the source being read."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    source: str
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: TextEncoder | None,
+    *,
+    documents: Documents = "reset",
+    text_field: str = "text",
+    validation_fraction: float = 0.0,
+    shard_tokens: int = SHARD_TOKENS,
+    exclude: Sequence[str] = (),
+    vocab_size: int | None = None,
+    bos_id: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> TokenDataset:
+    """Writes the documents of `sources` to the directory `out`, in order, and opens it.
+
+    `sources`: UTF-8 text files (a document each), directories, globs, `.jsonl` and `.parquet` (a document per row, in
+    `text_field`), each also as `.gz` where it is text, `hf:NAME[:CONFIGURATION][:SPLIT]`, and Zarr token arrays (cut
+    into documents at BOS). Every text starts with BOS if the tokenizer has one.
+
+    `documents`: "reset", windows keep inside documents; "join", they run across them. It is recorded with the data.
+    `validation_fraction`: about this share of the documents goes to `out/validation` instead (`.validation`), chosen
+    by a hash of how each begins; the choice does not depend on order or names, and copies stay together.
+    `exclude`: patterns of names or paths left out of directories and globs. `vocab_size`, `bos_id`: for token arrays
+    without a tokenizer; by default the largest id plus one, and no BOS. `overwrite`: replace a dataset at `out`.
+
+    Files in directories and globs that are binary, empty, unreadable or shorter than 2 tokens, and rows without text,
+    are counted in `.index["skipped"]`; a file that was named itself is an error. Raises `UserError`; then nothing is
+    left behind and what was at `out` is untouched.
+    """
+    if documents not in get_args(Documents):
+        raise UserError(f"documents is {documents!r}; it must be reset or join")
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f"validation_fraction is {validation_fraction}; it must lie in [0, 1)")
+    if shard_tokens < 1:
+        raise UserError(f"shard_tokens is {shard_tokens}; it must be at least 1")
+    out = Path(out).expanduser()
+    with staged_directory(out, may_replace=_is_dataset if overwrite else None) as staging:
+        found = locate(sources, exclude=exclude, out=out)
+        if tokenizer is None:
+            vocab_size = _checked_vocabulary(found, vocab_size, bos_id)
+        else:
+            vocab_size, bos_id = tokenizer.vocab_size, tokenizer.bos_id
+        train = ShardWriter(staging, vocab_size, shard_tokens)
+        validation = ShardWriter(staging / VALIDATION, vocab_size, shard_tokens) if validation_fraction else None
+        with contextlib.closing(train), contextlib.closing(validation or train):
+            stream = _Preparation(tokenizer, bos_id, train, validation, validation_fraction, text_field, progress)
+            for source in found:
+                stream.read(source)
+            stream.finish(documents)
+    return TokenDataset.open(out)
+
+
+def read_texts(
+    sources: Sequence[str | Path], *, text_field: str = "text", exclude: Sequence[str] = ()
+) -> Iterator[str]:
+    """The texts of `sources` as `prepare` reads them, in pieces of at most a million characters, to train a tokenizer
+    on. Raises `UserError`."""
+    for source in locate(sources, exclude=exclude):
+        if source.kind == "array":
+            raise UserError(f"{source.name} holds token ids, not text; give text to train a tokenizer on")
+        for document in read_documents(source, text_field, Counter()):
+            yield from document.pieces
+
+
+@dataclass
+class _Preparation:
+    """The running state: which split the current document goes to, and the counts."""
+
+    tokenizer: TextEncoder | None
+    bos_id: int | None
+    train: ShardWriter
+    validation: ShardWriter | None
+    validation_fraction: float
+    text_field: str
+    progress: Callable[[Progress], None] | None
+    skipped: Counter[str] = field(default_factory=Counter)
+    num_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.writer = self.train
+        self.writers = [self.train] if self.validation is None else [self.train, self.validation]
+
+    def read(self, source: Source) -> None:
+        if source.kind == "array":
+            for run in TokenArray(source.name).runs(self.bos_id):
+                if run.first:
+                    self._begin(source.name, run.row, run.tokens.tobytes())
+                self._add(source.name, run.tokens, None)
+        elif self.tokenizer is not None:
+            for document in read_documents(source, self.text_field, self.skipped):
+                self._read_text(document, self.tokenizer)
+
+    def finish(self, documents: Documents) -> None:
+        if not any(writer.num_documents for writer in self.writers):
+            skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+            raise UserError(f"there is no text in the sources ({skipped or 'nothing found'}); give UTF-8 text")
+        for name, writer in zip(("training", VALIDATION), self.writers, strict=False):
+            if not writer.num_documents:
+                raise UserError(
+                    f"validation_fraction {self.validation_fraction} left no document for {name}; "
+                    "give more documents or another fraction"
+                )
+            facts = {
+                "bos_id": self.bos_id,
+                "tokenizer": self.tokenizer and self.tokenizer.fingerprint,
+                "documents": documents,
+                "skipped": dict(sorted(self.skipped.items())),
+            }
+            if self.tokenizer is not None:
+                self.tokenizer.save(writer.directory)
+            writer.finish(facts)
+
+    def _read_text(self, document: Document, tokenizer: TextEncoder) -> None:
+        begun = False
+        for piece in document.pieces:
+            ids = tokenizer.encode(piece)
+            if not begun:
+                if len(ids) < 2:
+                    if document.named:
+                        raise UserError(f"{document.source} has {len(ids)} tokens of text; give at least 2")
+                    self.skipped["too short"] += 1
+                    return
+                begun = True
+                self._begin(document.source, document.row, piece.encode())
+                if self.bos_id is not None:
+                    ids = [self.bos_id, *ids]
+            self._add(document.source, np.array(ids, dtype=np.int64), len(piece.encode()))
+
+    def _begin(self, source: str, row: int | None, start: bytes) -> None:
+        self.writer = self.train
+        if self.validation is not None:
+            draw = int.from_bytes(hashlib.blake2b(start, digest_size=8).digest(), "big") / 2**64
+            if draw < self.validation_fraction:
+                self.writer = self.validation
+        self.writer.begin_document(source, row)
+
+    def _add(self, source: str, tokens: np.ndarray, num_bytes: int | None) -> None:
+        self.writer.add(tokens, num_bytes)
+        self.num_bytes += num_bytes or 0
+        if self.progress is not None:
+            num_documents = sum(writer.num_documents for writer in self.writers)
+            num_tokens = sum(writer.num_tokens for writer in self.writers)
+            self.progress(Progress(num_documents, num_tokens, self.num_bytes, source))
+
+
+def _checked_vocabulary(sources: Sequence[Source], vocab_size: int | None, bos_id: int | None) -> int:
+    """The vocabulary of sources that are all token arrays."""
+    for source in sources:
+        if source.kind != "array":
+            raise UserError(f"{source.name} is text and needs a tokenizer, for example bytes")
+    if vocab_size is None:
+        vocab_size = max(1, *(1 + TokenArray(source.name).maximum() for source in sources))
+    if not 1 <= vocab_size <= 1 << 32:
+        raise UserError(f"vocab_size is {vocab_size}; it must lie between 1 and 2^32")
+    if bos_id is not None and not 0 <= bos_id < vocab_size:
+        raise UserError(f"bos_id {bos_id} is outside the vocabulary of {vocab_size}; give matching values")
+    return vocab_size
+
+
+def _is_dataset(path: Path) -> bool:
+    try:
+        read_index(path)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,243 @@
+"""Readers: one source to its documents, as a stream. Every optional package of `data` is imported here."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import itertools
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from longread.config import UserError
+from longread.data.locate import HUB_PREFIX, Source
+
+BLOCK_BYTES = 1 << 20
+PIECE_CHARACTERS = 1 << 20
+"""A document this long or shorter is encoded in one go; a longer one in pieces, so that memory stays bounded."""
+ARRAY_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: `source` and, in a source of many, the `row` counted from 0. `pieces` can be iterated once."""
+
+    source: str
+    row: int | None
+    pieces: Iterable[str]
+    named: bool = False
+
+
+class TokenRun(NamedTuple):
+    """A part of a token array; `first` where a new document starts with it."""
+
+    first: bool
+    row: int
+    tokens: np.ndarray
+
+
+class _Unusable(UserError):
+    """A file that holds no text. `kind` is the word under which it is counted when it is skipped."""
+
+    def __init__(self, path: str, kind: str, remedy: str) -> None:
+        super().__init__(f"{path} is {kind}; {remedy}")
+        self.kind = kind.partition(":")[0]
+
+
+def read_documents(source: Source, text_field: str, skipped: Counter[str]) -> Iterator[Document]:
+    """The documents of one source that holds text.
+
+    Files that hold no text are counted in `skipped`, unless they were named: then, as for rows that cannot be read,
+    `UserError`. Rows without text are counted.
+    """
+    if source.kind == "text":
+        yield from _read_text_file(source, skipped)
+        return
+    reader = {"jsonl": _jsonl_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind]
+    empty = True
+    for row, text in enumerate(reader(source.name, text_field)):
+        empty = False
+        if text is None or text == "":
+            skipped["empty"] += 1
+            continue
+        if not isinstance(text, str):
+            raise UserError(f"{text_field} of {source.name}:{row} is {type(text).__name__}; it must be a text")
+        # JSON may spell half a surrogate pair, which no UTF-8 can hold.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        slices = (text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS))
+        yield Document(source.name, row, cut(slices))
+    if empty:
+        if source.named:
+            raise UserError(f"{source.name} has no rows; give a source with text")
+        skipped["empty"] += 1
+
+
+def cut(blocks: Iterable[str]) -> Iterator[str]:
+    """Joins `blocks` and cuts the text again, before a space where possible, into pieces of at most PIECE_CHARACTERS.
+
+    Tokenizers split before a space between words, so such a cut changes no token.
+    """
+    buffer = ""
+    for block in blocks:
+        buffer += block
+        while len(buffer) > PIECE_CHARACTERS:
+            end = buffer.rfind(" ", PIECE_CHARACTERS // 2, PIECE_CHARACTERS)
+            end = end if end > 0 else PIECE_CHARACTERS
+            yield buffer[:end]
+            buffer = buffer[end:]
+    if buffer:
+        yield buffer
+
+
+def _read_text_file(source: Source, skipped: Counter[str]) -> Iterator[Document]:
+    try:
+        pieces = cut(_decoded(source.name))
+        start = list(itertools.islice(pieces, 2))
+        if not start:
+            raise _Unusable(source.name, "empty", "give a file with text")
+        rest: Iterable[str] = pieces
+        if not source.named and len(start) == 2:  # read it all before promising that it is text
+            for _ in pieces:
+                pass
+            start, rest = [], cut(_decoded(source.name))
+    except _Unusable as error:
+        if source.named:
+            raise
+        skipped[error.kind] += 1
+        return
+    yield Document(source.name, None, itertools.chain(start, rest), source.named)
+
+
+def _blocks(path: str) -> Iterator[bytes]:
+    try:
+        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise _Unusable(path, "damaged: it ends in .gz but is not whole gzip data", "pack it again") from None
+    except OSError as error:
+        raise _Unusable(path, f"unreadable: {error.strerror}", "check its permissions") from None
+
+
+def _decoded(path: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    remedy = "give UTF-8 text"
+    try:
+        for block in _blocks(path):
+            if b"\0" in block:
+                raise _Unusable(path, "binary: it holds a NUL byte", remedy)
+            yield decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise _Unusable(path, "binary: it is not valid UTF-8", remedy) from None
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    rest = b""
+    for block in _blocks(path):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _jsonl_rows(path: str, field: str) -> Iterator[Any]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"line {number} of {path} is not JSON ({error}); give one object a line") from None
+        if not isinstance(row, dict) or field not in row:
+            has = ", ".join(row) if isinstance(row, dict) else "no fields"
+            raise UserError(f"line {number} of {path} has no field {field!r} but {has}; name the one that holds text")
+        yield row[field]
+
+
+def _parquet_rows(path: str, field: str) -> Iterator[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError('Parquet needs pyarrow: pip install "longread[parquet]"') from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if field not in columns:
+                raise UserError(
+                    f"{path} has no column {field!r} but {', '.join(columns)}; name the one that holds text"
+                )
+            for batch in file.iter_batches(batch_size=64, columns=[field]):
+                yield from batch.column(0).to_pylist()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a valid Parquet file ({error}); make it again") from None
+
+
+def _hub_rows(name: str, field: str) -> Iterator[Any]:
+    """`hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIGURATION:SPLIT`, streamed; the split is `train` unless given."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError('Hugging Face datasets need datasets: pip install "longread[hub]"') from None
+    path, *rest = name.removeprefix(HUB_PREFIX).split(":")
+    if not path or len(rest) > 2:
+        raise UserError(f"{name} is not a dataset name; write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
+    configuration = rest[0] if len(rest) == 2 else None
+    try:
+        for row in datasets.load_dataset(path, configuration, split=rest[-1] if rest else "train", streaming=True):
+            if field not in row:
+                raise UserError(f"{name} has no field {field!r} but {', '.join(row)}; name the one that holds text")
+            yield row[field]
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds: no network, no such name, no such split
+        raise UserError(f"cannot read {name}: {' '.join(str(error).split())}") from None
+
+
+class TokenArray:
+    """A one-dimensional Zarr array of token ids, as the official code reads them."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            import zarr
+        except ImportError:
+            raise UserError('token arrays need zarr: pip install "longread[zarr]"') from None
+        self.path = path
+        try:
+            self._array = zarr.open_array(path, mode="r")
+        except Exception as error:  # the library raises many kinds on damaged metadata
+            raise UserError(f"cannot read the token array {path}: {' '.join(str(error).split())}") from None
+        if self._array.ndim != 1 or self._array.dtype.kind not in "iu":
+            shape = f"{self._array.ndim} dimensions of {self._array.dtype}"
+            raise UserError(f"{path} has {shape}; a token array has one dimension of whole numbers")
+        if self._array.shape[0] < 2:
+            raise UserError(f"{path} has {self._array.shape[0]} tokens; give at least 2")
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """int64 [up to ARRAY_BLOCK], every token once."""
+        for start in range(0, self._array.shape[0], ARRAY_BLOCK):
+            try:
+                block = np.asarray(self._array[start : start + ARRAY_BLOCK])
+            except Exception as error:  # a damaged chunk raises what its codec raises
+                raise UserError(f"cannot read the token array {self.path} at token {start}: {error}") from None
+            yield block.astype(np.int64)
+
+    def maximum(self) -> int:
+        return max(int(block.max()) for block in self.blocks())
+
+    def runs(self, bos_id: int | None) -> Iterator[TokenRun]:
+        """The array cut before every BOS and wherever a block ends."""
+        row = -1
+        for block in self.blocks():
+            starts = [] if bos_id is None else np.flatnonzero(block == bos_id).tolist()
+            for start, end in itertools.pairwise(sorted({0, *starts, len(block)})):
+                first = row < 0 or bool(bos_id is not None and block[start] == bos_id)
+                row += first
+                yield TokenRun(first, row, block[start:end])

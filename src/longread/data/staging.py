@@ -1,0 +1,62 @@
+"""A directory that appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from longread.config import UserError
+
+
+@contextmanager
+def staged_directory(out: Path, may_replace: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yields a new directory beside `out` and renames it to `out` at the end.
+
+    An `out` that exists and is not empty is refused unless `may_replace(out)`; then it stays until the new one is
+    complete. On any error nothing is left behind and `out` is as it was; an `OSError` becomes a `UserError`.
+    """
+    out = Path(os.path.realpath(out))  # a link stays, what it leads to is replaced
+    missing_parents = [parent for parent in out.parents if not parent.exists()]
+    token = secrets.token_hex(4)
+    staging, previous = (out.with_name(f".{out.name}.{token}.{suffix}") for suffix in ("new", "old"))
+    complete = False
+    try:
+        if _occupied(out) and not (may_replace and may_replace(out)):
+            raise UserError(f"{out} exists; choose another place, or ask to overwrite it if it is a dataset")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        yield staging
+        _flush(staging)
+        if out.exists():
+            out.rename(previous)
+        staging.rename(out)
+        complete = True
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; nothing was changed there") from None
+    finally:
+        if previous.exists() and not complete:
+            previous.rename(out)
+        shutil.rmtree(previous if complete else staging, ignore_errors=True)
+        if not complete:
+            with contextlib.suppress(OSError):
+                for parent in missing_parents:
+                    parent.rmdir()
+
+
+def _occupied(path: Path) -> bool:
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def _flush(top: Path) -> None:
+    """Makes everything below `top` survive a power cut before the rename does."""
+    for path in (*top.rglob("*"), top, top.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

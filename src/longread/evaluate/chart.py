@@ -1,0 +1,136 @@
+"""Line charts as inline SVG: no dependency, themed by the page's CSS variables, readable without colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 860, 360
+LEFT, RIGHT, TOP, BOTTOM = 56, 190, 16, 48
+LABEL_SPACING = 17
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One series: (x, y) points, optional interval (low, high) per point, a palette place and a dash or none."""
+
+    label: str
+    points: list[tuple[float, float]]
+    band: list[tuple[float, float]] | None = None
+    color: int = 0
+    dashed: bool = False
+
+
+def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str, log_x: bool = True) -> str:
+    """Draws the lines with direct labels at their ends; every point carries its numbers as a tooltip."""
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return ""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    ys += [bound for line in lines for pair in line.band or [] for bound in pair]
+    scale = _Scale(min(xs), max(xs), min(ys), max(ys), log_x)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title>",
+        *_axes(scale, x_label, y_label),
+    ]
+    for line in lines:
+        if line.band:
+            upper = [f"{scale.x(x):.1f},{scale.y(high):.1f}" for (x, _), (_, high) in zip(line.points, line.band)]
+            lower = [f"{scale.x(x):.1f},{scale.y(low):.1f}" for (x, _), (low, _) in zip(line.points, line.band)]
+            parts.append(f'<polygon class="band c{line.color}" points="{" ".join(upper + lower[::-1])}"/>')
+    for line in lines:
+        dash = ' stroke-dasharray="6 5"' if line.dashed else ""
+        path = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in line.points)
+        parts.append(f'<polyline class="line c{line.color}"{dash} points="{path}"/>')
+        if len(line.points) <= 64:
+            parts.extend(
+                f'<circle class="point c{line.color}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="2.6">'
+                f"<title>{escape(line.label)}: {y:.4f} at {x:,.0f}</title></circle>"
+                for x, y in line.points
+            )
+    parts.extend(_end_labels(lines, scale))
+    return "\n".join([*parts, "</svg>"])
+
+
+class _Scale:
+    def __init__(self, x_min: float, x_max: float, y_min: float, y_max: float, log_x: bool) -> None:
+        self.log_x = log_x
+        self.x_min, self.x_max = x_min, x_max if x_max > x_min else x_min + 1
+        self.y_ticks = nice_ticks(y_min, y_max)
+        self.y_min, self.y_max = min(y_min, self.y_ticks[0]), max(y_max, self.y_ticks[-1])
+
+    def x(self, value: float) -> float:
+        low, high, at = self.x_min, self.x_max, value
+        if self.log_x:
+            low, high, at = math.log2(low), math.log2(high), math.log2(value)
+        return LEFT + (at - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return TOP + (self.y_max - value) / (self.y_max - self.y_min) * (HEIGHT - TOP - BOTTOM)
+
+    @property
+    def x_ticks(self) -> list[float]:
+        if not self.log_x:
+            return [tick for tick in nice_ticks(self.x_min, self.x_max) if self.x_min <= tick <= self.x_max]
+        first, last = math.ceil(math.log2(self.x_min)), math.floor(math.log2(self.x_max))
+        return [2.0**power for power in range(first, last + 1, max(1, (last - first) // 9))]
+
+
+def nice_ticks(low: float, high: float, target: int = 6) -> list[float]:
+    """Round numbers that span [low, high]: steps of 1, 2, 2.5 or 5 times a power of ten."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / target))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if span / (factor * power) <= target)
+    return [round(i * step, 12) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _axes(scale: _Scale, x_label: str, y_label: str) -> list[str]:
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = []
+    for tick in scale.y_ticks:
+        y = scale.y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in scale.x_ticks:
+        x = scale.x(tick)
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 5}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 19}" text-anchor="middle">{_short(tick)}</text>')
+    middle = (TOP + bottom) / 2
+    return [
+        *parts,
+        f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>',
+        f'<text class="name" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>',
+        f'<text class="name" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
+        f"{escape(y_label)}</text>",
+    ]
+
+
+def _short(value: float) -> str:
+    if value >= 2**20 and value % 2**20 == 0:
+        return f"{value / 2**20:g}M"
+    return f"{value / 1024:g}K" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
+
+
+def _end_labels(lines: Sequence[Line], scale: _Scale) -> list[str]:
+    """Labels beside the last points, moved apart where they would overlap."""
+    ends = sorted((scale.y(line.points[-1][1]), i) for i, line in enumerate(lines))
+    parts, floor = [], -math.inf
+    lift = max(0.0, ends[0][0] + LABEL_SPACING * (len(ends) - 1) - (HEIGHT - BOTTOM)) if ends else 0.0
+    for y, i in ends:
+        floor = max(y - lift, floor + LABEL_SPACING)
+        line = lines[i]
+        x = scale.x(line.points[-1][0])
+        parts.append(
+            f'<text class="label c{line.color}" x="{max(x, WIDTH - RIGHT) + 8:.1f}" y="{floor + 4:.1f}">'
+            f"{escape(line.label)}</text>"
+        )
+        if x < WIDTH - RIGHT - 1:
+            parts.append(
+                f'<line class="leader c{line.color}" x1="{x + 4:.1f}" x2="{WIDTH - RIGHT + 4}" '
+                f'y1="{y:.1f}" y2="{floor:.1f}"/>'
+            )
+    return parts

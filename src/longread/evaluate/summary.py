@@ -1,0 +1,211 @@
+"""From sums to figures: every loss with its interval, side by side for any number of models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from longread.evaluate.estimate import Estimate, ratio
+from longread.evaluate.measure import Measurement
+from longread.evaluate.positions import PositionLoss, octaves
+
+FORMAT = "longread-evaluation/1"
+
+Sums: TypeAlias = tuple[float, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A mean loss; bits per byte compare models of different tokenizers and are None where bytes are unknown."""
+
+    nats_per_token: Estimate
+    bits_per_byte: Estimate | None
+
+
+@dataclass(frozen=True, slots=True)
+class PositionScore:
+    """The loss at positions start … end - 1 (position t predicts token t + 1)."""
+
+    start: int
+    end: int
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
+class LengthScore:
+    """Documents of at least `context_length` tokens: the loss over all of it, and over its last half alone."""
+
+    context_length: int
+    score: Score
+    last_half: Score
+    gain_over_frozen: Estimate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The inner loop: gradient norms, share of clipped steps, relative drift of the fast weights."""
+
+    steps: int
+    mean_gradient_norm: float
+    largest_gradient_norm: float
+    clipped_share: float
+    drift: list[tuple[int, float]]
+    """(tokens read, mean over documents of ‖W - W_0‖ / ‖W_0‖)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one model achieved in one way of reading: learning, frozen, or static (it has no fast weights)."""
+
+    model: str
+    reading: str
+    parameters: int
+    fast_weights: int
+    tokens: int
+    seconds: float
+    loss: Score
+    gain_over_frozen: Estimate | None
+    """Nats per token that learning saves against the same weights read frozen, paired by document."""
+    by_position: list[PositionScore]
+    curve: list[PositionScore]
+    """The same in finer, log-spaced bins, for plots."""
+    by_context_length: list[LengthScore]
+    at_index: list[PositionScore]
+    health: Health | None
+
+    @property
+    def label(self) -> str:
+        return self.model if self.reading == "static" else f"{self.model}, {self.reading}"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All results on one set of documents, with what is needed to read them."""
+
+    results: list[Result]
+    documents: int
+    tokens: int
+    bytes: int | None
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `json.dump`: no NaN, no infinity."""
+        table: dict[str, Any] = {"format": FORMAT, "confidence": 0.95, "unit_of_sampling": "document"}
+        return _finite(table | asdict(self))
+
+
+def summarize(
+    measurements: Sequence[Measurement],
+    *,
+    lengths: Sequence[int] = (),
+    indices: Sequence[int] = (),
+    notes: Sequence[str] = (),
+) -> Evaluation:
+    """Turns measurements of the same documents, made with the same `lengths` and `indices` as edges, into figures.
+
+    A learning measurement is paired with the frozen one of the same model name, if there is one.
+    """
+    frozen = {m.model: m for m in measurements if m.reading == "frozen"}
+    results = [
+        _result(m, frozen.get(m.model) if m.reading == "learning" else None, lengths, indices) for m in measurements
+    ]
+    first = measurements[0].losses if measurements else []
+    num_bytes = int(sum(loss.bytes.sum() for loss in first))
+    return Evaluation(
+        results, len(first), sum(loss.tokens_read for loss in first), num_bytes or None, notes=list(notes)
+    )
+
+
+def default_lengths(longest: int, smallest: int = 1024) -> list[int]:
+    """Powers of two from `smallest` to the longest that a text of `longest` positions still fills."""
+    lengths = []
+    while smallest <= longest:
+        lengths.append(smallest)
+        smallest *= 2
+    return lengths
+
+
+def _result(m: Measurement, frozen: Measurement | None, lengths: Sequence[int], indices: Sequence[int]) -> Result:
+    longest = max((loss.num_positions for loss in m.losses), default=0)
+    edges = [int(edge) for edge in m.losses[0].edges if edge <= longest] if m.losses else [0]
+    if edges[-1] < longest and m.losses:
+        edges.append(int(m.losses[0].edges[len(edges)]))
+    return Result(
+        model=m.model,
+        reading=m.reading,
+        parameters=m.num_parameters,
+        fast_weights=m.num_fast_weights,
+        tokens=m.tokens,
+        seconds=m.seconds,
+        loss=_score(m.losses, PositionLoss.total) or _NOTHING,
+        gain_over_frozen=_gain(m.losses, frozen.losses, PositionLoss.total) if frozen else None,
+        by_position=_by_position(m.losses, octaves(longest), longest),
+        curve=_by_position(m.losses, list(zip(edges, edges[1:], strict=False)), longest),
+        by_context_length=[
+            score for T in sorted(lengths) if (score := _at_length(m.losses, frozen and frozen.losses, T))
+        ],
+        at_index=_by_position(m.losses, [(i, i + 1) for i in indices], longest),
+        health=_health(m) if m.reading == "learning" else None,
+    )
+
+
+_NOTHING = Score(Estimate(math.nan, None, None, 0), None)
+
+
+def _score(losses: Sequence[PositionLoss], sums: Callable[[PositionLoss], Sums]) -> Score | None:
+    table = np.array([sums(loss) for loss in losses], dtype=float).reshape(-1, 3)
+    nats = ratio(table[:, 0], table[:, 1])
+    bits = ratio(table[:, 0] / math.log(2), table[:, 2])
+    return Score(nats, bits) if nats else None
+
+
+def _gain(
+    learning: Sequence[PositionLoss], frozen: Sequence[PositionLoss], sums: Callable[[PositionLoss], Sums]
+) -> Estimate | None:
+    pairs = np.array([(sums(f)[0] - sums(a)[0], sums(a)[1]) for a, f in zip(learning, frozen, strict=True)])
+    return ratio(*pairs.reshape(-1, 2).T)
+
+
+def _by_position(losses: Sequence[PositionLoss], bins: Sequence[tuple[int, int]], longest: int) -> list[PositionScore]:
+    scores = []
+    for start, end in bins:
+        score = _score(losses, lambda loss, start=start, end=end: loss.between(start, end))  # type: ignore[misc]
+        if score:
+            scores.append(PositionScore(start, min(end, longest), score))
+    return scores
+
+
+def _at_length(losses: Sequence[PositionLoss], frozen: Sequence[PositionLoss] | None, T: int) -> LengthScore | None:
+    enough = [i for i, loss in enumerate(losses) if loss.num_positions >= T]
+    kept = [losses[i] for i in enough]
+    whole = _score(kept, lambda loss: loss.between(0, T))
+    last = _score(kept, lambda loss: loss.between(T // 2, T))
+    if not whole or not last:
+        return None
+    gain = _gain(kept, [frozen[i] for i in enough], lambda loss: loss.between(0, T)) if frozen else None
+    return LengthScore(T, whole, last, gain)
+
+
+def _health(m: Measurement) -> Health:
+    steps = m.inner_steps
+    powers = [position for position in sorted(m.drift) if position & (position - 1) == 0]
+    shown = powers or sorted(m.drift)[-1:]
+    return Health(
+        steps=steps.count,
+        mean_gradient_norm=steps.total / max(1, steps.count),
+        largest_gradient_norm=steps.largest,
+        clipped_share=steps.clipped / max(1, steps.count),
+        drift=[(position, float(np.mean(m.drift[position]))) for position in shown],
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,218 @@
+"""Tensor files and JSON files: versioned, checked when read, and written whole or not at all.
+
+A tensor file is a safetensors file whose metadata has one entry, "longread": a JSON object with the format
+version, the kind of the file, metadata of the writer and a SHA-256 over all of it, names, shapes, dtypes and
+values included. One entry, because safetensors writes several in random order and equal contents should be equal
+files. Nothing here reads or writes pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longread.config import UserError
+
+FORMAT = "longread"
+FORMAT_VERSION = 1
+_PICKLES = (b"PK\x03\x04", b"\x80")  # torch.save writes a zip file of pickles, or a bare one
+
+
+@contextlib.contextmanager
+def atomic_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Yields a temporary sibling for each path; when the block ends well, they are made durable and take its place.
+
+    Nothing is renamed before everything is on the disk. Raises `UserError` when the disk refuses: the temporaries
+    are gone then and the paths hold what they held before.
+    """
+    temporaries = tuple(temporary_sibling(path) for path in paths)
+    with writing(paths[0]):
+        try:
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporaries
+            for temporary in temporaries:
+                make_durable(temporary)
+            for temporary, path in zip(temporaries, paths, strict=True):
+                os.replace(temporary, path)
+            for parent in {path.parent for path in paths}:
+                make_durable(parent)
+        finally:
+            for temporary in temporaries:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the operating system says against writing `path` into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
+        raise UserError(
+            f"cannot write {path}: {reason}; nothing there was changed, so free some space or choose another place"
+        ) from error
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A name beside `path`, on the same file system, that no one else uses; `remove_temporaries` knows it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Deletes what a killed writer left in `directory`. Only for a directory that no one else is writing to."""
+    for pattern in (".*.tmp", ".tmp*"):  # ours, and those of safetensors, which has its own
+        for path in directory.glob(pattern):
+            remove_tree(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a file or a directory tree as far as the system permits; symbolic links are not followed."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            for child in path.iterdir():
+                remove_tree(child)
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+
+
+def make_durable(path: Path) -> None:
+    """Returns when a file's contents, or a directory's entries, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, kind: str) -> None:
+    """Writes one tensor file, in place; `write_tensors_atomically` is the safe way to replace an existing one."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"format_version": FORMAT_VERSION, "kind": kind, "metadata": dict(metadata)}
+    header["sha256"] = digest(header, held)
+    write_safetensors(path, held, {FORMAT: json.dumps(header, sort_keys=True)})
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the permissions of any new file; the library's own only its owner may read."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
+def write_tensors_atomically(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, kind: str = "tensors"
+) -> None:
+    """Writes or replaces the tensor file at `path`: afterwards it is the new one or, after an error, the old one.
+
+    `metadata` is anything JSON can hold. Raises `UserError` when it cannot be written, on a full disk for instance.
+    """
+    with atomic_files(Path(path)) as (temporary,):
+        write_tensors(temporary, tensors, metadata, kind=kind)
+
+
+def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and the metadata of a tensor file.
+
+    Raises `UserError` with the reason when the file is missing, truncated, altered, no safetensors file, not written
+    by Longread, written by a newer Longread, or not of the `kind` asked for.
+    """
+    path = Path(path)
+    tensors, metadata = read_safetensors(path)
+    try:
+        header = json.loads(metadata[FORMAT])
+        version = header["format_version"]
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{path} was not written by Longread; convert it first with `longread convert`") from None
+    _refuse_newer(path, version)
+    if header.pop("sha256", None) != digest(header, tensors):
+        raise UserError(f"{path} is damaged: its contents do not match its checksum; restore it from a copy")
+    if kind is not None and header["kind"] != kind:
+        raise UserError(f"{path} holds {header['kind']}, not {kind}; give another file")
+    return tensors, header["metadata"]
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of any safetensors file, copied out of it. Raises `UserError` with the reason."""
+    try:
+        path.open("rb").close()  # unlike safe_open, says exactly what is in the way
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(_why_no_safetensors(path, error)) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _why_no_safetensors(path: Path, error: SafetensorError) -> str:
+    with path.open("rb") as file:
+        start = file.read(9)
+    size, header_size = path.stat().st_size, int.from_bytes(start[:8], "little")
+    if start.startswith(_PICKLES):
+        return f"{path} looks like a pickle, which can run code and is never loaded; give a safetensors file"
+    if size <= 8 or (start[8:] == b"{" and 8 + header_size > size) or "not fully covered" in str(error):
+        return f"{path} is truncated: {size} bytes are not all of it; restore it from a copy"
+    if start[8:] == b"{":
+        return f"{path} is damaged: {str(error).rpartition(': ')[2]}; restore it from a copy"
+    return f"{path} is no safetensors file; give the path of a model or session that Longread wrote"
+
+
+def _refuse_newer(path: Path, version: Any) -> None:
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, but this Longread reads up to {FORMAT_VERSION}; upgrade Longread"
+        )
+
+
+def digest(header: Any, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of a JSON value and of the names, dtypes, shapes and bytes of `tensors`, in order of names."""
+    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def write_json(path: Path, values: Mapping[str, Any], *, kind: str) -> None:
+    """Writes a JSON file with its format version and kind, in place."""
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": kind}
+    path.write_text(json.dumps(header | dict(values), indent=2) + "\n", encoding="utf-8")
+
+
+def write_json_atomically(path: str | Path, values: Mapping[str, Any], *, kind: str) -> None:
+    """Writes or replaces a JSON file. Raises `UserError` when it cannot be written; the old one is whole then."""
+    with atomic_files(Path(path)) as (temporary,):
+        write_json(temporary, values, kind=kind)
+
+
+def read_json(path: str | Path, *, kind: str) -> dict[str, Any]:
+    """What `write_json_atomically` wrote. Raises `UserError` with the reason when it is missing, damaged or foreign."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is truncated or damaged: it is not valid JSON; restore it from a copy") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by Longread; convert it first with `longread convert`")
+    _refuse_newer(path, values.get("format_version"))
+    if values.get("kind") != kind:
+        raise UserError(f"{path} holds {values.get('kind')}, not {kind}; give another file")
+    return values

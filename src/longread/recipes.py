@@ -1,0 +1,259 @@
+"""Runs as functions: the paper's Table 3, and one that fits a laptop. Two dials, size and context length; the rest follows.
+
+A method is a network, a loss, and the way it is read:
+
+    e2e      windowed attention, the last quarter of the blocks learn, trained end to end (the paper's method)
+    naive    the same network trained on the static loss: TTT-naive, or dynamic evaluation, when it reads learning
+    swa      windowed attention and no fast weights
+    full     full attention
+    hybrid   five windowed blocks, then one full
+
+All have equal parameter count: where a second MLP is added, every MLP is narrowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from longread.config import AttentionPattern, InnerConfig, ModelConfig, OptimizerConfig, RunConfig, UserError
+
+Method = Literal["e2e", "naive", "swa", "full", "hybrid"]
+
+LLAMA3_VOCABULARY = 128_256
+BYTE_VOCABULARY = 257
+PRETRAINING_CONTEXT = 8192
+_FULL_ATTENTION_ROPE = {8192: 5e5, 16384: 1e6, 32768: 2e6, 65536: 5e6, 131072: 1e7}
+_ATTENTION: dict[str, AttentionPattern] = {"full": "full", "hybrid": "hybrid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One row of Table 3. Batches and token counts are in tokens."""
+
+    num_blocks: int
+    width: int
+    num_heads: int
+    mlp_hidden: int
+    """Before it is narrowed to make room for the fast MLPs."""
+    batch_tokens: int
+    lr: float
+    steps: int
+    extension_batch_tokens: int
+    extension_steps: int
+
+
+SIZES = {
+    "125m": Size(
+        num_blocks=12,
+        width=768,
+        num_heads=12,
+        mlp_hidden=2048,
+        batch_tokens=2**19,
+        lr=3e-3,
+        steps=4800,
+        extension_batch_tokens=2**20,
+        extension_steps=120,
+    ),
+    "350m": Size(
+        num_blocks=24,
+        width=1024,
+        num_heads=16,
+        mlp_hidden=2816,
+        batch_tokens=2**19,
+        lr=1.5e-3,
+        steps=13_500,
+        extension_batch_tokens=2**20,
+        extension_steps=337,
+    ),
+    "760m": Size(
+        num_blocks=24,
+        width=1536,
+        num_heads=16,
+        mlp_hidden=4096,
+        batch_tokens=2**19,
+        lr=1.25e-3,
+        steps=29_000,
+        extension_batch_tokens=2**20,
+        extension_steps=725,
+    ),
+    "1.3b": Size(
+        num_blocks=24,
+        width=2048,
+        num_heads=32,
+        mlp_hidden=5376,
+        batch_tokens=2**19,
+        lr=1e-3,
+        steps=50_000,
+        extension_batch_tokens=2**20,
+        extension_steps=1250,
+    ),
+    "3b": Size(
+        num_blocks=32,
+        width=2560,
+        num_heads=32,
+        mlp_hidden=6912,
+        batch_tokens=2**20,
+        lr=8e-4,
+        steps=52_000,
+        extension_batch_tokens=2**21,
+        extension_steps=1300,
+    ),
+}
+
+
+def narrowed(mlp_hidden: int, num_blocks: int, num_suffix_blocks: int) -> int:
+    """F such that L + S MLPs hold what L of `mlp_hidden` did: roundup128(F · L / (L + S))."""
+    return math.ceil(mlp_hidden * num_blocks / (num_blocks + num_suffix_blocks) / 128) * 128
+
+
+def pretrain(size: str, method: Method = "e2e", *, vocab_size: int = LLAMA3_VOCABULARY, seed: int = 0) -> RunConfig:
+    """Table 3, pre-training at 8K: 10 % warm-up, cosine to 1e-5, the inner rate warmed from 0.1 to 1 meanwhile."""
+    row = _row(size)
+    warmup = round(0.1 * row.steps)
+    return RunConfig(
+        name=f"{size}-{method}",
+        model=_paper_model(row, method, PRETRAINING_CONTEXT, vocab_size),
+        loss=_loss(method),
+        inner=InnerConfig(warmup_steps=warmup),
+        optimizer=OptimizerConfig(lr=row.lr, warmup_steps=warmup, decay_steps=row.steps),
+        context_length=PRETRAINING_CONTEXT,
+        batch_size=row.batch_tokens // PRETRAINING_CONTEXT,
+        steps=row.steps,
+        seed=seed,
+    )
+
+
+def extend(
+    size: str,
+    method: Method = "e2e",
+    *,
+    context_length: int = 131_072,
+    vocab_size: int = LLAMA3_VOCABULARY,
+    seed: int = 0,
+) -> RunConfig:
+    """Table 3, extension of a pre-trained model to a longer context: 5 % of the tokens, twice the batch, lr 4e-4."""
+    row = _row(size)
+    if row.extension_batch_tokens % context_length:
+        raise UserError(
+            f"context_length {context_length} does not divide the batch of {row.extension_batch_tokens} tokens; "
+            f"use a power of two up to {row.extension_batch_tokens}"
+        )
+    return RunConfig(
+        name=f"{size}-{method}-{context_length}",
+        model=_paper_model(row, method, context_length, vocab_size),
+        loss=_loss(method),
+        optimizer=OptimizerConfig(
+            lr=4e-4, warmup_steps=round(0.1 * row.extension_steps), decay_steps=row.extension_steps
+        ),
+        context_length=context_length,
+        batch_size=row.extension_batch_tokens // context_length,
+        steps=row.extension_steps,
+        seed=seed,
+    )
+
+
+def toy(
+    method: Method = "e2e",
+    *,
+    context_length: int = 1024,
+    vocab_size: int = BYTE_VOCABULARY,
+    steps: int = 250,
+    seed: int = 0,
+) -> RunConfig:
+    """0.8M parameters on bytes, minutes on two CPU cores: window : mini-batch : context as 128 : 32 : 1024."""
+    warmup = round(0.1 * steps)
+    L, S = 4, _suffix(4, method)
+    return RunConfig(
+        name=f"toy-{method}",
+        model=ModelConfig(
+            vocab_size=vocab_size,
+            width=128,
+            num_blocks=L,
+            num_heads=4,
+            mlp_hidden=narrowed(320, L, S) if S else 320,
+            window_size=128,
+            mini_batch_size=32,
+            num_suffix_blocks=S,
+            attention=_ATTENTION.get(method, "window"),
+        ),
+        loss=_loss(method),
+        inner=InnerConfig(warmup_steps=warmup),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=warmup, decay_steps=steps),
+        context_length=context_length,
+        batch_size=8,
+        steps=steps,
+        seed=seed,
+    )
+
+
+def recipe(
+    name: str,
+    method: Method = "e2e",
+    *,
+    context_length: int | None = None,
+    vocab_size: int | None = None,
+    seed: int = 0,
+) -> RunConfig:
+    """A run by name: "toy", a size ("125m" … "3b"), or a size and "-extend". Raises `UserError` for any other.
+
+    `None` leaves a dial to the recipe.
+    """
+    if name not in RECIPES:
+        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    if method not in get_args(Method):
+        raise UserError(f"there is no method {method!r}; choose one of {', '.join(get_args(Method))}")
+    dials = {"context_length": context_length, "vocab_size": vocab_size}
+    if context_length is not None and name in SIZES:
+        raise UserError(f"pre-training is at {PRETRAINING_CONTEXT} tokens; for {context_length} use {name}-extend")
+    return RECIPES[name](method, seed=seed, **{dial: value for dial, value in dials.items() if value is not None})
+
+
+def _of(make: Callable[..., RunConfig], size: str) -> Callable[..., RunConfig]:
+    return lambda method="e2e", **dials: make(size, method, **dials)
+
+
+RECIPES: dict[str, Callable[..., RunConfig]] = {
+    "toy": toy,
+    **{size: _of(pretrain, size) for size in SIZES},
+    **{f"{size}-extend": _of(extend, size) for size in SIZES},
+}
+
+
+def _row(size: str) -> Size:
+    if size not in SIZES:
+        raise UserError(f"there is no size {size!r}; choose one of {', '.join(SIZES)}")
+    return SIZES[size]
+
+
+def _suffix(num_blocks: int, method: Method) -> int:
+    return num_blocks // 4 if method in ("e2e", "naive") else 0
+
+
+def _loss(method: Method) -> Literal["end-to-end", "static"]:
+    return "end-to-end" if method == "e2e" else "static"
+
+
+def _paper_model(row: Size, method: Method, context_length: int, vocab_size: int) -> ModelConfig:
+    S = _suffix(row.num_blocks, method)
+    rope_base = 5e5
+    if method == "full":
+        if context_length not in _FULL_ATTENTION_ROPE:
+            known = ", ".join(map(str, _FULL_ATTENTION_ROPE))
+            raise UserError(f"full attention has a rotary base for {known} tokens, not for {context_length}")
+        rope_base = _FULL_ATTENTION_ROPE[context_length]
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=row.width,
+        num_blocks=row.num_blocks,
+        num_heads=row.num_heads,
+        mlp_hidden=narrowed(row.mlp_hidden, row.num_blocks, S) if S else row.mlp_hidden,
+        window_size=8192,
+        mini_batch_size=1024,
+        num_suffix_blocks=S,
+        attention=_ATTENTION.get(method, "window"),
+        rope_base=rope_base,
+        init_std=0.02,
+    )

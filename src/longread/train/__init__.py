@@ -1,0 +1,31 @@
+"""Training: the outer loop's optimizer, the run, and what happens when it is stopped or goes wrong.
+
+optimizer   AdamW, clipping by global norm, the state of both by parameter name
+gradient    the meta-gradient of one batch, accumulated over micro-batches
+validation  the loss on held-out text, read learning and read frozen
+stopping    SIGTERM, SIGINT, and the halt at numbers that are not finite
+run         the run: start or resume, step, record, checkpoint, finish
+progress    a line or a bar for people
+"""
+
+from __future__ import annotations
+
+from longread.train.gradient import BatchGradient, accumulate_gradient
+from longread.train.optimizer import clip_gradients, make_optimizer, update
+from longread.train.progress import Progress
+from longread.train.run import TrainResult, train
+from longread.train.stopping import TrainingHalted
+from longread.train.validation import validation_losses
+
+__all__ = [
+    "BatchGradient",
+    "Progress",
+    "TrainResult",
+    "TrainingHalted",
+    "accumulate_gradient",
+    "clip_gradients",
+    "make_optimizer",
+    "train",
+    "update",
+    "validation_losses",
+]

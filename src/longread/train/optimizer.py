@@ -1,0 +1,82 @@
+"""The outer loop's AdamW: decoupled decay of every parameter, gains included, and clipping by global norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longread.config import OptimizerConfig, UserError
+
+_EMBEDDING = "embedding.weight"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters of `model`; its rate is set by `update`, step by step."""
+    named = dict(model.named_parameters())
+    exempt = [] if config.decay_embedding else [named.pop(_EMBEDDING)]
+    groups = [
+        {"params": list(named.values()), "weight_decay": config.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """L2 norm over all gradients together, []."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, clip: float | None) -> None:
+    """Scales all gradients by clip / norm if `norm`, theirs together, exceeds `clip`. No epsilon."""
+    if clip is not None and norm > clip:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(clip / norm)
+
+
+def update(model: nn.Module, optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, norm: Tensor) -> float:
+    """One clipped step from the gradients in place, which are gone afterwards; returns the rate it used.
+
+    `step` counts from 0; `norm` is `gradient_norm` of the parameters.
+    """
+    lr = config.lr_at(step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    clip_gradients(model.parameters(), norm, config.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return lr
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The moments of every parameter that has been stepped, as `parameter.moment`."""
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for moment in _MOMENTS
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor], where: Path
+) -> None:
+    """Puts back what `optimizer_tensors` gave. Raises `UserError` if the moments are not of this model."""
+    for name, parameter in model.named_parameters():
+        moments = {moment: tensors[key] for moment in _MOMENTS if (key := f"{name}.{moment}") in tensors}
+        if len(moments) < len(_MOMENTS) or moments["exp_avg"].shape != parameter.shape:
+            raise UserError(f"{where} has no moments for {name}; it is the optimizer of another model")
+        optimizer.state[parameter] = {
+            moment: tensor.to(parameter.device, torch.float32 if moment == "step" else parameter.dtype)
+            for moment, tensor in moments.items()
+        }

@@ -1,0 +1,350 @@
+"""One training run, from an empty directory or from its newest checkpoint to a finished model.
+
+    RUN/run.json          what was run, with which code, where and when (longread.record)
+    RUN/metrics.jsonl     a row per step
+    RUN/tokenizer.json    the tokenizer of the data
+    RUN/checkpoints/      where training resumes (longread.checkpoint.training)
+    RUN/model/            the finished model
+
+Everything that a step depends on is its number, the weights and the optimizer's moments: data, rates and masks are
+functions of the step. So a resumed run computes bit for bit what an uninterrupted one computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longread import checkpoint, files, record
+from longread.config import Precision, RunConfig, UserError
+from longread.data import Sampler, TokenDataset
+from longread.model import Transformer, initialize
+from longread.outer_loop import choose_recompute
+from longread.train.gradient import accumulate_gradient
+from longread.train.optimizer import gradient_norm, make_optimizer, optimizer_tensors, restore_optimizer, update
+from longread.train.stopping import StopSignal, halt, not_finite_in, not_finite_weight
+from longread.train.validation import validation_losses
+
+Row = dict[str, Any]
+
+RUN_FILE, METRICS_FILE, MODEL_DIRECTORY = "run.json", "metrics.jsonl", "model"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    model: Transformer
+    step: int
+    """Finished steps, over all starts of the run."""
+    tokens: int
+    seconds: float
+    """Since this start."""
+    row: Row | None
+    """The last row of metrics; None if there was nothing left to do."""
+    model_directory: Path | None
+    """None if the run was interrupted: it can be resumed."""
+
+    @property
+    def interrupted(self) -> bool:
+        return self.model_directory is None
+
+
+def train(
+    config: RunConfig,
+    data: TokenDataset,
+    out: str | Path,
+    *,
+    validation: TokenDataset | None = None,
+    device: str | torch.device = "auto",
+    resume: bool = False,
+    trackers: Sequence[str] = (),
+    on_step: Callable[[Row], None] | None = None,
+) -> TrainResult:
+    """Trains the model of `config` on `data` and leaves the run in the directory `out`.
+
+    Args:
+        validation: held-out tokens, evaluated every `config.evaluate_every` steps and at the end.
+        device: "auto" is a GPU if there is one.
+        resume: go on from the newest checkpoint in `out`; from the beginning if there is none.
+        trackers: names from `longread.record.TRACKERS`.
+        on_step: called with each row of metrics.jsonl once it is written.
+
+    Returns when the last step is done, or after the current one when SIGTERM or SIGINT arrives; either way with a
+    checkpoint. Raises `UserError` when data, config, `out` and device do not go together, and `TrainingHalted` when
+    a number is not finite.
+    """
+    started = time.monotonic()
+    run = _Run(config, data, Path(out), validation, _device(device), resume)
+    with StopSignal() as stop, run.recording(trackers):
+        row = None
+        while run.step < config.steps and not stop.requested:
+            row = run.advance()
+            last = run.step == config.steps
+            if validation is not None and (last or _due(run.step, config.evaluate_every)):
+                row |= validation_losses(run.model, config, run.validation_sampler)
+            run.record(row)
+            if last or _due(run.step, config.checkpoint_every):
+                run.save()
+            if on_step is not None:
+                on_step(row)
+        if run.step > run.saved_step:
+            run.save()
+    finished = run.finish() if run.step >= config.steps else None
+    return TrainResult(run.model, run.step, run.tokens, time.monotonic() - started, row, finished)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+class _Run:
+    """The state of a run and what can be done with it, in the order in which it is done."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: TokenDataset,
+        out: Path,
+        validation: TokenDataset | None,
+        device: torch.device,
+        resume: bool,
+    ) -> None:
+        self.config, self.data, self.out, self.device = config, data, out, device
+        for name, dataset in (("data", data), ("validation data", validation)):
+            if dataset is not None and dataset.vocab_size != config.model.vocab_size:
+                raise UserError(
+                    f"the model has vocab_size {config.model.vocab_size}, but the {name} has {dataset.vocab_size}; "
+                    "set the model's to that of the data"
+                )
+        if validation is not None:
+            if validation.tokenizer_fingerprint != data.tokenizer_fingerprint:
+                raise UserError("the validation data has another tokenizer than the data; prepare both with one")
+            self.validation_sampler = Sampler(validation, config.context_length, config.batch_size, _VALIDATION_SEED)
+        self.sampler = Sampler(data, config.context_length, config.batch_size, config.seed)
+        self.log = record.MetricsLog(out / METRICS_FILE)
+        self.step = self.saved_step = 0
+        self.last_checkpoint: Path | None = None
+        self._refuse_or_clear(resume)
+        self.model = self._new_model()
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.exact = self._settled()
+        if resume:
+            self._restore()
+
+    @property
+    def tokens(self) -> int:
+        """Trained on so far."""
+        return self.step * self.config.batch_size * self.config.context_length
+
+    def _refuse_or_clear(self, resume: bool) -> None:
+        names = (RUN_FILE, METRICS_FILE, MODEL_DIRECTORY, checkpoint.CHECKPOINTS)
+        if not resume and any(os.path.exists(self.out / name) for name in names):  # Path.exists may raise
+            raise UserError(f"{self.out} already holds a run; resume it, or choose another directory")
+        if resume:
+            for directory in (self.out, self.out / MODEL_DIRECTORY, self.out / checkpoint.CHECKPOINTS):
+                files.remove_temporaries(directory)
+
+    def _new_model(self) -> Transformer:
+        model = Transformer(self.config.model)
+        initialize(model, self.config.seed)
+        precision = self._precision()
+        if precision == "bfloat16":
+            model.compute_dtype = torch.bfloat16
+        return model.to(self.device, torch.float64 if precision == "float64" else torch.float32)
+
+    def _precision(self) -> Precision:
+        if self.config.precision == "auto":
+            return "bfloat16" if self.device.type == "cuda" else "float32"
+        return self.config.precision
+
+    def _settled(self) -> RunConfig:
+        """The config with `auto` decided, once for all steps: other choices would round differently."""
+        config, recompute = self.config, self.config.recompute
+        if recompute == "auto" and config.loss == "end-to-end":
+            recompute = choose_recompute(
+                config.model,
+                batch_size=config.micro_batch_size or config.batch_size,
+                context_length=config.context_length,
+                itemsize=self.model.dtype.itemsize,
+                device=self.device,
+            )
+        return dataclasses.replace(config, recompute=recompute, precision=self._precision())
+
+    def _restore(self) -> None:
+        path = checkpoint.newest_checkpoint(self.out)
+        if path is None and (self.out / MODEL_DIRECTORY).exists():
+            raise UserError(f"{self.out} holds a model but no checkpoint to resume from; train into another directory")
+        size = 0
+        if path is not None:
+            found = checkpoint.read_checkpoint(path)
+            self._refuse_other_config(found.state["config"])
+            self._refuse_other_data(found.state["data"])
+            if found.state["precision"] != self.exact.precision:
+                raise UserError(
+                    f"this run was computed in {found.state['precision']}, but auto means {self.exact.precision} on "
+                    f"{self.device}; resume on the device that it began on"
+                )
+            self.exact = dataclasses.replace(self.exact, recompute=found.state["recompute"])
+            checkpoint.fill(self.model, found.model, where=path)
+            restore_optimizer(self.model, self.optimizer, found.optimizer, path)
+            self.step = self.saved_step = found.step
+            self.last_checkpoint, size = path, found.state["metrics_bytes"]
+        if not self.log.truncate(size):
+            warnings.warn(f"{self.log.path} lacks rows from before step {self.step}; training goes on", stacklevel=2)
+
+    def _refuse_other_config(self, stored: Mapping[str, Any]) -> None:
+        given = dataclasses.asdict(self.config)
+        # Rates depend on decay_steps, not on steps, so a longer run begins with the same steps as a shorter one.
+        if stored.get("steps", math.inf) <= given["steps"]:
+            stored = {**stored, "steps": given["steps"]}
+        for name, before, now in _differences(stored, given):
+            raise UserError(
+                f"{name} was {before!r} when this run began and is {now!r} now; resume with what it was, "
+                "or train into another directory"
+            )
+
+    def _refuse_other_data(self, stored: Mapping[str, Any]) -> None:
+        for name, before, now in _differences(stored, self._data_identity()):
+            raise UserError(
+                f"the {name} of the data was {before!r} when this run began and is {now!r} now; "
+                "resume with the same data, or train into another directory"
+            )
+
+    def _data_identity(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.data.vocab_size,
+            "tokenizer": self.data.tokenizer_fingerprint,
+            "number of tokens": self.data.num_tokens,
+            "index": files.digest(self.data.index, {}),
+        }
+
+    @contextlib.contextmanager
+    def recording(self, trackers: Sequence[str]) -> Iterator[None]:
+        """Opens the trackers, then leaves run.json, to which each resumption adds itself, and the tokenizer."""
+        path, now = self.out / RUN_FILE, record.describe_run(self.config, sys.argv)
+        if os.path.exists(path):
+            run = files.read_json(path, kind="run")
+            run["config"] = now.pop("config")
+            run["resumed"] = [*run["resumed"], now | {"step": self.step}]
+        else:
+            run = {"id": uuid.uuid4().hex[:8], **now, "resumed": []}
+        with contextlib.ExitStack() as stack:
+            self._trackers = []
+            for name in dict.fromkeys(trackers):
+                tracker = record.open_tracker(name, directory=self.out, run_id=run["id"], run=run, step=self.step + 1)
+                stack.callback(tracker.close)
+                self._trackers.append(tracker)
+            files.write_json_atomically(path, run, kind="run")
+            self._copy_tokenizer(self.out)
+            yield
+
+    def _copy_tokenizer(self, directory: Path) -> None:
+        for name in _TOKENIZER_FILES:
+            source = self.data.directory / name
+            if source.is_file():
+                with files.atomic_files(directory / name) as (temporary,):
+                    shutil.copyfile(source, temporary)
+
+    def advance(self) -> Row:
+        """Takes one step and returns its row. Raises `TrainingHalted` before the weights could be spoiled."""
+        started = time.monotonic()
+        inner_lr = self.config.inner.lr_at(self.step)
+        batch = self.sampler.batch(self.step).to(self.device)
+        found = accumulate_gradient(self.model, self.exact, batch, inner_lr=inner_lr)
+        norm = gradient_norm(self.model.parameters())
+        problem = not_finite_in(self.model, found, norm)
+        if problem is not None:
+            raise halt(self.config, self.step + 1, problem, self.last_checkpoint)
+        lr = update(self.model, self.optimizer, self.config.optimizer, self.step, norm)
+        self.step += 1
+        row: Row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": found.loss.item(),
+            "grad_norm": norm.item(),
+            "lr": lr,
+        }
+        if found.inner_grad_norm.numel():
+            clip = math.inf if self.config.inner.clip is None else self.config.inner.clip
+            row["inner_lr"] = inner_lr
+            row["inner_grad_norm"] = found.inner_grad_norm.mean().item()
+            row["inner_clipped"] = (found.inner_grad_norm > clip).double().mean().item()
+        row["seconds"] = time.monotonic() - started
+        row["tokens_per_second"] = batch.input_ids.numel() / row["seconds"]
+        return row
+
+    def record(self, row: Row) -> None:
+        """Writes a row to metrics.jsonl and to the trackers."""
+        self.log.append(row)
+        for tracker in self._trackers:
+            tracker.log(self.step, {name: value for name, value in row.items() if name != "step"})
+
+    def save(self) -> None:
+        """Writes a checkpoint of finite weights."""
+        problem = not_finite_weight(self.model)
+        if problem is not None:
+            raise halt(self.config, self.step, problem, self.last_checkpoint)
+        self.log.make_durable()
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "data": self._data_identity(),
+            "sampler_seed": self.config.seed,
+            "precision": self.exact.precision,
+            "recompute": self.exact.recompute,
+            "tokens": self.tokens,
+            "metrics_bytes": self.log.size,
+        }
+        self.last_checkpoint = checkpoint.write_checkpoint(
+            self.out,
+            self.step,
+            model=self.model,
+            inner=self.config.inner,
+            optimizer=optimizer_tensors(self.model, self.optimizer),
+            state=state,
+            tokenizer_fingerprint=self.data.tokenizer_fingerprint,
+        )
+        self.saved_step = self.step
+
+    def finish(self) -> Path:
+        """Writes the finished model."""
+        directory = self.out / MODEL_DIRECTORY
+        self._copy_tokenizer(directory)
+        provenance = {"run": self.config.name, "step": self.step, "tokens": self.tokens}
+        checkpoint.save_model(directory, self.model, self.config.inner, self.data.tokenizer_fingerprint, provenance)
+        return directory
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values of every field that differs."""
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}", old, new
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"device {device} cannot be used ({str(error).splitlines()[0]}); use cpu") from None
+    return torch.device(device)

@@ -1,0 +1,81 @@
+"""How a run ends before its last step: asked to, or because its numbers are no longer finite."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from longread.config import RunConfig, UserError
+from longread.train.gradient import BatchGradient
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingHalted(UserError):
+    """Loss, gradients or weights are not finite. The message says which, when, what is left, and what to try."""
+
+    exit_status = 3
+
+
+class StopSignal:
+    """While it is entered, SIGTERM and SIGINT set `requested` and the run ends after the step; a second SIGINT aborts.
+
+    Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
+
+
+def not_finite_in(model: nn.Module, gradient: BatchGradient, norm: Tensor) -> str | None:
+    """Names the first quantity of a step that is not finite; None when all is well."""
+    if norm.isfinite() and gradient.loss.isfinite() and gradient.inner_grad_norm.isfinite().all():
+        return None
+    if not gradient.loss.isfinite():
+        return f"the loss is {gradient.loss.item()}"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"the gradient of {name} is not finite (the loss is {gradient.loss.item():.4g})"
+    if norm.isfinite():
+        return "the norm of an inner gradient is not finite"
+    return f"the gradients are too large for their norm (the loss is {gradient.loss.item():.4g})"
+
+
+def not_finite_weight(model: nn.Module) -> str | None:
+    """Names the first parameter that is not finite; None when all are."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"{name} is not finite after the update"
+    return None
+
+
+def halt(config: RunConfig, step: int, problem: str, last_good: object) -> TrainingHalted:
+    """The exception for `problem` at `step`, counted from 1."""
+    kept = f"the last good checkpoint is {last_good}" if last_good else "there is no earlier checkpoint"
+    return TrainingHalted(
+        f"training halted at step {step}: {problem}; nothing of this step was saved, {kept}; train again with a lower "
+        f"lr (it is {config.optimizer.lr:g}), a longer warm-up, a smaller inner lr ({config.inner.lr:g}) or float32"
+    )

@@ -1,0 +1,46 @@
+"""The loss on held-out text during training: read learning, and read frozen for comparison."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longread.config import RunConfig
+from longread.data import Batch, Sampler
+from longread.inner_loop import begin, mini_batch_loss, read
+from longread.model import Transformer
+
+BATCHES = 4  # batches of the training size; enough to see a trend, few enough not to be seen in the time
+
+
+def validation_losses(model: Transformer, config: RunConfig, sampler: Sampler) -> dict[str, float]:
+    """`validation_loss` (learning) and `validation_loss_frozen`, in nats per token.
+
+    Each call reads the same few batches. A model without fast weights has only the first loss.
+    """
+    batches = [sampler.batch(i) for i in range(BATCHES)]
+    found = {"validation_loss": _mean_loss(model, config, batches, learn=True)}
+    if model.config.num_suffix_blocks:
+        found["validation_loss_frozen"] = _mean_loss(model, config, batches, learn=False)
+    return found
+
+
+def _mean_loss(model: Transformer, config: RunConfig, batches: list[Batch], *, learn: bool) -> float:
+    losses = [
+        _sequence_losses(model, config, Batch(*(tensor[start : start + size] for tensor in batch)), learn=learn)
+        for batch in batches
+        for size in [config.micro_batch_size or len(batch.input_ids)]
+        for start in range(0, len(batch.input_ids), size)
+    ]
+    return torch.cat(losses).mean().item()
+
+
+def _sequence_losses(model: Transformer, config: RunConfig, batch: Batch, *, learn: bool) -> Tensor:
+    """The mean over mini-batches, as in training, [B]."""
+    batch = batch.to(model.device)
+    tokens = torch.cat([batch.input_ids[:, :1], batch.target_ids], dim=1)
+    mask = torch.cat([torch.ones_like(batch.loss_mask[:, :1]), batch.loss_mask], dim=1)
+    state = begin(model, len(tokens))
+    nll = read(model, state, tokens, inner=config.inner, learn=learn, loss_mask=mask).nll[:, 1:]
+    M = model.config.mini_batch_size
+    return mini_batch_loss(nll.unflatten(1, (-1, M)), batch.loss_mask.unflatten(1, (-1, M))).mean(dim=1)

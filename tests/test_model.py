@@ -1,0 +1,125 @@
+"""The network against its definition: names, counts, masks, positions, initial weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import naive
+from longread.config import ModelConfig
+from longread.model import Transformer, initialize
+from longread.model.mixers.attention import rotate, rotation
+from longread.outer_loop import static_loss
+
+
+def config(**changes: object) -> ModelConfig:
+    fields = {
+        "vocab_size": 23,
+        "width": 16,
+        "num_blocks": 6,
+        "num_heads": 2,
+        "mlp_hidden": 24,
+        "window_size": 5,
+        "mini_batch_size": 4,
+        "num_suffix_blocks": 2,
+    }
+    return ModelConfig(**fields | changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_suffix_blocks": 0},
+        {"tie_embeddings": False},
+        {"qk_norm": False},
+        {"pre_norm": False},
+        {"post_norm": False},
+    ],
+    ids=str,
+)
+def test_parameter_names_and_count(changes: dict) -> None:
+    c = config(**changes)
+    model = Transformer(c)
+    names = {name for name, _ in model.named_parameters()}
+    expected = {"embedding.weight", "final_norm.weight"} | (set() if c.tie_embeddings else {"head.weight"})
+    for i in range(c.num_blocks):
+        layers = {"attention": ["query", "key", "value", "output"], "static_mlp": ["gate", "up", "down"]}
+        if i >= c.num_prefix_blocks:
+            layers["fast_mlp"] = ["gate", "up", "down"]
+        for layer, matrices in layers.items():
+            norms = ["pre_norm"] * c.pre_norm + ["post_norm"] * c.post_norm
+            norms += ["query_norm", "key_norm"] * (c.qk_norm and layer == "attention")
+            expected |= {f"blocks.{i}.{layer}.{name}.weight" for name in matrices + norms}
+    assert names == expected
+    assert c.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    fast = model.initial_fast_weights(1)
+    assert c.num_fast_weights == sum(w.numel() for block in fast for w in block)
+
+
+@pytest.mark.parametrize("attention", ["window", "full", "hybrid"])
+def test_the_network_is_that_of_the_design(attention: str) -> None:
+    model = Transformer(config(attention=attention)).double()
+    tokens = torch.randint(23, (2, 21))
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    p = dict(model.named_parameters())
+    losses, _ = naive.end_to_end_losses(p, model.config, ids, targets, mask, lr=0.0, clip=None)
+    found = static_loss(model, ids, targets, mask)
+    torch.testing.assert_close(found.mini_batch_loss, losses.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_logits_and_token_losses_are_one() -> None:
+    model = Transformer(config())
+    output, targets = torch.randn(2, 3, 16), torch.randint(23, (2, 3))
+    expected = torch.nn.functional.cross_entropy(
+        model.logits(output).flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    torch.testing.assert_close(model.token_losses(output, targets).flatten(), expected)
+
+
+def test_rotation_is_relative_at_any_position() -> None:
+    """Scores depend on the distance alone, also after ten million tokens in float32."""
+    q, k = torch.randn(1, 64), torch.randn(1, 64)
+    for distance in (0, 1, 100):
+        scores = []
+        for start in (0, 1000, 10_000_000):
+            turn = rotation(start, distance + 1, 64, 5e5, q)
+            scores.append((rotate(q, turn[distance:]) * rotate(k, turn[:1])).sum())
+        torch.testing.assert_close(torch.stack(scores), scores[0].expand(3), rtol=1e-4, atol=1e-4)
+
+
+def test_initial_weights_follow_the_width() -> None:
+    model = Transformer(config(width=256, mlp_hidden=512, vocab_size=4000))
+    initialize(model, seed=0)
+    p = dict(model.named_parameters())
+    assert p["embedding.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert p["blocks.0.attention.query.weight"].std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert p["blocks.5.fast_mlp.down.weight"].std().item() == pytest.approx(512**-0.5, rel=0.02)
+    assert torch.equal(p["final_norm.weight"], torch.ones(256))
+    fixed = Transformer(config(width=256, init_std=0.05))
+    assert fixed.blocks[0].attention.query.weight.std().item() == pytest.approx(0.05, rel=0.02)
+
+
+def test_a_seed_draws_the_same_weights() -> None:
+    models = [Transformer(config()) for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        initialize(model, seed=seed)
+    flat = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
+    assert torch.equal(flat[0], flat[1])
+    assert not torch.equal(flat[0], flat[2])
+
+
+def test_products_run_in_the_compute_type() -> None:
+    model = Transformer(config())
+    model.compute_dtype = torch.bfloat16
+    tokens = torch.randint(23, (2, 13))
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    loss = static_loss(model, tokens[:, :-1], tokens[:, 1:], mask)
+    assert loss.nll.dtype == torch.float32
+    loss.loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    model.compute_dtype = None
+    wide = static_loss(model, tokens[:, :-1], tokens[:, 1:], mask)
+    torch.testing.assert_close(loss.nll, wide.nll, rtol=0.05, atol=0.1)
+    assert not torch.equal(loss.nll, wide.nll)

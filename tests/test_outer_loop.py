@@ -1,0 +1,256 @@
+"""Meta-gradients as numbers: against a hand-written unroll, finite differences, and each other."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import naive
+from longread.config import ModelConfig
+from longread.model import Transformer, initialize
+from longread.outer_loop import choose_recompute, end_to_end_loss, static_loss, step_bytes
+
+CPU = torch.device("cpu")
+
+
+def small(**changes: object) -> ModelConfig:
+    fields = {
+        "vocab_size": 19,
+        "width": 16,
+        "num_blocks": 4,
+        "num_heads": 2,
+        "mlp_hidden": 24,
+        "window_size": 6,
+        "mini_batch_size": 4,
+        "num_suffix_blocks": 2,
+        "rope_base": 100.0,
+    }
+    return ModelConfig(**fields | changes)  # type: ignore[arg-type]
+
+
+def make(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A float64 model away from its initial point, where gains are not 1 and steps are large."""
+    model = Transformer(config).double()
+    initialize(model, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def batch(config: ModelConfig, B: int = 2, T: int = 20, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.vocab_size, (B, T + 1), generator=generator)
+    mask = torch.rand(B, T, generator=generator) > 0.2
+    return tokens[:, :-1], tokens[:, 1:], mask
+
+
+def gradients(model: Transformer, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found, strict=True)}
+
+
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+VARIANTS = {
+    "one fast block": {"num_suffix_blocks": 1},
+    "two fast blocks": {},
+    "all blocks fast": {"num_suffix_blocks": 4},
+    "window below the mini-batch": {"window_size": 3},
+    "window beyond the context": {"window_size": 64},
+    "full attention": {"attention": "full"},
+    "hybrid attention": {"attention": "hybrid", "num_blocks": 7, "num_suffix_blocks": 2},
+    "untied head": {"tie_embeddings": False},
+    "no norms": {"pre_norm": False, "post_norm": False, "qk_norm": False, "init_std": 0.1},
+}
+
+
+@pytest.mark.parametrize("clip", [None, 0.3, 3.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_meta_gradient_is_that_of_a_hand_written_unroll(variant: str, clip: float | None) -> None:
+    model = make(small(**VARIANTS[variant]))
+    ids, targets, mask = batch(model.config)
+    losses, _ = naive.end_to_end_losses(
+        dict(model.named_parameters()), model.config, ids, targets, mask, lr=0.7, clip=clip
+    )
+    result = end_to_end_loss(model, ids, targets, mask, inner_lr=0.7, inner_clip=clip, recompute="none")
+    torch.testing.assert_close(result.mini_batch_loss, losses.detach(), rtol=1e-10, atol=1e-12)
+    same(gradients(model, result.loss), gradients(model, losses.mean()), 1e-10)
+
+
+def test_the_meta_gradient_is_that_of_finite_differences() -> None:
+    """Two entries of every kind of parameter, four-point central differences."""
+    model = make(small())
+    data = batch(model.config)
+    settings = {"inner_lr": 0.7, "inner_clip": 0.5}
+    exact = gradients(model, end_to_end_loss(model, *data, **settings).loss)
+    h = 1e-4
+    for name, parameter in model.named_parameters():
+        for index in (0, parameter.numel() // 2 + 1):
+            if name == "embedding.weight":
+                index += int(data[0][0, 0]) * model.config.width
+            flat = parameter.data.view(-1)
+            index, middle, values = min(index, flat.numel() - 1), flat[min(index, flat.numel() - 1)].item(), []
+            for shift in (-2, -1, 1, 2):
+                flat[index] = middle + shift * h
+                values.append(end_to_end_loss(model, *data, **settings).loss.item())
+            flat[index] = middle
+            numeric = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+            assert exact[name].view(-1)[index].item() == pytest.approx(numeric, rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("meta", [{}, {"truncate_after": 2}, {"meta_gradient": "first-order"}], ids=str)
+def test_recomputation_changes_no_gradient(meta: dict) -> None:
+    model = make(small())
+    data = batch(model.config, T=28)
+    found = {}
+    for schedule in ("none", "sqrt", "step"):
+        result = end_to_end_loss(model, *data, inner_lr=0.7, inner_clip=0.5, recompute=schedule, **meta)
+        found[schedule] = gradients(model, result.loss)
+    same(found["sqrt"], found["none"], 1e-12)
+    same(found["step"], found["none"], 1e-12)
+
+
+def test_the_kinds_of_meta_gradient() -> None:
+    """They share one loss; truncation meets the exact gradient at one end, and each is what its definition says."""
+    model = make(small())
+    data = batch(model.config)
+    settings = {"inner_lr": 0.7, "inner_clip": 0.5, "recompute": "none"}
+    kinds = {
+        "exact": {},
+        "cut after 5": {"truncate_after": 5},
+        "cut after 2": {"truncate_after": 2},
+        "cut after 1": {"truncate_after": 1},
+        "first-order": {"meta_gradient": "first-order"},
+    }
+    results = {kind: end_to_end_loss(model, *data, **settings, **options) for kind, options in kinds.items()}
+    for result in results.values():
+        torch.testing.assert_close(result.nll, results["exact"].nll, rtol=1e-12, atol=1e-12)
+    found = {kind: gradients(model, result.loss) for kind, result in results.items()}
+    same(found["cut after 5"], found["exact"], 1e-12)
+    for one, other in itertools.combinations([kind for kind in kinds if kind != "cut after 5"], 2):
+        distance = torch.stack([(found[one][n] - found[other][n]).norm() for n in found[one]]).norm()
+        assert distance > 1e-3, (one, other)
+
+
+def test_the_first_order_meta_gradient_holds_every_step_constant() -> None:
+    """Its W_i is W_0 plus a constant, so the loss is that of each mini-batch at constant offsets."""
+    model = make(small(num_suffix_blocks=1))
+    ids, targets, mask = batch(model.config, B=1)
+    first = end_to_end_loss(model, ids, targets, mask, inner_lr=0.7, inner_clip=None, meta_gradient="first-order")
+    offsets = {}
+    for start in range(0, 20, 4):  # the weights that the exact unroll reaches before each mini-batch
+        if start:
+            _, fast = naive.end_to_end_losses(
+                dict(model.named_parameters()),
+                model.config,
+                ids[:, :start],
+                targets[:, :start],
+                mask[:, :start],
+                lr=0.7,
+                clip=None,
+            )
+            offsets[start] = [w.detach()[0] for w in fast[0]]
+    names = [f"blocks.3.fast_mlp.{m}.weight" for m in ("gate", "up", "down")]
+    total = 0.0
+    for start in range(0, 20, 4):
+        p = dict(model.named_parameters())
+        for name, w in zip(names, offsets.get(start, []), strict=False):
+            p[name] = p[name] + (w - p[name]).detach()
+        losses, _ = naive.end_to_end_losses(p, model.config, ids, targets, mask, lr=0.0, clip=None)
+        total = total + losses[:, start // 4].mean() / 5
+    same(gradients(model, first.loss), gradients(model, total), 1e-9)
+
+
+def test_static_loss_is_the_end_to_end_loss_of_one_that_does_not_learn() -> None:
+    model = make(small())
+    data = batch(model.config)
+    static = static_loss(model, *data)
+    frozen = end_to_end_loss(model, *data, inner_lr=0.0, inner_clip=None)
+    torch.testing.assert_close(static.nll, frozen.nll, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(static.loss, frozen.loss, rtol=1e-10, atol=1e-12)
+    same(gradients(model, static.loss), gradients(model, frozen.loss), 1e-10)
+    assert static.inner_grad_norm.shape == (2, 0)
+
+
+def test_the_loss_is_a_mean_of_means() -> None:
+    model = make(small())
+    ids, targets, mask = batch(model.config)
+    result = static_loss(model, ids, targets, mask)
+    by_hand = [
+        [(row[i : i + 4] * keep[i : i + 4]).sum() / keep[i : i + 4].sum() for i in range(0, 20, 4)]
+        for row, keep in zip(result.nll, mask, strict=True)
+    ]
+    torch.testing.assert_close(result.loss.detach(), torch.tensor(by_hand, dtype=torch.float64).mean())
+
+
+def test_a_mini_batch_without_targets_counts_zero_and_keeps_gradients_finite() -> None:
+    model = make(small())
+    ids, targets, mask = batch(model.config)
+    mask[0, 4:8] = False
+    result = end_to_end_loss(model, ids, targets, mask, inner_lr=1.0, inner_clip=1.0)
+    assert result.mini_batch_loss[0, 1] == 0.0
+    assert result.inner_grad_norm[0, 1] == 0.0
+    found = gradients(model, result.loss)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    # nothing was learned from it: the same as a loop that skips the step
+    losses, _ = naive.end_to_end_losses(
+        dict(model.named_parameters()), model.config, ids, targets, mask, lr=1.0, clip=None
+    )
+    unclipped = end_to_end_loss(model, ids, targets, mask, inner_lr=1.0, inner_clip=None)
+    same(gradients(model, unclipped.loss), gradients(model, losses.mean()), 1e-10)
+
+
+def test_no_token_sees_the_future() -> None:
+    model = make(small())
+    ids, targets, mask = batch(model.config)
+    mask[:] = True
+    before = end_to_end_loss(model, ids, targets, mask, inner_lr=1.0, inner_clip=1.0).nll
+    for t in (1, 3, 4, 5, 11):
+        changed_ids, changed_targets = ids.clone(), targets.clone()
+        changed_ids[:, t] = (ids[:, t] + 1) % 19
+        changed_targets[:, t - 1] = changed_ids[:, t]
+        after = end_to_end_loss(model, changed_ids, changed_targets, mask, inner_lr=1.0, inner_clip=1.0).nll
+        assert torch.equal(after[:, : t - 1], before[:, : t - 1])
+        assert not torch.equal(after[:, t - 1 :], before[:, t - 1 :])
+
+
+def test_a_batch_equals_its_sequences_alone() -> None:
+    model = make(small())
+    ids, targets, mask = batch(model.config, B=3)
+    together = end_to_end_loss(model, ids, targets, mask, inner_lr=1.0, inner_clip=0.5)
+    alone = [
+        end_to_end_loss(model, ids[b : b + 1], targets[b : b + 1], mask[b : b + 1], inner_lr=1.0, inner_clip=0.5)
+        for b in range(3)
+    ]
+    torch.testing.assert_close(together.nll, torch.cat([a.nll for a in alone]), rtol=1e-10, atol=1e-12)
+    same(gradients(model, together.loss), gradients(model, sum(a.loss for a in alone) / 3), 1e-10)
+
+
+def test_a_length_that_is_no_multiple_of_the_mini_batch_is_refused() -> None:
+    model = make(small())
+    ids, targets, mask = batch(model.config, T=18)
+    for loss in (static_loss, lambda *x: end_to_end_loss(*x, inner_lr=1.0, inner_clip=1.0)):
+        with pytest.raises(ValueError, match="18 tokens are no multiple of the mini-batch of 4"):
+            loss(model, ids, targets, mask)
+
+
+def test_the_schedule_follows_the_budget() -> None:
+    config = small()
+    activations, carry = step_bytes(config, batch_size=2, itemsize=4)
+    options = {"batch_size": 2, "context_length": 100 * 4, "itemsize": 4, "device": CPU}
+    assert choose_recompute(config, **options, budget=100 * activations) == "none"
+    assert choose_recompute(config, **options, budget=100 * activations - 1) == "sqrt"
+    assert choose_recompute(config, **options, budget=10 * (activations + carry)) == "sqrt"
+    leanest = choose_recompute(config, **options, budget=1)
+    assert leanest == ("step" if activations + 100 * carry < 10 * (activations + carry) else "sqrt")
+    assert choose_recompute(config, **options) == "none"  # a toy fits any machine

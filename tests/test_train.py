@@ -1,0 +1,528 @@
+"""The run: what it computes, what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from longread import checkpoint, files, train as training
+from longread.config import InnerConfig, ModelConfig, OptimizerConfig, RunConfig, UserError
+from longread.data import Sampler, TokenDataset, prepare
+from longread.model import Transformer
+from longread.outer_loop import end_to_end_loss, static_loss
+from longread.tokenizer import ByteTokenizer
+from longread.train import Progress, TrainingHalted, train
+from longread.train.optimizer import gradient_norm
+
+PARITY = Path(__file__).parent / "parity"
+MODEL = ModelConfig(
+    vocab_size=257,
+    width=16,
+    num_blocks=2,
+    num_heads=2,
+    mlp_hidden=16,
+    window_size=8,
+    mini_batch_size=8,
+    num_suffix_blocks=1,
+)
+CONFIG = RunConfig(
+    name="microscopic",
+    model=MODEL,
+    optimizer=OptimizerConfig(lr=1e-2, initial_lr=1e-4, warmup_steps=2, decay_steps=10),
+    inner=InnerConfig(clip=0.15, warmup_steps=4),
+    context_length=32,
+    batch_size=4,
+    steps=6,
+    evaluate_every=4,
+    checkpoint_every=2,
+)
+
+
+def make_data(directory: Path, seed: int = 1, validation_fraction: float = 0.3) -> TokenDataset:
+    words = [f"word{(i * i * seed) % 97} " for i in range(600)]
+    texts = directory / "texts"
+    texts.mkdir(parents=True)
+    for i in range(6):
+        (texts / f"{i}.txt").write_text("".join(words[i * 80 : i * 80 + 120]))
+    return prepare(
+        [texts], directory / "data", ByteTokenizer(), documents="join", validation_fraction=validation_fraction
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def change(config: RunConfig = CONFIG, **fields: Any) -> RunConfig:
+    """`config` with some fields changed; `optimizer__lr` is the field `lr` of `optimizer`."""
+    for name, value in fields.items():
+        part, _, field = name.partition("__")
+        config = dataclasses.replace(
+            config, **{part: dataclasses.replace(getattr(config, part), **{field: value}) if field else value}
+        )
+    return config
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")} for row in rows
+    ]
+
+
+def weights_of(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+# What a run leaves behind
+
+
+def test_a_run_learns_and_leaves_everything(tmp_path: Path, data: TokenDataset) -> None:
+    config = change(steps=12, optimizer__decay_steps=12)
+    seen: list[dict[str, Any]] = []
+    result = train(config, data, tmp_path / "run", validation=data.validation, on_step=seen.append)
+    rows = rows_of(tmp_path / "run")
+    assert rows == seen
+    assert result.row == rows[-1]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["tokens"] == result.tokens == 12 * 4 * 32
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert [row["lr"] for row in rows] == [config.optimizer.lr_at(step) for step in range(12)]
+    assert [row["inner_lr"] for row in rows] == [config.inner.lr_at(step) for step in range(12)]
+    assert any(0 < row["inner_clipped"] < 1 for row in rows)
+    assert [row["step"] for row in rows if "validation_loss" in row] == [4, 8, 12]
+    assert rows[-1]["validation_loss"] != rows[-1]["validation_loss_frozen"]
+    names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").iterdir() for path in [path]}
+    assert names == {"run.json", "metrics.jsonl", "tokenizer.json", "checkpoints", "model"}
+    loaded = checkpoint.load_model(tmp_path / "run")
+    assert checkpoint.fingerprint_of(result.model) == loaded.fingerprint
+    assert loaded.tokenizer_path == tmp_path / "run" / "model" / "tokenizer.json"
+    assert loaded.metadata["tokenizer_fingerprint"] == data.tokenizer_fingerprint
+    assert loaded.inner == config.inner
+    assert not result.interrupted
+    run = files.read_json(tmp_path / "run" / "run.json", kind="run")
+    assert RunConfig.from_dict(run["config"]) == config
+
+
+def test_the_same_run_twice_is_the_same(tmp_path: Path, data: TokenDataset) -> None:
+    for name in ("a", "b"):
+        train(CONFIG, data, tmp_path / name)
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+    train(change(seed=1), data, tmp_path / "c")
+    assert weights_of(tmp_path / "a") != weights_of(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"loss": "static"},
+        {"loss": "static", "model": dataclasses.replace(MODEL, num_suffix_blocks=0, attention="full")},
+        {"meta_gradient": "first-order"},
+        {"truncate_after": 2, "recompute": "step"},
+        {"inner__clip": None},
+        {"precision": "float64"},
+        {"precision": "bfloat16"},
+        {"optimizer__clip": None, "optimizer__decay_embedding": False},
+    ],
+)
+def test_every_kind_of_run_trains(tmp_path: Path, data: TokenDataset, fields: dict[str, Any]) -> None:
+    config = change(**fields)
+    result = train(config, data, tmp_path / "run", validation=data.validation)
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert ("inner_grad_norm" in rows[-1]) == (config.loss == "end-to-end")
+    assert ("validation_loss_frozen" in rows[-1]) == (config.model.num_suffix_blocks > 0)
+    wanted = torch.float64 if config.precision == "float64" else torch.float32
+    assert result.model.embedding.weight.dtype == wanted
+    assert result.model.dtype == (torch.bfloat16 if config.precision == "bfloat16" else wanted)
+
+
+# What it computes
+
+
+def gradients(config: RunConfig, data: TokenDataset) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Transformer(config.model).double()
+    batch = Sampler(data, config.context_length, config.batch_size, 0).batch(0)
+    found = training.accumulate_gradient(model, config, batch, inner_lr=1.0)
+    return found.loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["end-to-end", "static"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_micro_batches_accumulate_to_the_gradient_of_the_batch(data: TokenDataset, size: int, loss: Any) -> None:
+    whole, expected = gradients(change(loss=loss), data)
+    parts, found = gradients(change(loss=loss, micro_batch_size=size), data)
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=0)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-14)
+
+
+def test_validation_is_the_loss_of_training_on_held_out_text(data: TokenDataset) -> None:
+    config = change(micro_batch_size=2, inner__warmup_steps=0)
+    torch.manual_seed(0)
+    model = Transformer(config.model).double()
+    sampler = Sampler(data, config.context_length, config.batch_size, 3)
+    found = training.validation_losses(model, config, sampler)
+    batches = [sampler.batch(i) for i in range(4)]
+    learning = [end_to_end_loss(model, *batch, inner_lr=1.0, inner_clip=0.15).loss.item() for batch in batches]
+    frozen = [static_loss(model, *batch).loss.item() for batch in batches]
+    assert found["validation_loss"] == pytest.approx(sum(learning) / 4, rel=1e-12)
+    assert found["validation_loss_frozen"] == pytest.approx(sum(frozen) / 4, rel=1e-12)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 1e9])
+def test_the_update_is_adamw_with_decoupled_decay_and_a_clip_by_global_norm(clip: float | None) -> None:
+    config = OptimizerConfig(
+        lr=0.1, initial_lr=0.02, warmup_steps=2, decay_steps=5, clip=clip, decay_embedding=False, weight_decay=0.3
+    )
+    torch.manual_seed(0)
+    model = Transformer(MODEL).double()
+    optimizer = training.make_optimizer(model, config)
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    first = {name: torch.zeros_like(p) for name, p in expected.items()}
+    second = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for step in range(4):
+        given = {name: torch.randn_like(p) for name, p in expected.items()}
+        for name, parameter in model.named_parameters():
+            parameter.grad = given[name].clone()
+        norm = math.sqrt(sum(g.square().sum().item() for g in given.values()))
+        scale = 1.0 if clip is None or norm <= clip else clip / norm
+        lr = training.update(model, optimizer, config, step, gradient_norm(model.parameters()))
+        assert lr == config.lr_at(step)
+        for name, parameter in model.named_parameters():
+            gradient = given[name] * scale
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.95 * second[name] + 0.05 * gradient.square()
+            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
+            decay = 0.0 if name == "embedding.weight" else 0.3
+            expected[name] = expected[name] - lr * (mean / (square.sqrt() + 1e-8) + decay * expected[name])
+            torch.testing.assert_close(parameter, expected[name], rtol=1e-10, atol=1e-12, check_dtype=False)
+            assert parameter.grad is None
+
+
+def test_the_update_is_that_of_the_official_numbers() -> None:
+    for case in sorted(path.parent for path in PARITY.glob("*/expected.safetensors")):
+        fields = json.loads((case / "config.json").read_text())
+        outer = fields["training"]["optimizer_outer"]
+        config = OptimizerConfig(
+            lr=outer["lr"],
+            initial_lr=outer["init_lr"],
+            end_lr=outer["end_lr"],
+            warmup_steps=outer["lr_warmup_steps"],
+            decay_steps=outer["lr_decay_steps"],
+            beta1=outer["b1"],
+            beta2=outer["b2"],
+            eps=outer["eps"],
+            weight_decay=outer["weight_decay"],
+            decay_embedding=outer["emb_wd"],
+            clip=outer["clip_gradient"],
+        )
+        model, _ = checkpoint.import_official(case)
+        expected = load_file(case / "expected.safetensors")
+        for prefix in ("grad.", "after."):
+            part = {name.removeprefix(prefix): t for name, t in expected.items() if name.startswith(prefix)}
+            for name, tensor in checkpoint.from_official(part, model.config).items():
+                parameter = model.get_parameter(name)
+                if prefix == "grad.":
+                    parameter.grad = tensor.clone()
+                else:
+                    torch.testing.assert_close(parameter, tensor, rtol=0, atol=1e-6, check_dtype=False)
+            if prefix == "grad.":
+                optimizer = training.make_optimizer(model, config)
+                training.update(model, optimizer, config, 0, gradient_norm(model.parameters()))
+
+
+# Going on
+
+
+def test_a_finished_run_has_nothing_left_and_a_longer_one_goes_on(tmp_path: Path, data: TokenDataset) -> None:
+    train(CONFIG, data, tmp_path / "short")
+    before = weights_of(tmp_path / "short")
+    result = train(CONFIG, data, tmp_path / "short", resume=True)
+    assert result.row is None
+    assert weights_of(tmp_path / "short") == before
+    longer = change(steps=9)
+    train(longer, data, tmp_path / "short", resume=True)
+    train(longer, data, tmp_path / "long")
+    assert weights_of(tmp_path / "short") == weights_of(tmp_path / "long")
+    assert without_timing(rows_of(tmp_path / "short")) == without_timing(rows_of(tmp_path / "long"))
+    run = files.read_json(tmp_path / "short" / "run.json", kind="run")
+    assert [start["step"] for start in run["resumed"]] == [6, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
+    tmp_path: Path, data: TokenDataset, number: signal.Signals
+) -> None:
+    handler = signal.getsignal(number)
+
+    def interrupt(row: dict[str, Any]) -> None:
+        if row["step"] == 2:
+            signal.raise_signal(number)
+
+    result = train(change(checkpoint_every=None), data, tmp_path / "run", on_step=interrupt)
+    assert signal.getsignal(number) is handler
+    assert result.interrupted
+    assert not (tmp_path / "run" / "model").exists()
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert checkpoint.read_checkpoint(newest).step == result.step == 2
+    train(change(checkpoint_every=None), data, tmp_path / "run", resume=True)
+    train(CONFIG, data, tmp_path / "whole")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_a_second_interrupt_aborts_at_once(tmp_path: Path, data: TokenDataset) -> None:
+    def interrupt(row: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(change(checkpoint_every=None), data, tmp_path / "run", on_step=interrupt)
+    assert checkpoint.newest_checkpoint(tmp_path / "run") is None
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_after_the_older_one(
+    tmp_path: Path, data: TokenDataset
+) -> None:
+    train(CONFIG, data, tmp_path / "run")
+    before, rows = weights_of(tmp_path / "run"), rows_of(tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"optimizer\.safetensors is truncated.*going back to step-00000004"):
+        train(CONFIG, data, tmp_path / "run", resume=True)
+    assert weights_of(tmp_path / "run") == before
+    assert without_timing(rows_of(tmp_path / "run")) == without_timing(rows)
+
+
+def test_lost_metrics_do_not_keep_a_run_from_going_on(tmp_path: Path, data: TokenDataset) -> None:
+    train(CONFIG, data, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match="lacks rows from before step 6"):
+        train(change(steps=7), data, tmp_path / "run", resume=True)
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [7]
+
+
+def test_resuming_where_nothing_is_begins(tmp_path: Path, data: TokenDataset) -> None:
+    train(CONFIG, data, tmp_path / "a", resume=True)
+    train(CONFIG, data, tmp_path / "b")
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+
+
+# Numbers that are not finite
+
+
+def test_a_diverging_run_halts_with_a_diagnosis_and_saves_nothing_of_it(tmp_path: Path, data: TokenDataset) -> None:
+    config = change(
+        steps=40, optimizer__lr=1e12, optimizer__initial_lr=1e-3, optimizer__warmup_steps=5, checkpoint_every=1
+    )
+    config = change(config, optimizer__decay_steps=40, optimizer__clip=None)
+    with pytest.raises(TrainingHalted, match=r"halted at step \d+: .*lower lr \(it is 1e\+12\)") as halted:
+        train(config, data, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert str(newest) in str(halted.value)
+    assert all(tensor.isfinite().all() for tensor in checkpoint.read_checkpoint(newest).model.values())
+    assert not (tmp_path / "run" / "model").exists()
+    assert halted.value.exit_status == 3
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[Transformer, Any], Any]) -> None:
+    """Lets `spoil` change what the gradient of `step`, counted from 1, found."""
+    real, calls = training.accumulate_gradient, iter(range(1, 1000))
+
+    def poisoned(model: Transformer, *args: Any, **options: Any) -> Any:
+        found = real(model, *args, **options)
+        return spoil(model, found) if next(calls) == step else found
+
+    monkeypatch.setattr("longread.train.run.accumulate_gradient", poisoned)
+
+
+def bad_gradient(model: Transformer, found: Any) -> Any:
+    model.blocks[1].fast_mlp.up.weight.grad[0, 0] = math.inf
+    return found
+
+
+def huge_gradient(model: Transformer, found: Any) -> Any:
+    model.final_norm.weight.grad.fill_(1e30)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("spoil", "diagnosis"),
+    [
+        (lambda model, found: found._replace(loss=torch.tensor(math.nan)), "the loss is nan"),
+        (bad_gradient, r"the gradient of blocks\.1\.fast_mlp\.up\.weight is not finite \(the loss is 5\."),
+        (huge_gradient, "the gradients are too large for their norm"),
+        (lambda model, found: found._replace(inner_grad_norm=torch.tensor([[math.inf]])), "an inner gradient"),
+    ],
+)
+def test_the_diagnosis_names_what_went_wrong(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch, spoil: Any, diagnosis: str
+) -> None:
+    poison(monkeypatch, 4, spoil)
+    with pytest.raises(TrainingHalted, match=rf"halted at step 4: .*{diagnosis}.*step-00000002"):
+        train(CONFIG, data, tmp_path / "run")
+    assert len(rows_of(tmp_path / "run")) == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: Transformer, found: Any) -> Any:
+        with torch.no_grad():
+            model.final_norm.weight[2] = math.nan
+        return found
+
+    poison(monkeypatch, 2, spoil)
+    with pytest.raises(
+        TrainingHalted, match=r"final_norm\.weight is not finite after the update.*no earlier checkpoint"
+    ):
+        train(CONFIG, data, tmp_path / "run")
+    assert checkpoint.newest_checkpoint(tmp_path / "run") is None
+
+
+# What it refuses
+
+
+def test_a_directory_that_holds_a_run_is_refused_without_resume(tmp_path: Path, data: TokenDataset) -> None:
+    train(CONFIG, data, tmp_path / "run")
+    before = weights_of(tmp_path / "run")
+    with pytest.raises(UserError, match="already holds a run; resume it"):
+        train(change(seed=1), data, tmp_path / "run")
+    assert weights_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"optimizer__lr": 0.02}, r"optimizer\.lr was 0\.01 when this run began and is 0\.02 now"),
+        ({"model__window_size": 4}, r"model\.window_size was 8 .* is 4 now"),
+        ({"seed": 3}, "seed was 0 .* is 3 now"),
+        ({"steps": 5}, "steps was 6 .* is 5 now"),
+    ],
+)
+def test_another_config_is_refused_on_resume_by_the_name_of_the_field(
+    tmp_path: Path, data: TokenDataset, fields: dict[str, Any], reason: str
+) -> None:
+    train(CONFIG, data, tmp_path / "run")
+    with pytest.raises(UserError, match=reason):
+        train(change(**fields), data, tmp_path / "run", resume=True)
+
+
+def test_other_data_are_refused_on_resume(tmp_path: Path, data: TokenDataset) -> None:
+    train(CONFIG, data, tmp_path / "run")
+    with pytest.raises(UserError, match=r"of the data was .* when this run began"):
+        train(CONFIG, make_data(tmp_path, seed=2, validation_fraction=0), tmp_path / "run", resume=True)
+    same = TokenDataset.open(data.directory)
+    same.tokenizer_fingerprint = "another"
+    with pytest.raises(UserError, match="the tokenizer of the data was"):
+        train(CONFIG, same, tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match="validation data has another tokenizer"):
+        train(CONFIG, data, tmp_path / "other", validation=same)
+
+
+def test_a_model_whose_checkpoints_are_gone_is_not_overwritten(tmp_path: Path, data: TokenDataset) -> None:
+    train(CONFIG, data, tmp_path / "run")
+    files.remove_tree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        train(change(steps=9), data, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "reason"),
+    [
+        (change(model__vocab_size=256), {}, "vocab_size 256, but the data has 257"),
+        (change(context_length=4096), {}, "4096"),
+        (CONFIG, {"device": "abacus"}, "device abacus cannot be used"),
+        (CONFIG, {"trackers": ["abacus"]}, "no tracker 'abacus'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_written(
+    tmp_path: Path, data: TokenDataset, config: RunConfig, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        train(config, data, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@contextmanager
+def read_only(directory: Path) -> Iterator[None]:
+    """Also for root, who may write anywhere: it becomes nobody for the while."""
+    directory.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        directory.chmod(0o755)
+
+
+def test_a_read_only_place_is_named(tmp_path: Path, data: TokenDataset) -> None:
+    with read_only(tmp_path), pytest.raises(UserError, match=r"cannot write .*run\.json: Permission denied"):
+        train(CONFIG, data, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_costs_only_the_steps_since_the_last_checkpoint(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(row: dict[str, Any]) -> None:
+        if row["step"] == 3:
+            monkeypatch.setattr("longread.files.os.fsync", full)
+
+    with pytest.raises(UserError, match=r"cannot write .*: No space left"):
+        train(CONFIG, data, tmp_path / "run", on_step=fill)
+    monkeypatch.undo()
+    assert checkpoint.newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-00000002"
+    train(CONFIG, data, tmp_path / "run", resume=True)
+    train(CONFIG, data, tmp_path / "whole")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+# What people watch
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_shows_the_numbers(tmp_path: Path, data: TokenDataset, terminal: bool) -> None:
+    screen = io.StringIO()
+    with Progress(CONFIG, Console(file=screen, force_terminal=terminal, width=200)) as progress:
+        train(CONFIG, data, tmp_path / "run", validation=data.validation, on_step=progress)
+    for words in ("6/6", "loss ", "validation ", "frozen ", "tokens/s", "grad ", "inner grad ", "% clipped"):
+        assert words in screen.getvalue()
+
+
+def test_a_tracker_gets_the_rows(tmp_path: Path, data: TokenDataset) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(CONFIG, data, tmp_path / "run", trackers=["tensorboard"])
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    found = [event.value for event in events.Scalars("loss")]
+    assert found == pytest.approx([row["loss"] for row in rows_of(tmp_path / "run")])
