@@ -146,7 +146,7 @@ def memory(say: Callable[[str], None]) -> str:
             found.append(in_its_own_process(variant, 1, context, 0)["added_mib"])
             say(f"memory of {variant} at {context}")
         rows.append([variant, *(f"{mib:.0f}" for mib in found)])
-    return table(["MiB above the idle process, 1 sequence", *(f"{c} tokens" for c in LONGER)], rows)
+    return table(["1 sequence", *(f"{c} tokens" for c in LONGER)], rows)
 
 
 def main() -> None:
@@ -166,23 +166,22 @@ def main() -> None:
     worst = gate()
     say(f"gate passed: worst gradient error {worst:.1e}")
     machine = hardware()
-    lines = [
-        f"# One outer step of the toy on a CPU, {date.today()}",
-        "",
-        f"`python -m benchmarks.outer_step_cpu --rounds {options.rounds}` on {json.dumps(machine)}; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32.",
-        "",
-        f"Gate: every gradient agrees with the naive loop's on this shape, worst relative error {worst:.1e}.",
-        f"{SEQUENCES} sequences of {CONTEXT} bytes, AdamW included; each entry is the median over {options.rounds} "
-        "processes, in turns, of the median of 3 steps. The official line is quoted from another day on a machine of "
-        "this kind: compare with it loosely, and with the naive loop strictly.",
-        "",
-        speed(options.rounds, say),
-        "",
-        memory(say),
-        "",
-    ]
-    text = "\n".join(lines)
+    text = f"""# One outer step of the toy on a CPU, {date.today()}
+
+`python -m benchmarks.outer_step_cpu --rounds {options.rounds}` on {json.dumps(machine)}; Python
+{platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32.
+
+Gate: every gradient agrees with the naive loop's on this shape, worst relative error {worst:.1e}.
+{SEQUENCES} sequences of {CONTEXT} bytes, AdamW included; each entry is the median over {options.rounds} processes, in
+turns, of the median of 3 steps. The official line is quoted from another day on a machine of this kind: compare with
+it loosely, and with the naive loop strictly.
+
+{speed(options.rounds, say)}
+
+Memory by context length and by what is recomputed, above the idle process, in MiB:
+
+{memory(say)}
+"""
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"outer-step_cpu-{torch.get_num_threads()}-threads_{date.today()}.md"

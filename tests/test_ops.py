@@ -93,10 +93,11 @@ def test_cross_entropy_weighs_its_second_derivative() -> None:
 @pytest.mark.parametrize(("queries", "past"), [(41, 0), (40, 1), (7, 33), (1, 9), (1, 0), (23, 70)])
 def test_attention_at_order_1_is_the_reference(window: int | None, queries: int, past: int) -> None:
     q, k, v = draw(2, 3, queries, 4), draw(2, 3, past + queries, 4, seed=1), draw(2, 3, past + queries, 4, seed=2)
+    older, own = (k[:, :, :past], v[:, :, :past]), (k[:, :, past:], v[:, :, past:])
     results = []
     for f in (
-        lambda: attention(q, k, v, window=window, order=1),
-        lambda: reference_attention(q, k, v, window=window),
+        lambda: attention(q, *own, past=older, window=window, order=1),
+        lambda: reference_attention(q, *own, past=older, window=window),
     ):
         out = f()
         weight = draw(*out.shape, seed=3).detach()
@@ -117,12 +118,23 @@ def test_attention_at_order_2_follows_its_definition() -> None:
             rows.append((p / p.sum()) @ v[0, 0, seen])
         return torch.stack(rows)[None, None]
 
-    agree(derivatives(lambda *x: attention(*x, window=window, order=2), [q, k, v]), derivatives(by_hand, [q, k, v]))
+    def with_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        older = k[:, :, :past], v[:, :, :past]
+        return attention(q, k[:, :, past:], v[:, :, past:], past=older, window=window, order=2)
+
+    agree(derivatives(with_past, [q, k, v]), derivatives(by_hand, [q, k, v]))
+
+
+def test_attention_without_a_past() -> None:
+    q, k, v = (draw(1, 2, 6, 4, seed=i) for i in range(3))
+    for order in (0, 1, 2):
+        for empty in (None, (k[:, :, :0], v[:, :, :0])):
+            agree([attention(q, k, v, past=empty, window=3, order=order)], [reference_attention(q, k, v, window=3)])
 
 
 def test_attention_refuses_what_it_cannot_answer() -> None:
     q, k = draw(1, 1, 4, 2), draw(1, 1, 3, 2)
-    with pytest.raises(ValueError, match="4 queries for 3 keys"):
+    with pytest.raises(ValueError, match="4 queries for 3 keys; older keys belong into past"):
         attention(q, k, k, window=None, order=1)
     with pytest.raises(ValueError, match="order is 3"):
         attention(k, k, k, window=None, order=3)

@@ -323,6 +323,32 @@ def test_lost_metrics_do_not_keep_a_run_from_going_on(tmp_path: Path, data: Toke
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [7]
 
 
+def test_a_run_begins_with_the_weights_of_a_model_it_extends(tmp_path: Path, data: TokenDataset) -> None:
+    train(change(steps=3), data, tmp_path / "short")
+    longer = change(steps=3, context_length=64, model__rope_base=1e4, optimizer__lr=1e-12, optimizer__initial_lr=0.0)
+    extended = train(longer, data, tmp_path / "long", initial=tmp_path / "short")
+    trained, begun = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("short", "long"))
+    assert extended.model.config.rope_base == 1e4
+    for name, weights in trained.items():
+        torch.testing.assert_close(begun[name], weights, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model__mlp_hidden": 24}, "mlp_hidden 16 and this run has 24; begin with a model of its shape"),
+        ({"model__window_size": 4}, "window_size 8 and this run has 4"),
+    ],
+)
+def test_a_model_of_another_shape_is_no_beginning(
+    tmp_path: Path, data: TokenDataset, fields: dict[str, Any], reason: str
+) -> None:
+    train(change(steps=1), data, tmp_path / "short")
+    with pytest.raises(UserError, match=reason):
+        train(change(**fields), data, tmp_path / "long", initial=tmp_path / "short")
+    assert not (tmp_path / "long").exists()
+
+
 def test_resuming_where_nothing_is_begins(tmp_path: Path, data: TokenDataset) -> None:
     train(CONFIG, data, tmp_path / "a", resume=True)
     train(CONFIG, data, tmp_path / "b")

@@ -1,4 +1,4 @@
-"""Runs as functions: the paper's Table 3, and one that fits a laptop. Two dials, size and context length; the rest follows.
+"""Runs as functions: the paper's Table 3, and one for a laptop. Two dials, size and context; the rest follows.
 
 A method is a network, a loss, and the way it is read:
 

@@ -43,6 +43,7 @@ Row = dict[str, Any]
 RUN_FILE, METRICS_FILE, MODEL_DIRECTORY = "run.json", "metrics.jsonl", "model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _VALIDATION_SEED = 0
+_MAY_CHANGE = ("rope_base", "init_std")  # of a model's config, between the run that made it and one that goes on with it
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def train(
     out: str | Path,
     *,
     validation: TokenDataset | None = None,
+    initial: str | Path | None = None,
     device: str | torch.device = "auto",
     resume: bool = False,
     trackers: Sequence[str] = (),
@@ -80,6 +82,8 @@ def train(
 
     Args:
         validation: held-out tokens, evaluated every `config.evaluate_every` steps and at the end.
+        initial: a trained model whose weights the run begins with, to extend it to a longer context for instance; its
+            network must be that of `config`, but for the rotary base.
         device: "auto" is a GPU if there is one.
         resume: go on from the newest checkpoint in `out`; from the beginning if there is none.
         trackers: names from `longread.record.TRACKERS`.
@@ -90,7 +94,7 @@ def train(
     a number is not finite.
     """
     started = time.monotonic()
-    run = _Run(config, data, Path(out), validation, _device(device), resume)
+    run = _Run(config, data, Path(out), validation, initial, _device(device), resume)
     with StopSignal() as stop, run.recording(trackers):
         row = None
         while run.step < config.steps and not stop.requested:
@@ -122,6 +126,7 @@ class _Run:
         data: TokenDataset,
         out: Path,
         validation: TokenDataset | None,
+        initial: str | Path | None,
         device: torch.device,
         resume: bool,
     ) -> None:
@@ -142,6 +147,8 @@ class _Run:
         self.last_checkpoint: Path | None = None
         self._refuse_or_clear(resume)
         self.model = self._new_model()
+        if initial is not None:
+            self._begin_with(checkpoint.load_model(initial), initial)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.exact = self._settled()
         if resume:
@@ -167,6 +174,16 @@ class _Run:
         if precision == "bfloat16":
             model.compute_dtype = torch.bfloat16
         return model.to(self.device, torch.float64 if precision == "float64" else torch.float32)
+
+    def _begin_with(self, loaded: checkpoint.LoadedModel, path: str | Path) -> None:
+        wanted = dataclasses.asdict(self.config.model)
+        for name, before, now in _differences(dataclasses.asdict(loaded.model.config), wanted):
+            if name not in _MAY_CHANGE:
+                raise UserError(f"{path} has {name} {before!r} and this run has {now!r}; begin with a model of its shape")
+        trained_on = loaded.metadata.get("tokenizer_fingerprint")
+        if trained_on != self.data.tokenizer_fingerprint:
+            raise UserError(f"{path} was trained with another tokenizer than the data; prepare the data with its own")
+        self.model.load_state_dict(loaded.model.state_dict())
 
     def _precision(self) -> Precision:
         if self.config.precision == "auto":

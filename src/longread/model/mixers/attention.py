@@ -77,10 +77,9 @@ class Attention(nn.Module):
         )
         turn = rotation(start, x.shape[1], self.head_dim, self.rope_base, x)
         query, key = rotate(self.query_norm(query), turn), rotate(self.key_norm(key), turn)
-        if past.key.shape[2]:
-            key, value = torch.cat((past.key, key), dim=2), torch.cat((past.value, value), dim=2)
-        mixed = attention(query, key, value, window=self.window, order=order)
-        return x + self.post_norm(self.output(mixed.transpose(1, 2).flatten(2))), Past(key, value)
+        mixed = attention(query, key, value, past=past, window=self.window, order=order)
+        grown = Past(*(torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True)))
+        return x + self.post_norm(self.output(mixed.transpose(1, 2).flatten(2))), grown
 
     def empty_past(self, like: Tensor) -> Past:
         """The past of a sequence that begins, for a batch and type as `like` [B, ...]."""

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longread.ops.attention.reference import visible
+from longread.ops.attention.reference import visible, with_past
 
 LARGEST_BLOCK = 256
 """Queries in a block; larger ones waste less on overlapping bands, smaller ones less on masked corners."""
 
 
-def banded_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int | None) -> Tensor:
+def banded_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, past: tuple[Tensor, Tensor] | None = None, window: int | None
+) -> Tensor:
     """The contract of `longread.ops.attention.attention`, at order 1."""
+    key, value = with_past(key, value, past)
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if window is None or window >= num_keys:
         if num_queries == num_keys:
@@ -31,12 +34,12 @@ def banded_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int |
 
     # Blocks are laid so that the first query opens one; keys before the first token and after the last are zeros.
     num_blocks, blocks_back = -(-num_queries // block), -(-(window - 1) // block)
-    past, reach = num_keys - num_queries, blocks_back * block
-    absent, missing = max(0, reach - past), num_blocks * block - num_queries
+    older, reach = num_keys - num_queries, blocks_back * block
+    absent, missing = max(0, reach - older), num_blocks * block - num_queries
 
     def bands(x: Tensor) -> Tensor:
         """[blocks, B · N, reach + block, H]: each block of tokens after those before it."""
-        padded = F.pad(x[..., max(0, past - reach) :, :], (0, 0, absent, missing)).unflatten(-2, (-1, block))
+        padded = F.pad(x[..., max(0, older - reach) :, :], (0, 0, absent, missing)).unflatten(-2, (-1, block))
         return _blocks_first(torch.cat([padded[:, :, i : i + num_blocks] for i in range(blocks_back + 1)], dim=-2))
 
     blocks = _blocks_first(F.pad(query, (0, 0, 0, missing)).unflatten(-2, (num_blocks, block)))
