@@ -207,6 +207,17 @@ def test_float32_reading_agrees_with_float64() -> None:
     torch.testing.assert_close(narrow.double(), wide, rtol=0, atol=1e-4, equal_nan=True)
 
 
+def test_fast_weights_are_float32_under_a_half_precision_model() -> None:
+    """A step of η g is far below the rounding of bfloat16 weights."""
+    model = make()
+    text = tokens(6 * M + 1)
+    wide = read(model, begin(model, 2), text, inner=INNER).nll
+    half = read(model.bfloat16(), begin(model, 2), text, inner=INNER)
+    assert all(x.dtype == torch.float32 for block in half.state.fast for x in block)
+    assert half.nll.dtype == torch.float32
+    torch.testing.assert_close(half.nll.double(), wide, rtol=0.1, atol=0.2, equal_nan=True)
+
+
 def test_states_can_be_replaced_field_by_field() -> None:
     state = begin(make())
     assert dataclasses.replace(state, position=7).position == 7

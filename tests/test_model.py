@@ -8,7 +8,7 @@ import torch
 from benchmarks import naive
 from longread.config import ModelConfig
 from longread.model import Transformer, initialize
-from longread.model.mixers.attention import rotate, rotation
+from longread.ops.rotary import rotate, rotation
 from longread.outer_loop import static_loss
 
 

@@ -39,8 +39,8 @@ class Session:
         self._fingerprint = fingerprint
         self._state = begin(model)
         self._recent: list[int] = []
-        self.inner_grad_norm = 0.0
-        """Norm of the newest step's gradient, before clipping; 0 before the first step."""
+        self.inner_grad_norms = torch.empty(0)
+        """Norms, before clipping, of the gradients of the steps that the newest call of `read` took, [steps]."""
 
     @property
     def position(self) -> int:
@@ -80,8 +80,7 @@ class Session:
             self.model, self._state, tokens.to(self.model.device).unsqueeze(0), inner=self.inner, learn=self.learn
         )
         self._state = result.state
-        if result.inner_grad_norm.shape[1]:
-            self.inner_grad_norm = result.inner_grad_norm[0, -1].item()
+        self.inner_grad_norms = result.inner_grad_norm[0]
         window = self.model.config.window_size
         self._recent = (self._recent + tokens[-window:].tolist())[-window:]
         return result.nll[0]
@@ -163,7 +162,6 @@ class Session:
             "position": state.position,
             "learn": self.learn,
             "inner": dataclasses.asdict(self.inner),
-            "inner_grad_norm": self.inner_grad_norm,
         }
         write_tensors_atomically(path, {name: x.contiguous() for name, x in tensors.items()}, metadata, kind=KIND)
 
@@ -184,7 +182,6 @@ class Session:
             )
             if metadata["model_fingerprint"] != session._model_fingerprint():
                 raise UserError(f"{path} belongs to another model; give the model that read it")
-            session.inner_grad_norm = metadata["inner_grad_norm"]
             session._recent = tensors.pop("recent").tolist()
             session._state = _state(session._state, metadata["position"], tensors, model.device)
         except (KeyError, TypeError) as error:

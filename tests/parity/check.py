@@ -25,6 +25,7 @@ from longread.config import InnerConfig, OptimizerConfig, UserError
 from longread.inner_loop import Carry, scan
 from longread.inner_loop.step import matrices
 from longread.model import Transformer
+from longread.ops.rotary import rotation
 from longread.outer_loop import OuterLoss, end_to_end_loss, static_loss
 from longread.train.optimizer import gradient_norm, make_optimizer, update
 
@@ -181,10 +182,10 @@ def check_inner_loop(case: Case) -> dict[str, float]:
 def check_prefix(case: Case) -> dict[str, float]:
     """The official prefix ends before the first suffix attention, which ours has already run."""
     model, (ids, _, _) = case.model, case.batch
-    x = model.embedding(ids)
-    past = model.blocks[0].attention.empty_past(x)
-    for block in model.blocks[: model.config.num_prefix_blocks]:
-        x = block.static_mlp(block.attention(x, past, start=0, order=0)[0])
+    x, c = model.embedding(ids), model.config
+    turn = rotation(0, x.shape[1], c.head_dim, c.rope_base, x)
+    for block in model.prefix:
+        x = block.static_mlp(block.attention(x, block.attention.empty_past(x), turn=turn, order=0)[0])
     return {"prefix": relative(x, case.expected["prefix_output"])}
 
 

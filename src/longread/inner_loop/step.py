@@ -71,7 +71,7 @@ def inner_step(
     loss_mask: Tensor,
     *,
     start: int,
-    lr: float,
+    lr: float | Tensor,
     clip: float | None,
     order: int,
 ) -> Step:
@@ -112,7 +112,7 @@ def scan(
     loss_mask: Tensor,
     *,
     start: int,
-    lr: float,
+    lr: float | Tensor,
     clip: float | None,
     order: int,
     last_step: bool = True,

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from longread.ops.fast_mlp import fast_mlp
 from longread.ops.rms_norm import rms_norm
+from longread.ops.rotary import rotate
 from longread.ops.swiglu import swiglu
 
 
@@ -23,15 +24,24 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, with a gain."""
+    """Root-mean-square norm over the last dimension, with a gain; it can turn or add to a residual in the same pass."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, turn: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual=residual, turn=turn)
+
+
+class NoNorm(nn.Module):
+    """Stands where a norm is switched off."""
+
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, turn: Tensor | None = None) -> Tensor:
+        if turn is not None:
+            x = rotate(x, turn)
+        return x if residual is None else residual + x
 
 
 class SwiGLU(NamedTuple):
@@ -61,8 +71,9 @@ class MLP(nn.Module):
             out = self.down(swiglu(self.gate(normed), self.up(normed)))
         else:
             out = fast_mlp(normed, *weights)
-        return x + self.post_norm(out)
+        return self.post_norm(out, residual=x)
 
     def initial_weights(self, batch_size: int) -> SwiGLU:
-        """W_0 for every sequence, as views of the parameters."""
-        return SwiGLU(*(layer.weight.expand(batch_size, -1, -1) for layer in (self.gate, self.up, self.down)))
+        """W_0 for every sequence: views of the parameters, or float32 copies of half-precision ones."""
+        matrices = (layer.weight for layer in (self.gate, self.up, self.down))
+        return SwiGLU(*((w.float() if w.dtype.itemsize < 4 else w).expand(batch_size, -1, -1) for w in matrices))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from longread.config import ModelConfig
-from longread.model.layers import MLP, Linear, RMSNorm, SwiGLU
+from longread.model.layers import MLP, Linear, NoNorm, RMSNorm, SwiGLU
 from longread.model.mixers.attention import Attention, Past
 from longread.ops.cross_entropy import cross_entropy
+from longread.ops.rotary import rotation
 
 FastWeights = tuple[SwiGLU, ...]
 """What one batch of sequences has learned: the matrices of each suffix block, lowest first."""
@@ -29,7 +30,7 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(wanted: bool) -> nn.Module:
-            return RMSNorm(config.width, config.norm_eps) if wanted else nn.Identity()
+            return RMSNorm(config.width, config.norm_eps) if wanted else NoNorm()
 
         def mlp() -> MLP:
             return MLP(config.width, config.mlp_hidden, norm(config.pre_norm), norm(config.post_norm))
@@ -114,9 +115,9 @@ class Transformer(nn.Module):
             hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and the pasts, untrimmed.
         """
         x = self.embedding(input_ids).to(self.dtype)
-        after = []
+        turn, after = self._rotation(start, x), []
         for block, past in zip((*self.prefix, *self.suffix[:1]), pasts, strict=True):
-            x, grown = block.attention(x, past, start=start, order=1)
+            x, grown = block.attention(x, past, turn=turn, order=1)
             after.append(grown)
             if len(after) <= len(self.prefix):
                 x = block.static_mlp(x)
@@ -136,13 +137,16 @@ class Transformer(nn.Module):
         Returns:
             [B, T, D], what the head turns into logits, and the pasts, untrimmed.
         """
-        x, after = hidden, []
+        x, turn, after = hidden, self._rotation(start, hidden), []
         for index, block in enumerate(self.suffix):
             if index > 0:
-                x, past = block.attention(x, pasts[index - 1], start=start, order=order)
+                x, past = block.attention(x, pasts[index - 1], turn=turn, order=order)
                 after.append(past)
             x = block.static_mlp(block.fast_mlp(x, None if fast is None else fast[index]))
         return self.final_norm(x), tuple(after)
+
+    def _rotation(self, start: int, x: Tensor) -> Tensor:
+        return rotation(start, x.shape[1], self.config.head_dim, self.config.rope_base, x)
 
     def token_losses(self, output: Tensor, target_ids: Tensor) -> Tensor:
         """−log p of each target [B, T], given `upper`'s output [B, T, D]; float32 or wider."""

@@ -2,6 +2,7 @@
 
 optimizer   AdamW, clipping by global norm, the state of both by parameter name
 gradient    the meta-gradient of one batch, accumulated over micro-batches
+captured    the same as one CUDA graph
 validation  the loss on held-out text, read learning and read frozen
 stopping    SIGTERM, SIGINT, and the halt at numbers that are not finite
 run         the run: start or resume, step, record, checkpoint, finish

@@ -22,7 +22,9 @@ class BatchGradient(NamedTuple):
     """Before clipping, [B, inner steps]; [B, 0] for the static loss."""
 
 
-def accumulate_gradient(model: Transformer, config: RunConfig, batch: Batch, *, inner_lr: float) -> BatchGradient:
+def accumulate_gradient(
+    model: Transformer, config: RunConfig, batch: Batch, *, inner_lr: float | Tensor
+) -> BatchGradient:
     """Adds the gradient of the batch's loss, the mean over its sequences, to the gradients of `model`.
 
     Sequences run `config.micro_batch_size` at a time; the result does not depend on it but for rounding.
@@ -40,7 +42,7 @@ def accumulate_gradient(model: Transformer, config: RunConfig, batch: Batch, *, 
     return BatchGradient(torch.stack(losses).sum(), torch.cat(norms))
 
 
-def _outer_loss(model: Transformer, config: RunConfig, batch: Batch, inner_lr: float) -> OuterLoss:
+def _outer_loss(model: Transformer, config: RunConfig, batch: Batch, inner_lr: float | Tensor) -> OuterLoss:
     if config.loss == "static":
         return static_loss(model, *batch)
     return end_to_end_loss(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -33,6 +34,7 @@ from longread.config import Precision, RunConfig, UserError
 from longread.data import Sampler, TokenDataset
 from longread.model import Transformer, initialize
 from longread.outer_loop import choose_recompute
+from longread.train.captured import CapturedGradient
 from longread.train.gradient import accumulate_gradient
 from longread.train.optimizer import gradient_norm, make_optimizer, optimizer_tensors, restore_optimizer, update
 from longread.train.stopping import StopSignal, halt, not_finite_in, not_finite_weight
@@ -43,7 +45,10 @@ Row = dict[str, Any]
 RUN_FILE, METRICS_FILE, MODEL_DIRECTORY = "run.json", "metrics.jsonl", "model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _VALIDATION_SEED = 0
-_MAY_CHANGE = ("rope_base", "init_std")  # of a model's config, between the run that made it and one that goes on with it
+_MAY_CHANGE = (
+    "rope_base",
+    "init_std",
+)  # of a model's config, between the run that made it and one that goes on with it
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,11 @@ class _Run:
         self.exact = self._settled()
         if resume:
             self._restore()
+        self.gradient = (
+            CapturedGradient(self.model, self.exact)
+            if device.type == "cuda"
+            else functools.partial(accumulate_gradient, self.model, self.exact)
+        )
 
     @property
     def tokens(self) -> int:
@@ -179,7 +189,9 @@ class _Run:
         wanted = dataclasses.asdict(self.config.model)
         for name, before, now in _differences(dataclasses.asdict(loaded.model.config), wanted):
             if name not in _MAY_CHANGE:
-                raise UserError(f"{path} has {name} {before!r} and this run has {now!r}; begin with a model of its shape")
+                raise UserError(
+                    f"{path} has {name} {before!r} and this run has {now!r}; begin with a model of its shape"
+                )
         trained_on = loaded.metadata.get("tokenizer_fingerprint")
         if trained_on != self.data.tokenizer_fingerprint:
             raise UserError(f"{path} was trained with another tokenizer than the data; prepare the data with its own")
@@ -283,7 +295,7 @@ class _Run:
         started = time.monotonic()
         inner_lr = self.config.inner.lr_at(self.step)
         batch = self.sampler.batch(self.step).to(self.device)
-        found = accumulate_gradient(self.model, self.exact, batch, inner_lr=inner_lr)
+        found = self.gradient(batch, inner_lr=inner_lr)
         norm = gradient_norm(self.model.parameters())
         problem = not_finite_in(self.model, found, norm)
         if problem is not None:

@@ -1,13 +1,15 @@
 """Causal attention over a window, with a cached past: the contract, and which implementation answers.
 
 reference.py   every score in one matrix; any order of derivative; the twin that defines the result
-banded.py      blocks of queries over their band of keys; order 1; memory linear in the length
+banded.py      blocks of queries over their band of keys, by PyTorch's fused kernels; order 1; memory O(T)
+triton.py      kernels of our own for NVIDIA GPUs; order 2; memory O(T)
 """
 
 from torch import Tensor
 
 from longread.ops.attention.banded import banded_attention
 from longread.ops.attention.reference import reference_attention
+from longread.ops.fusible import fusible
 
 
 def attention(
@@ -36,5 +38,10 @@ def attention(
         raise ValueError(f"order is {order}; it must be 0, 1 or 2")
     if query.shape[-2] != key.shape[-2]:
         raise ValueError(f"{query.shape[-2]} queries for {key.shape[-2]} keys; older keys belong into past")
+    dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= query.shape[-2])
+    if fusible(query, key, value, *(past or ())) and query.numel() and not (dense and order < 2):
+        from longread.ops.attention.triton import triton_attention
+
+        return triton_attention(query, key, value, past=past, window=window)
     implementation = reference_attention if order == 2 else banded_attention
     return implementation(query, key, value, past=past, window=window)

@@ -2,6 +2,7 @@
 
 reference.py   the definition
 explicit.py    the same with its derivative written out; finite at a zero gradient
+triton.py      the same in as few passes over memory as there can be
 """
 
 from collections.abc import Sequence
@@ -9,19 +10,24 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from longread.ops.clipped_sgd.explicit import explicit_clipped_sgd
+from longread.ops.fusible import fusible
 
 
 def clipped_sgd(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, clip: float | None
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float | Tensor, clip: float | None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """W − lr · min(1, clip / ‖g‖) · g, with one norm per sequence over all its weights.
 
     Args:
         weights, gradients: as many tensors of the same shapes [B, ...].
-        lr: step size.
+        lr: step size; a tensor [] where it must not be fixed in a CUDA graph. It takes no gradient.
         clip: largest norm; None: no clipping.
 
     Returns:
         The new weights, and the norms before clipping, [B], which take no part in differentiation.
     """
+    if fusible(*weights, *gradients):
+        from longread.ops.clipped_sgd.triton import triton_clipped_sgd
+
+        return triton_clipped_sgd(weights, gradients, lr=lr, clip=clip)
     return explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip)

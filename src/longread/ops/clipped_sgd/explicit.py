@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 
 def explicit_clipped_sgd(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, clip: float | None
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float | Tensor, clip: float | None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
     *stepped, norm = _Step.apply(lr, clip, *weights, *gradients)
@@ -36,7 +36,7 @@ def _per_sequence(factor: Tensor, like: Tensor) -> Tensor:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, lr: float, clip: float | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, lr: float | Tensor, clip: float | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         weights, gradients = tensors[:count], tensors[count:]
         norm = _dot(gradients, gradients).sqrt()
@@ -45,8 +45,9 @@ class _Step(torch.autograd.Function):
         ctx.save_for_backward(norm, scale, *gradients)
         ctx.lr, ctx.clip = lr, clip
         ctx.mark_non_differentiable(norm)
+        step = lr * scale
         stepped = [
-            torch.addcmul(w, g, _per_sequence(scale, g), value=-lr) for w, g in zip(weights, gradients, strict=True)
+            torch.addcmul(w, g, _per_sequence(step, g), value=-1) for w, g in zip(weights, gradients, strict=True)
         ]
         return *stepped, norm
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def reference_clipped_sgd(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, clip: float | None
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float | Tensor, clip: float | None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd`, left to autograd."""
     squares = torch.stack([g.square().flatten(1).sum(-1) for g in gradients])

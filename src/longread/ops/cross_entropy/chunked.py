@@ -58,11 +58,11 @@ class _NLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         h, head, targets, log_sum = ctx.saved_tensors
-        dh, dhead = _NLLGradient.apply(h, head, w, targets, log_sum, needed_inputs(ctx)[:2])
+        dh, dhead = NLLGradient.apply(h, head, w, targets, log_sum, needed_inputs(ctx)[:2])
         return dh, dhead, None
 
 
-class _NLLGradient(torch.autograd.Function):
+class NLLGradient(torch.autograd.Function):
     """(h, head, w) -> (dh, dhead)"""
 
     @staticmethod

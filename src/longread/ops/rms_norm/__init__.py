@@ -2,22 +2,35 @@
 
 reference.py   the definition
 explicit.py    the same with its first and second derivative written out: fewer, larger passes
+triton.py      the same, each derivative one pass; with what stands around the norms of a block in the same pass
 """
 
 from torch import Tensor
 
+from longread.ops.fusible import fusible
 from longread.ops.rms_norm.explicit import explicit_rms_norm
 
+WIDEST = 16_384
+"""Longest row that one program holds."""
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """gain ∘ x / √(mean x² + eps) over the last dimension.
+
+def rms_norm(
+    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, turn: Tensor | None = None
+) -> Tensor:
+    """gain ∘ x / √(mean x² + eps) over the last dimension; then turned, then added to a residual, if these are given.
 
     Args:
         x: [..., D], any float type; float16 and bfloat16 are normalised in float32.
         gain: [D].
         eps: positive.
+        residual: of the shape and type of x, added to the result.
+        turn: unit complex numbers [T, D/2] for x [..., T, D], which rotate the normalised vectors (`ops.rotary`).
 
     Returns:
         [..., D] of the type of x.
     """
-    return explicit_rms_norm(x, gain, eps)
+    if fusible(x, gain) and x.shape[-1] <= WIDEST:
+        from longread.ops.rms_norm.triton import triton_rms_norm
+
+        return triton_rms_norm(x, gain, eps, residual=residual, turn=turn)
+    return explicit_rms_norm(x, gain, eps, residual=residual, turn=turn)

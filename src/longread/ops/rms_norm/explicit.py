@@ -16,13 +16,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longread.ops.needed import needed_inputs
+from longread.ops.rotary import rotate
 
 
-def explicit_rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def explicit_rms_norm(
+    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, turn: Tensor | None = None
+) -> Tensor:
     """The contract of `longread.ops.rms_norm.rms_norm`."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        return _Norm.apply(x.float(), gain.float(), eps).to(x.dtype)
-    return _Norm.apply(x, gain.to(x.dtype), eps)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    out = _Norm.apply(wide, gain.to(wide.dtype), eps).to(x.dtype)
+    if turn is not None:
+        out = rotate(out, turn)
+    return out if residual is None else residual + out
 
 
 def _mean_of_product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""The command line. One file a command; heavy imports happen when a command runs, so that --help is instant.
+
+    longread prepare | train | read | generate | evaluate | convert
+
+Wrong input ends with one sentence on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from longread import __version__
+from longread.cli import convert, evaluate, generate, prepare, read, train
+from longread.config import UserError
+
+_COMMANDS = (prepare, train, read, generate, evaluate, convert)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="longread", description="Language models that keep learning while they read (TTT-E2E, arXiv 2512.23675)."
+    )
+    parser.add_argument("--version", action="version", version=f"longread {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        summary, _, example = (command.__doc__ or "").partition("\n\n")
+        added = commands.add_parser(
+            command.NAME,
+            help=summary.rstrip("."),
+            description=summary,
+            epilog=example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_options(added)
+        added.set_defaults(run=command.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 2 for wrong input, 3 for a run that diverged, 130 on SIGINT."""
+    options = build_parser().parse_args(arguments)
+    warnings.showwarning = _show_warning
+    logging.basicConfig(format="longread: %(message)s", stream=sys.stderr)
+    try:
+        return int(options.run(options))
+    except UserError as error:
+        print(f"longread: error: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_status", 2))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: nothing left to say, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"longread: warning: {message}", file=sys.stderr)

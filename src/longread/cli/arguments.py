@@ -1,0 +1,70 @@
+"""Kinds of arguments that several commands share, and configs changed field by field."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from longread.config import RunConfig, UserError
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that runs one model."""
+    parser.add_argument("--model", required=True, help="a model directory, a run, or a checkpoint")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def changed(config: RunConfig, settings: Iterable[str]) -> RunConfig:
+    """`config` with each setting `dotted.field=value` in place; values are read as JSON, else as text.
+
+    Raises:
+        UserError: there is no such field, or the resulting config is not valid.
+    """
+    fields = dataclasses.asdict(config)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting} has no value; write it as field=value")
+        *parents, name = path.split(".")
+        place: Any = fields
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or name not in place or isinstance(place[name], dict):
+            raise UserError(f"--set {path}: there is no such field; there are {', '.join(_paths(fields))}")
+        place[name] = _value(text)
+    return RunConfig.from_dict(fields)
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("none", "nan", "inf", "-inf"):
+        return None if text.lower() == "none" else float(text)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _paths(fields: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

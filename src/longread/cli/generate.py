@@ -1,0 +1,94 @@
+"""Continue a text, or a session that has read one.
+
+Example:
+  longread generate --model runs/toy --session book.session --prompt "Once more" --max-tokens 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from longread.cli.arguments import add_model
+
+if TYPE_CHECKING:
+    from longread.tokenizer import Tokenizer
+
+NAME = "generate"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--session", metavar="FILE", help="go on with this saved session")
+    parser.add_argument("--prompt", default="", help="read first")
+    parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
+    parser.add_argument("--frozen", action="store_true", help="do not learn from prompt and continuation")
+    parser.add_argument("--save", metavar="FILE", help="keep the session here afterwards")
+
+
+def run(options: argparse.Namespace) -> int:
+    from longread.cli.models import open_model
+    from longread.cli.outputs import check_writable
+    from longread.session import Session
+
+    check_writable(options.save)
+    opened = open_model(options.model, options.device)
+    if options.session:
+        session = Session.restore(options.session, opened.model, fingerprint=opened.fingerprint)
+    else:
+        session = Session(opened.model, opened.inner, fingerprint=opened.fingerprint)
+    session.learn = session.learn and not options.frozen
+    bos = [opened.tokenizer.bos_id] if opened.tokenizer.bos_id is not None and not session.position else []
+    session.read(bos + opened.tokenizer.encode(options.prompt))
+    ids = session.generate(
+        options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        stop_ids=[] if opened.tokenizer.bos_id is None else [opened.tokenizer.bos_id],
+    )
+    for piece in until(decoded(ids, opened.tokenizer), options.stop):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    if options.save:
+        session.save(options.save)
+    return 0
+
+
+def decoded(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of token ids as it becomes known; a character waits until all its bytes are there."""
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting)
+
+
+def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text up to the first of `stops`; what may be the beginning of one waits until that is clear."""
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        found = [place for stop in stops if (place := waiting.find(stop)) >= 0]
+        if found:
+            yield waiting[: min(found)]
+            return
+        kept = max((n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])), default=0)
+        yield waiting[: len(waiting) - kept]
+        waiting = waiting[len(waiting) - kept :]
+    yield waiting

@@ -1,0 +1,58 @@
+"""Models as the command line opens them: weights, tokenizer and device that belong together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from longread.checkpoint import load_model
+from longread.config import InnerConfig, UserError
+from longread.model import Transformer
+from longread.tokenizer import Tokenizer, load_tokenizer
+
+
+class OpenModel(NamedTuple):
+    """A model ready to read, and the tokenizer it was trained with."""
+
+    name: str
+    model: Transformer
+    inner: InnerConfig
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def open_model(path: str, device: str) -> OpenModel:
+    """Loads the model at `path`; on a GPU its products run in bfloat16, its fast weights stay float32.
+
+    Raises:
+        UserError: there is no model, no tokenizer, or they do not belong together; or the device cannot be used.
+    """
+    place = find_device(device)
+    loaded = load_model(path, device=place, dtype=torch.bfloat16 if place.type == "cuda" else None)
+    if loaded.tokenizer_path is None:
+        raise UserError(f"{path} has no tokenizer.json beside it; copy there the one it was trained with")
+    tokenizer = load_tokenizer(loaded.tokenizer_path)
+    trained_on = loaded.metadata.get("tokenizer_fingerprint")
+    if trained_on not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{loaded.tokenizer_path} is not the tokenizer of {path}; copy there the one it was trained with"
+        )
+    if tokenizer.vocab_size > loaded.model.config.vocab_size:
+        raise UserError(
+            f"{loaded.tokenizer_path} has {tokenizer.vocab_size} tokens and {path} knows "
+            f"{loaded.model.config.vocab_size}; copy there the one it was trained with"
+        )
+    loaded.model.requires_grad_(False)
+    return OpenModel(str(path).rstrip("/"), loaded.model, loaded.inner, tokenizer, loaded.fingerprint)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU if there is one. Raises `UserError` if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"device {name} cannot be used ({str(error).splitlines()[0]}); use cpu") from None
+    return torch.device(name)

@@ -1,0 +1,47 @@
+"""Files that commands write beside what they print: checked before the work, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longread.config import UserError
+
+if TYPE_CHECKING:
+    from longread.evaluate import Evaluation
+
+
+def check_writable(*paths: str | None) -> None:
+    """Raises `UserError` before an hour of reading if one of the files could not be written after it."""
+    for path in paths:
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            raise UserError(f"cannot write {path}: it is a directory; give the name of a file in it")
+        parent = next(p for p in Path(path).absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"cannot write {path}: {parent} is not a directory that may be written to; choose another")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes or replaces a text file, whole or not at all. Raises `UserError` when it cannot be written."""
+    from longread.files import atomic_files
+
+    with atomic_files(Path(path)) as (temporary,):
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_report(
+    path: str | Path,
+    evaluation: Evaluation,
+    *,
+    title: str,
+    lead: str,
+    training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+) -> None:
+    """Writes the HTML page of an evaluation."""
+    from longread.evaluate import html_report
+
+    write_text(path, html_report(evaluation, title=title, lead=lead, training=training))

@@ -1,0 +1,78 @@
+"""Turn texts into token shards to train and evaluate on.
+
+Example:
+  longread prepare ~/books "notes/*.md" --out data --train-tokenizer 4096 --validation-fraction 0.05
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from longread.cli.arguments import positive
+
+NAME = "prepare"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="text files, directories, globs, .jsonl and .parquet (a document a row), hf:NAME[:CONFIGURATION][:SPLIT], "
+        "Zarr token arrays",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tokenizer", default="bytes", help="bytes (default), a tokenizer.json, a directory with one")
+    which.add_argument("--train-tokenizer", type=positive, metavar="SIZE", help="train a byte-level BPE on the sources")
+    parser.add_argument(
+        "--documents",
+        choices=("reset", "join"),
+        default="reset",
+        help="reset: a training sequence never crosses documents (default); join: one stream",
+    )
+    parser.add_argument("--validation-fraction", type=float, default=0.0, metavar="X", help="held out, by document")
+    parser.add_argument("--field", default="text", help="of .jsonl and .parquet rows (default text)")
+    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="file or folder; repeatable")
+    parser.add_argument("--vocab-size", type=positive, metavar="N", help="of token arrays; needs no tokenizer")
+    parser.add_argument("--bos-id", type=int, metavar="ID", help="of token arrays")
+    parser.add_argument("--overwrite", action="store_true", help="replace the data set at DIR")
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from longread.data import Progress, prepare, read_texts
+    from longread.tokenizer import load_tokenizer, train_bpe
+
+    if options.train_tokenizer:
+        texts = read_texts(options.sources, text_field=options.field, exclude=options.exclude)
+        tokenizer = train_bpe(texts, options.train_tokenizer)
+    else:
+        tokenizer = None if options.vocab_size else load_tokenizer(options.tokenizer)
+    with Console(stderr=True).status("reading") as status:
+
+        def show(progress: Progress) -> None:
+            status.update(f"{progress.documents:,} documents, {progress.tokens:,} tokens: {progress.source}")
+
+        dataset = prepare(
+            options.sources,
+            options.out,
+            tokenizer,
+            documents=options.documents,
+            text_field=options.field,
+            validation_fraction=options.validation_fraction,
+            exclude=options.exclude,
+            vocab_size=options.vocab_size,
+            bos_id=options.bos_id,
+            overwrite=options.overwrite,
+            progress=show,
+        )
+    for name, part in (("train", dataset), ("validation", dataset.validation)):
+        if part is not None:
+            print(f"{part.directory}: {part.num_documents:,} documents, {part.num_tokens:,} tokens ({name})")
+    skipped = dataset.index.get("skipped", {})
+    if skipped:
+        print("skipped: " + ", ".join(f"{count:,} {kind}" for kind, count in skipped.items()), file=sys.stderr)
+    return 0

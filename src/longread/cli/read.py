@@ -1,0 +1,196 @@
+"""Read a text of any length, learning from it, and compare with the same weights read frozen.
+
+Example:
+  longread read book.txt --model runs/toy --save book.session
+  zcat log.gz | longread read - --model runs/toy --session book.session --save book.session
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longread.cli.arguments import add_model
+
+if TYPE_CHECKING:
+    from longread.cli.models import OpenModel
+    from longread.evaluate import Evaluation, Measurement
+    from longread.session import Session
+
+NAME = "read"
+INTERRUPTED = 130
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", metavar="FILE", help="a UTF-8 text; - reads stdin")
+    add_model(parser)
+    parser.add_argument("--session", metavar="FILE", help="go on with this saved session")
+    parser.add_argument("--save", metavar="FILE", help="keep the session here")
+    parser.add_argument("--no-control", action="store_true", help="leave out the frozen reading; twice as fast")
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from longread.cli.models import open_model
+    from longread.cli.outputs import check_writable, write_report, write_text
+    from longread.evaluate import print_tables
+
+    check_writable(options.save, options.json, options.report)
+    opened = open_model(options.model, options.device)
+    readers = _readers(opened, options)
+    interrupted = _read(opened, readers, options.text)
+    evaluation = _evaluation(readers, interrupted)
+    session = readers[0].session
+    if options.save:
+        session.save(options.save)
+    print_tables(evaluation, Console(soft_wrap=True))
+    kept = f"; kept in {options.save}" if options.save else ""
+    size = f"{session.nbytes / 2**20:.1f} MiB of state, drift {session.drift():.3f}"
+    print(f"{session.position:,} tokens read, {size}{kept}")
+    if options.json:
+        write_text(options.json, json.dumps(evaluation.as_json(), indent=2) + "\n")
+    if options.report:
+        write_report(
+            options.report, evaluation, title=f"Reading {Path(options.text).name}", lead=f"With {opened.name}."
+        )
+    return INTERRUPTED if interrupted else 0
+
+
+class _Reader:
+    """A session and the losses of what it reads in this command."""
+
+    def __init__(self, opened: OpenModel, session: Session) -> None:
+        from longread.evaluate import InnerSteps, Measurement, PositionLoss, bin_edges
+
+        config = opened.model.config
+        self.session = session
+        self.measurement: Measurement = Measurement(
+            opened.name,
+            session.learn and config.num_suffix_blocks > 0,
+            [PositionLoss(bin_edges())],
+            InnerSteps(opened.inner.clip),
+            config.num_parameters,
+            config.num_fast_weights,
+        )
+
+    def read(self, ids: list[int], byte_lengths: list[int]) -> None:
+        import numpy as np
+
+        started = time.perf_counter()
+        nll = self.session.read(ids)
+        self.measurement.seconds += time.perf_counter() - started
+        self.measurement.tokens += len(ids)
+        self.measurement.losses[0].add(nll.double().cpu().numpy(), np.array(byte_lengths))
+        self.measurement.inner_steps.add(self.session.inner_grad_norms.double().cpu().numpy())
+        self.measurement.drift[self.session.position] = [self.session.drift()]
+
+
+def _readers(opened: OpenModel, options: argparse.Namespace) -> list[_Reader]:
+    """The learning reader first, then the frozen control if the model has fast weights and it is wanted."""
+    from longread.session import Session
+
+    if options.session:
+        session = Session.restore(options.session, opened.model, fingerprint=opened.fingerprint)
+    else:
+        session = Session(opened.model, opened.inner, fingerprint=opened.fingerprint)
+    control = session.fork()
+    control.learn = False
+    readers = [_Reader(opened, session)]
+    if session.learn and opened.model.config.num_suffix_blocks and not options.no_control:
+        readers.append(_Reader(opened, control))
+    if not session.position and opened.tokenizer.bos_id is not None:
+        for reader in readers:
+            reader.read([opened.tokenizer.bos_id], [0])
+    return readers
+
+
+def _read(opened: OpenModel, readers: list[_Reader], name: str) -> bool:
+    """Reads to the end of the text, or to an interrupt; says which. What was read is never half-learned."""
+    from rich.console import Console
+
+    from longread.cli.texts import read_tokens
+
+    console = Console(stderr=True)
+    with _interruptible() as interrupt, console.status("reading") as status:
+        try:
+            for ids, byte_lengths in read_tokens(name, opened.tokenizer):
+                with interrupt.held():
+                    for reader in readers:
+                        reader.read(ids, byte_lengths)
+                status.update(_progress(readers))
+        except KeyboardInterrupt:
+            if readers[0].session.position <= 1:
+                raise
+            console.print("interrupted: what follows is about the text read so far")
+            return True
+    return False
+
+
+def _progress(readers: list[_Reader]) -> str:
+    nats, _, num_bytes = readers[0].measurement.losses[0].total()
+    bits = 1 / (math.log(2) * max(1, num_bytes))
+    seconds = sum(reader.measurement.seconds for reader in readers)
+    line = f"{readers[0].session.position:,} tokens, {readers[0].measurement.tokens / max(seconds, 1e-9):,.0f} tokens/s"
+    if num_bytes:
+        line += f", {nats * bits:.3f} bits per byte"
+        if len(readers) > 1:
+            frozen = readers[1].measurement.losses[0].total()[0]
+            line += f", {(frozen - nats) * bits:+.3f} gained by learning"
+    return line
+
+
+class _Interrupt:
+    """SIGINT that waits while a piece of text is being learned, so that all readers stay at one position."""
+
+    def __init__(self) -> None:
+        self._holding = self._requested = False
+
+    def __call__(self, *_: object) -> None:
+        if self._holding and not self._requested:
+            self._requested = True
+        else:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._requested:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[_Interrupt]:
+    interrupt = _Interrupt()
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _evaluation(readers: list[_Reader], interrupted: bool) -> Evaluation:
+    from longread.evaluate import default_lengths, summarize
+
+    session = readers[0].session
+    M = session.model.config.mini_batch_size
+    notes = ["The reading was interrupted: the figures are about its beginning."] if interrupted else []
+    if readers[0].measurement.learn and not readers[0].measurement.inner_steps.count:
+        notes.append(
+            f"{readers[0].measurement.tokens:,} tokens complete no mini-batch of {M}: nothing could be learned from them."
+        )
+    longest = readers[0].measurement.losses[0].num_positions
+    return summarize([reader.measurement for reader in readers], lengths=default_lengths(longest), notes=notes)

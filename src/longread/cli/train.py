@@ -1,0 +1,66 @@
+"""Train a model.
+
+Example:
+  longread train toy --data data --out runs/toy
+  longread train 125m-extend --method swa --context-length 32768 --init runs/125m --data books --out runs/125m-32k
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from longread.cli.arguments import add_device, changed, positive
+
+NAME = "train"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="toy; 125m, 350m, 760m, 1.3b, 3b; or a size and -extend")
+    parser.add_argument("--data", required=True, metavar="DIR", help="what `longread prepare` wrote")
+    parser.add_argument("--out", required=True, metavar="RUN")
+    parser.add_argument("--method", default="e2e", help="e2e (default), naive, swa, full, hybrid")
+    parser.add_argument("--context-length", type=positive, metavar="T", help="tokens of a training sequence")
+    parser.add_argument("--validation", metavar="DIR", help="held-out data; by default the data set's own")
+    parser.add_argument("--init", metavar="MODEL", help="begin with these weights")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change one field of the recipe; repeatable"
+    )
+    parser.add_argument("--tracker", action="append", default=[], help="tensorboard, wandb or trackio; repeatable")
+    add_device(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from longread.data import TokenDataset
+    from longread.recipes import recipe
+    from longread.train import Progress, train
+
+    recipe(options.recipe, options.method)  # a wrong name is said before data are looked for
+    data = TokenDataset.open(options.data)
+    config = recipe(
+        options.recipe,
+        options.method,
+        context_length=options.context_length,
+        vocab_size=data.vocab_size,
+        seed=options.seed,
+    )
+    config = changed(config, options.set)
+    validation = TokenDataset.open(options.validation) if options.validation else data.validation
+    with Progress(config) as progress:
+        result = train(
+            config,
+            data,
+            options.out,
+            validation=validation,
+            initial=options.init,
+            device=options.device,
+            resume=options.resume,
+            trackers=options.tracker,
+            on_step=progress,
+        )
+    if result.interrupted:
+        print(f"stopped after step {result.step} of {config.steps}; --resume goes on from there")
+    else:
+        print(f"{result.model_directory}: {result.step} steps, {result.tokens:,} tokens")
+    return 0

@@ -1,0 +1,706 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: RET505 (Triton wants an else after a return that is chosen when compiling)
+"""Windowed causal attention with a cached past for NVIDIA GPUs: forward, backward and second order, memory O(T).
+
+Six kernels, each a sweep over the keys of a block of queries or over the queries of a block of keys. With
+S = σ q kᵀ, P = softmax(S), o = P v, δ = ⟨do, o⟩ and dS = P∘(do vᵀ − δ), the gradients are dq = σ dS k,
+dk = σ dSᵀ q and dv = Pᵀ do. Cotangents a, b, c of these give the derivative of the gradient:
+
+    Ṡ = σ (a kᵀ + q bᵀ)      r = ⟨P, Ṡ⟩      ȯ = (P∘Ṡ) v − r∘o + P c, the cotangent of do      φ = ⟨do, ȯ⟩
+    Ŝ = P∘[(do vᵀ − δ)∘(Ṡ − r) + do cᵀ − φ]
+    q̂ = σ (Ŝ k + dS b)       k̂ = σ (Ŝᵀ q + dSᵀ a)       v̂ = (P∘(Ṡ − r))ᵀ do
+
+Queries and their own keys have positions 0 … T − 1, the past has −P … −1. The two ranges of keys are swept one after
+the other: b and c are usually given for own keys alone, since the inner gradient takes the past for a constant.
+Each sweep runs through blocks with a mask, then blocks that are visible throughout, then blocks with a mask.
+
+A head of 80 or 96 is 64 + 16 or 64 + 32: a tile is a tuple of one or two parts whose widths are powers of two, and
+every product is one instruction a part. Tiles are moved by tensor descriptors: rows beyond the end read as zeros and
+are not written, so only probabilities need masks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from longread.ops.needed import needed_inputs
+
+
+class Blocks(NamedTuple):
+    """How a kernel cuts its work."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+FLOAT32 = Blocks(32, 32, 4, 2)
+"""For float32, whose products stay off the tensor cores, in every kernel."""
+
+TABLE: dict[str, dict[int, Blocks]] = {
+    "forward": {64: Blocks(128, 128, 8, 2), 96: Blocks(128, 128, 8, 2), 128: Blocks(128, 64, 8, 2)},
+    "query_gradient": {64: Blocks(128, 64, 8, 2), 96: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2)},
+    "key_gradient": {64: Blocks(64, 128, 8, 2), 96: Blocks(64, 128, 8, 2), 128: Blocks(64, 128, 8, 2)},
+    "tangent": {64: Blocks(128, 64, 8, 2), 96: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2)},
+    "query_second": {64: Blocks(128, 64, 8, 2), 96: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2)},
+    "key_second": {64: Blocks(64, 128, 8, 2), 96: Blocks(64, 128, 8, 2), 128: Blocks(32, 128, 8, 2)},
+}
+"""For 16-bit types: kernel -> largest head dim -> blocks, measured on an H200."""
+
+
+def blocks_of(kernel: str, head_dim: int, itemsize: int) -> Blocks:
+    """Those of a kernel named in `TABLE`."""
+    if itemsize > 2:
+        return FLOAT32
+    return next(blocks for largest, blocks in TABLE[kernel].items() if head_dim <= largest)
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+"""Scores are powers of two inside the kernels, and so is the saved log-sum-exp."""
+
+
+# Tiles: tuples of one or two parts [rows, width].
+
+
+@triton.jit
+def _parts(first, second):
+    if second is None:
+        return (first,)
+    else:
+        return (first, second)
+
+
+@triton.jit
+def _with_tangents(k0, k1, v0, v1, b0, b1, c0, c1):
+    if b0 is None:
+        return (_parts(k0, k1), _parts(v0, v1))
+    else:
+        return (_parts(k0, k1), _parts(v0, v1), _parts(b0, b1), _parts(c0, c1))
+
+
+@triton.jit
+def _load_part(descriptor, b, n, row, column):
+    return descriptor.load([b, n, row, column]).reshape(descriptor.block_shape[2], descriptor.block_shape[3])
+
+
+@triton.jit
+def _load(descriptors, b, n, row):
+    if len(descriptors) == 1:
+        return (_load_part(descriptors[0], b, n, row, 0),)
+    else:
+        return (
+            _load_part(descriptors[0], b, n, row, 0),
+            _load_part(descriptors[1], b, n, row, descriptors[0].block_shape[3]),
+        )
+
+
+@triton.jit
+def _store_part(descriptor, b, n, row, column, x):
+    shape: tl.constexpr = descriptor.block_shape
+    descriptor.store([b, n, row, column], x.to(descriptor.dtype).reshape(1, 1, shape[2], shape[3]))
+
+
+@triton.jit
+def _store(descriptors, b, n, row, x):
+    _store_part(descriptors[0], b, n, row, 0, x[0])
+    if len(descriptors) == 2:
+        _store_part(descriptors[1], b, n, row, descriptors[0].block_shape[3], x[1])
+
+
+@triton.jit
+def _zeros_part(rows: tl.constexpr, width: tl.constexpr):
+    return tl.zeros([rows, width], tl.float32)
+
+
+@triton.jit
+def _zeros(rows: tl.constexpr, descriptors):
+    if len(descriptors) == 1:
+        return (_zeros_part(rows, descriptors[0].block_shape[3]),)
+    else:
+        return (
+            _zeros_part(rows, descriptors[0].block_shape[3]),
+            _zeros_part(rows, descriptors[1].block_shape[3]),
+        )
+
+
+@triton.jit
+def _scores(x, y, total):
+    """total + x yᵀ"""
+    total = tl.dot(x[0], y[0].T, total, input_precision="ieee")
+    if len(x) == 2:
+        total = tl.dot(x[1], y[1].T, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _mix(total, weights, x):
+    """total + weights x"""
+    weights = weights.to(x[0].dtype)
+    if len(x) == 1:
+        return (tl.dot(weights, x[0], total[0], input_precision="ieee"),)
+    else:
+        return (
+            tl.dot(weights, x[0], total[0], input_precision="ieee"),
+            tl.dot(weights, x[1], total[1], input_precision="ieee"),
+        )
+
+
+@triton.jit
+def _scale(x, by):
+    if len(x) == 1:
+        return (x[0] * by,)
+    else:
+        return (x[0] * by, x[1] * by)
+
+
+@triton.jit
+def _minus(x, by, y):
+    """x − by∘y with a factor for each row."""
+    if len(x) == 1:
+        return (x[0] - by[:, None] * y[0].to(tl.float32),)
+    else:
+        return (x[0] - by[:, None] * y[0].to(tl.float32), x[1] - by[:, None] * y[1].to(tl.float32))
+
+
+@triton.jit
+def _row_products(x, y):
+    """⟨x, y⟩ of each row."""
+    total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
+    if len(x) == 2:
+        total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
+    return total
+
+
+# A sweep: a tile that stays, tiles that move past it, and a step that meets each of them. Divisions round towards zero,
+# so they get nothing negative.
+
+
+@triton.jit
+def _sweep(
+    step: tl.constexpr, state, staying, moving, b, n, start, end, shift, position, oldest, window, scale,
+    BLOCK: tl.constexpr, KEYS_MOVE: tl.constexpr, CAUSAL: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    for first in tl.range(start, end, BLOCK):
+        visible = None
+        if CAUSAL or CLIPPED:
+            other = first + tl.arange(0, BLOCK)
+            if KEYS_MOVE:
+                query, key = position[:, None], other[None, :]
+            else:
+                query, key = other[None, :], position[:, None]
+            if CAUSAL and CLIPPED:
+                visible = (key <= query) & (key > query - window)
+            elif CAUSAL:
+                visible = key <= query
+            else:
+                visible = (key > query - window) & (key >= oldest)
+        state = step(state, staying, moving, b, n, first + shift, visible, scale, BLOCK)
+    return state
+
+
+@triton.jit
+def _over_keys(
+    step: tl.constexpr, state, staying, own, past, b, n, first_query, T, P, window, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    """From the oldest visible key of a block of queries to the newest; blocks of the past end at position 0."""
+    query = first_query + tl.arange(0, QUERIES)
+    if PAST:
+        reach = tl.minimum(P, tl.maximum(window - 1 - first_query, 0))
+        full_reach = tl.minimum(P, tl.maximum(window - first_query - QUERIES, 0))
+        start, full_start = -tl.cdiv(reach, KEYS) * KEYS, -(full_reach // KEYS * KEYS)
+        state = _sweep(
+            step, state, staying, past, b, n, start, full_start, P, query, -P, window, scale, KEYS, True, False, True
+        )
+        state = _sweep(
+            step, state, staying, past, b, n, full_start, 0, P, query, -P, window, scale, KEYS, True, False, False
+        )
+    full_start = 0
+    full_end = (first_query + 1) // KEYS * KEYS
+    if CLIPPED:
+        start = tl.maximum(first_query - window + 1, 0) // KEYS * KEYS
+        full_start = tl.minimum(tl.cdiv(tl.maximum(first_query + QUERIES - window, 0), KEYS) * KEYS, full_end)
+        state = _sweep(
+            step, state, staying, own, b, n, start, full_start, 0, query, 0, window, scale, KEYS, True, False, True
+        )
+    state = _sweep(
+        step, state, staying, own, b, n, full_start, full_end, 0, query, 0, window, scale, KEYS, True, False, False
+    )
+    end = tl.minimum(T, first_query + QUERIES)
+    return _sweep(step, state, staying, own, b, n, full_end, end, 0, query, 0, window, scale, KEYS, True, True, CLIPPED)
+
+
+@triton.jit
+def _over_queries(
+    step: tl.constexpr, state, staying, moving, b, n, first_key, T, P, window, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    """All queries that see a block of keys. Queries from T on are zeros, which add nothing.
+
+    Blocks without a mask come first: the other order makes ptxas run the products of all sweeps one after the other.
+    """
+    key = first_key + tl.arange(0, KEYS)
+    start = 0
+    full_start = 0
+    full_end = T
+    end = T
+    if CLIPPED:
+        end = tl.minimum(T, tl.maximum(first_key + KEYS - 1 + window, 0))
+        full_end = tl.where(first_key + window >= T, end, tl.maximum(first_key + window, 0) // QUERIES * QUERIES)
+    if OWN:
+        start = first_key // QUERIES * QUERIES
+        full_start = tl.minimum(tl.cdiv(first_key + KEYS - 1, QUERIES) * QUERIES, end)
+    full_end = tl.maximum(full_start, full_end)
+    state = _sweep(
+        step, state, staying, moving, b, n, full_start, full_end, 0, key, 0, window, scale, QUERIES, False, False, False
+    )
+    if OWN:
+        state = _sweep(
+            step, state, staying, moving, b, n, start, full_start, 0, key, 0, window, scale,
+            QUERIES, False, True, CLIPPED,
+        )  # fmt: skip
+    if CLIPPED:
+        state = _sweep(
+            step, state, staying, moving, b, n, full_end, end, 0, key, -P, window, scale, QUERIES, False, False, True
+        )
+    return state
+
+
+@triton.jit
+def _probabilities(s, lse, visible, scale):
+    p = tl.exp2(s * (scale * LOG2E) - lse)
+    if visible is not None:
+        p = tl.where(visible, p, 0.0)
+    return p
+
+
+@triton.jit
+def _position(QUERIES: tl.constexpr):
+    """Sequence, head, and first query of this program: the longest sweeps are started first."""
+    return tl.program_id(2), tl.program_id(1), (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+
+
+# Forward.
+
+
+@triton.jit
+def _forward_step(state, staying, moving, b, n, row, visible, scale, BLOCK: tl.constexpr):
+    out, highest, total = state
+    keys, values = moving
+    s = _scores(staying[0], _load(keys, b, n, row), None)
+    if visible is not None:
+        s = tl.where(visible, s, float("-inf"))
+    higher = tl.maximum(highest, tl.max(s, 1) * (scale * LOG2E))
+    p = tl.exp2(s * (scale * LOG2E) - higher[:, None])
+    shrink = tl.exp2(highest - higher)
+    total = total * shrink + tl.sum(p, 1)
+    out = _mix(_scale(out, shrink[:, None]), p, _load(values, b, n, row))
+    return out, higher, total
+
+
+@triton.jit(do_not_specialize=["T", "P", "window"])
+def _forward_kernel(
+    q0, q1, o0, o1, k0, k1, v0, v1, pk0, pk1, pv0, pv1, lse, T, P, window, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    b, n, first_query = _position(QUERIES)
+    query = first_query + tl.arange(0, QUERIES)
+    outputs = _parts(o0, o1)
+    staying = (_load(_parts(q0, q1), b, n, first_query),)
+    own, past = (_parts(k0, k1), _parts(v0, v1)), (_parts(pk0, pk1), _parts(pv0, pv1))
+    # The highest score starts finite: a row that sees nothing in its first blocks must not subtract infinities.
+    state = (_zeros(QUERIES, outputs), tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32))
+    out, highest, total = _over_keys(
+        _forward_step, state, staying, own, past, b, n, first_query, T, P, window, scale, QUERIES, KEYS, PAST, CLIPPED
+    )
+    _store(outputs, b, n, first_query, _scale(out, 1 / total[:, None]))
+    tl.store(lse + (b * tl.num_programs(1) + n) * T + query, highest + tl.log2(total), query < T)
+
+
+# First derivative. The sweep over keys runs first and leaves δ for the sweep over queries.
+
+
+@triton.jit
+def _query_gradient_step(dq, staying, moving, b, n, row, visible, scale, BLOCK: tl.constexpr):
+    q, do, lse, delta = staying
+    keys, values = moving
+    k = _load(keys, b, n, row)
+    p = _probabilities(_scores(q, k, None), lse[:, None], visible, scale)
+    dp = _scores(do, _load(values, b, n, row), None)
+    return _mix(dq, p * (dp - delta[:, None]), k)
+
+
+@triton.jit(do_not_specialize=["T", "P", "window"])
+def _query_gradient_kernel(
+    q0, q1, o0, o1, do0, do1, dq0, dq1, k0, k1, v0, v1, pk0, pk1, pv0, pv1, lse, delta, T, P, window, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    b, n, first_query = _position(QUERIES)
+    query = first_query + tl.arange(0, QUERIES)
+    at = (b * tl.num_programs(1) + n) * T + query
+    outputs = _parts(dq0, dq1)
+    q, do = _load(_parts(q0, q1), b, n, first_query), _load(_parts(do0, do1), b, n, first_query)
+    inner = _row_products(_load(_parts(o0, o1), b, n, first_query), do)
+    tl.store(delta + at, inner, query < T)
+    staying = (q, do, tl.load(lse + at, query < T, 0.0), inner)
+    own, past = (_parts(k0, k1), _parts(v0, v1)), (_parts(pk0, pk1), _parts(pv0, pv1))
+    dq = _over_keys(
+        _query_gradient_step, _zeros(QUERIES, outputs), staying, own, past, b, n, first_query, T, P, window, scale,
+        QUERIES, KEYS, PAST, CLIPPED,
+    )  # fmt: skip
+    _store(outputs, b, n, first_query, _scale(dq, scale))
+
+
+@triton.jit
+def _key_gradient_step(state, staying, moving, b, n, row, visible, scale, BLOCK: tl.constexpr):
+    dk, dv = state
+    k, v = staying
+    queries, d_outputs, lse, delta, T = moving
+    query = row + tl.arange(0, BLOCK)
+    inside = query < T
+    q, do = _load(queries, b, n, row), _load(d_outputs, b, n, row)
+    p = _probabilities(_scores(k, q, None), tl.load(lse + query, inside, 0.0)[None, :], visible, scale)
+    dv = _mix(dv, p, do)
+    dp = _scores(v, do, None) - tl.load(delta + query, inside, 0.0)[None, :]
+    return _mix(dk, p * dp, q), dv
+
+
+@triton.jit(do_not_specialize=["T", "P", "window"])
+def _key_gradient_kernel(
+    q0, q1, do0, do1, k0, k1, v0, v1, dk0, dk1, dv0, dv1, lse, delta, T, P, window, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    """Of own keys, or with OWN False of the past, where k0 … dv1 and the rows of the grid are the past's."""
+    b, n, first = tl.program_id(2), tl.program_id(1), tl.program_id(0) * KEYS
+    shift = 0 if OWN else P
+    key_outputs, value_outputs = _parts(dk0, dk1), _parts(dv0, dv1)
+    staying = (_load(_parts(k0, k1), b, n, first), _load(_parts(v0, v1), b, n, first))
+    at = (b * tl.num_programs(1) + n) * T
+    moving = (_parts(q0, q1), _parts(do0, do1), lse + at, delta + at, T)
+    state = (_zeros(KEYS, key_outputs), _zeros(KEYS, value_outputs))
+    dk, dv = _over_queries(
+        _key_gradient_step, state, staying, moving, b, n, first - shift, T, P, window, scale,
+        QUERIES, KEYS, OWN, CLIPPED,
+    )  # fmt: skip
+    _store(key_outputs, b, n, first, _scale(dk, scale))
+    _store(value_outputs, b, n, first, dv)
+
+
+# Second derivative: r, ȯ and φ first, then what they make of the queries, and of the keys and values. `moving` or
+# `staying` holds b and c where the range of keys has them.
+
+
+@triton.jit
+def _tangent_step(state, staying, moving, b, n, row, visible, scale, BLOCK: tl.constexpr):
+    o_dot, r = state
+    q, a, lse = staying
+    k, v = _load(moving[0], b, n, row), _load(moving[1], b, n, row)
+    p = _probabilities(_scores(q, k, None), lse[:, None], visible, scale)
+    s_dot = _scores(a, k, None)
+    if len(moving) == 4:
+        s_dot = _scores(q, _load(moving[2], b, n, row), s_dot)
+    p_dot = p * (s_dot * scale)
+    o_dot = _mix(o_dot, p_dot, v)
+    if len(moving) == 4:
+        o_dot = _mix(o_dot, p, _load(moving[3], b, n, row))
+    return o_dot, r + tl.sum(p_dot, 1)
+
+
+@triton.jit(do_not_specialize=["T", "P", "window"])
+def _tangent_kernel(
+    q0, q1, a0, a1, o0, o1, do0, do1, od0, od1,
+    k0, k1, v0, v1, b0, b1, c0, c1, pk0, pk1, pv0, pv1, pb0, pb1, pc0, pc1, lse, r, phi, T, P, window, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    b, n, first_query = _position(QUERIES)
+    query = first_query + tl.arange(0, QUERIES)
+    at = (b * tl.num_programs(1) + n) * T + query
+    outputs = _parts(od0, od1)
+    q, a = _load(_parts(q0, q1), b, n, first_query), _load(_parts(a0, a1), b, n, first_query)
+    own, past = _with_tangents(k0, k1, v0, v1, b0, b1, c0, c1), _with_tangents(pk0, pk1, pv0, pv1, pb0, pb1, pc0, pc1)
+    state = (_zeros(QUERIES, outputs), tl.zeros([QUERIES], tl.float32))
+    staying = (q, a, tl.load(lse + at, query < T, 0.0))
+    o_dot, total = _over_keys(
+        _tangent_step, state, staying, own, past, b, n, first_query, T, P, window, scale, QUERIES, KEYS, PAST, CLIPPED
+    )
+    o_dot = _minus(o_dot, total, _load(_parts(o0, o1), b, n, first_query))
+    tl.store(r + at, total, query < T)
+    tl.store(phi + at, _row_products(o_dot, _load(_parts(do0, do1), b, n, first_query)), query < T)
+    _store(outputs, b, n, first_query, o_dot)
+
+
+@triton.jit
+def _query_second_step(q_hat, staying, moving, b, n, row, visible, scale, BLOCK: tl.constexpr):
+    q, a, do, lse, delta, r, phi = staying
+    k, v = _load(moving[0], b, n, row), _load(moving[1], b, n, row)
+    p = _probabilities(_scores(q, k, None), lse[:, None], visible, scale)
+    s_dot = _scores(a, k, None)
+    if len(moving) == 4:
+        b_tile = _load(moving[2], b, n, row)
+        s_dot = _scores(q, b_tile, s_dot)
+    dp = _scores(do, v, None) - delta[:, None]
+    s_hat = dp * (s_dot * scale - r[:, None]) - phi[:, None]
+    if len(moving) == 4:
+        s_hat = _scores(do, _load(moving[3], b, n, row), s_hat)
+        q_hat = _mix(q_hat, p * dp, b_tile)
+    return _mix(q_hat, p * s_hat, k)
+
+
+@triton.jit(do_not_specialize=["T", "P", "window"])
+def _query_second_kernel(
+    q0, q1, a0, a1, do0, do1, qh0, qh1,
+    k0, k1, v0, v1, b0, b1, c0, c1, pk0, pk1, pv0, pv1, pb0, pb1, pc0, pc1,
+    lse, delta, r, phi, T, P, window, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    b, n, first_query = _position(QUERIES)
+    query = first_query + tl.arange(0, QUERIES)
+    at = (b * tl.num_programs(1) + n) * T + query
+    outputs = _parts(qh0, qh1)
+    q, a = _load(_parts(q0, q1), b, n, first_query), _load(_parts(a0, a1), b, n, first_query)
+    do = _load(_parts(do0, do1), b, n, first_query)
+    own, past = _with_tangents(k0, k1, v0, v1, b0, b1, c0, c1), _with_tangents(pk0, pk1, pv0, pv1, pb0, pb1, pc0, pc1)
+    inside = query < T
+    of_first = (tl.load(lse + at, inside, 0.0), tl.load(delta + at, inside, 0.0))
+    staying = (q, a, do, of_first[0], of_first[1], tl.load(r + at, inside, 0.0), tl.load(phi + at, inside, 0.0))
+    q_hat = _over_keys(
+        _query_second_step, _zeros(QUERIES, outputs), staying, own, past, b, n, first_query, T, P, window, scale,
+        QUERIES, KEYS, PAST, CLIPPED,
+    )  # fmt: skip
+    _store(outputs, b, n, first_query, _scale(q_hat, scale))
+
+
+@triton.jit
+def _key_second_step(state, staying, moving, b, n, row, visible, scale, BLOCK: tl.constexpr):
+    k_hat, v_hat = state
+    k, v = staying[0], staying[1]
+    queries, query_tangents, d_outputs, lse, delta, r, phi, T = moving
+    query = row + tl.arange(0, BLOCK)
+    inside = query < T
+    q, a, do = _load(queries, b, n, row), _load(query_tangents, b, n, row), _load(d_outputs, b, n, row)
+    p = _probabilities(_scores(k, q, None), tl.load(lse + query, inside, 0.0)[None, :], visible, scale)
+    s_dot = _scores(k, a, None)
+    if len(staying) == 4:
+        s_dot = _scores(staying[2], q, s_dot)
+    s_dot = s_dot * scale - tl.load(r + query, inside, 0.0)[None, :]
+    v_hat = _mix(v_hat, p * s_dot, do)
+    dp = _scores(v, do, None) - tl.load(delta + query, inside, 0.0)[None, :]
+    k_hat = _mix(k_hat, p * dp, a)
+    s_hat = dp * s_dot - tl.load(phi + query, inside, 0.0)[None, :]
+    if len(staying) == 4:
+        s_hat = _scores(staying[3], do, s_hat)
+    return _mix(k_hat, p * s_hat, q), v_hat
+
+
+@triton.jit(do_not_specialize=["T", "P", "window"])
+def _key_second_kernel(
+    q0, q1, a0, a1, do0, do1, k0, k1, v0, v1, b0, b1, c0, c1, kh0, kh1, vh0, vh1,
+    lse, delta, r, phi, T, P, window, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    """Of own keys, or with OWN False of the past, where k0 … vh1 and the rows of the grid are the past's."""
+    b, n, first = tl.program_id(2), tl.program_id(1), tl.program_id(0) * KEYS
+    shift = 0 if OWN else P
+    key_outputs, value_outputs = _parts(kh0, kh1), _parts(vh0, vh1)
+    k, v = _load(_parts(k0, k1), b, n, first), _load(_parts(v0, v1), b, n, first)
+    if b0 is None:
+        staying = (k, v)
+    else:
+        staying = (k, v, _load(_parts(b0, b1), b, n, first), _load(_parts(c0, c1), b, n, first))  # type: ignore[assignment]
+    at = (b * tl.num_programs(1) + n) * T
+    queries = (_parts(q0, q1), _parts(a0, a1), _parts(do0, do1))
+    moving = (queries[0], queries[1], queries[2], lse + at, delta + at, r + at, phi + at, T)
+    state = (_zeros(KEYS, key_outputs), _zeros(KEYS, value_outputs))
+    k_hat, v_hat = _over_queries(
+        _key_second_step, state, staying, moving, b, n, first - shift, T, P, window, scale,
+        QUERIES, KEYS, OWN, CLIPPED,
+    )  # fmt: skip
+    _store(key_outputs, b, n, first, _scale(k_hat, scale))
+    _store(value_outputs, b, n, first, v_hat)
+
+
+# Launches.
+
+
+def _ready(x: Tensor) -> Tensor:
+    """x, or a copy, as a descriptor can address it: rows are contiguous and start at multiples of 16 bytes."""
+    steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    aligned = all(step > 0 and step * x.itemsize % 16 == 0 for step in steps)
+    return x if aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else _new(x).copy_(x)
+
+
+def _new(like: Tensor) -> Tensor:
+    """Memory for a tensor of the size of `like` [B, N, T, H], and in its order, that is `_ready`."""
+    B, N, T, H = like.shape
+    unit = 16 // like.itemsize
+    row = -(-H // unit) * unit
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(B, T, N, row).transpose(1, 2)[..., :H]
+    return like.new_empty(B, N, T, row)[..., :H]
+
+
+def _descriptors(x: Tensor, rows: int) -> list[TensorDescriptor | None]:
+    """Of the two parts of x [B, N, T, H], in tiles of so many rows."""
+    H = x.shape[-1]
+    first = max(16, 1 << (H.bit_length() - 1))
+    widths = [first] if first >= H else [first, max(16, 1 << (H - first - 1).bit_length())]
+    strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in range(3)] + [1]
+    tiles = [TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width]) for width in widths]
+    return [*tiles, *[None] * (2 - len(tiles))]
+
+
+class _Problem(NamedTuple):
+    """Sizes that all kernels of one attention share."""
+
+    T: int
+    P: int
+    window: int
+    scale: float
+
+    def launch(
+        self,
+        kernel: Any,
+        by_query: list[Tensor],
+        by_key: list[Tensor | None],
+        statistics: list[Tensor],
+        past_alone: bool | None = None,
+    ) -> None:
+        """Runs a kernel whose tiles are, in this order, of queries and of keys.
+
+        Args:
+            statistics: float32 [B, N, T].
+            past_alone: None for a sweep over keys; else whether the keys are the past's or the queries' own.
+        """
+        query, key = by_query[0], by_key[0]
+        name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
+        blocks = blocks_of(name, query.shape[-1], query.itemsize)
+        T, P, window, _ = self
+        if past_alone is None:
+            rows, step, flags = T, blocks.queries, (P > 0, window < T)
+        else:
+            rows, step = (P if past_alone else T), blocks.keys
+            flags = (not past_alone, window < T + P * past_alone)
+        arguments = [part for x in by_query for part in _descriptors(_ready(x), blocks.queries)]
+        for x in by_key:  # an empty past is never looked at, but a descriptor of nothing cannot be
+            x = key if x is not None and x.numel() == 0 else x
+            arguments += [None, None] if x is None else _descriptors(_ready(x), blocks.keys)
+        grid = (triton.cdiv(rows, step), query.shape[1], query.shape[0])
+        with torch.cuda.device_of(query):
+            kernel[grid](
+                *arguments, *statistics, *self, blocks.queries, blocks.keys, *flags,
+                num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    """(query, key, value, past key, past value) -> output; an absent past is empty."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, problem: _Problem) -> Tensor:
+        o, lse = _new(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        problem.launch(_forward_kernel, [q, o], [k, v, past_k, past_v], [lse])
+        ctx.save_for_backward(q, k, v, past_k, past_v, o, lse)
+        ctx.problem = problem
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, past_k, past_v, o, lse = ctx.saved_tensors
+        needs = needed_inputs(ctx)
+        with_own, with_past = any(needs[1:3]), any(needs[3:5]) and ctx.problem.P > 0
+        gradients = _AttentionGradient.apply(
+            q, k, v, past_k, past_v, do, o.detach(), lse, ctx.problem, with_own, with_past
+        )
+        return *gradients, None
+
+
+class _AttentionGradient(torch.autograd.Function):
+    """(q, k, v, past k, past v, do) -> their gradients; o and lse are by-products of these inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_k: Tensor,
+        past_v: Tensor,
+        do: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        problem: _Problem,
+        with_own: bool,
+        with_past: bool,
+    ) -> tuple[Tensor | None, ...]:
+        dq, delta = _new(q), torch.empty_like(lse)
+        problem.launch(_query_gradient_kernel, [q, o, do, dq], [k, v, past_k, past_v], [lse, delta])
+        gradients: list[Tensor | None] = [dq]
+        for wanted, keys, values, past_alone in ((with_own, k, v, False), (with_past, past_k, past_v, True)):
+            if wanted:
+                dk, dv = _new(keys), _new(values)
+                problem.launch(_key_gradient_kernel, [q, do], [keys, values, dk, dv], [lse, delta], past_alone)
+                gradients += [dk, dv]
+            else:
+                gradients += [None, None]
+        ctx.save_for_backward(q, k, v, past_k, past_v, do, o, lse, delta)
+        ctx.problem = problem
+        ctx.set_materialize_grads(False)
+        return tuple(gradients)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, a: Tensor | None, b: Tensor | None, c: Tensor | None, past_b: Tensor | None, past_c: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, past_k, past_v, do, o, lse, delta = ctx.saved_tensors
+        problem, needs = ctx.problem, needed_inputs(ctx)
+        nothing = (None,) * 5
+        if all(x is None for x in (a, b, c, past_b, past_c)):
+            return *nothing, *nothing, None
+        a = torch.zeros_like(q) if a is None else a
+        b, c = _both_or_none(b, c, k)
+        past_b, past_c = _both_or_none(past_b, past_c, past_k)
+        tensors = [k, v, b, c, past_k, past_v, past_b, past_c]
+
+        o_dot, r, phi = _new(q), torch.empty_like(lse), torch.empty_like(lse)
+        problem.launch(_tangent_kernel, [q, a, o, do, o_dot], tensors, [lse, r, phi])
+        statistics = [lse, delta, r, phi]
+        q_hat = _new(q) if needs[0] else None
+        if q_hat is not None:
+            problem.launch(_query_second_kernel, [q, a, do, q_hat], tensors, statistics)
+        adjoints: list[Tensor | None] = [q_hat]
+        for wanted, tensors, past_alone in (
+            (any(needs[1:3]), [k, v, b, c], False),
+            (any(needs[3:5]) and problem.P > 0, [past_k, past_v, past_b, past_c], True),
+        ):
+            if wanted:
+                k_hat, v_hat = _new(k if not past_alone else past_k), _new(v if not past_alone else past_v)
+                problem.launch(_key_second_kernel, [q, a, do], [*tensors, k_hat, v_hat], statistics, past_alone)
+                adjoints += [k_hat, v_hat]
+            else:
+                adjoints += [None, None]
+        return *adjoints, o_dot, *nothing
+
+
+def _both_or_none(b: Tensor | None, c: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if b is None and c is None:
+        return None, None
+    return (torch.zeros_like(like) if b is None else b), (torch.zeros_like(like) if c is None else c)
+
+
+def triton_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, past: tuple[Tensor, Tensor] | None = None, window: int | None
+) -> Tensor:
+    """The contract of `longread.ops.attention.attention`, at order 2, for float32, float16 and bfloat16."""
+    past_key, past_value = (key.new_empty(*key.shape[:2], 0, key.shape[3]),) * 2 if past is None else past
+    T, P = query.shape[2], past_key.shape[2]
+    everything = T + P
+    window = everything if window is None else min(window, everything)
+    problem = _Problem(T, P, window, query.shape[-1] ** -0.5)
+    return _Attention.apply(query, key, value, past_key, past_value, problem)

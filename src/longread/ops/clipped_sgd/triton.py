@@ -1,0 +1,268 @@
+"""Clipped SGD on a GPU with the formulas of explicit.py: two passes over memory forward, two backward.
+
+    forward    read g: ‖g‖²        read W and g, write W'
+    backward   read g, λ: ⟨g, λ⟩   read g and λ, write the adjoint of g; g is left out where nothing was clipped
+
+Sums are made of one partial sum for each program, added in a fixed order. Weights may be one matrix shared by all
+sequences (stride 0 between them); gradients may be float32 or half precision, and are kept as they came.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK, WARPS = 4096, 8
+PROGRAMS = 1056
+"""Programs that sum over one tensor of all sequences: eight for each processor of an H100 or H200."""
+SUM_BLOCK = 1024
+
+
+def triton_clipped_sgd(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float | Tensor, clip: float | None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
+    *stepped, norm = _Step.apply(lr, clip, *weights, *gradients)
+    return tuple(stepped), norm
+
+
+def _by_sequence(x: Tensor) -> Tensor:
+    """[B, n] with the numbers of a sequence side by side."""
+    return x.flatten(1) if x[:1].is_contiguous() else x.contiguous().flatten(1)
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, lr: float | Tensor, clip: float | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) // 2
+        weights, gradients = tensors[:count], [_by_sequence(g) for g in tensors[count:]]
+        batch_size, device = len(weights[0]), weights[0].device
+        norm, step = (torch.empty(batch_size, device=device, dtype=torch.float32) for _ in range(2))
+        squares = _dots(gradients, gradients, None, 0.0)
+        if batch_size:
+            _sgd_norm[(batch_size,)](
+                squares,
+                norm,
+                step,
+                lr,
+                squares.shape[1],
+                0.0 if clip is None else clip,
+                SUM_BLOCK=SUM_BLOCK,
+                CLIPS=clip is not None,
+                LR_IS_TENSOR=isinstance(lr, Tensor),
+            )
+        stepped = []
+        for weight, gradient in zip(weights, gradients, strict=True):
+            out = torch.empty(weight.shape, device=device, dtype=weight.dtype)
+            flat = _by_sequence(weight)
+            if flat.numel():
+                _sgd_update[_grid(flat)](
+                    flat,
+                    gradient,
+                    out,
+                    step,
+                    flat.shape[1],
+                    flat.stride(0),
+                    gradient.stride(0),
+                    BLOCK=BLOCK,
+                    num_warps=WARPS,
+                )
+            stepped.append(out)
+        ctx.save_for_backward(norm, step, *gradients)
+        ctx.clip = clip
+        ctx.mark_non_differentiable(norm)
+        return *stepped, norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *adjoints: Tensor) -> tuple[Any, ...]:
+        norm, step, *gradients = ctx.saved_tensors
+        to_weights = adjoints[:-1]  # the last one belongs to the norm
+        if not any(ctx.needs_input_grad[2 + len(gradients) :]):
+            return None, None, *to_weights, *[None] * len(gradients)
+        flat = [_by_sequence(adjoint) for adjoint in to_weights]
+        radial = torch.empty_like(norm)
+        clip = float("inf") if ctx.clip is None else ctx.clip
+        if len(norm):
+            dots = None if ctx.clip is None else _dots(gradients, flat, norm, clip)
+            _sgd_radial[(len(norm),)](
+                norm if dots is None else dots,
+                norm,
+                step,
+                radial,
+                1 if dots is None else dots.shape[1],
+                clip,
+                SUM_BLOCK=SUM_BLOCK,
+            )
+        to_gradients = []
+        for gradient, adjoint, shape in zip(gradients, flat, (x.shape for x in to_weights), strict=True):
+            out = torch.empty(shape, device=gradient.device, dtype=gradient.dtype)
+            if gradient.numel():
+                _sgd_pull_back[_grid(gradient)](
+                    gradient,
+                    adjoint,
+                    out,
+                    norm,
+                    step,
+                    radial,
+                    gradient.shape[1],
+                    gradient.stride(0),
+                    adjoint.stride(0),
+                    clip,
+                    BLOCK=BLOCK,
+                    num_warps=WARPS,
+                )
+            to_gradients.append(out)
+        return None, None, *to_weights, *to_gradients
+
+
+def _grid(flat: Tensor) -> tuple[int, int]:
+    return triton.cdiv(flat.shape[1], BLOCK), flat.shape[0]
+
+
+def _dots(left: Sequence[Tensor], right: Sequence[Tensor], norm: Tensor | None, clip: float) -> Tensor:
+    """Partial sums of ⟨left, right⟩ for each sequence, over all tensors: [B, parts].
+
+    With `norm`, only for the sequences whose norm is greater than `clip`; the others get zeros.
+    """
+    batch_size = len(left[0])
+    parts = [max(1, min(triton.cdiv(x.shape[1], BLOCK), PROGRAMS // max(1, batch_size))) for x in left]
+    partial = torch.empty(batch_size, sum(parts), device=left[0].device, dtype=torch.float32)
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        if batch_size:
+            _sgd_dot[(parts[i], batch_size)](
+                a,
+                b,
+                partial if norm is None else norm,
+                partial,
+                a.shape[1],
+                a.stride(0),
+                b.stride(0),
+                sum(parts),
+                sum(parts[:i]),
+                clip,
+                BLOCK=BLOCK,
+                ONLY_CLIPPED=norm is not None,
+                SQUARE=norm is None,
+                num_warps=WARPS,
+            )
+    return partial
+
+
+@triton.jit
+def _sgd_dot(
+    a_ptr,
+    b_ptr,
+    norm_ptr,
+    partial_ptr,
+    size,
+    a_stride,
+    b_stride,
+    num_partial,
+    first_partial,
+    clip,
+    BLOCK: tl.constexpr,
+    ONLY_CLIPPED: tl.constexpr,
+    SQUARE: tl.constexpr,
+):
+    """Each program takes every so manieth block of one sequence."""
+    sequence = tl.program_id(1).to(tl.int64)
+    a_ptr += sequence * a_stride
+    b_ptr += sequence * b_stride
+    end = size
+    if ONLY_CLIPPED:
+        end = tl.where(tl.load(norm_ptr + sequence) > clip, size, 0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(tl.program_id(0) * BLOCK, end, tl.num_programs(0) * BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        a = tl.load(a_ptr + place, mask=place < size, other=0.0).to(tl.float32)
+        if SQUARE:
+            total += a * a
+        else:
+            total += a * tl.load(b_ptr + place, mask=place < size, other=0.0).to(tl.float32)
+    tl.store(partial_ptr + sequence * num_partial + first_partial + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit
+def _sum(partial_ptr, num_partial, SUM_BLOCK: tl.constexpr):
+    total = tl.zeros((SUM_BLOCK,), tl.float32)
+    for first in range(0, num_partial, SUM_BLOCK):
+        place = first + tl.arange(0, SUM_BLOCK)
+        total += tl.load(partial_ptr + place, mask=place < num_partial, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _sgd_norm(
+    squares_ptr,
+    norm_ptr,
+    step_ptr,
+    lr,
+    num_partial,
+    clip,
+    SUM_BLOCK: tl.constexpr,
+    CLIPS: tl.constexpr,
+    LR_IS_TENSOR: tl.constexpr,
+):
+    """The norm of one sequence's gradient, and what its gradient is multiplied with."""
+    sequence = tl.program_id(0)
+    norm = tl.sqrt(_sum(squares_ptr + sequence * num_partial, num_partial, SUM_BLOCK))
+    if LR_IS_TENSOR:
+        step = tl.load(lr).to(tl.float32)
+    else:
+        step = lr
+    if CLIPS:
+        step = step * (clip / tl.maximum(norm, clip))
+    tl.store(norm_ptr + sequence, norm)
+    tl.store(step_ptr + sequence, step)
+
+
+@triton.jit
+def _sgd_update(weight_ptr, gradient_ptr, out_ptr, step_ptr, size, weight_stride, gradient_stride, BLOCK: tl.constexpr):
+    sequence = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    weight = tl.load(weight_ptr + sequence * weight_stride + place, mask=inside).to(tl.float32)
+    gradient = tl.load(gradient_ptr + sequence * gradient_stride + place, mask=inside).to(tl.float32)
+    tl.store(out_ptr + sequence * size + place, weight - tl.load(step_ptr + sequence) * gradient, mask=inside)
+
+
+@triton.jit
+def _sgd_radial(dots_ptr, norm_ptr, step_ptr, radial_ptr, num_partial, clip, SUM_BLOCK: tl.constexpr):
+    """What g is multiplied with in its adjoint."""
+    sequence = tl.program_id(0)
+    norm = tl.load(norm_ptr + sequence)
+    dot = _sum(dots_ptr + sequence * num_partial, num_partial, SUM_BLOCK)
+    radial = tl.load(step_ptr + sequence) * dot / tl.where(norm > clip, norm * norm, 1.0)
+    tl.store(radial_ptr + sequence, tl.where(norm > clip, radial, 0.0))
+
+
+@triton.jit
+def _sgd_pull_back(
+    gradient_ptr,
+    adjoint_ptr,
+    out_ptr,
+    norm_ptr,
+    step_ptr,
+    radial_ptr,
+    size,
+    gradient_stride,
+    adjoint_stride,
+    clip,
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    adjoint = tl.load(adjoint_ptr + sequence * adjoint_stride + place, mask=inside).to(tl.float32)
+    out = -tl.load(step_ptr + sequence) * adjoint
+    # a masked load of nothing is no traffic
+    num_read = tl.where(tl.load(norm_ptr + sequence) > clip, size, 0)
+    gradient = tl.load(gradient_ptr + sequence * gradient_stride + place, mask=place < num_read, other=0.0)
+    out += tl.load(radial_ptr + sequence) * gradient.to(tl.float32)
+    tl.store(out_ptr + sequence * size + place, out, mask=inside)

@@ -1,0 +1,271 @@
+"""RMSNorm on a GPU: each derivative is one pass in which a program holds whole rows of every tensor in float32.
+
+The formulas are those of explicit.py. A rotation R (`longread.ops.rotary`) after the norm is undone where dy is read
+and done where y or (dy)^ is written, so all that lies between is the plain norm. Only x and ρ are kept. Sums over rows
+are made of one partial sum for each program, so they are the same in every run.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longread.ops.needed import needed_inputs
+from longread.ops.rotary.triton import table_of, turn_pairs
+from longread.ops.tiles import load_wide, partial_sums, row_offsets, rows_of, tile_of
+
+
+def triton_rms_norm(
+    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, turn: Tensor | None = None
+) -> Tensor:
+    """The contract of `longread.ops.rms_norm.rms_norm`, for rows of at most `WIDEST` numbers."""
+    return _Norm.apply(x, gain.contiguous(), residual, None if turn is None else table_of(turn, x), eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, residual: Tensor | None, table: Tensor | None, eps: float) -> Tensor:
+        tile = tile_of(x.shape[-1])
+        # an absent tensor is stood for by x, which the kernel then does not read there
+        rows = rows_of(x, x if table is None else table, x if residual is None else residual, outputs=1)
+        scale = torch.empty(rows.total, device=x.device, dtype=torch.float32)
+        if rows.total:
+            _norm_forward[rows.grid(tile)](
+                *rows.tensors,
+                gain,
+                scale,
+                rows.total,
+                rows.middle,
+                rows.inner,
+                *rows.strides,
+                eps,
+                D=x.shape[-1],
+                WIDTH=tile.width,
+                ROWS=tile.rows,
+                TURN=table is not None,
+                RESIDUAL=residual is not None,
+                num_warps=tile.warps,
+            )
+        ctx.save_for_backward(x, gain, scale, table)
+        return rows.tensors[-1]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        x, gain, scale, table = ctx.saved_tensors
+        dx, dgain = _NormGradient.apply(x, gain, dy, scale, table, needed_inputs(ctx)[1])
+        return dx, dgain, dy if ctx.needs_input_grad[2] else None, None, None
+
+
+class _NormGradient(torch.autograd.Function):
+    """(x, gain, dy) -> (dx, dgain); the scale is a by-product of x and takes no gradient of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, dy: Tensor, scale: Tensor, table: Tensor | None, with_gain: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(x, gain, dy, scale, table)
+        ctx.set_materialize_grads(False)
+        tile = tile_of(x.shape[-1])
+        rows = rows_of(x, x if table is None else table, dy, outputs=1)
+        partial = partial_sums(rows, tile) if with_gain else scale
+        if rows.total:
+            _norm_backward[(len(partial),) if with_gain else rows.grid(tile)](
+                *rows.tensors,
+                gain,
+                scale,
+                partial,
+                rows.total,
+                rows.middle,
+                rows.inner,
+                *rows.strides,
+                D=x.shape[-1],
+                WIDTH=tile.width,
+                ROWS=tile.rows,
+                TURN=table is not None,
+                WITH_GAIN=with_gain,
+                num_warps=tile.warps,
+            )
+        return rows.tensors[-1], partial.sum(0).to(gain.dtype) if with_gain else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, gain, dy, scale, table = ctx.saved_tensors
+        if u is None and q is None:
+            return None, None, None, None, None, None
+        tile = tile_of(x.shape[-1])
+        u = torch.zeros_like(x) if u is None else u
+        rows = rows_of(x, x if table is None else table, dy, u, outputs=2)
+        partial = partial_sums(rows, tile)
+        if rows.total:
+            _norm_second[(len(partial),)](
+                *rows.tensors,
+                gain,
+                gain if q is None else q.contiguous(),
+                scale,
+                partial,
+                rows.total,
+                rows.middle,
+                rows.inner,
+                *rows.strides,
+                D=x.shape[-1],
+                WIDTH=tile.width,
+                ROWS=tile.rows,
+                TURN=table is not None,
+                FROM_GAIN=q is not None,
+                num_warps=tile.warps,
+            )
+        dx_hat, dy_hat = rows.tensors[-2:]
+        return dx_hat, partial.sum(0).to(gain.dtype), dy_hat, None, None, None
+
+
+@triton.jit
+def _norm_forward(
+    x_ptr,
+    table_ptr,
+    residual_ptr,
+    y_ptr,
+    gain_ptr,
+    scale_ptr,
+    count,
+    middle,
+    inner,
+    x_strides,
+    table_strides,
+    residual_strides,
+    y_strides,
+    eps,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TURN: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = (rows < count)[:, None] & (columns < D)
+    gain = load_wide(gain_ptr, columns, columns < D)
+    x = load_wide(x_ptr, row_offsets(rows, middle, inner, x_strides) + columns, inside)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+    tl.store(scale_ptr + rows, scale, mask=rows < count)
+    y = x * scale[:, None] * gain
+    if TURN:
+        table = load_wide(table_ptr, row_offsets(rows, middle, inner, table_strides) + columns, inside)
+        y = turn_pairs(y, table, False)
+    if RESIDUAL:
+        y += load_wide(residual_ptr, row_offsets(rows, middle, inner, residual_strides) + columns, inside)
+    tl.store(y_ptr + row_offsets(rows, middle, inner, y_strides) + columns, y, mask=inside)
+
+
+@triton.jit
+def _norm_backward(
+    x_ptr,
+    table_ptr,
+    dy_ptr,
+    dx_ptr,
+    gain_ptr,
+    scale_ptr,
+    partial_ptr,
+    count,
+    middle,
+    inner,
+    x_strides,
+    table_strides,
+    dy_strides,
+    dx_strides,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TURN: tl.constexpr,
+    WITH_GAIN: tl.constexpr,
+):
+    columns = tl.arange(0, WIDTH)[None, :]
+    gain = load_wide(gain_ptr, columns, columns < D)
+    dgain = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < count)[:, None] & (columns < D)
+        scale = tl.load(scale_ptr + rows, mask=rows < count, other=0.0)[:, None]
+        n = load_wide(x_ptr, row_offsets(rows, middle, inner, x_strides) + columns, inside) * scale
+        dy = load_wide(dy_ptr, row_offsets(rows, middle, inner, dy_strides) + columns, inside)
+        if TURN:
+            table = load_wide(table_ptr, row_offsets(rows, middle, inner, table_strides) + columns, inside)
+            dy = turn_pairs(dy, table, True)
+        k = dy * gain
+        s = tl.sum(n * k, axis=1)[:, None] / D
+        dx = row_offsets(rows, middle, inner, dx_strides) + columns
+        tl.store(dx_ptr + dx, scale * (k - n * s), mask=inside)
+        if WITH_GAIN:
+            dgain += dy * n
+    if WITH_GAIN:
+        tl.store(partial_ptr + tl.program_id(0) * D + columns, tl.sum(dgain, axis=0, keep_dims=True), mask=columns < D)
+
+
+@triton.jit
+def _norm_second(
+    x_ptr,
+    table_ptr,
+    dy_ptr,
+    u_ptr,
+    dx_hat_ptr,
+    dy_hat_ptr,
+    gain_ptr,
+    q_ptr,
+    scale_ptr,
+    partial_ptr,
+    count,
+    middle,
+    inner,
+    x_strides,
+    table_strides,
+    dy_strides,
+    u_strides,
+    dx_hat_strides,
+    dy_hat_strides,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TURN: tl.constexpr,
+    FROM_GAIN: tl.constexpr,
+):
+    columns = tl.arange(0, WIDTH)[None, :]
+    gain = load_wide(gain_ptr, columns, columns < D)
+    if FROM_GAIN:
+        q = load_wide(q_ptr, columns, columns < D)
+    gain_hat = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < count)[:, None] & (columns < D)
+        scale = tl.load(scale_ptr + rows, mask=rows < count, other=0.0)[:, None]
+        n = load_wide(x_ptr, row_offsets(rows, middle, inner, x_strides) + columns, inside) * scale
+        dy = load_wide(dy_ptr, row_offsets(rows, middle, inner, dy_strides) + columns, inside)
+        u = load_wide(u_ptr, row_offsets(rows, middle, inner, u_strides) + columns, inside)
+        if TURN:
+            table = load_wide(table_ptr, row_offsets(rows, middle, inner, table_strides) + columns, inside)
+            dy = turn_pairs(dy, table, True)
+        k = dy * gain
+        s = tl.sum(n * k, axis=1)[:, None] / D
+        m = tl.sum(n * u, axis=1)[:, None] / D
+        n_dot = scale * (u - n * m)
+        s_dot = tl.sum(n_dot * k, axis=1)[:, None] / D
+        bend = n_dot * s + scale * m * (k - n * s)
+        dy_hat = gain * n_dot
+        if FROM_GAIN:
+            k_dot = q * dy
+            s_dot += tl.sum(n * k_dot, axis=1)[:, None] / D
+            bend -= k_dot
+            dy_hat += q * n
+        dx_hat = row_offsets(rows, middle, inner, dx_hat_strides) + columns
+        tl.store(dx_hat_ptr + dx_hat, -scale * (bend + n * s_dot), mask=inside)
+        if TURN:
+            dy_hat_turned = turn_pairs(dy_hat, table, False)
+        else:
+            dy_hat_turned = dy_hat
+        out = row_offsets(rows, middle, inner, dy_hat_strides) + columns
+        tl.store(dy_hat_ptr + out, dy_hat_turned, mask=inside)
+        gain_hat += dy * n_dot
+    tl.store(partial_ptr + tl.program_id(0) * D + columns, tl.sum(gain_hat, axis=0, keep_dims=True), mask=columns < D)

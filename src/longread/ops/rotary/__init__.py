@@ -1,0 +1,29 @@
+"""The rotary embedding of positions (arXiv 2104.09864), at any order of derivative.
+
+reference.py   the definition
+triton.py      one pass over memory; a rotation is linear, so its derivative is the rotation back
+"""
+
+from torch import Tensor
+
+from longread.ops.fusible import fusible
+from longread.ops.rotary.reference import reference_rotate, rotation
+
+__all__ = ["rotate", "rotation"]
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turns each pair (x[2i], x[2i+1]) by its angle.
+
+    Args:
+        x: [..., T, H], any float type; float16 and bfloat16 are turned in float32.
+        turn: unit complex numbers [T, H/2] from `rotation`; they take no gradient.
+
+    Returns:
+        [..., T, H] of the type of x.
+    """
+    if fusible(x):
+        from longread.ops.rotary.triton import triton_rotate
+
+        return triton_rotate(x, turn)
+    return reference_rotate(x, turn)

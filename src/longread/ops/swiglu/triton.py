@@ -1,0 +1,135 @@
+"""SwiGLU's gate on a GPU: each derivative one pass in float32, with the formulas of explicit.py.
+
+Inputs may be rows with gaps between them, such as the two halves of one product; outputs are contiguous.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK, WARPS = 2048, 4
+
+
+def triton_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The contract of `longread.ops.swiglu.swiglu`."""
+    return _Gate.apply(gate, up)
+
+
+def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: int) -> tuple[Tensor, ...]:
+    """Runs an elementwise kernel over inputs of one shape; returns its new outputs."""
+    shape = inputs[0].shape
+    made = tuple(torch.empty(shape, device=inputs[0].device, dtype=inputs[0].dtype) for _ in range(outputs))
+    if not inputs[0].numel():
+        return made
+    matrices = [_as_matrix(x) for x in inputs]
+    count, columns = matrices[0].shape
+    if all(x.is_contiguous() for x in matrices):
+        matrices = [x.view(1, -1) for x in matrices]
+        count, columns = 1, count * columns
+    blocks = triton.cdiv(columns, BLOCK)
+    kernel[(blocks * count,)](
+        *matrices, *made, columns, blocks, *(x.stride(0) for x in matrices), BLOCK=BLOCK, num_warps=WARPS
+    )
+    return made
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    """[..., F] as [rows, F], copied only if its rows have no common distance."""
+    try:
+        matrix = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        matrix = x.reshape(-1, x.shape[-1])
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return _launch(_swiglu_forward, (a, b), 1)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
+        return _GateGradient.apply(*ctx.saved_tensors, dh)
+
+
+class _GateGradient(torch.autograd.Function):
+    """(a, b, dh) -> (da, db)"""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(a, b, dh)
+        return _launch(_swiglu_backward, (a, b, dh), 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return _launch(_swiglu_second, (*ctx.saved_tensors, u, v), 3)
+
+
+@triton.jit
+def _place(columns, blocks, BLOCK: tl.constexpr):
+    """The row of this program, its columns in that row and which of these exist, and its place in a dense output."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return row, column, column < columns, row * columns + column
+
+
+@triton.jit
+def _swiglu_forward(a_ptr, b_ptr, h_ptr, columns, blocks, a_stride, b_stride, BLOCK: tl.constexpr):
+    row, column, inside, out = _place(columns, blocks, BLOCK)
+    a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
+    b = tl.load(b_ptr + row * b_stride + column, mask=inside).to(tl.float32)
+    tl.store(h_ptr + out, a * tl.sigmoid(a) * b, mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(
+    a_ptr, b_ptr, dh_ptr, da_ptr, db_ptr, columns, blocks, a_stride, b_stride, dh_stride, BLOCK: tl.constexpr
+):
+    row, column, inside, out = _place(columns, blocks, BLOCK)
+    a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
+    b = tl.load(b_ptr + row * b_stride + column, mask=inside).to(tl.float32)
+    dh = tl.load(dh_ptr + row * dh_stride + column, mask=inside).to(tl.float32)
+    sigmoid = tl.sigmoid(a)
+    slope = sigmoid + sigmoid * (1 - sigmoid) * a
+    tl.store(da_ptr + out, slope * b * dh, mask=inside)
+    tl.store(db_ptr + out, sigmoid * a * dh, mask=inside)
+
+
+@triton.jit
+def _swiglu_second(
+    a_ptr,
+    b_ptr,
+    dh_ptr,
+    u_ptr,
+    v_ptr,
+    a_hat_ptr,
+    b_hat_ptr,
+    dh_hat_ptr,
+    columns,
+    blocks,
+    a_stride,
+    b_stride,
+    dh_stride,
+    u_stride,
+    v_stride,
+    BLOCK: tl.constexpr,
+):
+    row, column, inside, out = _place(columns, blocks, BLOCK)
+    a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
+    b = tl.load(b_ptr + row * b_stride + column, mask=inside).to(tl.float32)
+    dh = tl.load(dh_ptr + row * dh_stride + column, mask=inside).to(tl.float32)
+    u = tl.load(u_ptr + row * u_stride + column, mask=inside).to(tl.float32)
+    v = tl.load(v_ptr + row * v_stride + column, mask=inside).to(tl.float32)
+    sigmoid = tl.sigmoid(a)
+    slope = sigmoid + sigmoid * (1 - sigmoid) * a
+    bend = sigmoid * (1 - sigmoid) * (2 + a * (1 - 2 * sigmoid))
+    tl.store(a_hat_ptr + out, dh * (bend * b * u + slope * v), mask=inside)
+    tl.store(b_hat_ptr + out, dh * slope * u, mask=inside)
+    tl.store(dh_hat_ptr + out, slope * b * u + sigmoid * a * v, mask=inside)

@@ -1,0 +1,121 @@
+"""Rows of strided tensors as the tiles of a Triton program. Needs Triton.
+
+The last dimension of a tensor is a row. The others are merged into at most three that all tensors share, so heads
+inside [B, T, N, H] and their transposed views are read where they lie, without a copy.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS_PER_WARP = 512
+"""Elements of a tile for each warp, 16 a thread: a row of every tensor of a second derivative fits in registers."""
+SMALLEST_TILE = 2048
+WARPS_PER_PROCESSOR = 16
+"""Of a kernel whose programs walk over many tiles; enough loads in flight to keep the memory busy."""
+
+
+Strides = tuple[int, ...]
+"""Distances of the three merged dimensions, slowest first, in elements."""
+
+
+class Rows(NamedTuple):
+    """The row dimensions that some tensors share, slowest first."""
+
+    total: int
+    middle: int
+    inner: int
+    tensors: tuple[Tensor, ...]
+    """The inputs, copied only where their strides fit in no three dimensions; then the outputs, not yet set."""
+    strides: tuple[Strides, ...]
+    """One for each tensor."""
+
+    def grid(self, tile: "Tile") -> tuple[int]:
+        """One program for each tile."""
+        return (triton.cdiv(self.total, tile.rows),)
+
+
+def rows_of(*inputs: Tensor, outputs: int) -> Rows:
+    """The rows of inputs of one shape [..., D] and of new outputs like the first.
+
+    Rows are numbered as they lie in the memory of the first, whatever the strides of the others.
+    """
+    inputs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
+    first = inputs[0]
+    order = sorted(range(first.dim() - 1), key=first.stride, reverse=True)
+    tensors = (*inputs, *(torch.empty_like(first) for _ in range(outputs)))
+    merged = _merge(tensors, order)
+    if len(merged) > 3:
+        tensors = tuple(_laid_out(x, order, copied=i < len(inputs)) for i, x in enumerate(tensors))
+        merged = _merge(tensors, order)
+    missing = 3 - len(merged)
+    sizes = [1] * missing + [size for size, _ in merged]
+    columns = [(0,) * len(tensors)] * missing + [strides for _, strides in merged]
+    return Rows(sizes[0] * sizes[1] * sizes[2], sizes[1], sizes[2], tensors, tuple(zip(*columns, strict=True)))
+
+
+def _merge(tensors: Sequence[Tensor], order: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """Size and strides of each row dimension, after joining neighbours that are one dimension in every tensor."""
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for dim in order:
+        size, strides = tensors[0].shape[dim], tuple(x.stride(dim) for x in tensors)
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == tuple(stride * size for stride in strides):
+            merged[-1] = (merged[-1][0] * size, strides)
+        else:
+            merged.append((size, strides))
+    return merged
+
+
+def _laid_out(x: Tensor, order: Sequence[int], copied: bool) -> Tensor:
+    """The tensor, or an unset one like it, with its dimensions in memory in the given order, the last one last."""
+    permuted = x.permute(*order, -1)
+    dense = permuted.contiguous() if copied else permuted.new_empty(permuted.shape)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return dense.permute(*back, -1)
+
+
+class Tile(NamedTuple):
+    """How many rows a program holds at a time, how wide they are, padded to a power of 2, and its warps."""
+
+    rows: int
+    width: int
+    warps: int
+
+
+def tile_of(row_length: int) -> Tile:
+    """The tile for rows of that length: whole rows, several where they are short."""
+    width = triton.next_power_of_2(row_length)
+    rows = max(1, SMALLEST_TILE // width)
+    return Tile(rows, width, max(1, min(32, rows * width // ELEMENTS_PER_WARP)))
+
+
+def partial_sums(rows: Rows, tile: Tile) -> Tensor:
+    """Space for the sums over rows of a kernel whose programs walk over many tiles, float32 [programs, D]."""
+    like = rows.tensors[0]
+    if not rows.total:
+        return like.new_zeros(1, like.shape[-1], dtype=torch.float32)
+    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 2
+    programs = min(rows.grid(tile)[0], processors * max(1, WARPS_PER_PROCESSOR // tile.warps))
+    return like.new_empty(programs, like.shape[-1], dtype=torch.float32)
+
+
+@triton.jit
+def row_offsets(rows, middle, inner, strides):
+    """Where each of the given rows begins, int64 [R, 1]."""
+    outer_index = (rows // (middle * inner)).to(tl.int64)
+    middle_index = (rows // inner % middle).to(tl.int64)
+    inner_index = (rows % inner).to(tl.int64)
+    return (outer_index * strides[0] + middle_index * strides[1] + inner_index * strides[2])[:, None]
+
+
+@triton.jit
+def load_wide(pointer, offsets, inside):
+    """A tile in float32, 0 where nothing is."""
+    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)

@@ -1,0 +1,287 @@
+"""The attention kernels against their definition, at every order, on poisoned memory.
+
+On a machine without a GPU they run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longread.ops.attention import attention
+from longread.ops.attention.reference import reference_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+            interpreter = importlib.import_module("triton.runtime.interpreter")
+            given = interpreter._patch_lang_tensor
+
+            def patched(tensor: Any, scope: Any) -> None:
+                given(tensor, scope)  # its __index__ fails with NumPy 2.4
+                scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+            patch.setattr(interpreter, "_patch_lang_tensor", patched)
+        yield importlib.import_module("longread.ops.attention.triton")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write is not a number."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(math.nan) if out.is_floating_point() else out
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def draw(B: int, N: int, T: int, P: int, H: int) -> list[Tensor]:
+    """query, key, value, past key, past value in float64."""
+    generator = torch.Generator().manual_seed(T + P)
+    return [torch.randn(B, N, length, H, generator=generator, dtype=torch.float64) for length in (T, T, T, P, P)]
+
+
+def derivatives(
+    f: Callable[..., Tensor],
+    tensors: list[Tensor],
+    dtype: torch.dtype,
+    window: int | None,
+    inner: slice,
+    layout: Callable[[Tensor], Tensor] = lambda x: x,
+) -> list[Tensor]:
+    """Output, gradients of the inputs in `inner`, and gradients of a scalar made of these and the output."""
+    leaves = [x.to(DEVICE, dtype).requires_grad_() for x in tensors]
+    q, k, v, *past = (layout(x) for x in leaves)
+    generator = torch.Generator().manual_seed(1)
+
+    def weighed(x: Tensor) -> Tensor:
+        return (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
+
+    out = f(q, k, v, past=(past[0], past[1]) if past else None, window=window)
+    first = torch.autograd.grad(weighed(out), leaves[inner], create_graph=True)
+    second = torch.autograd.grad(sum(weighed(x) for x in (*first, out)), leaves, allow_unused=True)
+    return [torch.zeros(()) if x is None else x.detach().double().cpu() for x in (out, *first, *second)]
+
+
+def agree(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    assert len(actual) == len(expected)
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        if e.numel():
+            error = (a - e).norm() / e.norm().clamp(min=1.0)
+            assert error < tolerance, f"result {index}: {error:.1e}"
+
+
+CASES = [
+    # B, N, T, P, H, window
+    (1, 2, 64, 100, 80, None),
+    (1, 1, 45, 131, 48, 128),
+    (2, 1, 100, 37, 20, 33),
+    (1, 1, 96, 64, 32, 96),
+    (1, 2, 37, 5, 96, 7),
+    (1, 1, 33, 40, 6, 1),
+    (1, 3, 1, 45, 16, 32),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("inner", [slice(3), slice(5)], ids=["past constant", "all"])
+def test_every_order_is_the_reference(kernels: ModuleType, case: tuple[Any, ...], inner: slice) -> None:
+    *sizes, window = case
+    tensors = draw(*sizes)
+    agree(
+        derivatives(kernels.triton_attention, tensors, torch.float32, window, inner),
+        derivatives(reference_attention, tensors, torch.float64, window, inner),
+        2e-5,
+    )
+
+
+def test_without_a_past(kernels: ModuleType) -> None:
+    tensors = draw(2, 2, 70, 0, 16)[:3]
+    for window in (None, 40):
+        agree(
+            derivatives(kernels.triton_attention, tensors, torch.float32, window, slice(3)),
+            derivatives(reference_attention, tensors, torch.float64, window, slice(3)),
+            2e-5,
+        )
+
+
+@pytest.mark.parametrize("blocks", [(64, 16), (16, 32), (32, 64)], ids=str)
+@pytest.mark.parametrize("window", [None, 20, 150])
+def test_any_blocks(
+    kernels: ModuleType, blocks: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "FLOAT32", kernels.Blocks(*blocks, 4, 2))
+    tensors = draw(1, 1, 81, 95, 16)
+    agree(
+        derivatives(kernels.triton_attention, tensors, torch.float32, window, slice(3)),
+        derivatives(reference_attention, tensors, torch.float64, window, slice(3)),
+        2e-5,
+    )
+
+
+def test_half_precision_is_as_good_as_the_reference(kernels: ModuleType) -> None:
+    """float16, since the interpreter cannot multiply bfloat16."""
+    tensors = [x.to(torch.float16).double() for x in draw(1, 1, 140, 150, 80)]
+    exact = derivatives(reference_attention, tensors, torch.float64, 200, slice(3))
+    plain = derivatives(reference_attention, tensors, torch.float16, 200, slice(3))
+    fused = derivatives(kernels.triton_attention, tensors, torch.float16, 200, slice(3))
+    for f, p, e in zip(fused, plain, exact, strict=True):
+        assert (f - e).norm() <= 1.5 * (p - e).norm() + 1e-3 * e.norm()
+
+
+def test_views_are_read_where_they_lie(kernels: ModuleType) -> None:
+    """Heads inside [B, T, N, H], and the newest part of a longer past."""
+
+    def layout(x: Tensor) -> Tensor:
+        x = torch.cat((torch.full_like(x[:, :, :9], math.nan), x), dim=2)
+        return x.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 9:]
+
+    tensors = draw(2, 3, 40, 50, 32)
+    agree(
+        derivatives(kernels.triton_attention, tensors, torch.float32, 60, slice(3), layout),
+        derivatives(reference_attention, tensors, torch.float64, 60, slice(3)),
+        2e-5,
+    )
+    q, k, v = (layout(x.to(DEVICE, torch.float32)) for x in tensors[:3])
+    out = kernels.triton_attention(q, k, v, window=None)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2, 3, 4])
+def test_one_gradient_alone(kernels: ModuleType, wanted: int) -> None:
+    """Of one input, and through it of all: cotangents that nobody made count as zero."""
+    tensors = draw(1, 1, 40, 41, 16)
+    alone = slice(wanted, wanted + 1)
+    agree(
+        derivatives(kernels.triton_attention, tensors, torch.float32, 50, alone),
+        derivatives(reference_attention, tensors, torch.float64, 50, alone),
+        2e-5,
+    )
+
+
+def test_the_inner_gradient_leaves_the_past_alone(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    launch = kernels._Problem.launch
+
+    def recorded(self: Any, kernel: Any, by_query: Any, by_key: Any, statistics: Any, past_alone: Any = None) -> None:
+        launched.append((kernel.__name__, past_alone))
+        launch(self, kernel, by_query, by_key, statistics, past_alone)
+
+    monkeypatch.setattr(kernels._Problem, "launch", recorded)
+    q, k, v, *past = (x.to(DEVICE, torch.float32).requires_grad_() for x in draw(1, 1, 20, 30, 16))
+    out = kernels.triton_attention(q, k, v, past=tuple(past), window=40)
+    assert launched == [("_forward_kernel", None)]
+    torch.autograd.grad(out.sum(), [q, k, v], create_graph=True)
+    assert launched[1:] == [("_query_gradient_kernel", None), ("_key_gradient_kernel", False)]
+    out.sum().backward()
+    assert launched[3:] == [
+        ("_query_gradient_kernel", None),
+        ("_key_gradient_kernel", False),
+        ("_key_gradient_kernel", True),
+    ]
+
+
+def test_the_second_order_keeps_memory_linear(kernels: ModuleType) -> None:
+    """Nothing that autograd saves is larger than an input."""
+    largest = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return x
+
+    q, k, v, *past = (x.to(DEVICE, torch.float32).requires_grad_() for x in draw(1, 1, 64, 64, 16))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = kernels.triton_attention(q, k, v, past=tuple(past), window=None)
+        torch.autograd.grad(out.sum(), [q, k, v], create_graph=True)
+    assert 0 < largest <= q.numel()
+
+
+@pytest.mark.gpu
+def test_dispatch_takes_the_kernels_on_a_gpu() -> None:
+    q, k, v, *past = (x.to("cuda", torch.bfloat16).requires_grad_() for x in draw(1, 2, 256, 256, 64))
+    for given in (None, tuple(past)):
+        fused = attention(q, k, v, past=given, window=300, order=2)
+        assert type(fused.grad_fn).__name__ == "_AttentionBackward"
+    assert type(attention(q, k, v, window=100, order=1).grad_fn).__name__ == "_AttentionBackward"
+    assert "ScaledDotProduct" in type(attention(q, k, v, window=256, order=1).grad_fn).__name__
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("window", [None, 500, 1500])
+def test_low_precision_on_a_gpu(kernels: ModuleType, head_dim: int, window: int | None) -> None:
+    tensors = [x.to(torch.bfloat16).double() for x in draw(1, 2, 700, 1025, head_dim)]
+    exact = derivatives(reference_attention, tensors, torch.float64, window, slice(3))
+    plain = derivatives(reference_attention, tensors, torch.bfloat16, window, slice(3))
+    fused = derivatives(kernels.triton_attention, tensors, torch.bfloat16, window, slice(3))
+    for f, p, e in zip(fused, plain, exact, strict=True):
+        assert (f - e).norm() <= 1.5 * (p - e).norm() + 1e-3 * e.norm()
+
+
+COMPILE = """
+import inspect
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from longread.ops.attention import triton as kernels
+
+BY_QUERY = {"q", "a", "o", "do", "od", "dq", "qh"}
+for name in kernels.TABLE:
+    function = getattr(kernels, f"_{name}_kernel")
+    blocks = kernels.blocks_of(name, 80, 2)
+    signature, fixed = {}, {}
+    for parameter in inspect.signature(function.fn).parameters:
+        if parameter.isupper() and len(parameter) > 1:
+            fixed[parameter] = {"QUERIES": blocks.queries, "KEYS": blocks.keys, "CLIPPED": False}.get(parameter, True)
+        elif parameter in ("T", "P", "window"):
+            signature[parameter] = "i32"
+        elif parameter == "scale":
+            signature[parameter] = "fp32"
+        elif parameter in ("lse", "delta", "r", "phi"):
+            signature[parameter] = "*fp32"
+        elif parameter[:2] in ("pb", "pc"):
+            fixed[parameter] = None
+        else:
+            rows = blocks.queries if parameter[:-1] in BY_QUERY else blocks.keys
+            signature[parameter] = f"tensordesc<bf16[1, 1, {rows}, {64 if parameter[-1] == '0' else 16}]>"
+    order = list(inspect.signature(function.fn).parameters)
+    signature = {p: signature.get(p, "constexpr") for p in order}
+    source = ASTSource(fn=function, signature=signature, constexprs=fixed)
+    options = dict(num_warps=blocks.warps, num_stages=blocks.stages)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma" in compiled.asm["ptx"] and "cp.async.bulk.tensor.4d" in compiled.asm["ptx"], name
+    assert compiled.metadata.shared < 227 * 1024, name
+    print(name)
+"""
+
+
+def test_kernels_compile_for_hopper_without_a_gpu() -> None:
+    root = Path(__file__).parent.parent
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=root, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) == 6

@@ -1,0 +1,354 @@
+"""The fused kernels of norm, gate, rotation, loss and step against their definitions, on poisoned memory.
+
+On a machine without a GPU they run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from longread.config import ModelConfig, Recompute
+from longread.model import Transformer, initialize
+from longread.ops.clipped_sgd.reference import reference_clipped_sgd
+from longread.ops.cross_entropy.reference import reference_cross_entropy
+from longread.ops.rms_norm.reference import reference_rms_norm
+from longread.ops.rotary import rotation
+from longread.ops.rotary.reference import reference_rotate
+from longread.ops.swiglu.reference import reference_swiglu
+from longread.outer_loop import end_to_end_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter() -> Iterator[None]:
+    """Without a GPU: the interpreter, made to work with NumPy 2.4, and to round to bfloat16 as a GPU does."""
+    if DEVICE == "cuda":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
+
+        def patched(tensor: Any, scope: Any) -> None:
+            patch_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        def to_nearest(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+            if (source.name, target.name) != ("fp32", "bf16"):
+                return convert(x, source, target, mode)
+            return torch.from_numpy(np.array(x)).bfloat16().view(torch.uint16).numpy()
+
+        patch.setattr(interpreter, "_patch_lang_tensor", patched)
+        patch.setattr(interpreter, "_convert_float", to_nearest)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write is not a number."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(math.nan) if out.is_floating_point() else out
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def kernels(op: str) -> ModuleType:
+    return importlib.import_module(f"longread.ops.{op}.triton")
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(DEVICE, dtype).requires_grad_()
+
+
+def wide(inputs: list[Tensor]) -> list[Tensor]:
+    return [x.detach().double().requires_grad_() for x in inputs]
+
+
+def derivatives(f: Callable[..., Tensor], inputs: list[Tensor], inner: list[int] | None = None) -> list[Tensor]:
+    """The value of f, its gradients for the inputs `inner` (or all), and those of a scalar made of all of these."""
+    out = f(*inputs)
+    chosen = [inputs[i] for i in (range(len(inputs)) if inner is None else inner)]
+    weight = draw(*out.shape, seed=11)
+    first = torch.autograd.grad((out.double() * weight).sum(), chosen, create_graph=True)
+    mixed = (out.double() * draw(*out.shape, seed=12)).sum()
+    mixed = mixed + sum((g.double() * draw(*g.shape, seed=13 + i)).sum() for i, g in enumerate(first))
+    return [out, *first, *torch.autograd.grad(mixed, [*inputs, weight], allow_unused=True)]
+
+
+def agree(actual: list[Tensor], expected: list[Tensor], tolerance: float = 2e-6) -> None:
+    """Relative L2 error of each."""
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert (a is None) == (e is None), i
+        if a is not None:
+            assert a.shape == e.shape
+            error = (a.double() - e.double()).norm() / e.double().norm().clamp(min=1e-30)
+            assert error <= tolerance, f"result {i}: {error:.2e}"
+
+
+def check(
+    fused: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
+    inputs: list[Tensor],
+    tolerance: float = 2e-6,
+    inner: list[int] | None = None,
+) -> None:
+    actual = derivatives(fused, inputs, inner)
+    assert actual[0].dtype == inputs[0].dtype or actual[0].dtype == torch.float32
+    agree(actual, derivatives(definition, wide(inputs), inner), tolerance)
+
+
+@pytest.mark.parametrize("inner", [None, [0]], ids=["all", "x"])
+@pytest.mark.parametrize("shape", [(1, 2), (7, 5), (2, 3, 64), (3, 2600)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], inner: list[int] | None) -> None:
+    norm = kernels("rms_norm").triton_rms_norm
+    inputs = [draw(*shape), draw(shape[-1], seed=1)]
+    check(
+        lambda x, g: norm(x, g, 1e-5), lambda x, g: reference_rms_norm(x, g, 1e-5), inputs, tolerance=1e-5, inner=inner
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 2, 8), (2, 3, 4, 10)], ids=str)
+def test_rms_norm_of_heads_turned_and_added(shape: tuple[int, ...]) -> None:
+    """Of the transposed view that attention makes, with a residual that lies otherwise in memory."""
+    norm = kernels("rms_norm").triton_rms_norm
+    _, T, _, H = shape
+    turn = rotation(7, T, H, 1e4, draw(1))
+
+    def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def of(x: Tensor, gain: Tensor, residual: Tensor) -> Tensor:
+            angles = turn.to(torch.complex128) if x.dtype == torch.float64 else turn
+            return f(x.transpose(1, 2), gain, 1e-5, residual=residual, turn=angles)
+
+        return of
+
+    inputs = [draw(*shape), draw(H, seed=1), draw(shape[0], shape[2], T, H, seed=2)]
+    check(call(norm), call(reference_rms_norm), inputs)
+    check(call(norm), call(reference_rms_norm), inputs, inner=[0])
+
+
+def test_rms_norm_of_any_strides() -> None:
+    """Five dimensions in an order that no three strides describe, and a column of a larger tensor."""
+    norm = kernels("rms_norm").triton_rms_norm
+    gain = draw(3, seed=1)
+    for view in (lambda x: x.permute(2, 0, 3, 1, 4), lambda x: x.transpose(-1, -2)[..., :3], lambda x: x[:, :, 1]):
+        check(
+            lambda x, g, view=view: norm(view(x), g, 1e-5),
+            lambda x, g, view=view: reference_rms_norm(view(x), g, 1e-5),
+            [draw(2, 2, 3, 4, 3), gain],
+        )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 2049)], ids=str)
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    gate = kernels("swiglu").triton_swiglu
+    check(gate, reference_swiglu, [draw(*shape), draw(*shape, seed=1)])
+
+
+def test_swiglu_of_the_halves_of_one_product() -> None:
+    gate = kernels("swiglu").triton_swiglu
+    check(lambda x: gate(*x.chunk(2, -1)), lambda x: reference_swiglu(*x.chunk(2, -1)), [draw(2, 3, 10)])
+    check(lambda x: gate(x.mT, x.mT), lambda x: reference_swiglu(x.mT, x.mT), [draw(2, 3, 10)])
+
+
+def test_rotate_at_any_order() -> None:
+    rotate = kernels("rotary").triton_rotate
+    x = draw(2, 5, 3, 12)
+    turn = rotation(10_000_000, 5, 12, 5e5, x)
+
+    def cubed(f: Callable[..., Tensor], turn: Tensor) -> Callable[..., Tensor]:
+        return lambda x: f(x.transpose(1, 2), turn) ** 3
+
+    exact = turn.to(torch.complex128)
+    check(cubed(rotate, turn), cubed(reference_rotate, exact), [x])
+    rounded = rotate(x.bfloat16().transpose(1, 2), turn)
+    assert rounded.dtype == torch.bfloat16
+    agree([rounded], [reference_rotate(x.bfloat16().double().transpose(1, 2), exact)], 0.004)
+
+
+@pytest.fixture(params=["kept", "made again"])
+def logits_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    limit = 1 << 30 if request.param == "kept" else 3 * 37 * 4
+    monkeypatch.setattr(kernels("cross_entropy"), "LOGITS_BYTES", limit)
+    return limit
+
+
+@pytest.mark.usefixtures("logits_bytes")
+@pytest.mark.parametrize("inner", [None, [0]], ids=["all", "hidden"])
+def test_cross_entropy(inner: list[int] | None) -> None:
+    nll = kernels("cross_entropy").triton_cross_entropy
+    targets = torch.tensor([[0, 36, 3, 9], [4, 7, 8, 8]], device=DEVICE)
+    inputs = [draw(2, 4, 5), draw(37, 5, seed=9)]
+    check(
+        lambda h, e: nll(h, e, targets), lambda h, e: reference_cross_entropy(h, e, targets), inputs, 1e-5, inner=inner
+    )
+
+
+@pytest.mark.usefixtures("logits_bytes")
+def test_cross_entropy_differentiated_once() -> None:
+    nll = kernels("cross_entropy").triton_cross_entropy
+    targets = torch.tensor([0, 36, 3, 9, 9], device=DEVICE)
+    inputs = [draw(5, 6), draw(37, 6, seed=9)]
+    for wanted in ([0], [1], [0, 1]):
+        results = []
+        for f, given in ((nll, inputs), (reference_cross_entropy, wide(inputs))):
+            out = f(*given, targets)
+            results.append([out, *torch.autograd.grad((out * draw(5, seed=3)).sum(), [given[i] for i in wanted])])
+        agree(*results)
+    with torch.no_grad():
+        agree([nll(*inputs, targets)], [reference_cross_entropy(*wide(inputs), targets)])
+        assert nll(inputs[0][:0], inputs[1], targets[:0]).shape == (0,)
+
+
+@pytest.mark.usefixtures("logits_bytes")
+def test_cross_entropy_in_bfloat16() -> None:
+    """As exact as products in bfloat16 allow, also where the target is improbable and all logits share a part."""
+    nll = kernels("cross_entropy").triton_cross_entropy
+    targets = torch.arange(16, device=DEVICE) * 2
+    with torch.no_grad():
+        shared = draw(1, 32, seed=5)
+        inputs = [0.1 * draw(16, 32), 0.3 * draw(37, 32, seed=9) + shared]
+    inputs = [x.bfloat16().requires_grad_() for x in inputs]
+    check(lambda h, e: nll(h, e, targets), lambda h, e: reference_cross_entropy(h, e, targets), inputs, 0.02, inner=[0])
+
+
+def test_cross_entropy_refuses_a_third_derivative() -> None:
+    nll = kernels("cross_entropy").triton_cross_entropy
+    h, head, targets = draw(3, 4), draw(6, 4, seed=1), torch.tensor([0, 1, 5], device=DEVICE)
+    (first,) = torch.autograd.grad(nll(h, head, targets).sum(), [h], create_graph=True)
+    with pytest.raises(RuntimeError, match="no third derivative"):
+        torch.autograd.grad(first.square().sum(), [h], create_graph=True)
+
+
+def step(f: Callable[..., Any], weights: list[Tensor], gradients: list[Tensor], **options: Any) -> list[Tensor]:
+    new, norm = f(weights, gradients, **options)
+    total = sum((w.double() * draw(*w.shape, seed=5 + i)).sum() for i, w in enumerate(new))
+    return [*new, norm, *torch.autograd.grad(total, weights + gradients)]
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_clipped_sgd(clip: float | None, dtype: torch.dtype) -> None:
+    """One sequence below the threshold, two above; one matrix shared by all sequences; a gradient out of order."""
+    fused = kernels("clipped_sgd").triton_clipped_sgd
+    weights = [draw(4, 5).expand(3, 4, 5), draw(3, 2, seed=1), draw(3, 70, 61, seed=7)]
+    with torch.no_grad():
+        scale = torch.tensor([0.001, 1, 1], device=DEVICE)
+        gradients = [draw(3, 5, 4, seed=2), draw(3, 2, seed=3), draw(3, 70, 61, seed=8)]
+        gradients = [(g * scale.view(-1, *[1] * (g.dim() - 1))).to(dtype) for g in gradients]
+        gradients[0] = gradients[0].transpose(1, 2)
+    gradients = [g.requires_grad_() for g in gradients]
+    expected = step(reference_clipped_sgd, wide(weights), wide(gradients), lr=0.7, clip=clip)
+    for lr in (0.7, torch.tensor(0.7, device=DEVICE)):
+        agree(step(fused, weights, gradients, lr=lr, clip=clip), expected, 1e-6 if dtype == torch.float32 else 0.01)
+
+
+def test_clipped_sgd_is_finite_at_zero() -> None:
+    weight, gradient = draw(2, 3), torch.zeros(2, 3, device=DEVICE, requires_grad=True)
+    new, norm, _, adjoint = step(kernels("clipped_sgd").triton_clipped_sgd, [weight], [gradient], lr=1.0, clip=1.0)
+    assert torch.equal(new, weight)
+    assert norm.tolist() == [0.0, 0.0]
+    assert torch.equal(adjoint, -draw(2, 3, seed=5))
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "rotary", "cross_entropy", "clipped_sgd"])
+def test_dispatch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels can answer they are asked, and elsewhere not."""
+    unit, fused = importlib.import_module(f"longread.ops.{op}"), kernels(op)
+    name = "rotate" if op == "rotary" else op
+    monkeypatch.setattr(fused, f"triton_{name}", lambda *args, **kwargs: "fused")
+    x = torch.ones(2, 4)
+    arguments: dict[str, tuple] = {
+        "rms_norm": (x, x[0], 1e-5),
+        "swiglu": (x, x),
+        "rotary": (x, rotation(0, 2, 4, 1e4, x)),
+        "cross_entropy": (x, x, torch.zeros(2, dtype=torch.long)),
+        "clipped_sgd": ([x], [x]),
+    }
+    options = {"lr": 1.0, "clip": None} if op == "clipped_sgd" else {}
+    assert getattr(unit, name)(*arguments[op], **options) != "fused"
+    monkeypatch.setattr(unit, "fusible", lambda *tensors: True)
+    assert getattr(unit, name)(*arguments[op], **options) == "fused"
+
+
+@pytest.mark.parametrize("recompute", ["none", "step"])
+def test_the_outer_gradient_through_all_kernels(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(
+        vocab_size=23,
+        width=16,
+        num_blocks=4,
+        num_heads=2,
+        mlp_hidden=24,
+        window_size=5,
+        mini_batch_size=4,
+        num_suffix_blocks=2,
+    )
+    tokens = torch.randint(23, (2, 9), device=DEVICE)
+    mask = torch.rand(2, 8, device=DEVICE) > 0.2
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        model = Transformer(config)
+        initialize(model, seed=0)
+        model = model.to(DEVICE, dtype)
+        batch = tokens[:, :-1], tokens[:, 1:], mask
+        lr = torch.tensor(0.7, device=DEVICE, dtype=dtype)
+        out = end_to_end_loss(model, *batch, inner_lr=lr, inner_clip=0.3, recompute=recompute)
+        out.loss.backward()
+        return [out.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = gradients(torch.float64)
+    for op in ("rms_norm", "swiglu", "rotary", "cross_entropy", "clipped_sgd"):
+        monkeypatch.setattr(importlib.import_module(f"longread.ops.{op}"), "fusible", lambda *tensors: True)
+    agree(gradients(torch.float32), expected, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("width", "heads"), [(768, 12), (1536, 16), (2560, 32)])
+def test_on_the_shapes_of_the_paper(width: int, heads: int, dtype: torch.dtype) -> None:
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    norm, nll = kernels("rms_norm").triton_rms_norm, kernels("cross_entropy").triton_cross_entropy
+    x, gain = draw(2, 501, width, dtype=dtype), draw(width, seed=1)
+    check(lambda x, g: norm(x, g, 1e-6), lambda x, g: reference_rms_norm(x, g, 1e-6), [x, gain], tolerance)
+    check(kernels("swiglu").triton_swiglu, reference_swiglu, [x, draw(*x.shape, seed=2, dtype=dtype)], tolerance)
+    H = width // heads
+    turn = rotation(10**6, 501, H, 5e5, draw(1))
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, H)).transpose(1, 2)
+
+    check(
+        lambda x, g: norm(split(x), g, 1e-6, turn=turn),
+        lambda x, g: reference_rms_norm(split(x), g, 1e-6, turn=turn.to(torch.complex128)),
+        [x, draw(H, seed=3)],
+        tolerance,
+        inner=[0],
+    )
+    targets = torch.randint(50_001, (2, 501), device=DEVICE)
+    with torch.no_grad():
+        head = (draw(50_001, width, seed=4) * width**-0.5).to(dtype)
+    check(
+        lambda h, e: nll(h, e, targets),
+        lambda h, e: reference_cross_entropy(h, e, targets),
+        [x, head.requires_grad_()],
+        tolerance,
+        inner=[0],
+    )
