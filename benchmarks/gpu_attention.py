@@ -57,6 +57,20 @@ WHOLE = [Case(f"{name} T=32768", 1, N, 32768, 0, H, 8192) for name, (_, N, H) in
 LONG = [Case(f"{name} T=131072", 1, N, 131072, 0, H, 8192) for name, (_, N, H) in SIZES.items()]
 
 
+CHECKS = [
+    (Case("", 1, 2, 1000, 1500, H, window), dtype, wanted)
+    for H in (32, 64, 80, 96, 128)
+    for window, dtype, wanted in ((1100, torch.bfloat16, 3), (1 << 20, torch.bfloat16, 5), (333, torch.float32, 3))
+]
+CHECKS += [
+    (Case("", 1, 2, 2049, 0, 80, 700), torch.bfloat16, 3),
+    (Case("", 2, 1, 1, 777, 80, 500), torch.bfloat16, 3),
+    (Case("", 1, 3, 129, 1, 48, 64), torch.float16, 5),
+    (Case("", 1, 2, 1024, 8192, 80, 8192), torch.bfloat16, 3),
+    (Case("", 1, 2, 1024, 8192, 64, 8192), torch.bfloat16, 3),
+]
+
+
 # Right.
 
 
@@ -100,23 +114,7 @@ def poisoned_memory() -> Iterator[None]:
 def check() -> bool:
     """Relative L2 errors against float64, beside those of the reference in the same type."""
     good = True
-    cases = [
-        (Case("", 1, 2, 1000, 1500, H, window), dtype, wanted)
-        for H in (32, 64, 80, 96, 128)
-        for window, dtype, wanted in (
-            (1100, torch.bfloat16, 3),
-            (1 << 20, torch.bfloat16, 5),
-            (333, torch.float32, 3),
-        )
-    ]
-    cases += [
-        (Case("", 1, 2, 2049, 0, 80, 700), torch.bfloat16, 3),
-        (Case("", 2, 1, 1, 777, 80, 500), torch.bfloat16, 3),
-        (Case("", 1, 3, 129, 1, 48, 64), torch.float16, 5),
-        (Case("", 1, 2, 1024, 8192, 80, 8192), torch.bfloat16, 3),
-        (Case("", 1, 2, 1024, 8192, 64, 8192), torch.bfloat16, 3),
-    ]
-    for case, dtype, wanted in cases:
+    for case, dtype, wanted in CHECKS:
         torch.manual_seed(0)
         tensors = draw(case, dtype)
         exact = derivatives(reference_attention, [x.double() for x in tensors], case.window, wanted)
@@ -156,8 +154,8 @@ def launches(case: Case) -> dict[str, tuple[Callable[[], None], float]]:
     """Each kernel on random tensors, and the floating-point operations that it does."""
     q, k, v, past_k, past_v = draw(case)
     do, a, b, c, *_ = (torch.randn_like(x) for x in (q, q, k, v))
-    o, lse = torch.empty_like(q), torch.empty(case.B, case.N, case.T, device="cuda")
-    delta, r, phi = (torch.empty_like(lse) for _ in range(3))
+    o = torch.empty_like(q)
+    lse, delta, r, phi = (kernels._row_of(q) for _ in range(4))
     out, out_k, out_v, past_out_k, past_out_v = (torch.empty_like(x) for x in (q, k, v, past_k, past_v))
     problem, own, past = case.problem, [k, v], [past_k, past_v]
     tangents = [*own, b, c, *past, None, None]
@@ -306,18 +304,18 @@ def derivatives_on_device(f: Callable[..., Tensor], tensors: list[Tensor], windo
 # Blocks.
 
 CANDIDATES: dict[str, list[tuple[int, int, int, int]]] = {
-    "forward": [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3), (128, 64, 4, 3)],
+    "forward": [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2)],
     "query_gradient": [
-        (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2),
+        (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2),
     ],
     "key_gradient": [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3)],
-    "tangent": [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 3), (64, 32, 4, 3), (128, 128, 8, 2)],
-    "query_second": [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 3)],
+    "tangent": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
+    "query_second": [(128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)],
     "key_second": [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 3)],
 }  # fmt: skip
 
 
-def compile_ahead(task: tuple[str, tuple[int, int, int, int], int]) -> None:
+def compile_candidate(task: tuple[str, tuple[int, int, int, int], int]) -> None:
     """In a process of its own: puts a kernel with these blocks into Triton's cache on disk."""
     name, blocks, head_dim = task
     kernels.TABLE[name] = {128: kernels.Blocks(*blocks)}
@@ -327,10 +325,27 @@ def compile_ahead(task: tuple[str, tuple[int, int, int, int], int]) -> None:
             make_launches_of(case, name)
 
 
+def compile_default(task: tuple[Case, torch.dtype, int]) -> None:
+    """The same for all kernels as they are, on a small problem that takes the same branches."""
+    case, dtype, wanted = task
+    window = 20 if case.window < case.T else 50 if case.window < case.T + case.P else 1000
+    small = case._replace(B=1, N=1, T=min(case.T, 40), P=min(case.P, 24), window=window)
+    with contextlib.suppress(Exception):
+        derivatives(kernels.triton_attention, draw(small, dtype), small.window, wanted)
+
+
+def in_parallel(f: Callable[[Any], None], tasks: list[Any]) -> None:
+    """Triton compiles one kernel at a time; many processes compile many."""
+    start = time.time()
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(f, tasks))
+    print(f"{len(tasks)} configurations compiled in {time.time() - start:.0f} s", flush=True)
+
+
 def make_launches_of(case: Case, name: str) -> None:
     """Runs the kernels of one name, and no others, on a small case."""
     q, k, v, past_k, past_v = draw(case)
-    statistics = [torch.zeros(case.B, case.N, case.T, device="cuda") for _ in range(4)]
+    statistics = [kernels._row_of(q).zero_() for _ in range(4)]
     kernel, problem, past = getattr(kernels, f"_{name}_kernel"), case.problem, [past_k, past_v]
     rows = {
         "forward": lambda: problem.launch(kernel, [q, q.clone()], [k, v, *past], statistics[:1]),
@@ -356,12 +371,9 @@ def make_launches_of(case: Case, name: str) -> None:
 
 def sweep() -> None:
     """Times every candidate on the suffix and on the whole sequence."""
-    start = time.time()
     tasks = [(name, blocks, H) for name, all_ in CANDIDATES.items() for blocks in all_ for _, _, H in SIZES.values()]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(14, mp_context=context) as pool:
-        list(pool.map(compile_ahead, tasks))
-    print(f"\nblocks (queries, keys, warps, stages); {len(tasks)} compiled in {time.time() - start:.0f} s")
+    in_parallel(compile_candidate, tasks)
+    print("blocks: (queries, keys, warps, stages)")
     table = {name: dict(of) for name, of in kernels.TABLE.items()}
     for size, (B, N, H) in SIZES.items():
         suffix = launches(Case(size, B, N, 1024, 8192, H, 8192))
@@ -389,7 +401,13 @@ def main() -> None:
     """Runs the parts named on the command line."""
     parts = {"check": check, "time": report_times, "peers": report_peers, "sweep": sweep}
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    for name in sys.argv[1:] or parts:
+    chosen = sys.argv[1:] or list(parts)
+    tasks = list(CHECKS) if "check" in chosen else []
+    if "time" in chosen or "peers" in chosen:
+        tasks += [(case, torch.bfloat16, 3) for case in (*SUFFIX, *WHOLE)]
+    if tasks:
+        in_parallel(compile_default, sorted(tasks, key=lambda task: (task[1] != torch.float32, -task[0].H)))
+    for name in chosen:
         start = time.time()
         print(f"\n== {name}", flush=True)
         try:

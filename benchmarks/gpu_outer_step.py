@@ -243,7 +243,7 @@ def main() -> None:
         for method in options.methods:
             try:
                 rows.append(run(size, int(context), int(sequences), method, options))
-            except Exception:  # noqa: BLE001 - one case must not take the others down
+            except Exception:
                 traceback.print_exc()
             gc.collect()
             torch.cuda.empty_cache()

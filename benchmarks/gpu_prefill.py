@@ -70,7 +70,7 @@ def run(size: str, method: Method, contexts: list[int], options: argparse.Namesp
         torch.cuda.reset_peak_memory_stats()
         times = []
         repeats = options.repeats if context <= 131072 else 1
-        for i in range(repeats + (method == "full" or context <= 8192)):
+        for _ in range(repeats + (method == "full" or context <= 8192)):
             torch.cuda.synchronize()
             start = time.perf_counter()
             if method == "full":
@@ -122,14 +122,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     try:
         gate(options.size)
-    except Exception:  # noqa: BLE001 - say it and measure the rest
+    except Exception:
         traceback.print_exc()
     for method in options.methods:
         gc.collect()
         torch.cuda.empty_cache()
         try:
             rows += run(options.size, method, options.contexts, options)
-        except Exception:  # noqa: BLE001 - one case must not take the others down
+        except Exception:
             traceback.print_exc()
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

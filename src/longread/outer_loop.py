@@ -76,7 +76,8 @@ def end_to_end_loss(
     Args:
         input_ids, target_ids: int64 [B, T], T a multiple of M; each sequence starts from W_0 and learns alone.
         loss_mask: bool [B, T], True where the target counts, in the inner loss as in the outer one.
-        inner_lr, inner_clip: rate (a tensor [] where it changes under a CUDA graph), and largest gradient norm of one sequence (None: no clipping).
+        inner_lr: rate; a tensor [] where it changes under a CUDA graph.
+        inner_clip: largest gradient norm of one sequence; None: no clipping.
         meta_gradient: "exact", or "first-order", which holds each inner gradient constant.
         truncate_after: cut the chain of steps every so many steps; None: never.
         recompute: which activations are kept, as explained at the top of this file; all give the same gradient.

@@ -14,11 +14,13 @@ NAME = "convert"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
     parser.add_argument("source", metavar="SOURCE", help="a model, a run, or a folder with weights.safetensors")
     parser.add_argument("destination", metavar="DIR", help="a new directory")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     from longread.checkpoint import export_official, import_official, load_model, save_model
     from longread.config import UserError
 

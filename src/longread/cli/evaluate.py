@@ -24,6 +24,7 @@ NAME = "evaluate"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, runs or checkpoints")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="a data set, or texts and directories")
     parser.add_argument("--documents", type=positive, metavar="N", help="read only the first N")
@@ -44,17 +45,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     from rich.console import Console
 
     from longread.cli.models import open_model
-    from longread.cli.outputs import check_writable, write_report, write_text
+    from longread.cli.outputs import check_writable, stdout, write_report, write_text
     from longread.config import UserError
     from longread.evaluate import bin_edges, default_lengths, measure, print_tables, save_plots, summarize
 
     check_writable(options.json, options.report)
     measurements, lengths, console = [], options.lengths, Console(stderr=True)
+    names = [Path(path).name for path in options.models]
     for path in options.models:
         opened = open_model(path, options.device)
+        name = opened.name if names.count(opened.name) == 1 else path
         documents = _documents(options, opened)
         if not documents:
             raise UserError(f"no document has {options.min_tokens} tokens; lower --min-tokens or give longer texts")
@@ -66,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
             with console.status(f"{path}: reading {len(documents)} documents {'learning' if learn else 'frozen'}"):
                 measurements.append(
                     measure(
-                        opened.name,
+                        name,
                         opened.model,
                         opened.inner,
                         documents,
@@ -77,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
                     )
                 )
     evaluation = summarize(measurements, lengths=lengths or (), indices=options.indices)
-    print_tables(evaluation, Console(soft_wrap=True))
+    print_tables(evaluation, stdout())
     if options.json:
         write_text(options.json, json.dumps(evaluation.as_json(), indent=2) + "\n")
     if options.plots:

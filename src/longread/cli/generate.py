@@ -20,6 +20,7 @@ NAME = "generate"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
     add_model(parser)
     parser.add_argument("--session", metavar="FILE", help="go on with this saved session")
     parser.add_argument("--prompt", default="", help="read first")
@@ -35,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     from longread.cli.models import open_model
     from longread.cli.outputs import check_writable
     from longread.session import Session

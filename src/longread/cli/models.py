@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ class OpenModel(NamedTuple):
     """A model ready to read, and the tokenizer it was trained with."""
 
     name: str
+    """Its directory's, for tables."""
     model: Transformer
     inner: InnerConfig
     tokenizer: Tokenizer
@@ -44,7 +46,7 @@ def open_model(path: str, device: str) -> OpenModel:
             f"{loaded.model.config.vocab_size}; copy there the one it was trained with"
         )
     loaded.model.requires_grad_(False)
-    return OpenModel(str(path).rstrip("/"), loaded.model, loaded.inner, tokenizer, loaded.fingerprint)
+    return OpenModel(Path(path).name or path, loaded.model, loaded.inner, tokenizer, loaded.fingerprint)
 
 
 def find_device(name: str) -> torch.device:

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 from longread.config import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from longread.evaluate import Evaluation
+
+
+def stdout() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough in a file or a pipe."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    return console if console.is_terminal else Console(width=160, soft_wrap=True)
 
 
 def check_writable(*paths: str | None) -> None:

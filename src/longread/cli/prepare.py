@@ -15,6 +15,7 @@ NAME = "prepare"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
     parser.add_argument(
         "sources",
         nargs="+",
@@ -41,16 +42,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     from rich.console import Console
 
     from longread.data import Progress, prepare, read_texts
-    from longread.tokenizer import load_tokenizer, train_bpe
+    from longread.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
+    tokenizer: Tokenizer | None = None
     if options.train_tokenizer:
         texts = read_texts(options.sources, text_field=options.field, exclude=options.exclude)
         tokenizer = train_bpe(texts, options.train_tokenizer)
-    else:
-        tokenizer = None if options.vocab_size else load_tokenizer(options.tokenizer)
+    elif not options.vocab_size:
+        tokenizer = load_tokenizer(options.tokenizer)
     with Console(stderr=True).status("reading") as status:
 
         def show(progress: Progress) -> None:

@@ -29,6 +29,7 @@ INTERRUPTED = 130
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
     parser.add_argument("text", metavar="FILE", help="a UTF-8 text; - reads stdin")
     add_model(parser)
     parser.add_argument("--session", metavar="FILE", help="go on with this saved session")
@@ -39,10 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
+    """Runs the command and returns its exit status."""
     from longread.cli.models import open_model
-    from longread.cli.outputs import check_writable, write_report, write_text
+    from longread.cli.outputs import check_writable, stdout, write_report, write_text
     from longread.evaluate import print_tables
 
     check_writable(options.save, options.json, options.report)
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     session = readers[0].session
     if options.save:
         session.save(options.save)
-    print_tables(evaluation, Console(soft_wrap=True))
+    print_tables(evaluation, stdout())
     kept = f"; kept in {options.save}" if options.save else ""
     size = f"{session.nbytes / 2**20:.1f} MiB of state, drift {session.drift():.3f}"
     print(f"{session.position:,} tokens read, {size}{kept}")
@@ -189,8 +189,7 @@ def _evaluation(readers: list[_Reader], interrupted: bool) -> Evaluation:
     M = session.model.config.mini_batch_size
     notes = ["The reading was interrupted: the figures are about its beginning."] if interrupted else []
     if readers[0].measurement.learn and not readers[0].measurement.inner_steps.count:
-        notes.append(
-            f"{readers[0].measurement.tokens:,} tokens complete no mini-batch of {M}: nothing could be learned from them."
-        )
+        tokens = readers[0].measurement.tokens
+        notes.append(f"{tokens:,} tokens complete no mini-batch of {M}: nothing could be learned from them.")
     longest = readers[0].measurement.losses[0].num_positions
     return summarize([reader.measurement for reader in readers], lengths=default_lengths(longest), notes=notes)

@@ -15,6 +15,7 @@ NAME = "train"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
     parser.add_argument("recipe", metavar="RECIPE", help="toy; 125m, 350m, 760m, 1.3b, 3b; or a size and -extend")
     parser.add_argument("--data", required=True, metavar="DIR", help="what `longread prepare` wrote")
     parser.add_argument("--out", required=True, metavar="RUN")
@@ -32,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     from longread.data import TokenDataset
     from longread.recipes import recipe
     from longread.train import Progress, train

@@ -39,8 +39,9 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str,
     ]
     for line in lines:
         if line.band:
-            upper = [f"{scale.x(x):.1f},{scale.y(high):.1f}" for (x, _), (_, high) in zip(line.points, line.band)]
-            lower = [f"{scale.x(x):.1f},{scale.y(low):.1f}" for (x, _), (low, _) in zip(line.points, line.band)]
+            band = [(x, low, high) for (x, _), (low, high) in zip(line.points, line.band, strict=True)]
+            upper = [f"{scale.x(x):.1f},{scale.y(high):.1f}" for x, _, high in band]
+            lower = [f"{scale.x(x):.1f},{scale.y(low):.1f}" for x, low, _ in band]
             parts.append(f'<polygon class="band c{line.color}" points="{" ".join(upper + lower[::-1])}"/>')
     for line in lines:
         dash = ' stroke-dasharray="6 5"' if line.dashed else ""
@@ -100,12 +101,12 @@ def _axes(scale: _Scale, x_label: str, y_label: str) -> list[str]:
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 5}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 19}" text-anchor="middle">{_short(tick)}</text>')
     middle = (TOP + bottom) / 2
+    place = f'x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})"'
     return [
         *parts,
         f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>',
         f'<text class="name" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>',
-        f'<text class="name" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
-        f"{escape(y_label)}</text>",
+        f'<text class="name" {place}>{escape(y_label)}</text>',
     ]
 
 

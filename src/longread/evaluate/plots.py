@@ -28,11 +28,11 @@ def save_plots(evaluation: Evaluation, directory: Path) -> list[Path]:
         axes = figure.add_subplot()
         for label, dashed, color, rows in series:
             xs = [x for x, _ in rows]
-            style = {"color": f"C{color}", "linestyle": "--" if dashed else "-"}
-            axes.plot(xs, [loss.mean for _, loss in rows], label=label, marker=".", **style)
+            line = "--" if dashed else "-"
+            axes.plot(xs, [loss.mean for _, loss in rows], label=label, marker=".", color=f"C{color}", linestyle=line)
             if all(loss.low is not None for _, loss in rows):
-                bounds = [[loss.low for _, loss in rows], [loss.high for _, loss in rows]]
-                axes.fill_between(xs, *bounds, color=f"C{color}", alpha=0.15, linewidth=0)
+                low, high = [loss.low for _, loss in rows], [loss.high for _, loss in rows]
+                axes.fill_between(xs, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.set(xlabel=x_label, ylabel="nats per token")

@@ -203,8 +203,13 @@ def _inner_loop(evaluation: Evaluation) -> str:
     return (
         "<section><h2>Inner loop</h2><p>One step per mini-batch read. Drift is the distance of the fast weights from "
         "where they began, relative to their size.</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>'
+        f"{_table(head, rows)}</section>"
     )
+
+
+def _table(head: str, rows: Sequence[str]) -> str:
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table>{body}</table></div>'
 
 
 def _models(evaluation: Evaluation) -> str:
@@ -213,18 +218,17 @@ def _models(evaluation: Evaluation) -> str:
         bits = f"{result.loss.bits_per_byte}" if result.loss.bits_per_byte else "–"
         speed = f"{result.tokens / result.seconds:,.0f}" if result.seconds else "–"
         rows.append(
-            f'<tr><th scope="row">{escape(result.label)}</th><td>{result.parameters:,}</td><td>{result.fast_weights:,}</td>'
-            f"<td>{result.loss.nats_per_token}</td><td>{bits}</td><td>{result.gain_over_frozen or '–'}</td>"
-            f"<td>{speed}</td></tr>"
+            f'<tr><th scope="row">{escape(result.label)}</th><td>{result.parameters:,}</td>'
+            f"<td>{result.fast_weights:,}</td><td>{result.loss.nats_per_token}</td><td>{bits}</td>"
+            f"<td>{result.gain_over_frozen or '–'}</td><td>{speed}</td></tr>"
         )
-    heads = (
-        "model, reading", "parameters", "of them fast", "nats per token", "bits per byte", "gain over frozen", "tokens/s",
-    )  # fmt: skip
+    heads = ["model, reading", "parameters", "of them fast", "nats per token", "bits per byte", "gain over frozen"]
+    heads.append("tokens/s")
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
     amount = f"{evaluation.documents} document{'' if evaluation.documents == 1 else 's'}, {evaluation.tokens:,} tokens"
     return (
         f"<section><h2>Models</h2><p>{amount}. Frozen is the control: the same weights without inner steps.</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>'
+        f"{_table(head, rows)}</section>"
     )
 
 

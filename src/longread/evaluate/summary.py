@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -144,9 +145,9 @@ def _result(m: Measurement, frozen: Measurement | None, lengths: Sequence[int], 
         loss=_score(m.losses, PositionLoss.total) or _NOTHING,
         gain_over_frozen=_gain(m.losses, frozen.losses, PositionLoss.total) if frozen else None,
         by_position=_by_position(m.losses, octaves(longest), longest),
-        curve=_by_position(m.losses, list(zip(edges, edges[1:], strict=False)), longest),
+        curve=_by_position(m.losses, list(pairwise(edges)), longest),
         by_context_length=[
-            score for T in sorted(lengths) if (score := _at_length(m.losses, frozen and frozen.losses, T))
+            score for T in sorted(lengths) if (score := _at_length(m.losses, frozen.losses if frozen else None, T))
         ],
         at_index=_by_position(m.losses, [(i, i + 1) for i in indices], longest),
         health=_health(m) if m.reading == "learning" else None,

@@ -11,6 +11,9 @@ from longread.ops.attention.banded import banded_attention
 from longread.ops.attention.reference import reference_attention
 from longread.ops.fusible import fusible
 
+LARGEST_HEAD_DIM = 128
+"""Of the kernels."""
+
 
 def attention(
     query: Tensor,
@@ -39,7 +42,8 @@ def attention(
     if query.shape[-2] != key.shape[-2]:
         raise ValueError(f"{query.shape[-2]} queries for {key.shape[-2]} keys; older keys belong into past")
     dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= query.shape[-2])
-    if fusible(query, key, value, *(past or ())) and query.numel() and not (dense and order < 2):
+    fits = query.numel() > 0 and query.shape[-1] <= LARGEST_HEAD_DIM
+    if fits and fusible(query, key, value, *(past or ())) and not (dense and order < 2):
         from longread.ops.attention.triton import triton_attention
 
         return triton_attention(query, key, value, past=past, window=window)

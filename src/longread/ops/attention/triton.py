@@ -12,7 +12,7 @@ dk = σ dSᵀ q and dv = Pᵀ do. Cotangents a, b, c of these give the derivativ
 
 Queries and their own keys have positions 0 … T − 1, the past has −P … −1. The two ranges of keys are swept one after
 the other: b and c are usually given for own keys alone, since the inner gradient takes the past for a constant.
-Each sweep runs through blocks with a mask, then blocks that are visible throughout, then blocks with a mask.
+Within each, blocks that are visible throughout are swept without a mask.
 
 A head of 80 or 96 is 64 + 16 or 64 + 32: a tile is a tuple of one or two parts whose widths are powers of two, and
 every product is one instruction a part. Tiles are moved by tensor descriptors: rows beyond the end read as zeros and
@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-FLOAT32 = Blocks(32, 32, 4, 2)
+FLOAT32 = Blocks(16, 16, 8, 1)
 """For float32, whose products stay off the tensor cores, in every kernel."""
 
 TABLE: dict[str, dict[int, Blocks]] = {
@@ -51,7 +51,7 @@ TABLE: dict[str, dict[int, Blocks]] = {
     "query_second": {64: Blocks(128, 64, 8, 2), 96: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2)},
     "key_second": {64: Blocks(64, 128, 8, 2), 96: Blocks(64, 128, 8, 2), 128: Blocks(32, 128, 8, 2)},
 }
-"""For 16-bit types: kernel -> largest head dim -> blocks, measured on an H200."""
+"""For 16-bit types: kernel -> largest head dim -> blocks. `benchmarks/gpu_attention.py` measures others beside them."""
 
 
 def blocks_of(kernel: str, head_dim: int, itemsize: int) -> Blocks:
@@ -87,6 +87,12 @@ def _with_tangents(k0, k1, v0, v1, b0, b1, c0, c1):
 @triton.jit
 def _load_part(descriptor, b, n, row, column):
     return descriptor.load([b, n, row, column]).reshape(descriptor.block_shape[2], descriptor.block_shape[3])
+
+
+@triton.jit
+def _load_row(descriptor, b, n, first):
+    """One number for each query, beside keys that stand in rows."""
+    return descriptor.load([b, n, first]).reshape(descriptor.block_shape[2])[None, :]
 
 
 @triton.jit
@@ -281,6 +287,12 @@ def _probabilities(s, lse, visible, scale):
 
 
 @triton.jit
+def _row_length(T):
+    """Of the memory of one number a query: descriptors want rows to start at multiples of 16 bytes."""
+    return tl.cdiv(T, 4) * 4
+
+
+@triton.jit
 def _position(QUERIES: tl.constexpr):
     """Sequence, head, and first query of this program: the longest sweeps are started first."""
     return tl.program_id(2), tl.program_id(1), (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
@@ -320,7 +332,7 @@ def _forward_kernel(
         _forward_step, state, staying, own, past, b, n, first_query, T, P, window, scale, QUERIES, KEYS, PAST, CLIPPED
     )
     _store(outputs, b, n, first_query, _scale(out, 1 / total[:, None]))
-    tl.store(lse + (b * tl.num_programs(1) + n) * T + query, highest + tl.log2(total), query < T)
+    tl.store(lse + (b * tl.num_programs(1) + n) * _row_length(T) + query, highest + tl.log2(total), query < T)
 
 
 # First derivative. The sweep over keys runs first and leaves δ for the sweep over queries.
@@ -343,7 +355,7 @@ def _query_gradient_kernel(
 ):  # fmt: skip
     b, n, first_query = _position(QUERIES)
     query = first_query + tl.arange(0, QUERIES)
-    at = (b * tl.num_programs(1) + n) * T + query
+    at = (b * tl.num_programs(1) + n) * _row_length(T) + query
     outputs = _parts(dq0, dq1)
     q, do = _load(_parts(q0, q1), b, n, first_query), _load(_parts(do0, do1), b, n, first_query)
     inner = _row_products(_load(_parts(o0, o1), b, n, first_query), do)
@@ -361,13 +373,11 @@ def _query_gradient_kernel(
 def _key_gradient_step(state, staying, moving, b, n, row, visible, scale, BLOCK: tl.constexpr):
     dk, dv = state
     k, v = staying
-    queries, d_outputs, lse, delta, T = moving
-    query = row + tl.arange(0, BLOCK)
-    inside = query < T
+    queries, d_outputs, lse, delta = moving
     q, do = _load(queries, b, n, row), _load(d_outputs, b, n, row)
-    p = _probabilities(_scores(k, q, None), tl.load(lse + query, inside, 0.0)[None, :], visible, scale)
+    p = _probabilities(_scores(k, q, None), _load_row(lse, b, n, row), visible, scale)
     dv = _mix(dv, p, do)
-    dp = _scores(v, do, None) - tl.load(delta + query, inside, 0.0)[None, :]
+    dp = _scores(v, do, None) - _load_row(delta, b, n, row)
     return _mix(dk, p * dp, q), dv
 
 
@@ -381,8 +391,7 @@ def _key_gradient_kernel(
     shift = 0 if OWN else P
     key_outputs, value_outputs = _parts(dk0, dk1), _parts(dv0, dv1)
     staying = (_load(_parts(k0, k1), b, n, first), _load(_parts(v0, v1), b, n, first))
-    at = (b * tl.num_programs(1) + n) * T
-    moving = (_parts(q0, q1), _parts(do0, do1), lse + at, delta + at, T)
+    moving = (_parts(q0, q1), _parts(do0, do1), lse, delta)
     state = (_zeros(KEYS, key_outputs), _zeros(KEYS, value_outputs))
     dk, dv = _over_queries(
         _key_gradient_step, state, staying, moving, b, n, first - shift, T, P, window, scale,
@@ -420,7 +429,7 @@ def _tangent_kernel(
 ):  # fmt: skip
     b, n, first_query = _position(QUERIES)
     query = first_query + tl.arange(0, QUERIES)
-    at = (b * tl.num_programs(1) + n) * T + query
+    at = (b * tl.num_programs(1) + n) * _row_length(T) + query
     outputs = _parts(od0, od1)
     q, a = _load(_parts(q0, q1), b, n, first_query), _load(_parts(a0, a1), b, n, first_query)
     own, past = _with_tangents(k0, k1, v0, v1, b0, b1, c0, c1), _with_tangents(pk0, pk1, pv0, pv1, pb0, pb1, pc0, pc1)
@@ -461,7 +470,7 @@ def _query_second_kernel(
 ):  # fmt: skip
     b, n, first_query = _position(QUERIES)
     query = first_query + tl.arange(0, QUERIES)
-    at = (b * tl.num_programs(1) + n) * T + query
+    at = (b * tl.num_programs(1) + n) * _row_length(T) + query
     outputs = _parts(qh0, qh1)
     q, a = _load(_parts(q0, q1), b, n, first_query), _load(_parts(a0, a1), b, n, first_query)
     do = _load(_parts(do0, do1), b, n, first_query)
@@ -480,19 +489,17 @@ def _query_second_kernel(
 def _key_second_step(state, staying, moving, b, n, row, visible, scale, BLOCK: tl.constexpr):
     k_hat, v_hat = state
     k, v = staying[0], staying[1]
-    queries, query_tangents, d_outputs, lse, delta, r, phi, T = moving
-    query = row + tl.arange(0, BLOCK)
-    inside = query < T
+    queries, query_tangents, d_outputs, lse, delta, r, phi = moving
     q, a, do = _load(queries, b, n, row), _load(query_tangents, b, n, row), _load(d_outputs, b, n, row)
-    p = _probabilities(_scores(k, q, None), tl.load(lse + query, inside, 0.0)[None, :], visible, scale)
+    p = _probabilities(_scores(k, q, None), _load_row(lse, b, n, row), visible, scale)
     s_dot = _scores(k, a, None)
     if len(staying) == 4:
         s_dot = _scores(staying[2], q, s_dot)
-    s_dot = s_dot * scale - tl.load(r + query, inside, 0.0)[None, :]
+    s_dot = s_dot * scale - _load_row(r, b, n, row)
     v_hat = _mix(v_hat, p * s_dot, do)
-    dp = _scores(v, do, None) - tl.load(delta + query, inside, 0.0)[None, :]
+    dp = _scores(v, do, None) - _load_row(delta, b, n, row)
     k_hat = _mix(k_hat, p * dp, a)
-    s_hat = dp * s_dot - tl.load(phi + query, inside, 0.0)[None, :]
+    s_hat = dp * s_dot - _load_row(phi, b, n, row)
     if len(staying) == 4:
         s_hat = _scores(staying[3], do, s_hat)
     return _mix(k_hat, p * s_hat, q), v_hat
@@ -513,9 +520,7 @@ def _key_second_kernel(
         staying = (k, v)
     else:
         staying = (k, v, _load(_parts(b0, b1), b, n, first), _load(_parts(c0, c1), b, n, first))  # type: ignore[assignment]
-    at = (b * tl.num_programs(1) + n) * T
-    queries = (_parts(q0, q1), _parts(a0, a1), _parts(do0, do1))
-    moving = (queries[0], queries[1], queries[2], lse + at, delta + at, r + at, phi + at, T)
+    moving = (_parts(q0, q1), _parts(a0, a1), _parts(do0, do1), lse, delta, r, phi)
     state = (_zeros(KEYS, key_outputs), _zeros(KEYS, value_outputs))
     k_hat, v_hat = _over_queries(
         _key_second_step, state, staying, moving, b, n, first - shift, T, P, window, scale,
@@ -555,6 +560,12 @@ def _descriptors(x: Tensor, rows: int) -> list[TensorDescriptor | None]:
     return [*tiles, *[None] * (2 - len(tiles))]
 
 
+def _row_of(query: Tensor) -> Tensor:
+    """Memory for one float32 a query [B, N, T], whose rows start at multiples of 16 bytes."""
+    B, N, T, _ = query.shape
+    return query.new_empty(B, N, -(-T // 4) * 4, dtype=torch.float32)
+
+
 class _Problem(NamedTuple):
     """Sizes that all kernels of one attention share."""
 
@@ -574,18 +585,21 @@ class _Problem(NamedTuple):
         """Runs a kernel whose tiles are, in this order, of queries and of keys.
 
         Args:
-            statistics: float32 [B, N, T].
+            statistics: one number a query, from `_row_of`.
             past_alone: None for a sweep over keys; else whether the keys are the past's or the queries' own.
         """
         query, key = by_query[0], by_key[0]
         name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
         blocks = blocks_of(name, query.shape[-1], query.itemsize)
         T, P, window, _ = self
+        numbers: list[Any] = statistics
         if past_alone is None:
             rows, step, flags = T, blocks.queries, (P > 0, window < T)
         else:
             rows, step = (P if past_alone else T), blocks.keys
             flags = (not past_alone, window < T + P * past_alone)
+            shape = [*query.shape[:2], T]
+            numbers = [TensorDescriptor(x, shape, list(x.stride()), [1, 1, blocks.queries]) for x in statistics]
         arguments = [part for x in by_query for part in _descriptors(_ready(x), blocks.queries)]
         for x in by_key:  # an empty past is never looked at, but a descriptor of nothing cannot be
             x = key if x is not None and x.numel() == 0 else x
@@ -593,7 +607,7 @@ class _Problem(NamedTuple):
         grid = (triton.cdiv(rows, step), query.shape[1], query.shape[0])
         with torch.cuda.device_of(query):
             kernel[grid](
-                *arguments, *statistics, *self, blocks.queries, blocks.keys, *flags,
+                *arguments, *numbers, *self, blocks.queries, blocks.keys, *flags,
                 num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
 
@@ -603,7 +617,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, problem: _Problem) -> Tensor:
-        o, lse = _new(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        o, lse = _new(q), _row_of(q)
         problem.launch(_forward_kernel, [q, o], [k, v, past_k, past_v], [lse])
         ctx.save_for_backward(q, k, v, past_k, past_v, o, lse)
         ctx.problem = problem
@@ -638,7 +652,7 @@ class _AttentionGradient(torch.autograd.Function):
         with_own: bool,
         with_past: bool,
     ) -> tuple[Tensor | None, ...]:
-        dq, delta = _new(q), torch.empty_like(lse)
+        dq, delta = _new(q), _row_of(q)
         problem.launch(_query_gradient_kernel, [q, o, do, dq], [k, v, past_k, past_v], [lse, delta])
         gradients: list[Tensor | None] = [dq]
         for wanted, keys, values, past_alone in ((with_own, k, v, False), (with_past, past_k, past_v, True)):
@@ -668,7 +682,7 @@ class _AttentionGradient(torch.autograd.Function):
         past_b, past_c = _both_or_none(past_b, past_c, past_k)
         tensors = [k, v, b, c, past_k, past_v, past_b, past_c]
 
-        o_dot, r, phi = _new(q), torch.empty_like(lse), torch.empty_like(lse)
+        o_dot, r, phi = _new(q), _row_of(q), _row_of(q)
         problem.launch(_tangent_kernel, [q, a, o, do, o_dot], tensors, [lse, r, phi])
         statistics = [lse, delta, r, phi]
         q_hat = _new(q) if needs[0] else None

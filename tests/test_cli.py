@@ -1,0 +1,353 @@
+"""The command line as a user meets it: from texts to a trained model, a kept session, figures; and wrong input."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from longread.cli import build_parser, main
+from longread.cli.arguments import changed
+from longread.cli.generate import decoded, until
+from longread.config import UserError
+from longread.recipes import toy
+from longread.tokenizer import ByteTokenizer
+
+MICROSCOPIC = [
+    *("--set", "model.width=16", "--set", "model.num_blocks=2", "--set", "model.num_heads=2"),
+    *("--set", "model.mlp_hidden=16", "--set", "model.window_size=16", "--set", "model.mini_batch_size=8"),
+    *("--set", "steps=3", "--set", "optimizer.warmup_steps=1", "--set", "optimizer.decay_steps=3"),
+    *("--set", "batch_size=2", "--context-length", "64", "--device", "cpu"),
+]
+SENTENCES = "".join(f"Sentence {i} of the text says {i * i % 101}, and not {i % 7}. " for i in range(400))
+
+# Commands and options, frozen: whoever changes these changes what users have in their scripts.
+COMMAND_LINE = {
+    "prepare": "SOURCE --out --tokenizer --train-tokenizer --documents --validation-fraction --field --exclude "
+    "--vocab-size --bos-id --overwrite",
+    "train": "RECIPE --data --out --method --context-length --validation --init --resume --seed --set --tracker "
+    "--device",
+    "read": "FILE --model --device --session --save --no-control --json --report",
+    "generate": "--model --device --session --prompt --max-tokens --temperature --top-p --top-k --repetition-penalty "
+    "--seed --stop --frozen --save",
+    "evaluate": "MODEL --data --documents --max-tokens --min-tokens --lengths --indices --batch-size --no-control "
+    "--json --plots --report --device",
+    "convert": "SOURCE DIR",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts, a data set with a held-out part, and a microscopic trained run."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "texts").mkdir()
+    for i in range(8):
+        (home / "texts" / f"{i}.txt").write_text(SENTENCES[i * 500 : i * 500 + 3000])
+    arguments = ["prepare", home / "texts", "--out", home / "data", "--validation-fraction", "0.3"]
+    assert main([str(a) for a in arguments]) == 0
+    arguments = ["train", "toy", "--data", home / "data", "--out", home / "run", *MICROSCOPIC]
+    assert main([str(a) for a in arguments]) == 0
+    (home / "long.txt").write_text(SENTENCES)
+    return home
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 2) -> str:
+    """The one sentence on stderr with which a command ends."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("longread: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_the_command_line_is_frozen() -> None:
+    commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    found = {
+        name: " ".join(a.option_strings[0] if a.option_strings else str(a.metavar) for a in parser._actions[1:])
+        for name, parser in commands.items()
+    }
+    assert found == COMMAND_LINE
+
+
+@pytest.mark.parametrize("command", COMMAND_LINE)
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"longread {command} " in capsys.readouterr().out.split("Example:")[1]
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, longread.cli as c; c.build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_preparing_says_what_it_made(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.txt").write_text(SENTENCES)
+    (tmp_path / "mixed" / "b.bin").write_bytes(b"\0\1\2")
+    assert main(["prepare", str(tmp_path / "mixed"), "--out", str(tmp_path / "d"), "--train-tokenizer", "300"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 documents" in out
+    assert "skipped: 1 binary" in err
+    assert json.loads((tmp_path / "d" / "index.json").read_text())["vocab_size"] <= 300
+
+
+def test_reading_reports_learning_beside_frozen_and_keeps_the_session(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: tmp_path / name for name in ("session", "figures.json", "page.html")}
+    arguments = ["read", home / "long.txt", "--model", home / "run", "--save", files["session"]]
+    arguments += ["--json", files["figures.json"], "--report", files["page.html"]]
+    assert main([str(a) for a in arguments]) == 0
+    out = capsys.readouterr().out
+    assert "learning" in out
+    assert "frozen" in out
+    assert f"{len(SENTENCES) + 1:,} tokens read" in out
+    figures = json.loads(files["figures.json"].read_text())
+    learning, frozen = figures["results"]
+    assert (learning["reading"], frozen["reading"]) == ("learning", "frozen")
+    assert learning["tokens"] == len(SENTENCES) + 1
+    gain = frozen["loss"]["nats_per_token"]["mean"] - learning["loss"]["nats_per_token"]["mean"]
+    assert learning["gain_over_frozen"]["mean"] == pytest.approx(gain)
+    assert learning["health"]["steps"] == len(SENTENCES) // 8
+    bits = learning["loss"]["bits_per_byte"]["mean"]
+    assert bits == pytest.approx(learning["loss"]["nats_per_token"]["mean"] / 0.693147, rel=1e-5)
+    page = files["page.html"].read_text()
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert f"{learning['loss']['nats_per_token']['mean']:.3f}" in page
+
+    arguments = ["generate", "--model", home / "run", "--session", files["session"]]
+    texts = []
+    for more in (["--prompt", "Once"], ["--prompt", "Once"], ["--prompt", "Once", "--seed", "2"]):
+        assert main([str(a) for a in [*arguments, "--max-tokens", 30, "--seed", 1, *more]]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_reading_in_two_commands_is_reading_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = SENTENCES[:1003], SENTENCES[1003:2000]
+    (tmp_path / "first").write_text(first)
+    (tmp_path / "whole").write_text(first + second)
+    run = ["--model", str(home / "run"), "--device", "cpu"]
+    assert main(["read", str(tmp_path / "first"), *run, "--save", str(tmp_path / "s")]) == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(second.encode())))
+    assert main(["read", "-", *run, "--session", str(tmp_path / "s"), "--save", str(tmp_path / "s")]) == 0
+    assert main(["read", str(tmp_path / "whole"), *run, "--save", str(tmp_path / "w"), "--no-control"]) == 0
+    capsys.readouterr()
+    texts = []
+    for session in ("s", "w"):
+        assert main(["generate", *run, "--session", str(tmp_path / session), "--temperature", "0"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_a_short_text_is_read_and_said_to_teach_nothing(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short").write_text("short")
+    assert main(["read", str(tmp_path / "short"), "--model", str(home / "run")]) == 0
+    assert "6 tokens complete no mini-batch of 8: nothing could be learned" in capsys.readouterr().out
+
+
+def test_evaluating_compares_models(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swa = ["train", "toy", "--method", "swa", "--data", home / "data", "--out", tmp_path / "swa", *MICROSCOPIC]
+    assert main([str(a) for a in swa]) == 0
+    arguments = ["evaluate", home / "run", tmp_path / "swa", "--data", home / "data", "--lengths", 64, 256]
+    arguments += ["--json", tmp_path / "e.json", "--plots", tmp_path / "plots", "--report", tmp_path / "e.html"]
+    capsys.readouterr()
+    assert main([str(a) for a in [*arguments, "--indices", 7]]) == 0
+    assert "swa" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert [r["reading"] for r in figures["results"]] == ["learning", "frozen", "static"]
+    assert [row["context_length"] for row in figures["results"][2]["by_context_length"]] == [64, 256]
+    assert figures["results"][0]["at_index"][0]["start"] == 7
+    assert figures["results"][0]["loss"]["bits_per_byte"]["n"] == figures["documents"]
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "loss_by_position.png",
+        "loss_by_context_length.png",
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "plots").iterdir())
+    assert "<svg" in (tmp_path / "e.html").read_text()
+    texts = ["evaluate", home / "run", "--data", home / "texts", "--documents", 2, "--max-tokens", 100, "--no-control"]
+    assert main([str(a) for a in texts]) == 0
+
+
+def test_models_go_to_the_official_layout_and_back(home: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(home / "run"), str(tmp_path / "official")]) == 0
+    assert main(["convert", str(tmp_path / "official"), str(tmp_path / "back")]) == 0
+    from longread.checkpoint import load_model
+
+    assert load_model(tmp_path / "back").fingerprint == load_model(home / "run").fingerprint
+
+
+def test_an_interrupted_training_goes_on(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(a) for a in ["train", "toy", "--data", home / "data", "--out", tmp_path / "run", *MICROSCOPIC]]
+    assert main(arguments) == 0
+    assert "already holds a run; resume it" in fails(capsys, *arguments)
+    assert main([*arguments, "--resume"]) == 0
+    assert main([*arguments[:5], str(tmp_path / "more"), *arguments[6:], "--init", str(tmp_path / "run")]) == 0
+
+
+def test_stdin_that_is_interrupted_keeps_what_was_read(home: Path, tmp_path: Path) -> None:
+    """SIGINT while waiting for more: what came is reported and saved, and the status says so."""
+    command = [
+        sys.executable,
+        "-m",
+        "longread",
+        "read",
+        "-",
+        "--model",
+        str(home / "run"),
+        "--save",
+        str(tmp_path / "s"),
+    ]
+    reader = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    assert reader.stdin is not None
+    reader.stdin.write(SENTENCES[:4000])
+    reader.stdin.flush()
+    time.sleep(6.0)
+    reader.send_signal(signal.SIGINT)
+    out, err = reader.communicate(timeout=60)
+    assert reader.returncode == 130, err
+    assert "interrupted" in err
+    assert "The reading was interrupted" in out
+    from longread.checkpoint import load_model
+    from longread.session import Session
+
+    session = Session.restore(tmp_path / "s", load_model(home / "run").model)
+    assert session.position > 3000
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty; give a text"),
+        (b"text\0text", "is not UTF-8 text"),
+        (b"caf\xe9 au lait", "is not UTF-8 text"),
+        (None, "cannot read .*: No such file"),
+    ],
+)
+def test_a_text_that_cannot_be_read(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, reason: str
+) -> None:
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    sentence = fails(capsys, "read", tmp_path / "text", "--model", home / "run", "--save", tmp_path / "session")
+    assert re.search(reason, sentence), sentence
+    assert not (tmp_path / "session").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["toy2"], "no recipe 'toy2'; choose one of toy, 125m"),
+        (["toy", "--method", "rnn"], "no method 'rnn'"),
+        (["toy", "--context-length", "100"], "100 is not a multiple of mini_batch_size 32; use 96 or 128"),
+        (["toy", "--set", "inner.lr=nan"], "lr is nan; it must be a finite number"),
+        (["toy", "--set", "inner.clip=-1"], "clip is -1; it must be positive"),
+        (["toy", "--set", "optimizer.lr=-0.1"], "lr is -0.1; it must be positive"),
+        (
+            ["toy", "--set", "model.depth=3"],
+            "--set model.depth: there is no such field; there are name, model.vocab_size",
+        ),
+        (["toy", "--set", "model=3"], "no such field"),
+        (["toy", "--set", "steps"], "has no value"),
+        (["toy", "--set", "steps=many"], "steps is 'many'; it must be a whole number"),
+        (["toy", "--set", "model.vocab_size=100"], "vocab_size 100, but the data has 257"),
+        (["toy", "--device", "cuda:99"], "device cuda:99 cannot be used"),
+    ],
+)
+def test_training_that_cannot_begin(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    assert reason in fails(capsys, "train", *arguments, "--data", home / "data", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_are_not_there(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "data" in fails(capsys, "train", "toy", "--data", tmp_path, "--out", tmp_path / "run")
+    assert "missing" in fails(capsys, "prepare", tmp_path / "missing", "--out", tmp_path / "out")
+    assert "no document has 99999 tokens" in fails(
+        capsys, "evaluate", home / "run", "--data", home / "data", "--min-tokens", 99999
+    )
+
+
+def test_models_that_cannot_be_opened(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = home / "long.txt"
+    assert "there is no model at" in fails(capsys, "read", text, "--model", tmp_path / "none")
+    model = tmp_path / "model"
+    shutil.copytree(home / "run" / "model", model)
+    (model / "tokenizer.json").unlink()
+    assert "has no tokenizer.json beside it" in fails(capsys, "read", text, "--model", model)
+    assert main(["prepare", str(text), "--out", str(tmp_path / "bpe"), "--train-tokenizer", "260"]) == 0
+    shutil.copy(tmp_path / "bpe" / "tokenizer.json", model / "tokenizer.json")
+    assert "is not the tokenizer of" in fails(capsys, "read", text, "--model", model)
+    assert "another tokenizer" in fails(capsys, "evaluate", home / "run", "--data", tmp_path / "bpe")
+    (model / "model.safetensors").write_bytes(b"this is no safetensors file, only text")
+    assert "safetensors" in fails(capsys, "read", text, "--model", model)
+
+
+def test_output_that_cannot_be_written_is_said_before_the_work(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ["read", home / "long.txt", "--model", home / "run"]
+    assert "it is a directory" in fails(capsys, *read, "--save", tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
+    assert "not a directory that may be written to" in fails(capsys, *read, "--json", tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--top-p", "nan"], "top_p is nan"),
+        (["--top-k", "0"], "top_k is 0"),
+        (["--max-tokens", "-5"], "max_tokens is -5"),
+    ],
+)
+def test_sampling_out_of_range(
+    home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    assert reason in fails(capsys, "generate", "--model", home / "run", "--prompt", "x", *arguments)
+
+
+def test_settings_are_typed() -> None:
+    config = changed(toy(), ["steps=7", "inner.clip=none", "optimizer.lr=1e-2", "model.qk_norm=false", "loss=static"])
+    assert (config.steps, config.inner.clip, config.optimizer.lr) == (7, None, 0.01)
+    assert (config.model.qk_norm, config.loss) == (False, "static")
+    with pytest.raises(UserError, match="loss is 'both'; it must be one of end-to-end, static"):
+        changed(toy(), ["loss=both"])
+
+
+def test_a_character_waits_for_its_bytes() -> None:
+    ids = ByteTokenizer().encode("naïve – ok")
+    assert list(decoded(iter(ids), ByteTokenizer())) == list("naïve – ok")
+    assert "".join(decoded(iter(ids[:3]), ByteTokenizer())) == "na\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "expected"),
+    [
+        (["ab", "cd"], [], "abcd"),
+        (["ab", "cd"], ["bc"], "a"),
+        (["a", "b", "a", "c"], ["ac"], "ab"),
+        (["one", " two", " three"], ["three", "two"], "one "),
+        (["xy"], ["yz"], "xy"),
+    ],
+)
+def test_text_ends_before_a_stop(pieces: list[str], stops: list[str], expected: str) -> None:
+    assert "".join(until(iter(pieces), stops)) == expected
