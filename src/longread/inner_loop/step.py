@@ -92,10 +92,12 @@ def inner_step(
     if order == 0 or not weights[0].requires_grad:
         weights = [w.detach().requires_grad_() for w in weights]
     with torch.enable_grad():
-        output, pasts = model.upper(hidden, from_matrices(weights), carry.pasts, start=start, order=max(1, order))
+        # the gradient is taken where the products are, in their type; the step keeps the precision of the weights
+        working = [w.to(model.dtype) for w in weights]
+        output, pasts = model.upper(hidden, from_matrices(working), carry.pasts, start=start, order=max(1, order))
         nll = model.token_losses(output, target_ids)
         loss = mini_batch_loss(nll, loss_mask)
-        gradients = torch.autograd.grad(loss.sum(), weights, create_graph=order == 2, retain_graph=order > 0)
+        gradients = torch.autograd.grad(loss.sum(), working, create_graph=order == 2, retain_graph=order > 0)
     if order == 0:
         output, nll, loss = output.detach(), nll.detach(), loss.detach()
         weights, pasts = [w.detach() for w in weights], tuple(past.detach() for past in pasts)
@@ -125,18 +127,19 @@ def scan(
     M = model.config.mini_batch_size
     count = hidden.shape[1] // M
     nll, loss, grad_norm = [], [], []
-    for i in range(count):
-        part = slice(i * M, (i + 1) * M)
-        inputs = hidden[:, part], target_ids[:, part], loss_mask[:, part]
-        if i == count - 1 and not last_step:
-            output, _ = model.upper(inputs[0], carry.fast, carry.pasts, start=start + i * M, order=min(order, 1))
-            nll.append(model.token_losses(output, inputs[1]))
-            loss.append(mini_batch_loss(nll[-1], inputs[2]))
-        else:
-            step = inner_step(model, carry, *inputs, start=start + i * M, lr=lr, clip=clip, order=order)
-            carry = step.carry
-            nll.append(step.nll)
-            loss.append(step.loss)
-            grad_norm.append(step.grad_norm)
+    with model.sharing_weights():
+        for i in range(count):
+            part = slice(i * M, (i + 1) * M)
+            inputs = hidden[:, part], target_ids[:, part], loss_mask[:, part]
+            if i == count - 1 and not last_step:
+                output, _ = model.upper(inputs[0], carry.fast, carry.pasts, start=start + i * M, order=min(order, 1))
+                nll.append(model.token_losses(output, inputs[1]))
+                loss.append(mini_batch_loss(nll[-1], inputs[2]))
+            else:
+                step = inner_step(model, carry, *inputs, start=start + i * M, lr=lr, clip=clip, order=order)
+                carry = step.carry
+                nll.append(step.nll)
+                loss.append(step.loss)
+                grad_norm.append(step.grad_norm)
     norms = torch.stack(grad_norm, dim=1) if grad_norm else hidden.new_empty(hidden.shape[0], 0)
     return Scan(carry, torch.cat(nll, dim=1), torch.stack(loss, dim=1), norms)

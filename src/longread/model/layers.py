@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longread.ops.fast_mlp import fast_mlp
+from longread.ops.linear import SharedWeight
 from longread.ops.rms_norm import rms_norm
 from longread.ops.rotary import rotate
 from longread.ops.swiglu import swiglu
@@ -18,9 +19,11 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.shared: SharedWeight | None = None
+        """Set while many products with this weight share a cast and a gradient (`Transformer.sharing_weights`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype)) if self.shared is None else self.shared(x)
 
 
 class RMSNorm(nn.Module):

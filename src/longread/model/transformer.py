@@ -5,7 +5,8 @@ prefix blocks, and the attention of the first suffix block, which sees no fast w
 of tokens at once. `upper` is the rest: it runs mini-batch by mini-batch with the weights of the moment.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from longread.config import ModelConfig
 from longread.model.layers import MLP, Linear, NoNorm, RMSNorm, SwiGLU
 from longread.model.mixers.attention import Attention, Past
 from longread.ops.cross_entropy import cross_entropy
+from longread.ops.linear import SharedWeight
 from longread.ops.rotary import rotation
 
 FastWeights = tuple[SwiGLU, ...]
@@ -51,6 +53,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self._shared_head: Tensor | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
@@ -93,6 +96,22 @@ class Transformer(nn.Module):
             modules += [] if index == 0 else [block.attention]
             modules += [block.fast_mlp.pre_norm, block.fast_mlp.post_norm, block.static_mlp]
         return [parameter for module in modules for parameter in module.parameters()]
+
+    @contextlib.contextmanager
+    def sharing_weights(self) -> Iterator[None]:
+        """While many mini-batches pass through `upper` and `token_losses`: each slow matrix is cast only once."""
+        modules: list[nn.Module] = [block.static_mlp for block in self.suffix]
+        modules += [block.attention for block in self.suffix[1:]]
+        layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Linear)]
+        for layer in layers:
+            layer.shared = SharedWeight(layer.weight, self.dtype)
+        self._shared_head = self.head_weight.to(self.dtype)
+        try:
+            yield
+        finally:
+            self._shared_head = None
+            for layer in layers:
+                layer.shared = None
 
     def initial_fast_weights(self, batch_size: int) -> FastWeights:
         """W_0 for every sequence of a batch, as views of the parameters."""
@@ -150,7 +169,8 @@ class Transformer(nn.Module):
 
     def token_losses(self, output: Tensor, target_ids: Tensor) -> Tensor:
         """−log p of each target [B, T], given `upper`'s output [B, T, D]; float32 or wider."""
-        return cross_entropy(output, self.head_weight, target_ids)
+        head = self.head_weight if self._shared_head is None else self._shared_head
+        return cross_entropy(output, head, target_ids)
 
     def logits(self, output: Tensor) -> Tensor:
         """[..., V], float32 or wider, from `upper`'s output [..., D]."""

@@ -6,7 +6,9 @@ import torch
 
 
 def needed_inputs(ctx: Any) -> tuple[bool, ...]:
-    """For each input of a custom Function, whether the backward pass that is running wants its gradient.
+    """For each tensor input of a custom Function, whether the backward pass that is running wants its gradient.
+
+    The tensors must be the first inputs of the Function.
 
     `ctx.needs_input_grad` says which inputs could receive one. The inner gradient asks for the fast weights
     alone, so without this every slow matrix on its way would get a product that nobody reads.

@@ -1,11 +1,12 @@
 """SwiGLU with one set of weights per sequence: the MLP that learns while it reads.
 
-reference.py   batched products around the gate; any order of derivative up to 2
+reference.py   batched products around the gate, left to autograd
+explicit.py    the same with the derivatives of the products written out; order 2
 """
 
 from torch import Tensor
 
-from longread.ops.fast_mlp.reference import reference_fast_mlp
+from longread.ops.fast_mlp.explicit import explicit_fast_mlp
 
 
 def fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -14,9 +15,9 @@ def fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     Args:
         x: [B, T, D]; its type is the type of the products.
         gate, up: [B, F, D] and
-        down: [B, D, F]: fast weights, float32 or wider.
+        down: [B, D, F]: the weights of each sequence.
 
     Returns:
         [B, T, D] of the type of x.
     """
-    return reference_fast_mlp(x, gate, up, down)
+    return explicit_fast_mlp(x, gate, up, down)
