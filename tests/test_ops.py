@@ -16,6 +16,8 @@ from longread.ops.clipped_sgd.reference import reference_clipped_sgd
 from longread.ops.cross_entropy import chunked, cross_entropy
 from longread.ops.cross_entropy.reference import reference_cross_entropy
 from longread.ops.fast_mlp import fast_mlp
+from longread.ops.fast_mlp.reference import reference_fast_mlp
+from longread.ops.linear import SharedWeight
 from longread.ops.needed import needed_inputs
 from longread.ops.rms_norm import rms_norm
 from longread.ops.rms_norm.reference import reference_rms_norm
@@ -192,3 +194,46 @@ def test_low_precision_follows_the_reference() -> None:
     nll = cross_entropy(x, head, targets)
     assert nll.dtype == torch.float32
     torch.testing.assert_close(nll, reference_cross_entropy(x.double(), head, targets).float(), rtol=0.02, atol=0.05)
+
+
+def test_clipped_sgd_steps_in_the_precision_of_the_weights() -> None:
+    """Gradients come in the type of the products; a step far below its rounding must not be lost."""
+    weight, gradient = draw(2, 50, dtype=torch.float32), draw(2, 50, seed=1, dtype=torch.bfloat16)
+    (new,), norm = clipped_sgd([weight], [gradient], lr=1e-4, clip=1.0)
+    expected, expected_norm = reference_clipped_sgd([weight], [gradient.float()], lr=1e-4, clip=1.0)
+    torch.testing.assert_close(new, expected[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(norm, expected_norm)
+    (adjoint,) = torch.autograd.grad(new.sum(), [gradient])
+    assert adjoint.dtype == torch.bfloat16
+
+
+def test_a_shared_weight_gathers_the_gradient_of_all_its_uses() -> None:
+    weight, x, z = draw(5, 3), draw(2, 4, 3, seed=1), draw(7, 3, seed=2)
+    results = []
+    for shared in (True, False):
+        product = SharedWeight(weight, D64) if shared else (lambda y: torch.nn.functional.linear(y, weight))
+        out = product(x).sin().sum() + product(z).cos().sum()
+        (inner,) = torch.autograd.grad(out, [x], create_graph=True)  # as the inner step does
+        total = (inner * draw(*inner.shape, seed=3).detach()).sum() + out
+        results.append(torch.autograd.grad(total, [weight, x, z]))
+    agree(list(results[0]), list(results[1]))
+
+
+def test_a_shared_weight_refuses_to_have_its_gradient_recorded() -> None:
+    weight, x = draw(5, 3), draw(4, 3, seed=1)
+    with pytest.raises(RuntimeError, match="taken once, at the end"):
+        torch.autograd.grad(SharedWeight(weight, D64)(x).sin().sum(), [weight], create_graph=True)
+
+
+@pytest.mark.parametrize("masked", [(), (0,), (0, 1), (2,)])
+def test_fast_mlp_and_all_its_derivatives(masked: tuple[int, ...]) -> None:
+    """Also where only some inputs want a gradient, as in the inner step."""
+    inputs = [draw(3, 4, 6), draw(3, 8, 6, seed=1), draw(3, 8, 6, seed=2), draw(3, 6, 8, seed=3)]
+    wanted = [x for i, x in enumerate(inputs) if i not in masked]
+    results = []
+    for f in (fast_mlp, reference_fast_mlp):
+        out = f(*inputs)
+        first = torch.autograd.grad(out.sin().sum(), wanted, create_graph=True)
+        mixed = sum((g * draw(*g.shape, seed=5 + i).detach()).sum() for i, g in enumerate(first))
+        results.append([out, *first, *torch.autograd.grad(mixed, inputs)])
+    agree(*results)

@@ -43,13 +43,19 @@ class Blocks(NamedTuple):
 FLOAT32 = Blocks(16, 16, 8, 1)
 """For float32, whose products stay off the tensor cores, in every kernel."""
 
+_SMALL = Blocks(64, 64, 4, 3)
 TABLE: dict[str, dict[int, Blocks]] = {
-    "forward": {64: Blocks(128, 128, 8, 2), 96: Blocks(128, 128, 8, 2), 128: Blocks(128, 64, 8, 2)},
-    "query_gradient": {64: Blocks(128, 64, 8, 2), 96: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2)},
-    "key_gradient": {64: Blocks(64, 128, 8, 2), 96: Blocks(64, 128, 8, 2), 128: Blocks(64, 128, 8, 2)},
-    "tangent": {64: Blocks(128, 64, 8, 2), 96: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2)},
-    "query_second": {64: Blocks(128, 64, 8, 2), 96: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2)},
-    "key_second": {64: Blocks(64, 128, 8, 2), 96: Blocks(64, 128, 8, 2), 128: Blocks(32, 128, 8, 2)},
+    "forward": {64: _SMALL, 80: Blocks(128, 64, 4, 3), 96: Blocks(64, 128, 4, 2), 128: Blocks(128, 64, 8, 2)},
+    "query_gradient": {64: _SMALL, 80: _SMALL, 96: _SMALL, 128: Blocks(128, 64, 8, 2)},
+    "key_gradient": {64: _SMALL, 80: _SMALL, 96: _SMALL, 128: Blocks(64, 128, 8, 2)},
+    "tangent": {
+        64: Blocks(64, 32, 4, 3),
+        80: Blocks(128, 32, 8, 3),
+        96: Blocks(128, 64, 8, 3),
+        128: Blocks(128, 64, 8, 2),
+    },
+    "query_second": {80: Blocks(64, 64, 4, 2), 96: Blocks(128, 64, 8, 2), 128: Blocks(128, 32, 8, 2)},
+    "key_second": {96: Blocks(64, 64, 4, 2), 128: Blocks(32, 128, 8, 2)},
 }
 """For 16-bit types: kernel -> largest head dim -> blocks. `benchmarks/gpu_attention.py` measures others beside them."""
 

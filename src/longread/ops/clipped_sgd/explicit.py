@@ -20,7 +20,8 @@ def explicit_clipped_sgd(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float | Tensor, clip: float | None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
-    *stepped, norm = _Step.apply(lr, clip, *weights, *gradients)
+    wide = [g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)]
+    *stepped, norm = _Step.apply(lr, clip, *weights, *wide)
     return tuple(stepped), norm
 
 
