@@ -25,6 +25,7 @@ from longread.model import Transformer, initialize
 from longread.recipes import Method, pretrain
 
 INNER = InnerConfig()
+PIECE = 1 << 17
 
 
 def build(size: str, method: Method) -> Transformer:
@@ -77,8 +78,8 @@ def run(size: str, method: Method, contexts: list[int], options: argparse.Namesp
                 whole(model, text)
             else:
                 state = begin(model)
-                for first in range(0, context, 8192):
-                    state = read(model, state, text[:, first : first + 8192], inner=INNER).state
+                for first in range(0, context, PIECE):
+                    state = read(model, state, text[:, first : first + PIECE], inner=INNER).state
             torch.cuda.synchronize()
             times.append((time.perf_counter() - start) * 1e3 / context * 1024)
         times = times[1:] or times

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig, ModelConfig
-from longread.inner_loop import begin, next_token_logits, read, reading
+from longread.inner_loop import ReadingState, begin, captured, next_token_logits, read, reading
 from longread.model import Transformer, initialize
 from longread.outer_loop import end_to_end_loss, static_loss
 
@@ -52,7 +52,7 @@ def read_in(model: Transformer, text: Tensor, sizes: list[int], learn: bool = Tr
     return state, torch.cat(nll, 1), torch.cat(norms, 1)
 
 
-def equal_states(a: reading.ReadingState, b: reading.ReadingState) -> None:
+def equal_states(a: ReadingState, b: ReadingState) -> None:
     assert a.position == b.position
     for x, y in zip(a.tensors, b.tensors, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
@@ -221,3 +221,27 @@ def test_fast_weights_are_float32_under_a_half_precision_model() -> None:
 def test_states_can_be_replaced_field_by_field() -> None:
     state = begin(make())
     assert dataclasses.replace(state, position=7).position == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [16, 24, 40])
+def test_replaying_graphs_is_reading(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long text on a GPU, captured, against float64 on a CPU; strips wrap several times, and pieces end anywhere."""
+    model = make(window_size=window, mini_batch_size=8, width=32, mlp_hidden=32)
+    text = tokens(40 * 8 + 5)
+    expected = read_in(model, text, [text.shape[1]])
+    model = model.float().cuda()
+    replays = []
+    original = captured.CapturedReader.read
+    monkeypatch.setattr(
+        captured.CapturedReader, "read", lambda self, *a: replays.append(a[2].shape) or original(self, *a)
+    )
+    for sizes in ([325], [150, 100, 75], [7, 311, 7]):
+        replays.clear()
+        state, nll, norms = read_in(model, text.cuda(), sizes)
+        assert replays
+        torch.testing.assert_close(nll.cpu().double(), expected[1], rtol=0, atol=2e-3, equal_nan=True)
+        torch.testing.assert_close(norms.cpu().double(), expected[2], rtol=1e-3, atol=1e-4)
+        assert state.position == expected[0].position
+        for x, y in zip(state.tensors, expected[0].tensors, strict=True):
+            torch.testing.assert_close(x.cpu().double(), y.double(), rtol=0, atol=5e-3)

@@ -15,41 +15,15 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop.step import Carry, inner_step, matrices
-from longread.model import FastWeights, Past, Transformer
+from longread.inner_loop.captured import captured_reader
+from longread.inner_loop.state import ReadingState
+from longread.inner_loop.step import Carry, Step, inner_step
+from longread.model import Past, Transformer
 
+FEWEST_REPLAYS = 4
+"""Mini-batches for which it pays to move the state into a CUDA graph's place and back."""
 STRETCH = 2048
 """Tokens for which the lower half of the network runs at once, about: larger is faster, smaller is leaner."""
-
-
-@dataclass(frozen=True)
-class ReadingState:
-    """All that is left of what B sequences have read. A value: reading returns a new one and keeps the old."""
-
-    position: int
-    """Tokens read."""
-    fast: FastWeights
-    lower_pasts: tuple[Past, ...]
-    upper_pasts: tuple[Past, ...]
-    """The window before the unfinished mini-batch, and the tokens in it."""
-    hidden: Tensor
-    """Of the unfinished mini-batch's m <= M tokens, [B, m, D], from `Transformer.lower`."""
-    targets: Tensor
-    """Of all of these but the last, int64 [B, max(0, m − 1)]."""
-    targets_mask: Tensor
-    output: Tensor
-    """`Transformer.upper`'s output for the last token, [B, D]; [B, 0] before the first."""
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every tensor of the state."""
-        pasts = [x for past in (*self.lower_pasts, *self.upper_pasts) for x in past]
-        return [*matrices(self.fast), *pasts, self.hidden, self.targets, self.targets_mask, self.output]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of the state."""
-        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class Reading(NamedTuple):
@@ -146,6 +120,10 @@ class _Reader:
         while done < n:
             if self.state.hidden.shape[1] == M:
                 self._finish(tokens[:, done : done + 1], mask[:, done : done + 1])
+            whole = (n - done - 1) // M * M
+            if self._replay(tokens[:, done : done + whole + 1], mask[:, done + 1 : done + whole + 1]):
+                done += whole
+                continue
             room = M - self.state.hidden.shape[1]
             end = min(n, done + (room if room < M else stretch))
             hidden = self._lower(tokens[:, done:end])
@@ -160,6 +138,19 @@ class _Reader:
                 self._part(part, tokens[:, following], tokens[:, known], mask[:, known])
             done = end
 
+    def _replay(self, tokens: Tensor, mask: Tensor) -> bool:
+        """Reads whole mini-batches as CUDA graphs, if they are enough and can be; says whether it did."""
+        if mask.shape[1] < FEWEST_REPLAYS * self.model.config.mini_batch_size:
+            return False
+        reader = captured_reader(self.model, self.state, self.inner)
+        found = None if reader is None else reader.read(self.state, tokens, mask)
+        if found is None:
+            return False
+        self.state, nll, norms = found
+        self.nll.append(nll)
+        self.norms += norms.unbind(1)
+        return True
+
     def skim(self, tokens: Tensor) -> None:
         """Reads without learning: no mini-batches, only stretches."""
         empty = self.state.hidden[:, :0]
@@ -172,19 +163,19 @@ class _Reader:
         self.state = dataclasses.replace(self.state, **changes)  # type: ignore[arg-type]
 
     def _lower(self, tokens: Tensor) -> Tensor:
-        hidden, pasts = self.model.lower(tokens, self.state.lower_pasts, start=self.state.position)
-        self._move(lower_pasts=self.model.trim(pasts, 0))
+        hidden, own = self.model.lower(tokens, self.state.lower_pasts, start=self.state.position)
+        self._move(lower_pasts=self.model.advance(self.state.lower_pasts, own, 0))
         return hidden
 
     def _upper(self, hidden: Tensor, targets: Tensor, keep: int) -> None:
         """Scores tokens with the weights as they are; the pasts keep the window and `keep` tokens more."""
         state, model = self.state, self.model
-        output, pasts = model.upper(hidden, state.fast, state.upper_pasts, start=state.position, order=0)
+        output, own = model.upper(hidden, state.fast, state.upper_pasts, start=state.position, order=0)
         if targets.shape[1]:
             self.nll.append(model.token_losses(output[:, : targets.shape[1]], targets))
         self._move(
             position=state.position + hidden.shape[1],
-            upper_pasts=model.trim(pasts, model.num_lower_attentions, extra=keep),
+            upper_pasts=model.advance(state.upper_pasts, own, model.num_lower_attentions, extra=keep),
             output=output[:, -1],
         )
 
@@ -214,7 +205,7 @@ class _Reader:
             clip=self.inner.clip,
             order=0,
         )
-        self._learned(step.carry, step.grad_norm)
+        self._learned(step, before)
 
     def _whole(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
         """A mini-batch that came with all its targets: scored and learned from in one pass."""
@@ -224,14 +215,14 @@ class _Reader:
         step = inner_step(self.model, carry, hidden, targets, mask, start=state.position, lr=lr, clip=clip, order=0)
         self.nll.append(step.nll)
         self._move(position=state.position + hidden.shape[1], output=step.output[:, -1])
-        self._learned(step.carry, step.grad_norm)
+        self._learned(step, state.upper_pasts)
 
-    def _learned(self, carry: Carry, grad_norm: Tensor) -> None:
-        state = self.state
-        self.norms.append(grad_norm)
+    def _learned(self, step: Step, before: tuple[Past, ...]) -> None:
+        state, model = self.state, self.model
+        self.norms.append(step.grad_norm)
         self._move(
-            fast=carry.fast,
-            upper_pasts=carry.pasts,
+            fast=step.fast,
+            upper_pasts=model.advance(before, step.own, model.num_lower_attentions),
             hidden=state.hidden[:, :0],
             targets=state.targets[:, :0],
             targets_mask=state.targets_mask[:, :0],

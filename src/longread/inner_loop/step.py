@@ -25,7 +25,9 @@ class Carry(NamedTuple):
 class Step(NamedTuple):
     """One mini-batch read: the weights after it, and how it was scored with the weights before."""
 
-    carry: Carry
+    fast: FastWeights
+    own: tuple[Past, ...]
+    """The mini-batch's own keys and values, for `Transformer.advance`."""
     nll: Tensor
     """−log p of each target, [B, M]."""
     loss: Tensor
@@ -70,7 +72,7 @@ def inner_step(
     target_ids: Tensor,
     loss_mask: Tensor,
     *,
-    start: int,
+    start: int | Tensor,
     lr: float | Tensor,
     clip: float | None,
     order: int,
@@ -94,16 +96,15 @@ def inner_step(
     with torch.enable_grad():
         # the gradient is taken where the products are, in their type; the step keeps the precision of the weights
         working = [w.to(model.dtype) for w in weights]
-        output, pasts = model.upper(hidden, from_matrices(working), carry.pasts, start=start, order=max(1, order))
+        output, own = model.upper(hidden, from_matrices(working), carry.pasts, start=start, order=max(1, order))
         nll = model.token_losses(output, target_ids)
         loss = mini_batch_loss(nll, loss_mask)
         gradients = torch.autograd.grad(loss.sum(), working, create_graph=order == 2, retain_graph=order > 0)
     if order == 0:
         output, nll, loss = output.detach(), nll.detach(), loss.detach()
-        weights, pasts = [w.detach() for w in weights], tuple(past.detach() for past in pasts)
+        weights, own = [w.detach() for w in weights], tuple(made.detach() for made in own)
     new, grad_norm = clipped_sgd(weights, gradients, lr=lr, clip=clip)
-    first_block = model.num_lower_attentions
-    return Step(Carry(from_matrices(new), model.trim(pasts, first_block)), nll, loss, grad_norm, output)
+    return Step(from_matrices(new), own, nll, loss, grad_norm, output)
 
 
 def scan(
@@ -137,7 +138,7 @@ def scan(
                 loss.append(mini_batch_loss(nll[-1], inputs[2]))
             else:
                 step = inner_step(model, carry, *inputs, start=start + i * M, lr=lr, clip=clip, order=order)
-                carry = step.carry
+                carry = Carry(step.fast, model.advance(carry.pasts, step.own, model.num_lower_attentions))
                 nll.append(step.nll)
                 loss.append(step.loss)
                 grad_norm.append(step.grad_norm)

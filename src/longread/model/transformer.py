@@ -123,27 +123,31 @@ class Transformer(nn.Module):
         pasts = tuple(block.attention.empty_past(like) for block in (*self.prefix, *self.suffix))
         return pasts[: self.num_lower_attentions], pasts[self.num_lower_attentions :]
 
-    def lower(self, input_ids: Tensor, pasts: Sequence[Past], *, start: int) -> tuple[Tensor, tuple[Past, ...]]:
+    def lower(
+        self, input_ids: Tensor, pasts: Sequence[Past], *, start: int | Tensor
+    ) -> tuple[Tensor, tuple[Past, ...]]:
         """Everything that no fast weight touches, over tokens at positions start … start + T − 1.
 
         Args:
             input_ids: int64 [B, T].
             pasts: one for each of the `num_lower_attentions` attentions.
+            start: a tensor [] where it changes under a CUDA graph.
 
         Returns:
-            hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and the pasts, untrimmed.
+            hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and each attention's own keys
+            and values, for `advance`.
         """
         x = self.embedding(input_ids).to(self.dtype)
-        turn, after = self._rotation(start, x), []
+        turn, own = self._rotation(start, x), []
         for block, past in zip((*self.prefix, *self.suffix[:1]), pasts, strict=True):
-            x, grown = block.attention(x, past, turn=turn, order=1)
-            after.append(grown)
-            if len(after) <= len(self.prefix):
+            x, made = block.attention(x, past, turn=turn, order=1)
+            own.append(made)
+            if len(own) <= len(self.prefix):
                 x = block.static_mlp(x)
-        return x, tuple(after)
+        return x, tuple(own)
 
     def upper(
-        self, hidden: Tensor, fast: FastWeights | None, pasts: Sequence[Past], *, start: int, order: int
+        self, hidden: Tensor, fast: FastWeights | None, pasts: Sequence[Past], *, start: int | Tensor, order: int
     ) -> tuple[Tensor, tuple[Past, ...]]:
         """The suffix above its first attention, and the final norm, with the given fast weights.
 
@@ -154,17 +158,17 @@ class Transformer(nn.Module):
             order: order of derivative that will be taken.
 
         Returns:
-            [B, T, D], what the head turns into logits, and the pasts, untrimmed.
+            [B, T, D], what the head turns into logits, and each attention's own keys and values, for `advance`.
         """
-        x, turn, after = hidden, self._rotation(start, hidden), []
+        x, turn, own = hidden, self._rotation(start, hidden), []
         for index, block in enumerate(self.suffix):
             if index > 0:
-                x, past = block.attention(x, pasts[index - 1], turn=turn, order=order)
-                after.append(past)
+                x, made = block.attention(x, pasts[index - 1], turn=turn, order=order)
+                own.append(made)
             x = block.static_mlp(block.fast_mlp(x, None if fast is None else fast[index]))
-        return self.final_norm(x), tuple(after)
+        return self.final_norm(x), tuple(own)
 
-    def _rotation(self, start: int, x: Tensor) -> Tensor:
+    def _rotation(self, start: int | Tensor, x: Tensor) -> Tensor:
         return rotation(start, x.shape[1], self.config.head_dim, self.config.rope_base, x)
 
     def token_losses(self, output: Tensor, target_ids: Tensor) -> Tensor:
@@ -177,13 +181,13 @@ class Transformer(nn.Module):
         logits = output @ self.head_weight.to(output.dtype).t()
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def trim(self, pasts: Sequence[Past], first_block: int, extra: int = 0) -> tuple[Past, ...]:
-        """The part of the pasts that later tokens can see: K tokens (and `extra`) of each windowed attention."""
-        trimmed = []
-        for index, past in enumerate(pasts, first_block):
-            window = self.config.window_of(index)
-            trimmed.append(past.last(None if window is None else window + extra))
-        return tuple(trimmed)
+    def advance(self, pasts: Sequence[Past], own: Sequence[Past], first_block: int, extra: int = 0) -> tuple[Past, ...]:
+        """What later tokens can see of the pasts and the tokens after them: K (and `extra`) if windowed, else all."""
+        windows = (self.config.window_of(first_block + i) for i in range(len(own)))
+        return tuple(
+            past.followed_by(made, None if window is None else window + extra)
+            for past, made, window in zip(pasts, own, windows, strict=True)
+        )
 
 
 @torch.no_grad()

@@ -20,6 +20,13 @@ class Past(NamedTuple):
         """The newest `tokens` of it, or all."""
         return self if tokens is None else Past(*(x[:, :, max(0, x.shape[2] - tokens) :] for x in self))
 
+    def followed_by(self, own: "Past", keep: int | None) -> "Past":
+        """The newest `keep` tokens (None: all) of this past and the tokens that came after it."""
+        older = self.last(None if keep is None else max(0, keep - own.key.shape[2]))
+        if not older.key.shape[2]:
+            return own.last(keep)
+        return Past(*(torch.cat(pair, dim=2) for pair in zip(older, own, strict=True)))
+
     def before(self, tokens: int) -> "Past":
         """All but the newest `tokens` of it."""
         return Past(*(x[:, :, : x.shape[2] - tokens] for x in self))
@@ -49,7 +56,7 @@ class Attention(nn.Module):
             order: order of derivative that will be taken (see `longread.ops.attention`).
 
         Returns:
-            [B, T, D], and the past with the new tokens appended, untrimmed.
+            [B, T, D], and the tokens' own keys and values.
         """
         normed = self.pre_norm(x)
         query, key, value = (
@@ -58,8 +65,6 @@ class Attention(nn.Module):
         )
         query, key = self.query_norm(query, turn=turn), self.key_norm(key, turn=turn)
         mixed = attention(query, key, value, past=past, window=self.window, order=order)
-        if past.key.shape[2]:
-            key, value = torch.cat((past.key, key), dim=2), torch.cat((past.value, value), dim=2)
         return self.post_norm(self.output(mixed.transpose(1, 2).flatten(2)), residual=x), Past(key, value)
 
     def empty_past(self, like: Tensor) -> Past:

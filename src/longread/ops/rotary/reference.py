@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 
-def rotation(start: int, length: int, head_dim: int, base: float, like: Tensor) -> Tensor:
+def rotation(start: int | Tensor, length: int, head_dim: int, base: float, like: Tensor) -> Tensor:
     """The rotary embedding (arXiv 2104.09864) at positions start … start + T − 1, as unit complex numbers [T, H/2].
 
     Angles are float64 until the last moment: at position 10⁶ a float32 angle is already wrong by 0.06 rad.
     """
     pair = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float64)
-    positions = torch.arange(start, start + length, device=like.device, dtype=torch.float64)
+    positions = start + torch.arange(length, device=like.device, dtype=torch.float64)
     turned = torch.polar(torch.ones_like(pair), positions[:, None] * base ** (-pair / head_dim))
     return turned if like.dtype == torch.float64 else turned.to(torch.complex64)
 

@@ -1,0 +1,38 @@
+"""What is left of a text after it has been read."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from longread.inner_loop.step import matrices
+from longread.model import FastWeights, Past
+
+
+@dataclass(frozen=True)
+class ReadingState:
+    """All that is left of what B sequences have read. A value: reading returns a new one and keeps the old."""
+
+    position: int
+    """Tokens read."""
+    fast: FastWeights
+    lower_pasts: tuple[Past, ...]
+    upper_pasts: tuple[Past, ...]
+    """The window before the unfinished mini-batch, and the tokens in it."""
+    hidden: Tensor
+    """Of the unfinished mini-batch's m <= M tokens, [B, m, D], from `Transformer.lower`."""
+    targets: Tensor
+    """Of all of these but the last, int64 [B, max(0, m − 1)]."""
+    targets_mask: Tensor
+    output: Tensor
+    """`Transformer.upper`'s output for the last token, [B, D]; [B, 0] before the first."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the state."""
+        pasts = [x for past in (*self.lower_pasts, *self.upper_pasts) for x in past]
+        return [*matrices(self.fast), *pasts, self.hidden, self.targets, self.targets_mask, self.output]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the state."""
+        return sum(tensor.nbytes for tensor in self.tensors)
