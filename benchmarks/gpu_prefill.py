@@ -103,8 +103,8 @@ def run(size: str, method: Method, contexts: list[int], options: argparse.Namesp
         )
     if options.profile and method != "full":
         state = read(model, begin(model), torch.randint(1000, (1, 16385), device="cuda"), inner=INNER).state
-        text = torch.randint(1000, (1, 8192), device="cuda")
-        profile_kernels(lambda: read(model, state, text, inner=INNER), rows[-1]["value"] * 8)
+        text = torch.randint(1000, (1, 65536 + 1024), device="cuda")
+        profile_kernels(lambda: read(model, state, text, inner=INNER), rows[-1]["value"] * 65)
     return rows
 
 

@@ -231,7 +231,8 @@ def test_replaying_graphs_is_reading(window: int, monkeypatch: pytest.MonkeyPatc
     text = tokens(40 * 8 + 5)
     expected = read_in(model, text, [text.shape[1]])
     model = model.float().cuda()
-    replays = []
+    replays: list[torch.Size] = []
+    monkeypatch.setattr(reading, "STRETCH", 48)  # so that the window is full long before the end
     original = captured.CapturedReader.read
     monkeypatch.setattr(
         captured.CapturedReader, "read", lambda self, *a: replays.append(a[2].shape) or original(self, *a)

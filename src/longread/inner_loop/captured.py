@@ -1,11 +1,12 @@
-"""Long readings on a GPU: a mini-batch is one replay of a CUDA graph.
+"""Long readings on a GPU: some mini-batches at a time are one replay of a CUDA graph.
 
 Once the window is full, every mini-batch has the same shapes. The state then moves into places of its own: the fast
 weights, and for each attention a strip of K + R tokens. Mini-batch after mini-batch appends its keys and values to the
 strips, and sees the K tokens before; when they are full, the newest K move to the front. As a graph fixes addresses,
-there is one for each place in the strip, R / M of them, all in one pool of memory.
+there is one for each place in the strip where it can begin, all in one pool of memory. The lower half of the network
+runs over all mini-batches of a graph at once: longer products are faster.
 
-The first mini-batch is also computed without a graph, and a graph that scores it differently is not used.
+The first ones are also computed without a graph, and a graph that scores them differently is not used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,26 +22,32 @@ from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop.state import ReadingState
-from longread.inner_loop.step import Carry, Step, from_matrices, inner_step, matrices
+from longread.inner_loop.step import Carry, from_matrices, inner_step, matrices
 from longread.model import Past, Transformer
 
+MINI_BATCHES = 4
+"""In one graph."""
 TOLERANCE = 0.05
 """Nats by which a replayed score may differ from a plain one: the same kernels in the same order."""
 
 
-class _Capture(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    step: Step
+class _Found(NamedTuple):
+    """What a graph leaves in its places: nll [B, tokens], norms [B, mini-batches], the last output [B, D]."""
+
+    nll: Tensor
+    grad_norm: Tensor
+    output: Tensor
 
 
 class CapturedReader:
-    """Reads whole mini-batches of B sequences whose windows are full."""
+    """Reads B sequences whose windows are full, `MINI_BATCHES` at a time."""
 
     def __init__(self, model: Transformer, batch_size: int, inner: InnerConfig) -> None:
         config = model.config
         self.model, self.inner = model, inner
         self.M, self.K = config.mini_batch_size, config.window_size
-        self.room = math.ceil(self.K / self.M) * self.M
+        self.tokens = MINI_BATCHES * self.M
+        self.room = math.ceil(self.K / self.tokens) * self.tokens
         like = torch.empty(0, device=model.device, dtype=model.dtype)
         shape = batch_size, self.K + self.room, config.num_heads, config.head_dim
         # token by token in memory: what is appended or moved is one piece
@@ -47,11 +55,11 @@ class CapturedReader:
             Past(like.new_zeros(shape).transpose(1, 2), like.new_zeros(shape).transpose(1, 2))
             for _ in range(config.num_blocks)
         ]
-        self._tokens = torch.zeros(batch_size, self.M + 1, dtype=torch.long, device=model.device)
-        self._mask = torch.ones(batch_size, self.M, dtype=torch.bool, device=model.device)
+        self._tokens = torch.zeros(batch_size, self.tokens + 1, dtype=torch.long, device=model.device)
+        self._mask = torch.ones(batch_size, self.tokens, dtype=torch.bool, device=model.device)
         self._position = torch.zeros((), dtype=torch.float64, device=model.device)
         self._fast = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in self._initial(batch_size)]
-        self._captures: dict[int, _Capture] = {}
+        self._captures: dict[int, tuple[torch.cuda.CUDAGraph, _Found]] = {}
         self._pool: Any = None
         self.weights_at = model.embedding.weight.data_ptr()
         self.usable = True
@@ -60,33 +68,35 @@ class CapturedReader:
         return [w.detach() for w in matrices(self.model.initial_fast_weights(batch_size))]
 
     def read(self, state: ReadingState, tokens: Tensor, mask: Tensor) -> tuple[ReadingState, Tensor, Tensor] | None:
-        """Reads n mini-batches: tokens [B, n · M + 1], of which the last is only a target; mask [B, n · M].
+        """Reads `self.tokens` · n tokens, and one that is only a target; the mask has none for the first token.
 
         Returns:
-            the state after them, nll [B, n · M], and the norm of each step's gradient [B, n]; None if the captured
-            graph has turned out to compute something else.
+            the state after them, their nll, and the norms of the steps' gradients; None if the captured graph has
+            turned out to compute something else.
         """
-        M, count = self.M, mask.shape[1] // self.M
         self._load(state)
-        nll, norms, slot = [], [], 0
-        for i in range(count):
-            self._tokens.copy_(tokens[:, i * M : (i + 1) * M + 1])
-            self._mask.copy_(mask[:, i * M : (i + 1) * M])
-            if slot not in self._captures:
-                self._captures[slot] = self._capture(slot)
+        nll, norms, first = [], [], 0
+        for done in range(0, mask.shape[1], self.tokens):
+            if first == self.room:
+                self._to_the_front()
+                first = 0
+            self._tokens.copy_(tokens[:, done : done + self.tokens + 1])
+            self._mask.copy_(mask[:, done : done + self.tokens])
+            if first not in self._captures:
+                self._captures[first] = self._capture(first)
             if not self.usable:
                 return None
-            self._captures[slot].graph.replay()
-            step = self._captures[slot].step
-            nll.append(step.nll.clone())
-            norms.append(step.grad_norm.clone())
-            slot += 1
-            if slot * M == self.room and i + 1 < count:
-                for strip in self._strips:
-                    for x in strip:
-                        x[:, :, : self.K].copy_(x[:, :, self.room : self.room + self.K])
-                slot = 0
-        return self._state(state, slot * M, count * M, step.output), torch.cat(nll, 1), torch.stack(norms, 1)
+            graph, found = self._captures[first]
+            graph.replay()
+            nll.append(found.nll.clone())
+            norms.append(found.grad_norm.clone())
+            first += self.tokens
+        return self._state(state, first, mask.shape[1], found.output), torch.cat(nll, 1), torch.cat(norms, 1)
+
+    def _to_the_front(self) -> None:
+        for strip in self._strips:
+            for x in strip:
+                x[:, :, : self.K].copy_(x[:, :, self.room : self.room + self.K])
 
     def _load(self, state: ReadingState) -> None:
         for strip, past in zip(self._strips, (*state.lower_pasts, *state.upper_pasts), strict=True):
@@ -107,62 +117,73 @@ class CapturedReader:
             hidden=before.hidden,
             targets=before.targets,
             targets_mask=before.targets_mask,
-            output=output[:, -1].clone(),
+            output=output.clone(),
         )
 
-    def _compute(self, slot: int) -> Step:
-        """One mini-batch from the strips and back into them."""
+    def _compute(self, first: int) -> _Found:
+        """The mini-batches of one graph, from the strips and back into them; their tokens lie at first + K."""
         model, M, split = self.model, self.M, self.model.num_lower_attentions
-        first, end = slot * M, slot * M + self.K
-        seen = [Past(*(x[:, :, first:end] for x in strip)) for strip in self._strips]
-        hidden, lower_own = model.lower(self._tokens[:, :M], seen[:split], start=self._position)
-        step = inner_step(
-            model,
-            Carry(from_matrices(self._fast), tuple(seen[split:])),
-            hidden,
-            self._tokens[:, 1:],
-            self._mask,
-            start=self._position,
-            lr=self.inner.lr,
-            clip=self.inner.clip,
-            order=0,
-        )
-        for strip, own in zip(self._strips, (*lower_own, *step.own), strict=True):
-            for place, x in zip(strip, own, strict=True):
-                place[:, :, end : end + M].copy_(x)
-        for place, w in zip(self._fast, matrices(step.fast), strict=True):
-            place.copy_(w)
-        self._position += M
-        return step
+        hidden, own = model.lower(self._tokens[:, :-1], self._seen(first)[:split], start=self._position)
+        self._append(self._strips[:split], own, first)
+        fast, steps = from_matrices(self._fast), []
+        for i in range(MINI_BATCHES):
+            part, place = slice(i * M, (i + 1) * M), first + i * M
+            step = inner_step(
+                model,
+                Carry(fast, tuple(self._seen(place)[split:])),
+                hidden[:, part],
+                self._tokens[:, 1:][:, part],
+                self._mask[:, part],
+                start=self._position + i * M,
+                lr=self.inner.lr,
+                clip=self.inner.clip,
+                order=0,
+            )
+            self._append(self._strips[split:], step.own, place)
+            fast = step.fast
+            steps.append(step)
+        for place_of, w in zip(self._fast, matrices(fast), strict=True):
+            place_of.copy_(w)
+        self._position += self.tokens
+        nll, norms = torch.cat([s.nll for s in steps], 1), torch.stack([s.grad_norm for s in steps], 1)
+        return _Found(nll, norms, steps[-1].output[:, -1])
 
-    def _capture(self, slot: int) -> _Capture:
-        fast, position = [w.clone() for w in self._fast], self._position.clone()
+    def _seen(self, first: int) -> list[Past]:
+        return [Past(*(x[:, :, first : first + self.K] for x in strip)) for strip in self._strips]
+
+    def _append(self, strips: Sequence[Past], own: Sequence[Past], first: int) -> None:
+        for strip, made in zip(strips, own, strict=True):
+            for place, x in zip(strip, made, strict=True):
+                place[:, :, first + self.K : first + self.K + x.shape[2]].copy_(x)
+
+    def _capture(self, first: int) -> tuple[torch.cuda.CUDAGraph, _Found]:
+        """The graph that begins at `first`; the very first one is compared with what it was captured from."""
+        kept = [x.clone() for x in (*self._fast, self._position)]
 
         def put_back() -> None:
-            for place, w in zip(self._fast, fast, strict=True):
-                place.copy_(w)
-            self._position.copy_(position)
+            for place, x in zip((*self._fast, self._position), kept, strict=True):
+                place.copy_(x)
 
         plain = None
         if not self._captures:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                plain = self._compute(slot).nll
+                plain = self._compute(first).nll
                 put_back()
             torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            step = self._compute(slot)
+            found = self._compute(first)
         self._pool = self._pool or graph.pool()
         if plain is not None:
             graph.replay()
             put_back()
-            worst = (step.nll - plain).abs().max().item()
+            worst = (found.nll - plain).abs().max().item()
             if not worst <= TOLERANCE:
                 self.usable = False
-                warnings.warn(f"a captured mini-batch scores a token {worst} nats off; reading without", stacklevel=2)
-        return _Capture(graph, step)
+                warnings.warn(f"captured mini-batches score a token {worst} nats off; reading without", stacklevel=2)
+        return graph, found
 
 
 _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig], CapturedReader]] = (

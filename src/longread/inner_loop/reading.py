@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop.captured import captured_reader
+from longread.inner_loop.captured import MINI_BATCHES, captured_reader
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import Carry, Step, inner_step
 from longread.model import Past, Transformer
 
-FEWEST_REPLAYS = 4
-"""Mini-batches for which it pays to move the state into a CUDA graph's place and back."""
 STRETCH = 2048
 """Tokens for which the lower half of the network runs at once, about: larger is faster, smaller is leaner."""
 
@@ -120,7 +118,7 @@ class _Reader:
         while done < n:
             if self.state.hidden.shape[1] == M:
                 self._finish(tokens[:, done : done + 1], mask[:, done : done + 1])
-            whole = (n - done - 1) // M * M
+            whole = (n - done - 1) // (MINI_BATCHES * M) * MINI_BATCHES * M
             if self._replay(tokens[:, done : done + whole + 1], mask[:, done + 1 : done + whole + 1]):
                 done += whole
                 continue
@@ -139,10 +137,8 @@ class _Reader:
             done = end
 
     def _replay(self, tokens: Tensor, mask: Tensor) -> bool:
-        """Reads whole mini-batches as CUDA graphs, if they are enough and can be; says whether it did."""
-        if mask.shape[1] < FEWEST_REPLAYS * self.model.config.mini_batch_size:
-            return False
-        reader = captured_reader(self.model, self.state, self.inner)
+        """Reads whole mini-batches as CUDA graphs, if there are any and they can be; says whether it did."""
+        reader = captured_reader(self.model, self.state, self.inner) if mask.shape[1] else None
         found = None if reader is None else reader.read(self.state, tokens, mask)
         if found is None:
             return False
