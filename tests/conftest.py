@@ -1,16 +1,59 @@
-"""What every test shares: no network, no screen, a fixed seed, the default dtype put back."""
+"""What every test shares: no network, no screen, a fixed seed, the default dtype put back; kernels without a GPU."""
 
 from __future__ import annotations
 
+import importlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 
 def pytest_configure() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", WANDB_MODE="disabled")
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # decides what Triton is when it is first imported, by whomever
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: Triton's interpreter, made to work with NumPy 2.4, and to round to bfloat16 as a GPU does."""
+    if torch.cuda.is_available():
+        return
+    module = importlib.import_module("triton.runtime.interpreter")
+    patch_tensor, convert = module._patch_lang_tensor, module._convert_float
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def to_nearest(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert(x, source, target, mode)
+        return torch.from_numpy(np.array(x)).bfloat16().view(torch.uint16).numpy()
+
+    monkeypatch.setattr(module, "_patch_lang_tensor", patched)
+    monkeypatch.setattr(module, "_convert_float", to_nearest)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write is not a number."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(math.nan) if out.is_floating_point() else out
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

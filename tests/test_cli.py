@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import array
+import fcntl
 import io
 import json
 import os
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -219,7 +222,11 @@ def test_stdin_that_is_interrupted_keeps_what_was_read(home: Path, tmp_path: Pat
     assert reader.stdin is not None
     reader.stdin.write(SENTENCES[:4000])
     reader.stdin.flush()
-    time.sleep(6.0)
+    waiting = array.array("i", [1])
+    while waiting[0]:  # until the pipe is drained, however long the start takes
+        time.sleep(0.1)
+        fcntl.ioctl(reader.stdin, termios.FIONREAD, waiting)
+    time.sleep(3.0)
     reader.send_signal(signal.SIGINT)
     out, err = reader.communicate(timeout=60)
     assert reader.returncode == 130, err

@@ -333,6 +333,19 @@ def test_a_run_begins_with_the_weights_of_a_model_it_extends(tmp_path: Path, dat
         torch.testing.assert_close(begun[name], weights, rtol=0, atol=1e-9)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_captured_gradient_is_the_plain_one(tmp_path: Path, data: TokenDataset) -> None:
+    """Rates that change from step to step reach the graph, and its gradients the optimizer."""
+    config = change(precision="float32", model__width=64, model__mlp_hidden=64)
+    rows = {}
+    for device in ("cpu", "cuda"):
+        train(config, data, tmp_path / device, validation=data.validation, device=device)
+        rows[device] = rows_of(tmp_path / device)
+    for plain, captured in zip(rows["cpu"], rows["cuda"], strict=True):
+        for name in ("loss", "grad_norm", "inner_grad_norm", "inner_clipped"):
+            assert captured[name] == pytest.approx(plain[name], rel=1e-3), name
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,38 +25,15 @@ from longread.ops.attention.reference import reference_attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-            interpreter = importlib.import_module("triton.runtime.interpreter")
-            given = interpreter._patch_lang_tensor
-
-            def patched(tensor: Any, scope: Any) -> None:
-                given(tensor, scope)  # its __index__ fails with NumPy 2.4
-                scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-            patch.setattr(interpreter, "_patch_lang_tensor", patched)
-        module = importlib.import_module("longread.ops.attention.triton")
-        if DEVICE == "cpu":
-            patch.setattr(module, "FLOAT32", module.Blocks(32, 32, 4, 2))  # an interpreter likes larger tiles
-        yield module
+pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel does not write is not a number."""
-
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            out = make(*args, **kwargs)
-            return out.fill_(math.nan) if out.is_floating_point() else out
-
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = importlib.import_module("longread.ops.attention.triton")
+    if DEVICE == "cpu":
+        monkeypatch.setattr(module, "FLOAT32", module.Blocks(32, 32, 4, 2))  # an interpreter likes larger tiles
+    return module
 
 
 def draw(B: int, N: int, T: int, P: int, H: int) -> list[Tensor]:

@@ -6,12 +6,10 @@ On a machine without a GPU they run in Triton's interpreter.
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -29,44 +27,7 @@ from longread.outer_loop import end_to_end_loss
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _interpreter() -> Iterator[None]:
-    """Without a GPU: the interpreter, made to work with NumPy 2.4, and to round to bfloat16 as a GPU does."""
-    if DEVICE == "cuda":
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        interpreter = importlib.import_module("triton.runtime.interpreter")
-        patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
-
-        def patched(tensor: Any, scope: Any) -> None:
-            patch_tensor(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-        def to_nearest(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
-            if (source.name, target.name) != ("fp32", "bf16"):
-                return convert(x, source, target, mode)
-            return torch.from_numpy(np.array(x)).bfloat16().view(torch.uint16).numpy()
-
-        patch.setattr(interpreter, "_patch_lang_tensor", patched)
-        patch.setattr(interpreter, "_convert_float", to_nearest)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel does not write is not a number."""
-
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            out = make(*args, **kwargs)
-            return out.fill_(math.nan) if out.is_floating_point() else out
-
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
 
 
 def kernels(op: str) -> ModuleType:

@@ -9,7 +9,7 @@ import torch
 
 from longread.checkpoint import load_model
 from longread.config import InnerConfig, UserError
-from longread.model import Transformer
+from longread.model import Transformer, find_device
 from longread.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -47,14 +47,3 @@ def open_model(path: str, device: str) -> OpenModel:
         )
     loaded.model.requires_grad_(False)
     return OpenModel(Path(path).name or path, loaded.model, loaded.inner, tokenizer, loaded.fingerprint)
-
-
-def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU if there is one. Raises `UserError` if it cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"device {name} cannot be used ({str(error).splitlines()[0]}); use cpu") from None
-    return torch.device(name)

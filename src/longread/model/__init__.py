@@ -1,7 +1,8 @@
 """The network, and nothing about how it is trained."""
 
+from longread.model.device import find_device
 from longread.model.fingerprint import fingerprint_of
 from longread.model.mixers.attention import Past
 from longread.model.transformer import FastWeights, Transformer, initialize
 
-__all__ = ["FastWeights", "Past", "Transformer", "fingerprint_of", "initialize"]
+__all__ = ["FastWeights", "Past", "Transformer", "find_device", "fingerprint_of", "initialize"]

@@ -32,7 +32,7 @@ import torch
 from longread import checkpoint, files, record
 from longread.config import Precision, RunConfig, UserError
 from longread.data import Sampler, TokenDataset
-from longread.model import Transformer, initialize
+from longread.model import Transformer, find_device, initialize
 from longread.outer_loop import choose_recompute
 from longread.train.captured import CapturedGradient
 from longread.train.gradient import accumulate_gradient
@@ -99,7 +99,7 @@ def train(
     a number is not finite.
     """
     started = time.monotonic()
-    run = _Run(config, data, Path(out), validation, initial, _device(device), resume)
+    run = _Run(config, data, Path(out), validation, initial, find_device(device), resume)
     with StopSignal() as stop, run.recording(trackers):
         row = None
         while run.step < config.steps and not stop.requested:
@@ -367,13 +367,3 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
             yield from _differences(old, new, f"{prefix}{name}.")
         elif old != new:
             yield f"{prefix}{name}", old, new
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"device {device} cannot be used ({str(error).splitlines()[0]}); use cpu") from None
-    return torch.device(device)

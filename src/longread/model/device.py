@@ -1,0 +1,18 @@
+"""Where a model runs."""
+
+from __future__ import annotations
+
+import torch
+
+from longread.config import UserError
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """The device called `name`; "auto" is a GPU if there is one. Raises `UserError` if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"device {name} cannot be used ({str(error).splitlines()[0]}); use cpu") from None
+    return torch.device(name)
