@@ -43,7 +43,7 @@ format: $(TEST_READY) ## rewrite what ruff can
 	$(PYTHON) -m ruff format
 
 bench: $(TEST_READY) ## measure the outer step on this CPU beside a naive loop
-	$(PYTHON) benchmarks/outer_step_cpu.py
+	$(PYTHON) -m benchmarks.outer_step_cpu
 
 clean: ## remove the environment and every cache; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info

@@ -156,6 +156,8 @@ def gate() -> None:
         text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         seconds = time.perf_counter() - begun
         print(f"gate, head dim {head_dim}: {'ok' if ok else 'RED'}, worst tensor: {text} [{seconds:.0f} s]", flush=True)
+        if not ok:
+            raise SystemExit("no speed on red")
 
 
 def profile_kernels(work: Callable[[], object], wall_ms: float) -> None:

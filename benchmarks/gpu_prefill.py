@@ -120,10 +120,7 @@ def main() -> None:
     if options.stretch:
         reading.STRETCH = options.stretch
     rows: list[dict[str, Any]] = []
-    try:
-        gate(options.size)
-    except Exception:
-        traceback.print_exc()
+    gate(options.size)
     for method in options.methods:
         gc.collect()
         torch.cuda.empty_cache()

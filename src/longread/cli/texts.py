@@ -10,7 +10,7 @@ from typing import BinaryIO
 from longread.config import UserError
 from longread.tokenizer import Tokenizer
 
-BLOCK = 1 << 14
+BLOCK = 1 << 16
 """Bytes read at a time; a text is cut for the tokenizer before the last space of a block."""
 
 
