@@ -146,7 +146,7 @@ def choose_recompute(
         budget: bytes for the graph of one outer step; None: 60 % of what is free on the device now.
     """
     count = context_length // config.mini_batch_size
-    activations, carry = step_bytes(config, batch_size, itemsize)
+    activations, carry = step_bytes(config, batch_size, itemsize, kernels=device.type == "cuda")
     root = math.ceil(math.sqrt(count))
     need = {"none": count * activations, "sqrt": root * (activations + carry), "step": activations + count * carry}
     limit = 0.6 * _free_bytes(device) if budget is None else budget
@@ -155,19 +155,21 @@ def choose_recompute(
     return fitting[0] if fitting else min(schedules, key=need.__getitem__)
 
 
-def step_bytes(config: ModelConfig, batch_size: int, itemsize: int) -> tuple[int, int]:
+def step_bytes(config: ModelConfig, batch_size: int, itemsize: int, *, kernels: bool = False) -> tuple[int, int]:
     """Bytes that one inner step keeps for its exact gradient, and bytes of a carry: estimates, for `choose_recompute`.
 
-    The graph of a suffix block holds about 44 D + 20 F numbers a token, measured on CPUs, the scores of its
-    attention five times, and the fast weights three times: old, new and their gradient.
+    The graph of a suffix block holds about 44 D + 20 F numbers a token, measured on CPUs, and the fast weights three
+    times: old, new and their gradient. Attention keeps its scores five times; with `kernels`, on a GPU, about 24 D
+    numbers a token instead, the weights in the type of the products, and the logits once.
     """
     B, M, D, F = batch_size, config.mini_batch_size, config.width, config.mlp_hidden
     S, attentions = config.num_suffix_blocks, max(0, config.num_suffix_blocks - 1)
-    scores = config.num_heads * (config.window_size + M)
-    activations = B * M * (S * (44 * D + 20 * F) + attentions * 5 * scores) * itemsize
+    scores = 24 * D if kernels else 5 * config.num_heads * (config.window_size + M)
+    logits = config.vocab_size if kernels else 0
     weights = B * config.num_fast_weights * 4
+    activations = B * M * (S * (44 * D + 20 * F) + attentions * scores + logits) * itemsize
     past = attentions * 2 * B * config.window_size * D * itemsize
-    return activations + 3 * weights, weights + past
+    return activations + (1 if kernels else 3) * weights, weights + past
 
 
 def _free_bytes(device: torch.device) -> int:
