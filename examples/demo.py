@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import sysconfig
 import time
@@ -28,6 +27,7 @@ from longread.config import UserError
 from longread.data import TokenDataset, prepare
 from longread.evaluate import Document, Evaluation, Measurement, bin_edges, measure, print_tables, summarize
 from longread.evaluate.summary import Result
+from longread.files import remove_tree
 from longread.recipes import Method, toy
 from longread.record import hardware
 from longread.tokenizer import ByteTokenizer
@@ -60,7 +60,7 @@ def main() -> int:
 def demo(out: Path, seed: int, steps: int) -> int:
     begun = time.monotonic()
     console = Console(width=120)
-    shutil.rmtree(out, ignore_errors=True)
+    clear(out)
     library = Path(sysconfig.get_paths()["stdlib"])
     data = prepare([library], out / "data", ByteTokenizer(), exclude=LEFT_OUT, validation_fraction=HELD_OUT)
     if data.validation is None:
@@ -110,6 +110,17 @@ def demo(out: Path, seed: int, steps: int) -> int:
     )
     console.print(f"\n{out}/report.html and {out}/summary.json, {seconds:.0f} s")
     return 0
+
+
+def clear(out: Path) -> None:
+    """Removes what an earlier demo left in `out`. Raises `UserError` if anything else lies there."""
+    if not out.exists():
+        return
+    ours = {"summary.json", "report.html", *METHODS} | ({"data"} if (out / "data" / "index.json").exists() else set())
+    if not out.is_dir() or any(path.name not in ours and not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(f"{out} holds other files than those of an earlier demo; give --out a new directory")
+    for name in ours:
+        remove_tree(out / name)
 
 
 def held_out(dataset: TokenDataset) -> tuple[list[Document], list[Document]]:

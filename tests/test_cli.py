@@ -19,11 +19,14 @@ from pathlib import Path
 
 import pytest
 
+from longread.checkpoint import load_model
 from longread.cli import build_parser, main
 from longread.cli.arguments import changed
 from longread.cli.generate import decoded, until
+from longread.cli.texts import BLOCK, LONGEST, read_tokens
 from longread.config import UserError
 from longread.recipes import toy
+from longread.session import Session
 from longread.tokenizer import ByteTokenizer
 
 MICROSCOPIC = [
@@ -313,8 +316,33 @@ def test_output_that_cannot_be_written_is_said_before_the_work(
 ) -> None:
     read = ["read", home / "long.txt", "--model", home / "run"]
     assert "it is a directory" in fails(capsys, *read, "--save", tmp_path)
+    assert "no ordinary file" in fails(capsys, *read, "--json", os.devnull)
+    assert "File name too long" in fails(capsys, *read, "--report", "x" * 300)
     monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
     assert "not a directory that may be written to" in fails(capsys, *read, "--json", tmp_path / "x.json")
+
+
+def test_a_text_without_spaces_is_read_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "line.txt"
+    path.write_text("é" * 3 * LONGEST + " and a word")
+    pieces = list(read_tokens(str(path), ByteTokenizer()))
+    assert len(pieces) > 3
+    assert max(len(ids) for ids, _ in pieces) <= 2 * (LONGEST + BLOCK)
+    assert ByteTokenizer().decode([i for ids, _ in pieces for i in ids]) == path.read_text()
+
+
+def test_frozen_is_about_one_command(home: Path, tmp_path: Path) -> None:
+    saved = str(tmp_path / "s.session")
+    model = str(home / "run")
+    assert main(["generate", "--model", model, "--prompt", "x", "--max-tokens", "2", "--frozen", "--save", saved]) == 0
+    assert Session.restore(saved, load_model(model).model).learn
+
+
+@pytest.mark.parametrize("device", ["meta", "banana", "cuda:99"])
+def test_devices_that_cannot_be_used(home: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
+    assert f"device {device} cannot be used" in fails(
+        capsys, "generate", "--model", home / "run", "--prompt", "x", "--device", device
+    )
 
 
 @pytest.mark.parametrize(
@@ -324,12 +352,42 @@ def test_output_that_cannot_be_written_is_said_before_the_work(
         (["--top-p", "nan"], "top_p is nan"),
         (["--top-k", "0"], "top_k is 0"),
         (["--max-tokens", "-5"], "max_tokens is -5"),
+        (["--stop", ""], "--stop is empty"),
     ],
 )
 def test_sampling_out_of_range(
     home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
 ) -> None:
     assert reason in fails(capsys, "generate", "--model", home / "run", "--prompt", "x", *arguments)
+
+
+def test_an_interrupted_continuation_is_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longread.checkpoint import load_model
+    from longread.session import Session
+
+    written = []
+
+    def write(text: str) -> int:
+        written.append(text)
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        return len(text)
+
+    arguments = [
+        "generate",
+        "--model",
+        str(home / "run"),
+        "--prompt",
+        "ab",
+        "--save",
+        str(tmp_path / "s"),
+        "--seed",
+        "1",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stdout, "write", write)
+        assert main(arguments) == 130
+    assert Session.restore(tmp_path / "s", load_model(home / "run").model).position >= 3 + 5
 
 
 def test_settings_are_typed() -> None:

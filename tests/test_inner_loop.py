@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import weakref
 
 import pytest
 import torch
@@ -216,6 +217,15 @@ def test_fast_weights_are_float32_under_a_half_precision_model() -> None:
     assert all(x.dtype == torch.float32 for block in half.state.fast for x in block)
     assert half.nll.dtype == torch.float32
     torch.testing.assert_close(half.nll.double(), wide, rtol=0.1, atol=0.2, equal_nan=True)
+
+
+def test_a_reader_that_is_kept_does_not_keep_its_model() -> None:
+    model = make()
+    reader, gone = captured.CapturedReader(model, 1, INNER), weakref.ref(model)
+    assert reader.model is model
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_states_can_be_replaced_field_by_field() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -255,6 +256,16 @@ def test_the_schedule_follows_the_budget() -> None:
     leanest = choose_recompute(config, **options, budget=1)
     assert leanest == ("step" if activations + 100 * carry < 10 * (activations + carry) else "sqrt")
     assert choose_recompute(config, **options) == "none"  # a toy fits any machine
+
+
+def test_a_system_that_does_not_say_what_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sysconf(name: str) -> int:
+        return {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}[name]
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    monkeypatch.delitem(os.sysconf_names, "SC_AVPHYS_PAGES", raising=False)  # macOS
+    options = {"batch_size": 2, "context_length": 8, "itemsize": 4, "device": CPU}
+    assert choose_recompute(small(), **options) == "none"
 
 
 def test_kernels_keep_no_scores() -> None:

@@ -118,6 +118,13 @@ def test_tokens_are_drawn_from_the_distribution_asked_for() -> None:
     assert (frequencies(session, temperature=0.7, top_p=0.5) - kept / kept.sum()).abs().max() < 0.07
 
 
+@pytest.mark.parametrize("options", [{"temperature": 1e-310}, {"temperature": 1e-40}, {"repetition_penalty": 1e-300}])
+def test_extreme_settings_do_not_overflow(options: dict) -> None:
+    assert len(list(after(9).generate(3, **options))) == 3
+    if "temperature" in options:
+        assert list(after(9).generate(3, **options)) == list(after(9).generate(3, temperature=0))
+
+
 def test_the_repetition_penalty_looks_at_the_window() -> None:
     session = after(30)
     recent = set(text(30)[-6:])
@@ -177,6 +184,20 @@ def test_a_session_belongs_to_its_model(tmp_path: Path) -> None:
         Session.restore(tmp_path / "s", make(seed=1))
 
 
+@pytest.mark.parametrize("n", [0, 9, 14])
+def test_a_session_goes_on_in_another_type_of_products(n: int, tmp_path: Path) -> None:
+    """As when one that was saved on a CPU is restored on a GPU."""
+    session = after(n)
+    session.save(tmp_path / "s")
+    half = make()
+    half.compute_dtype = torch.bfloat16
+    restored = Session.restore(tmp_path / "s", half)
+    assert torch.allclose(restored.read(text(20, 1)), session.read(text(20, 1)), atol=0.1, equal_nan=True)
+    assert {x.dtype for x in restored.state.tensors if x.is_floating_point()} == {torch.bfloat16, torch.float32}
+    restored.save(tmp_path / "s")
+    assert Session.restore(tmp_path / "s", make()).state.hidden.dtype == torch.float32
+
+
 def test_a_damaged_session_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s"
     after(9).save(path)
@@ -225,6 +246,7 @@ def test_a_token_outside_the_vocabulary_is_refused_before_anything_is_read() -> 
         ({"top_k": 0}, "top_k is 0"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"max_tokens": -3}, "max_tokens is -3"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict, reason: str) -> None:

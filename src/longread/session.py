@@ -111,7 +111,7 @@ class Session:
         Raises:
             UserError: a setting is out of range, or nothing has been read yet.
         """
-        _check_sampling(max_tokens, temperature, top_p, top_k, repetition_penalty)
+        _check_sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         if not self.position:
             raise UserError("there is nothing to continue; give a prompt, or read a text first")
         return self._generate(max_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop_ids)
@@ -206,27 +206,32 @@ def _split(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tenso
 
 
 def _state(empty: ReadingState, position: int, tensors: dict[str, Tensor], device: torch.device) -> ReadingState:
-    """The state that `Session.save` took apart; `empty` is one of the same model and gives the number of parts."""
-    tensors = {name: x.to(device) for name, x in tensors.items()}
+    """The state that `Session.save` took apart; `empty` is the model's and gives the number and types of the parts."""
+
+    def part(name: str, like: Tensor) -> Tensor:
+        return tensors[name].to(device, like.dtype)  # the model may compute in another type than the one that saved
 
     def pasts(half: str, like: tuple[Past, ...]) -> tuple[Past, ...]:
-        return tuple(Past(tensors[f"{half}.{i}.key"], tensors[f"{half}.{i}.value"]) for i in range(len(like)))
+        return tuple(
+            Past(part(f"{half}.{i}.key", past.key), part(f"{half}.{i}.value", past.value))
+            for i, past in enumerate(like)
+        )
 
-    fast = [tensors[f"fast.{i}"] for i in range(len(matrices(empty.fast)))]
+    fast = [part(f"fast.{i}", w) for i, w in enumerate(matrices(empty.fast))]
     return ReadingState(
         position=position,
         fast=from_matrices(fast),
         lower_pasts=pasts("lower", empty.lower_pasts),
         upper_pasts=pasts("upper", empty.upper_pasts),
-        hidden=tensors["hidden"],
-        targets=tensors["targets"],
-        targets_mask=tensors["targets_mask"],
-        output=tensors["output"],
+        hidden=part("hidden", empty.hidden),
+        targets=part("targets", empty.targets),
+        targets_mask=part("targets_mask", empty.targets_mask),
+        output=part("output", empty.output),
     )
 
 
 def _check_sampling(
-    max_tokens: int, temperature: float, top_p: float, top_k: int | None, repetition_penalty: float
+    max_tokens: int, temperature: float, top_p: float, top_k: int | None, repetition_penalty: float, seed: int | None
 ) -> None:
     """Raises `UserError` for the first setting that is out of range; comparisons are written so that NaN is."""
     if max_tokens < 0:
@@ -239,19 +244,22 @@ def _check_sampling(
         raise UserError(f"top_k is {top_k}; it must be at least 1")
     if not 0 < repetition_penalty < float("inf"):
         raise UserError(f"repetition_penalty is {repetition_penalty}; it must be above 0, and 1 changes nothing")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must fit into 64 bits")
 
 
 def _penalised(logits: Tensor, recent: list[int], penalty: float) -> Tensor:
     ids = torch.tensor(sorted(set(recent)), device=logits.device)
     chosen = logits[ids]
-    return logits.index_copy(0, ids, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    return logits.index_copy(0, ids, torch.where(chosen > 0, chosen / penalty, chosen * penalty).nan_to_num())
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int | None, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     values, ids = logits.sort(descending=True, stable=True)
-    p = (values[: top_k or None] / temperature).softmax(-1)
+    # differences, and no smaller divisor: a temperature next to 0 then takes the likeliest instead of overflowing
+    p = ((values[: top_k or None] - values[0]) / max(temperature, torch.finfo(values.dtype).tiny)).softmax(-1)
     if top_p < 1:
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)  # the token that crosses the line is kept
     return int(ids[torch.multinomial(p, 1, generator=generator)])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -114,14 +115,13 @@ def largest(actual: Tensor, expected: Tensor) -> float:
 
 def check_losses(case: Case) -> dict[str, float]:
     result = case.loss(case.fields["step"])
+    losses = {
+        "loss": result.loss.reshape(1),
+        "loss_per_sequence": result.mini_batch_loss.mean(1),
+        "chunk_loss": result.mini_batch_loss,
+    }
     errors = {
-        "loss": max(
-            largest(result.loss, case.expected["loss"].squeeze()),
-            largest(result.mini_batch_loss.mean(1), case.expected["loss_per_sequence"]),
-            largest(result.mini_batch_loss, case.expected["chunk_loss"].reshape(result.mini_batch_loss.shape[0], -1))
-            if case.expected["chunk_loss"].numel() == result.mini_batch_loss.numel()
-            else 0.0,
-        ),
+        "loss": max(largest(ours, case.expected[name]) for name, ours in losses.items() if name in case.expected),
         "nll": largest(result.nll, case.expected["nll"]),
     }
     if case.learns and "nll_inner_lr_0" in case.expected:
@@ -141,9 +141,9 @@ def check_losses(case: Case) -> dict[str, float]:
         relative(torch.stack([gradients[n] for n in group]), torch.stack([expected[n] for n in group]))
         for group in stacks(list(parameters))
     )
-    total = torch.stack([g.norm() for g in gradients.values()]).norm()
-    official_norm = case.expected["outer_grad_norm"].item()
-    errors["gradient"] = max(errors["gradient"], abs(total.item() - official_norm) / official_norm)
+    if "outer_grad_norm" in case.expected:
+        total = torch.stack([g.norm() for g in gradients.values()]).norm().reshape(1)
+        errors["gradient"] = max(errors["gradient"], relative(total, case.expected["outer_grad_norm"]))
     return errors
 
 
@@ -166,16 +166,24 @@ def check_inner_loop(case: Case) -> dict[str, float]:
     lr, clip = case.inner.lr_at(case.fields["step"]), case.inner.clip
     result = scan(model, Carry(initial, upper), hidden, targets, mask, start=0, lr=lr, clip=clip, order=0)
     S = model.config.num_suffix_blocks
-    update = 0.0
+    # float32 weights that should be equal differ by this share of themselves, however small their update
+    rounding = torch.finfo(torch.float32).eps * result.grad_norm.shape[1] ** 0.5
+    smallest = rounding / FLOAT64_TOLERANCES["update"]
+    errors_of_blocks = []
     for index, official in enumerate(("w1", "w3", "w2")):
         final = case.expected[f"final.prime.{official}"].transpose(-1, -2)
         for block in range(S):
             start = matrices(initial)[3 * block + index]
-            update = max(
-                update, relative(matrices(result.carry.fast)[3 * block + index] - start, final[:, block] - start)
-            )
-    norms = case.expected["inner_grad_norm"]
-    return {"update": update, "inner norm": ((result.grad_norm - norms).abs() / norms).max().item()}
+            error = (matrices(result.carry.fast)[3 * block + index] - final[:, block]).norm()
+            scale = torch.maximum((final[:, block] - start).norm(), smallest * start.norm())
+            errors_of_blocks.append(error / scale)
+    errors = {"update": torch.stack(errors_of_blocks).max().item()}
+    if "inner_grad_norm" in case.expected:
+        norms = case.expected["inner_grad_norm"]
+        # a mini-batch without targets has no gradient
+        scale = norms.where(norms > REFERENCE_NOISE, 1.0)
+        errors["inner norm"] = ((result.grad_norm - norms).abs() / scale).max().item()
+    return errors
 
 
 @torch.no_grad()
@@ -184,7 +192,8 @@ def check_prefix(case: Case) -> dict[str, float]:
     model, (ids, _, _) = case.model, case.batch
     x, c = model.embedding(ids), model.config
     turn = rotation(0, x.shape[1], c.head_dim, c.rope_base, x)
-    for block in model.prefix:
+    blocks = c.num_blocks - case.fields["model"]["suffix_len"]  # counted so without fast weights too
+    for block in model.prefix[:blocks]:
         x = block.static_mlp(block.attention(x, block.attention.empty_past(x), turn=turn, order=0)[0])
     return {"prefix": relative(x, case.expected["prefix_output"])}
 
@@ -248,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     for directory in options.cases:
         try:
             errors = check(directory, dtype)
-        except (UserError, OSError, KeyError) as error:
+        except (ValueError, LookupError, RuntimeError, OSError, SafetensorError) as error:
             print(f"{directory.name:28} cannot be read: {error}")
             status = 2
             continue

@@ -39,15 +39,19 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.models import open_model
     from longread.cli.outputs import check_writable
+    from longread.config import UserError
     from longread.session import Session
 
     check_writable(options.save)
+    if "" in options.stop:
+        raise UserError("--stop is empty; give the text before which to end")
     opened = open_model(options.model, options.device)
     if options.session:
         session = Session.restore(options.session, opened.model, fingerprint=opened.fingerprint)
     else:
         session = Session(opened.model, opened.inner, fingerprint=opened.fingerprint)
-    session.learn = session.learn and not options.frozen
+    learns = session.learn
+    session.learn = learns and not options.frozen
     bos = [opened.tokenizer.bos_id] if opened.tokenizer.bos_id is not None and not session.position else []
     session.read(bos + opened.tokenizer.encode(options.prompt))
     ids = session.generate(
@@ -59,12 +63,15 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         stop_ids=[] if opened.tokenizer.bos_id is None else [opened.tokenizer.bos_id],
     )
-    for piece in until(decoded(ids, opened.tokenizer), options.stop):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    if options.save:
-        session.save(options.save)
+    try:
+        for piece in until(decoded(ids, opened.tokenizer), options.stop):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    finally:  # what was written until an interrupt has been read too, and is kept
+        if options.save:
+            session.learn = learns  # --frozen is about this command, not about all who go on with the session
+            session.save(options.save)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +29,17 @@ def check_writable(*paths: str | None) -> None:
     for path in paths:
         if path is None:
             continue
-        if Path(path).is_dir():
+        try:
+            mode = os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            mode = stat.S_IFREG
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
+        if Path(path) == Path() or stat.S_ISDIR(mode):
             raise UserError(f"cannot write {path}: it is a directory; give the name of a file in it")
-        parent = next(p for p in Path(path).absolute().parents if p.exists())
+        if not stat.S_ISREG(mode):  # it would be replaced: /dev/null by a file of that name
+            raise UserError(f"cannot write {path}: it is no ordinary file; give the name of a new one")
+        parent = next(p for p in Path(path).absolute().parents if os.path.exists(p))  # Path.exists may raise
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"cannot write {path}: {parent} is not a directory that may be written to; choose another")
 

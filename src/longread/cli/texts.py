@@ -12,6 +12,8 @@ from longread.tokenizer import Tokenizer
 
 BLOCK = 1 << 16
 """Bytes read at a time; a text is cut for the tokenizer before the last space of a block."""
+LONGEST = 1 << 16
+"""Characters after which a text without any space is cut all the same: memory and the wait for SIGINT stay bounded."""
 
 
 def read_tokens(name: str, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
@@ -39,9 +41,13 @@ def _encoded(file: BinaryIO, name: str, tokenizer: Tokenizer) -> Iterator[tuple[
         if cut > 0:
             yield tokenizer.encode_with_bytes(waiting[:cut])
             waiting = waiting[cut:]
+        elif len(waiting) >= LONGEST:
+            yield tokenizer.encode_with_bytes(waiting)
+            waiting = ""
     if empty:
         raise UserError(f"{name} is empty; give a text of at least one character")
-    yield tokenizer.encode_with_bytes(waiting)
+    if waiting:
+        yield tokenizer.encode_with_bytes(waiting)
 
 
 def _decoded(file: BinaryIO, name: str) -> Iterator[str]:

@@ -44,7 +44,7 @@ class CapturedReader:
 
     def __init__(self, model: Transformer, batch_size: int, inner: InnerConfig) -> None:
         config = model.config
-        self.model, self.inner = model, inner
+        self._model, self.inner = weakref.ref(model), inner  # `_READERS` would keep the model alive otherwise
         self.M, self.K = config.mini_batch_size, config.window_size
         self.tokens = MINI_BATCHES * self.M
         self.room = math.ceil(self.K / self.tokens) * self.tokens
@@ -58,14 +58,19 @@ class CapturedReader:
         self._tokens = torch.zeros(batch_size, self.tokens + 1, dtype=torch.long, device=model.device)
         self._mask = torch.ones(batch_size, self.tokens, dtype=torch.bool, device=model.device)
         self._position = torch.zeros((), dtype=torch.float64, device=model.device)
-        self._fast = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in self._initial(batch_size)]
+        initial = matrices(model.initial_fast_weights(batch_size))
+        self._fast = [torch.empty_like(w.detach(), memory_format=torch.contiguous_format) for w in initial]
         self._captures: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, _Found]] = {}
         self._pool: Any = None
         self.weights_at = model.embedding.weight.data_ptr()
         self.usable = True
 
-    def _initial(self, batch_size: int) -> list[Tensor]:
-        return [w.detach() for w in matrices(self.model.initial_fast_weights(batch_size))]
+    @property
+    def model(self) -> Transformer:
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this reader is gone")
+        return model
 
     def read(self, state: ReadingState, tokens: Tensor, mask: Tensor) -> tuple[ReadingState, Tensor, Tensor] | None:
         """Reads `self.tokens` · n tokens, and one that is only a target; the mask has none for the first token.

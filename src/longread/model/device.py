@@ -12,7 +12,8 @@ def find_device(name: str | torch.device) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()  # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"device {name} cannot be used ({str(error).splitlines()[0]}); use cpu") from None
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise UserError(f"device {name} cannot be used ({reason}); use cpu") from None
     return torch.device(name)
