@@ -1,16 +1,12 @@
-"""The run: what it computes, what it leaves behind, and what it refuses."""
+"""The run: what it computes, what it leaves behind, and how it goes on; test_train_refusals.py has the rest."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import io
 import json
 import math
-import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,7 @@ from longread.data import Sampler, TokenDataset, prepare
 from longread.model import Transformer
 from longread.outer_loop import end_to_end_loss, static_loss
 from longread.tokenizer import ByteTokenizer
-from longread.train import Progress, TrainingHalted, train
+from longread.train import Progress, train
 from longread.train.optimizer import gradient_norm
 
 PARITY = Path(__file__).parent / "parity"
@@ -366,184 +362,6 @@ def test_resuming_where_nothing_is_begins(tmp_path: Path, data: TokenDataset) ->
     train(CONFIG, data, tmp_path / "a", resume=True)
     train(CONFIG, data, tmp_path / "b")
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
-
-
-# Numbers that are not finite
-
-
-def test_a_diverging_run_halts_with_a_diagnosis_and_saves_nothing_of_it(tmp_path: Path, data: TokenDataset) -> None:
-    config = change(
-        steps=40, optimizer__lr=1e12, optimizer__initial_lr=1e-3, optimizer__warmup_steps=5, checkpoint_every=1
-    )
-    config = change(config, optimizer__decay_steps=40, optimizer__clip=None)
-    with pytest.raises(TrainingHalted, match=r"halted at step \d+: .*lower lr \(it is 1e\+12\)") as halted:
-        train(config, data, tmp_path / "run")
-    rows = rows_of(tmp_path / "run")
-    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
-    newest = checkpoint.newest_checkpoint(tmp_path / "run")
-    assert newest is not None
-    assert str(newest) in str(halted.value)
-    assert all(tensor.isfinite().all() for tensor in checkpoint.read_checkpoint(newest).model.values())
-    assert not (tmp_path / "run" / "model").exists()
-    assert halted.value.exit_status == 3
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[Transformer, Any], Any]) -> None:
-    """Lets `spoil` change what the gradient of `step`, counted from 1, found."""
-    real, calls = training.accumulate_gradient, iter(range(1, 1000))
-
-    def poisoned(model: Transformer, *args: Any, **options: Any) -> Any:
-        found = real(model, *args, **options)
-        return spoil(model, found) if next(calls) == step else found
-
-    monkeypatch.setattr("longread.train.run.accumulate_gradient", poisoned)
-
-
-def bad_gradient(model: Transformer, found: Any) -> Any:
-    model.blocks[1].fast_mlp.up.weight.grad[0, 0] = math.inf
-    return found
-
-
-def huge_gradient(model: Transformer, found: Any) -> Any:
-    model.final_norm.weight.grad.fill_(1e30)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("spoil", "diagnosis"),
-    [
-        (lambda model, found: found._replace(loss=torch.tensor(math.nan)), "the loss is nan"),
-        (bad_gradient, r"the gradient of blocks\.1\.fast_mlp\.up\.weight is not finite \(the loss is 5\."),
-        (huge_gradient, "the gradients are too large for their norm"),
-        (lambda model, found: found._replace(inner_grad_norm=torch.tensor([[math.inf]])), "an inner gradient"),
-    ],
-)
-def test_the_diagnosis_names_what_went_wrong(
-    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch, spoil: Any, diagnosis: str
-) -> None:
-    poison(monkeypatch, 4, spoil)
-    with pytest.raises(TrainingHalted, match=rf"halted at step 4: .*{diagnosis}.*step-00000002"):
-        train(CONFIG, data, tmp_path / "run")
-    assert len(rows_of(tmp_path / "run")) == 3
-
-
-def test_weights_that_are_not_finite_are_not_saved(
-    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def spoil(model: Transformer, found: Any) -> Any:
-        with torch.no_grad():
-            model.final_norm.weight[2] = math.nan
-        return found
-
-    poison(monkeypatch, 2, spoil)
-    with pytest.raises(
-        TrainingHalted, match=r"final_norm\.weight is not finite after the update.*no earlier checkpoint"
-    ):
-        train(CONFIG, data, tmp_path / "run")
-    assert checkpoint.newest_checkpoint(tmp_path / "run") is None
-
-
-# What it refuses
-
-
-def test_a_directory_that_holds_a_run_is_refused_without_resume(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "run")
-    before = weights_of(tmp_path / "run")
-    with pytest.raises(UserError, match="already holds a run; resume it"):
-        train(change(seed=1), data, tmp_path / "run")
-    assert weights_of(tmp_path / "run") == before
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"optimizer__lr": 0.02}, r"optimizer\.lr was 0\.01 when this run began and is 0\.02 now"),
-        ({"model__window_size": 4}, r"model\.window_size was 8 .* is 4 now"),
-        ({"seed": 3}, "seed was 0 .* is 3 now"),
-        ({"steps": 5}, "steps was 6 .* is 5 now"),
-    ],
-)
-def test_another_config_is_refused_on_resume_by_the_name_of_the_field(
-    tmp_path: Path, data: TokenDataset, fields: dict[str, Any], reason: str
-) -> None:
-    train(CONFIG, data, tmp_path / "run")
-    with pytest.raises(UserError, match=reason):
-        train(change(**fields), data, tmp_path / "run", resume=True)
-
-
-def test_other_data_are_refused_on_resume(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "run")
-    with pytest.raises(UserError, match=r"of the data was .* when this run began"):
-        train(CONFIG, make_data(tmp_path, seed=2, validation_fraction=0), tmp_path / "run", resume=True)
-    same = TokenDataset.open(data.directory)
-    same.tokenizer_fingerprint = "another"
-    with pytest.raises(UserError, match="the tokenizer of the data was"):
-        train(CONFIG, same, tmp_path / "run", resume=True)
-    with pytest.raises(UserError, match="validation data has another tokenizer"):
-        train(CONFIG, data, tmp_path / "other", validation=same)
-
-
-def test_a_model_whose_checkpoints_are_gone_is_not_overwritten(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "run")
-    files.remove_tree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match="no checkpoint to resume from"):
-        train(change(steps=9), data, tmp_path / "run", resume=True)
-
-
-@pytest.mark.parametrize(
-    ("config", "options", "reason"),
-    [
-        (change(model__vocab_size=256), {}, "vocab_size 256, but the data has 257"),
-        (change(context_length=4096), {}, "4096"),
-        (CONFIG, {"device": "abacus"}, "device abacus cannot be used"),
-        (CONFIG, {"trackers": ["abacus"]}, "no tracker 'abacus'"),
-    ],
-)
-def test_what_does_not_go_together_is_refused_before_anything_is_written(
-    tmp_path: Path, data: TokenDataset, config: RunConfig, options: dict[str, Any], reason: str
-) -> None:
-    with pytest.raises(UserError, match=reason):
-        train(config, data, tmp_path / "run", **options)
-    assert not (tmp_path / "run").exists()
-
-
-@contextmanager
-def read_only(directory: Path) -> Iterator[None]:
-    """Also for root, who may write anywhere: it becomes nobody for the while."""
-    directory.chmod(0o555)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-        directory.chmod(0o755)
-
-
-def test_a_read_only_place_is_named(tmp_path: Path, data: TokenDataset) -> None:
-    with read_only(tmp_path), pytest.raises(UserError, match=r"cannot write .*run\.json: Permission denied"):
-        train(CONFIG, data, tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_fills_up_costs_only_the_steps_since_the_last_checkpoint(
-    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def fill(row: dict[str, Any]) -> None:
-        if row["step"] == 3:
-            monkeypatch.setattr("longread.files.os.fsync", full)
-
-    with pytest.raises(UserError, match=r"cannot write .*: No space left"):
-        train(CONFIG, data, tmp_path / "run", on_step=fill)
-    monkeypatch.undo()
-    assert checkpoint.newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-00000002"
-    train(CONFIG, data, tmp_path / "run", resume=True)
-    train(CONFIG, data, tmp_path / "whole")
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
 
 
 # What people watch
