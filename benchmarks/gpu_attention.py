@@ -164,12 +164,16 @@ def launches(case: Case) -> dict[str, tuple[Callable[[], None], float]]:
     def flops(of_own: int, of_past: int) -> float:
         return 2.0 * case.H * (of_own * own_pairs + of_past * past_pairs)
 
-    def run(name: str, *arguments: Any) -> Callable[[], None]:
-        return lambda: problem.launch(getattr(kernels, f"_{name}_kernel"), *arguments)
+    def run(name: str, *arguments: Any, **constants: Any) -> Callable[[], None]:
+        return lambda: problem.launch(getattr(kernels, f"_{name}_kernel"), *arguments, **constants)
+
+    gain = torch.ones(case.H, device="cuda")
+    without_gains, with_gains = ({"H": case.H, "BOUNDED": bounded} for bounded in (False, True))
 
     statistics = [lse, delta, r, phi]
     made = {
-        "forward": (run("forward", [q, o], own + past, [lse]), flops(2, 2)),
+        "forward": (run("forward", [q, o], own + past, [lse, None, None], **without_gains), flops(2, 2)),
+        "forward, normed": (run("forward", [q, o], own + past, [lse, gain, gain], **with_gains), flops(2, 2)),
         "query_gradient": (run("query_gradient", [q, o, do, out], own + past, [lse, delta]), flops(3, 3)),
         "key_gradient own": (
             run("key_gradient", [q, do], [*own, out_k, out_v], [lse, delta], False),
@@ -278,6 +282,16 @@ def report_peers() -> None:
             lambda q, k, v: kernels.triton_attention(q, k, v, window=8192),
             tensors,
         )
+        timed("whole T=32768 window 8192, FlexAttention", case, flex_attention_for(case), tensors)
+        case = Case(name, B, N, 4096, 8192, H, 8192)
+        tensors = draw(case)
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
+            return kernels.triton_attention(q, k, v, past=(past_k, past_v), window=8192)
+
+        timed("stretch T=4096 P=8192, ours", case, ours, tensors)
+        joined = [tensors[0], *(torch.cat((tensors[i + 2], tensors[i]), 2) for i in (1, 2))]
+        timed("stretch T=4096 P=8192, FlexAttention", case, flex_attention_for(case), joined)
 
     case = Case("3B", 1, 32, 1024, 7168, 80, 8192)
     tensors = draw(case)
@@ -290,6 +304,43 @@ def report_peers() -> None:
         except Exception as error:
             print(f"    {label}: {type(error).__name__} {str(error)[:200]}")
         torch.cuda.empty_cache()
+
+
+def flex_attention_for(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """PyTorch's FlexAttention, compiled for one case when it is first called; keys and values hold the past first."""
+
+    def visible(b: Tensor, n: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        age = query + case.P - key
+        return (age >= 0) & (age < case.window)
+
+    @functools.cache
+    def parts() -> tuple[Callable[..., Tensor], Any]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        torch._dynamo.reset()  # past its limit of shapes it would run uncompiled
+        mask = create_block_mask(visible, None, None, case.T, case.T + case.P, device="cuda")
+        return torch.compile(flex_attention, dynamic=False), mask
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        compiled, mask = parts()
+        return compiled(q, k, v, block_mask=mask)
+
+    def checked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Once, before any time is taken: FlexAttention must compute what the kernels do."""
+        if not seen:
+            own, past = [x[:, :, case.P :] for x in (k, v)], [x[:, :, : case.P] for x in (k, v)]
+            with torch.no_grad():
+                mine = kernels.triton_attention(
+                    q, *own, past=(past[0], past[1]) if case.P else None, window=case.window
+                )
+                theirs = attend(q, k, v)
+            seen.append(float((mine - theirs).norm() / mine.norm()))
+            if not seen[0] < 0.02:
+                raise ValueError(f"relative difference {seen[0]:.1e} from ours")
+        return attend(q, k, v)
+
+    seen: list[float] = []
+    return checked
 
 
 def derivatives_on_device(f: Callable[..., Tensor], tensors: list[Tensor], window: int) -> tuple[Tensor, ...]:
@@ -348,7 +399,9 @@ def make_launches_of(case: Case, name: str) -> None:
     statistics = [kernels._row_of(q).zero_() for _ in range(4)]
     kernel, problem, past = getattr(kernels, f"_{name}_kernel"), case.problem, [past_k, past_v]
     rows = {
-        "forward": lambda: problem.launch(kernel, [q, q.clone()], [k, v, *past], statistics[:1]),
+        "forward": lambda: problem.launch(
+            kernel, [q, q.clone()], [k, v, *past], [statistics[0], None, None], H=case.H, BOUNDED=False
+        ),
         "query_gradient": lambda: problem.launch(kernel, [q, q, q, q.clone()], [k, v, *past], statistics[:2]),
         "tangent": lambda: problem.launch(
             kernel, [q, q, q, q, q.clone()], [k, v, k, v, *past, None, None], statistics[:3]

@@ -148,7 +148,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("ops/a/b.py", "import numpy\n", "ops may import ['torch', 'triton']"),
         ("session.py", "import longread.train\n", "session (row 4) imports train (row 6)"),
         ("session.py", "from longread import Session\n", "no unit of the table"),
-        ("session.py", "import importlib\nimportlib.import_module('longread.cli')\n", "imports cli (row 7)"),
+        ("session.py", "import importlib\nimportlib.import_module('longread.cli')\n", "imports cli (row 8)"),
         ("train.py", "def f():\n    import wandb\n", "may enter in record"),
         ("evaluate/plots.py", "import matplotlib.pyplot\n", "import it in the function"),
     ],

@@ -46,9 +46,15 @@ COMMAND_LINE = {
     "read": "FILE --model --device --session --save --no-control --json --report",
     "generate": "--model --device --session --prompt --max-tokens --temperature --top-p --top-k --repetition-penalty "
     "--seed --stop --frozen --save",
-    "evaluate": "MODEL --data --documents --max-tokens --min-tokens --lengths --indices --batch-size --no-control "
-    "--json --plots --report --device",
+    "evaluate": "MODEL --data --documents --max-tokens --min-tokens --lengths --indices --window --mini-batch "
+    "--batch-size --no-control --health --json --plots --report --device",
+    "needle": "MODEL --variants --contexts --depths --samples --seed --haystack --repeat-haystack --max-tokens "
+    "--batch-size --no-control --json --plots --report --device",
+    "judge": "MODEL --judge --data --context --documents --temperature --top-p --repetition-penalty --seed --bins "
+    "--batch-size --no-control --json --plots --report --device",
     "convert": "SOURCE DIR",
+    "bench": "WORK --sizes --methods --contexts --sequences --repeats --profile --from --json --report --plots "
+    "--device",
 }
 
 
@@ -264,7 +270,7 @@ def test_a_text_that_cannot_be_read(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["toy2"], "no recipe 'toy2'; choose one of toy, 125m"),
+        (["toy2"], "no recipe 'toy2'; choose one of toy, small, small-extend, 125m"),
         (["toy", "--method", "rnn"], "no method 'rnn'"),
         (["toy", "--context-length", "100"], "100 is not a multiple of mini_batch_size 32; use 96 or 128"),
         (["toy", "--set", "inner.lr=nan"], "lr is nan; it must be a finite number"),

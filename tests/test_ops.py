@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longread.ops.attention import attention
 from longread.ops.attention.reference import reference_attention
-from longread.ops.clipped_sgd import clipped_sgd
+from longread.ops.clipped_sgd import clipped_sgd, clipped_sgd_
 from longread.ops.clipped_sgd.reference import reference_clipped_sgd
 from longread.ops.cross_entropy import chunked, cross_entropy
 from longread.ops.cross_entropy.reference import reference_cross_entropy
@@ -154,6 +154,17 @@ def test_clipped_sgd(clip: float | None) -> None:
         total = sum((w * draw(*w.shape, seed=5 + i).detach()).sum() for i, w in enumerate(new))
         results.append([*new, norm, *torch.autograd.grad(total, weights + gradients)])
     agree(*results)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_clipped_sgd_in_place(clip: float | None) -> None:
+    weights, gradients = [draw(3, 4, 5).detach(), draw(3, 2, seed=1).detach()], [draw(3, 4, 5, seed=2), draw(3, 2)]
+    expected, expected_norm = reference_clipped_sgd(weights, gradients, lr=0.7, clip=clip)
+    working = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
+    with torch.no_grad():
+        norm = clipped_sgd_(weights, gradients, working, lr=0.7, clip=clip)
+    agree([*weights, norm], [*expected, expected_norm])
+    assert all(torch.equal(copy, w.bfloat16()) for copy, w in zip(working, weights, strict=True))
 
 
 def test_clipped_sgd_is_finite_at_zero() -> None:

@@ -85,7 +85,7 @@ def test_every_recipe_can_be_made() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"name": "7b"}, "no recipe '7b'; choose one of toy, 125m"),
+        ({"name": "7b"}, "no recipe '7b'; choose one of toy, small, small-extend, 125m"),
         ({"name": "toy", "method": "mamba"}, "no method 'mamba'; choose one of e2e"),
         ({"name": "125m", "context_length": 16384}, "pre-training is at 8192 tokens; for 16384 use 125m-extend"),
         ({"name": "125m-extend", "context_length": 10000}, "10000 does not divide the batch of 1048576"),

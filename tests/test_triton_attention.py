@@ -106,6 +106,28 @@ def test_without_a_past(kernels: ModuleType) -> None:
         )
 
 
+@pytest.mark.parametrize("size", [1.0, 9.0], ids=["scores with a bound", "scores too large for it"])
+@pytest.mark.parametrize("H", [16, 20])
+def test_gains_change_nothing(kernels: ModuleType, H: int, size: float) -> None:
+    tensors = draw(1, 2, 45, 61, H)
+    gains = [size * torch.rand(H, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
+    for i in (0, 1, 3):  # queries, keys, past keys
+        tensors[i] = torch.nn.functional.rms_norm(tensors[i], (H,)) * gains[min(i, 1)]
+    known = tuple(gain.to(DEVICE, torch.float32) for gain in gains)
+
+    def bounded(*args: Tensor, **options: Any) -> Tensor:
+        return kernels.triton_attention(*args, **options, gains=known)
+
+    bound = H**0.5 * math.log2(math.e) * float(gains[0].max() * gains[1].max())
+    assert (bound < kernels.LARGEST_BOUND) == (size == 1.0)
+    for window in (None, 50):
+        agree(
+            derivatives(bounded, tensors, torch.float32, window, slice(3)),
+            derivatives(reference_attention, tensors, torch.float64, window, slice(3)),
+            2e-5 * size**2,
+        )
+
+
 @pytest.mark.parametrize("blocks", [(64, 16), (16, 32), (32, 64)], ids=str)
 @pytest.mark.parametrize("window", [None, 20, 150])
 def test_any_blocks(
@@ -164,9 +186,9 @@ def test_the_inner_gradient_leaves_the_past_alone(kernels: ModuleType, monkeypat
     launched = []
     launch = kernels._Problem.launch
 
-    def recorded(self: Any, kernel: Any, by_query: Any, by_key: Any, statistics: Any, past_alone: Any = None) -> None:
-        launched.append((kernel.__name__, past_alone))
-        launch(self, kernel, by_query, by_key, statistics, past_alone)
+    def recorded(self: Any, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append((kernel.__name__, arguments[3] if len(arguments) > 3 else None))
+        launch(self, kernel, *arguments, **constants)
 
     monkeypatch.setattr(kernels._Problem, "launch", recorded)
     q, k, v, *past = (x.to(DEVICE, torch.float32).requires_grad_() for x in draw(1, 1, 20, 30, 16))
@@ -235,6 +257,10 @@ for name in kernels.TABLE:
     for parameter in inspect.signature(function.fn).parameters:
         if parameter.isupper() and len(parameter) > 1:
             fixed[parameter] = {"QUERIES": blocks.queries, "KEYS": blocks.keys, "CLIPPED": False}.get(parameter, True)
+        elif parameter == "H":
+            fixed[parameter] = 80
+        elif parameter.endswith("gain"):
+            signature[parameter] = "*fp32"
         elif parameter in ("T", "P", "window"):
             signature[parameter] = "i32"
         elif parameter == "scale":

@@ -222,6 +222,19 @@ def test_clipped_sgd(clip: float | None, dtype: torch.dtype) -> None:
         agree(step(fused, weights, gradients, lr=lr, clip=clip), expected, 1e-6 if dtype == torch.float32 else 0.01)
 
 
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_clipped_sgd_in_place(clip: float | None) -> None:
+    fused = kernels("clipped_sgd").triton_clipped_sgd_
+    weights, gradients = [draw(3, 4, 5).detach(), draw(3, 70, 61, seed=7).detach()], [draw(3, 5, 4), draw(3, 70, 61)]
+    gradients = [g.detach().bfloat16() for g in gradients]
+    gradients[0] = gradients[0].transpose(1, 2)
+    expected, expected_norm = reference_clipped_sgd(wide(weights), wide(gradients), lr=0.7, clip=clip)
+    working = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
+    norm = fused(weights, gradients, working, lr=0.7, clip=clip)
+    agree([*weights, norm], [*expected, expected_norm], 1e-6)
+    assert all(torch.equal(copy, w.bfloat16()) for copy, w in zip(working, weights, strict=True))
+
+
 def test_clipped_sgd_is_finite_at_zero() -> None:
     weight, gradient = draw(2, 3), torch.zeros(2, 3, device=DEVICE, requires_grad=True)
     new, norm, _, adjoint = step(kernels("clipped_sgd").triton_clipped_sgd, [weight], [gradient], lr=1.0, clip=1.0)

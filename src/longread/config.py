@@ -22,12 +22,15 @@ class UserError(ValueError):
 
 
 AttentionPattern = Literal["window", "full", "hybrid"]
+Mixer = Literal["attention", "mamba2", "gated_deltanet", "ttt_kvb"]
+BindingOutput = Literal["query", "key"]
 Loss = Literal["end-to-end", "static"]
 MetaGradient = Literal["exact", "first-order"]
 Recompute = Literal["auto", "none", "sqrt", "step"]
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 
 HYBRID_PERIOD = 6  # hybrid attention: every sixth block sees everything (5 windowed : 1 full)
+CONVOLUTION_WIDTH = 4  # tokens that the short convolution of a recurrent mixer sees, its own included
 
 
 class _Checked:
@@ -95,8 +98,34 @@ def _describe(type_: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BindingConfig(_Checked):
+    """The inner loop of mixer "ttt_kvb" (paper Eq. 7 to 9): a step of each layer for itself, a mini-batch at a time."""
+
+    lr: float = 1.0
+    """Rate of the step; the network scales it down to a rate of each token, between 0 and this."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient of one layer and sequence; None: no clipping."""
+    output: BindingOutput = "query"
+    """What the layer gives: its MLP's answer to a query (Eq. 8), or its prediction from the key (Eq. 9, simplified)."""
+
+    def _check(self) -> None:
+        self._at_least(0, "lr")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"clip is {self.clip}; it must be positive, or none to switch clipping off")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(_Checked):
-    """The network of the paper (section 2): L sandwich-normed blocks, the last S of them with a fast MLP."""
+    """The network of the paper (section 2): L sandwich-normed blocks, the last S of them with a fast MLP.
+
+    `mixer` says how tokens exchange information. "attention" is the paper's own method and the first three of its
+    baselines. The other baselines of its section 3.1 are hybrids with sliding-window attention:
+
+    - "mamba2" and "gated_deltanet" alternate, recurrent block first: the paper says "a hybrid of" such "layers and SWA
+      layers"; one to one is what Gated DeltaNet's authors do (arXiv 2412.06464, model H1).
+    - "ttt_kvb" has windowed attention and after it, as a sub-layer of its own, a layer of key-value binding, in every
+      block (section 2.4).
+    """
 
     vocab_size: int
     width: int
@@ -107,6 +136,8 @@ class ModelConfig(_Checked):
     mini_batch_size: int
     num_suffix_blocks: int = 0
     attention: AttentionPattern = "window"
+    mixer: Mixer = "attention"
+    binding: BindingConfig = field(default_factory=BindingConfig)
     rope_base: float = 500_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
@@ -132,6 +163,16 @@ class ModelConfig(_Checked):
             raise UserError(f"norm_eps is {self.norm_eps}; it must be positive")
         if self.init_std is not None and self.init_std <= 0:
             raise UserError(f"init_std is {self.init_std}; it must be positive")
+        if self.mixer != "attention" and self.num_suffix_blocks:
+            raise UserError(
+                f"mixer {self.mixer} has no fast MLPs; set num_suffix_blocks to 0 instead of {self.num_suffix_blocks}"
+            )
+        if self.mixer != "attention" and self.attention != "window":
+            raise UserError(f"mixer {self.mixer} goes with attention window, not with {self.attention}")
+        if self.mixer == "gated_deltanet" and self.width % (4 * self.num_delta_heads):
+            raise UserError(
+                f"width {self.width} is not a multiple of {4 * self.num_delta_heads}, as Gated DeltaNet needs"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -147,15 +188,59 @@ class ModelConfig(_Checked):
             return None
         return self.window_size
 
+    def mixers_of(self, block: int) -> tuple[Mixer, ...]:
+        """The sub-layers of `block` through which tokens exchange information, in their order."""
+        if self.mixer == "attention":
+            return ("attention",)
+        if self.mixer == "ttt_kvb":
+            return ("attention", "ttt_kvb")
+        return (self.mixer,) if block % 2 == 0 else ("attention",)
+
+    @property
+    def num_ssd_heads(self) -> int:
+        """Heads of Mamba 2, whose inner width is 2 D: as wide as those of attention."""
+        return 2 * self.num_heads
+
+    @property
+    def ssd_state_size(self) -> int:
+        """Width of the keys and queries (B and C) of Mamba 2: 128 as in its paper, less if heads are very narrow."""
+        return min(128, 2 * self.head_dim)
+
+    @property
+    def num_delta_heads(self) -> int:
+        """Heads of Gated DeltaNet: few and wide, as in its paper, with keys of at most 256 (the limit of a kernel)."""
+        N, D = self.num_heads, self.width
+        return next((n for n in range(1, N + 1) if N % n == 0 and 4 * n >= N and 1024 * n >= 3 * D), N)
+
     @property
     def num_parameters(self) -> int:
         """Trainable numbers, norms and embeddings included."""
         D, F, L, S = self.width, self.mlp_hidden, self.num_blocks, self.num_suffix_blocks
         norms_per_layer = (self.pre_norm + self.post_norm) * D
-        attention = 4 * D * D + 2 * self.qk_norm * self.head_dim + norms_per_layer
+        mixers = sum(self._mixer_parameters(kind) + norms_per_layer for i in range(L) for kind in self.mixers_of(i))
         mlp = 3 * D * F + norms_per_layer
         embeddings = self.vocab_size * D * (1 if self.tie_embeddings else 2)
-        return embeddings + L * (attention + mlp) + S * mlp + D
+        return embeddings + mixers + (L + S) * mlp + D
+
+    def _mixer_parameters(self, kind: Mixer) -> int:
+        """Numbers of one sub-layer, without the norms before and after it."""
+        D, N, H, C = self.width, self.num_heads, self.head_dim, CONVOLUTION_WIDTH
+        if kind == "mamba2":
+            heads, mixed = self.num_ssd_heads, 2 * D + 2 * self.ssd_state_size
+            return D * (2 * D + mixed + heads) + C * mixed + 3 * heads + 2 * D + 2 * D * D
+        if kind == "gated_deltanet":
+            heads, keys, values = self.num_delta_heads, 3 * D // 4, 3 * D // 2
+            mixed = 2 * keys + values
+            return D * (mixed + values + 2 * heads) + C * mixed + 2 * heads + values // heads + values * D
+        if kind == "ttt_kvb":
+            projections = 2 + (self.binding.output == "query")
+            return projections * D * D + D * N + (projections - 1) * self.qk_norm * H + 3 * D * self.binding_hidden
+        return 4 * D * D + 2 * self.qk_norm * H
+
+    @property
+    def binding_hidden(self) -> int:
+        """Hidden width of each head's MLP of "ttt_kvb": at 760M, 21M numbers in all (the paper's have 18M)."""
+        return 2 * self.head_dim
 
     @property
     def num_fast_weights(self) -> int:

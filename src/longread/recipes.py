@@ -7,26 +7,31 @@ A method is a network, a loss, and the way it is read:
     swa      windowed attention and no fast weights
     full     full attention
     hybrid   five windowed blocks, then one full
+    mamba2   Mamba 2 and windowed attention in turn
+    gdn      Gated DeltaNet and windowed attention in turn
+    kvb      windowed attention and a layer of key-value binding in every block: TTT-KVB
 
-All have equal parameter count: where a second MLP is added, every MLP is narrowed.
+All have equal parameter count: where something is added, every MLP is narrowed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from longread.config import AttentionPattern, InnerConfig, ModelConfig, OptimizerConfig, RunConfig, UserError
+from longread.config import AttentionPattern, InnerConfig, Mixer, ModelConfig, OptimizerConfig, RunConfig, UserError
 
-Method = Literal["e2e", "naive", "swa", "full", "hybrid"]
+Method = Literal["e2e", "naive", "swa", "full", "hybrid", "mamba2", "gdn", "kvb"]
 
 LLAMA3_VOCABULARY = 128_256
 BYTE_VOCABULARY = 257
 PRETRAINING_CONTEXT = 8192
 _FULL_ATTENTION_ROPE = {8192: 5e5, 16384: 1e6, 32768: 2e6, 65536: 5e6, 131072: 1e7}
 _ATTENTION: dict[str, AttentionPattern] = {"full": "full", "hybrid": "hybrid"}
+_MIXER: dict[str, Mixer] = {"mamba2": "mamba2", "gdn": "gated_deltanet", "kvb": "ttt_kvb"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,23 @@ def narrowed(mlp_hidden: int, num_blocks: int, num_suffix_blocks: int) -> int:
     return math.ceil(mlp_hidden * num_blocks / (num_blocks + num_suffix_blocks) / 128) * 128
 
 
+def with_mixer(config: ModelConfig, mixer: Mixer, *, multiple: int = 128) -> ModelConfig:
+    """`config` with another mixer, and MLPs narrowed, to a multiple, so that the parameter count stays.
+
+    Raises `UserError` if the mixer alone has more parameters than there may be.
+    """
+    mixed = dataclasses.replace(config, mixer=mixer)
+    per_hidden = 3 * config.width * (config.num_blocks + config.num_suffix_blocks)
+    excess = (mixed.num_parameters - config.num_parameters) / per_hidden
+    hidden = round((config.mlp_hidden - excess) / multiple) * multiple
+    if hidden < multiple:
+        raise UserError(
+            f"mixer {mixer} needs as many parameters as MLPs of {math.ceil(excess)} hidden units have, but mlp_hidden "
+            f"is {config.mlp_hidden}; make it larger"
+        )
+    return dataclasses.replace(mixed, mlp_hidden=hidden)
+
+
 def pretrain(size: str, method: Method = "e2e", *, vocab_size: int = LLAMA3_VOCABULARY, seed: int = 0) -> RunConfig:
     """Table 3, pre-training at 8K: 10 % warm-up, cosine to 1e-5, the inner rate warmed from 0.1 to 1 meanwhile."""
     row = _row(size)
@@ -166,24 +188,73 @@ def toy(
     """0.8M parameters on bytes, minutes on two CPU cores: window : mini-batch : context as 128 : 32 : 1024."""
     warmup = round(0.1 * steps)
     L, S = 4, _suffix(4, method)
+    model = ModelConfig(
+        vocab_size=vocab_size,
+        width=128,
+        num_blocks=L,
+        num_heads=4,
+        mlp_hidden=narrowed(320, L, S) if S else 320,
+        window_size=128,
+        mini_batch_size=32,
+        num_suffix_blocks=S,
+        attention=_ATTENTION.get(method, "window"),
+    )
     return RunConfig(
         name=f"toy-{method}",
-        model=ModelConfig(
-            vocab_size=vocab_size,
-            width=128,
-            num_blocks=L,
-            num_heads=4,
-            mlp_hidden=narrowed(320, L, S) if S else 320,
-            window_size=128,
-            mini_batch_size=32,
-            num_suffix_blocks=S,
-            attention=_ATTENTION.get(method, "window"),
-        ),
+        model=_mixed(model, method, multiple=8),
         loss=_loss(method),
         inner=InnerConfig(warmup_steps=warmup),
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=warmup, decay_steps=steps),
         context_length=context_length,
         batch_size=8,
+        steps=steps,
+        seed=seed,
+    )
+
+
+def small(
+    method: Method = "e2e",
+    *,
+    context_length: int = 1024,
+    vocab_size: int = 4096,
+    steps: int = 1000,
+    seed: int = 0,
+) -> RunConfig:
+    """7M parameters, a minute or two on a GPU: window : mini-batch as 1024 : 128, an eighth of the paper's, 64K tokens
+    a step."""
+    warmup = round(0.1 * steps)
+    return RunConfig(
+        name=f"small-{method}",
+        model=_small_model(method, context_length, vocab_size),
+        loss=_loss(method),
+        inner=InnerConfig(warmup_steps=warmup),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=warmup, decay_steps=steps),
+        context_length=context_length,
+        batch_size=max(1, 2**16 // context_length),
+        steps=steps,
+        seed=seed,
+    )
+
+
+def small_extend(
+    method: Method = "e2e",
+    *,
+    context_length: int = 16_384,
+    vocab_size: int = 4096,
+    steps: int = 50,
+    seed: int = 0,
+) -> RunConfig:
+    """Extension of a small model to a longer context: 10 % of the tokens, twice the batch, a third of the rate.
+
+    16K is to this size what 128K is to the paper's.
+    """
+    return RunConfig(
+        name=f"small-{method}-{context_length}",
+        model=_small_model(method, context_length, vocab_size),
+        loss=_loss(method),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=round(0.1 * steps), decay_steps=steps),
+        context_length=context_length,
+        batch_size=max(1, 2**17 // context_length),
         steps=steps,
         seed=seed,
     )
@@ -197,7 +268,7 @@ def recipe(
     vocab_size: int | None = None,
     seed: int = 0,
 ) -> RunConfig:
-    """A run by name: "toy", a size ("125m" … "3b"), or a size and "-extend". Raises `UserError` for any other.
+    """A run by name: "toy", a size ("small", "125m" … "3b"), or a size and "-extend". Raises `UserError` for any other.
 
     `None` leaves a dial to the recipe.
     """
@@ -217,6 +288,8 @@ def _of(make: Callable[..., RunConfig], size: str) -> Callable[..., RunConfig]:
 
 RECIPES: dict[str, Callable[..., RunConfig]] = {
     "toy": toy,
+    "small": small,
+    "small-extend": small_extend,
     **{size: _of(pretrain, size) for size in SIZES},
     **{f"{size}-extend": _of(extend, size) for size in SIZES},
 }
@@ -236,6 +309,10 @@ def _loss(method: Method) -> Literal["end-to-end", "static"]:
     return "end-to-end" if method == "e2e" else "static"
 
 
+def _mixed(model: ModelConfig, method: Method, *, multiple: int = 128) -> ModelConfig:
+    return with_mixer(model, _MIXER[method], multiple=multiple) if method in _MIXER else model
+
+
 def _paper_model(row: Size, method: Method, context_length: int, vocab_size: int) -> ModelConfig:
     S = _suffix(row.num_blocks, method)
     rope_base = 5e5
@@ -244,7 +321,7 @@ def _paper_model(row: Size, method: Method, context_length: int, vocab_size: int
             known = ", ".join(map(str, _FULL_ATTENTION_ROPE))
             raise UserError(f"full attention has a rotary base for {known} tokens, not for {context_length}")
         rope_base = _FULL_ATTENTION_ROPE[context_length]
-    return ModelConfig(
+    model = ModelConfig(
         vocab_size=vocab_size,
         width=row.width,
         num_blocks=row.num_blocks,
@@ -257,3 +334,25 @@ def _paper_model(row: Size, method: Method, context_length: int, vocab_size: int
         rope_base=rope_base,
         init_std=0.02,
     )
+    return _mixed(model, method)
+
+
+def _small_model(method: Method, context_length: int, vocab_size: int) -> ModelConfig:
+    L, S = 8, _suffix(8, method)
+    rope_base = 5e5
+    if method == "full":  # the paper's bases at an eighth of its lengths; beyond them the last one grows on
+        longer = [base for length, base in _FULL_ATTENTION_ROPE.items() if length >= 8 * context_length]
+        rope_base = longer[0] if longer else 1e7 * context_length / 16_384
+    model = ModelConfig(
+        vocab_size=vocab_size,
+        width=256,
+        num_blocks=L,
+        num_heads=4,
+        mlp_hidden=narrowed(640, L, S) if S else 640,
+        window_size=1024,
+        mini_batch_size=128,
+        num_suffix_blocks=S,
+        attention=_ATTENTION.get(method, "window"),
+        rope_base=rope_base,
+    )
+    return _mixed(model, method, multiple=16)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from longread.config import InnerConfig, UserError
 from longread.files import read_tensors, write_tensors_atomically
-from longread.inner_loop import ReadingState, begin, next_token_logits, read
+from longread.inner_loop import Decoder, ReadingState, begin, read
 from longread.inner_loop.step import from_matrices, matrices
-from longread.model import Past, Transformer, fingerprint_of
+from longread.model import MixerPast, Transformer, fingerprint_of
 
 KIND = "session"
 
@@ -35,17 +35,28 @@ class Session:
     def __init__(
         self, model: Transformer, inner: InnerConfig, *, learn: bool = True, fingerprint: str | None = None
     ) -> None:
-        self.model, self.inner, self.learn = model, inner, learn
+        self.model, self.inner = model, inner
+        self._learn = learn
         self._fingerprint = fingerprint
-        self._state = begin(model)
+        self._at_rest: ReadingState | None = begin(model)  # None while a decoder has it
+        self._decoder: Decoder | None = None
         self._recent: list[int] = []
         self.inner_grad_norms = torch.empty(0)
         """Norms, before clipping, of the gradients of the steps that the newest call of `read` took, [steps]."""
 
     @property
+    def learn(self) -> bool:
+        """Whether it learns from what it reads, and from what it writes; can be changed at any time."""
+        return self._learn
+
+    @learn.setter
+    def learn(self, learn: bool) -> None:
+        self._at_rest, self._decoder, self._learn = self._state, None, learn
+
+    @property
     def position(self) -> int:
         """Tokens read."""
-        return self._state.position
+        return self._decoder.position if self._decoder is not None else self._state.position
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +67,24 @@ class Session:
     def state(self) -> ReadingState:
         """What is left of the text; a value that later reading does not change."""
         return self._state
+
+    @property
+    def _state(self) -> ReadingState:
+        if self._decoder is not None:
+            self._at_rest, self._decoder = self._decoder.state(), None
+        if self._at_rest is None:
+            raise RuntimeError("a session without a state")
+        return self._at_rest
+
+    @_state.setter
+    def _state(self, state: ReadingState) -> None:
+        self._at_rest, self._decoder = state, None
+
+    def _decoding(self) -> Decoder:
+        """The decoder that has the state from now on, until something else is wanted of the session."""
+        if self._decoder is None:
+            self._decoder, self._at_rest = Decoder(self.model, self._state, self.inner, learn=self.learn), None
+        return self._decoder
 
     def drift(self) -> float:
         """How far reading has moved the fast weights: ‖W − W_0‖ / ‖W_0‖; 0 for a model without any."""
@@ -131,14 +160,17 @@ class Session:
             generator.seed()
         else:
             generator.manual_seed(seed)
+        window = self.model.config.window_size
         for _ in range(max_tokens):
-            logits = next_token_logits(self.model, self._state)[0]
+            decoder = self._decoding()
+            logits = decoder.logits()[0]
             if repetition_penalty != 1.0:
                 logits = _penalised(logits, self._recent, repetition_penalty)
             token = _draw(logits, temperature, top_p, top_k, generator)
             if token in stop_ids:
                 return
-            self.read([token])
+            decoder.read(torch.tensor([token], device=self.model.device))
+            self._recent = [*self._recent, token][-window:]
             yield token
 
     def fork(self) -> Session:
@@ -154,7 +186,7 @@ class Session:
         tensors = {f"fast.{i}": w for i, w in enumerate(matrices(state.fast))}
         for half, pasts in (("lower", state.lower_pasts), ("upper", state.upper_pasts)):
             for i, past in enumerate(pasts):
-                tensors |= {f"{half}.{i}.key": past.key, f"{half}.{i}.value": past.value}
+                tensors |= {f"{half}.{i}.{name}": x for name, x in zip(past._fields, past, strict=True)}
         tensors |= {name: getattr(state, name) for name in ("hidden", "targets", "targets_mask", "output")}
         tensors["recent"] = torch.tensor(self._recent, dtype=torch.long)
         metadata = {
@@ -211,9 +243,9 @@ def _state(empty: ReadingState, position: int, tensors: dict[str, Tensor], devic
     def part(name: str, like: Tensor) -> Tensor:
         return tensors[name].to(device, like.dtype)  # the model may compute in another type than the one that saved
 
-    def pasts(half: str, like: tuple[Past, ...]) -> tuple[Past, ...]:
+    def pasts(half: str, like: tuple[MixerPast, ...]) -> tuple[MixerPast, ...]:
         return tuple(
-            Past(part(f"{half}.{i}.key", past.key), part(f"{half}.{i}.value", past.value))
+            type(past)(*(part(f"{half}.{i}.{name}", x) for name, x in zip(past._fields, past, strict=True)))
             for i, past in enumerate(like)
         )
 

@@ -40,6 +40,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without BOS. Raises `UserError` on a text that is not valid Unicode."""
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text; some tokenizers work on many at once."""
+        return [self.encode(text) for text in texts]
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; BOS is dropped, invalid UTF-8 becomes U+FFFD. Raises `UserError` on an unknown id."""
@@ -100,6 +104,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         _utf8(text)
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            _utf8(text)
+        return [list(e.ids) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
         """Exact where tokens are made of bytes. Where a normaliser changes or drops characters, their bytes count

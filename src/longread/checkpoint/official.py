@@ -101,8 +101,10 @@ def import_official(directory: str | Path) -> tuple[Transformer, InnerConfig]:
 
 
 def export_official(directory: str | Path, model: Transformer, inner: InnerConfig) -> None:
-    """Writes `model` in the official layout. Raises `UserError` for attention patterns that layout cannot name."""
+    """Writes `model` in the official layout. Raises `UserError` for mixers and patterns that layout cannot name."""
     directory, config = Path(directory), model.config
+    if config.mixer != "attention":
+        raise UserError(f"mixer {config.mixer} has no name in the official layout; export a model of attention only")
     if config.attention == "hybrid":
         raise UserError("attention hybrid has no name in the official layout; export a window or full model")
     fields = {

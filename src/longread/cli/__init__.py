@@ -1,6 +1,6 @@
 """The command line. One file a command; heavy imports happen when a command runs, so that --help is instant.
 
-    longread prepare | train | read | generate | evaluate | convert
+    longread prepare | train | read | generate | evaluate | needle | judge | convert | bench
 
 Wrong input ends with one sentence on stderr and exit status 2.
 """
@@ -15,10 +15,10 @@ import warnings
 from collections.abc import Sequence
 
 from longread import __version__
-from longread.cli import convert, evaluate, generate, prepare, read, train
+from longread.cli import bench, convert, evaluate, generate, judge, needle, prepare, read, train
 from longread.config import UserError
 
-_COMMANDS = (prepare, train, read, generate, evaluate, convert)
+_COMMANDS = (prepare, train, read, generate, evaluate, needle, judge, convert, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

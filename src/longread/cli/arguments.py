@@ -22,6 +22,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
 
 
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that measures: where its figures go beside the terminal."""
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--plots", metavar="DIR", help="write PNG plots here")
+    parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
+
+
 def positive(text: str) -> int:
     """An argument that is a whole number of at least 1."""
     try:

@@ -2,6 +2,7 @@
 
 Example:
   longread evaluate runs/e2e runs/swa --data data/validation --report comparison.html
+  longread evaluate runs/e2e --data data/validation --mini-batch 32 64 128 --health --json by-mini-batch.json
 """
 
 from __future__ import annotations
@@ -9,16 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_device, positive
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from longread.cli.models import OpenModel
-    from longread.evaluate import Document
-    from longread.tokenizer import Tokenizer
+from longread.cli.arguments import add_device, add_outputs, positive
 
 NAME = "evaluate"
 
@@ -36,11 +29,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--indices", type=positive, nargs="+", default=[], metavar="I", help="single positions to report"
     )
+    parser.add_argument(
+        "--window", type=positive, nargs="+", metavar="K", help="read with these windows instead of the trained one"
+    )
+    parser.add_argument(
+        "--mini-batch", type=positive, nargs="+", metavar="M", help="and with these mini-batches; every combination"
+    )
     parser.add_argument("--batch-size", type=positive, default=8, help="documents side by side (default 8)")
     parser.add_argument("--no-control", action="store_true", help="leave out the frozen readings")
-    parser.add_argument("--json", metavar="FILE", help="write all figures here")
-    parser.add_argument("--plots", metavar="DIR", help="write PNG plots here")
-    parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
+    parser.add_argument("--health", action="store_true", help="show gradient norms, clipping and drift by position")
+    add_outputs(parser)
     add_device(parser)
 
 
@@ -48,101 +46,60 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from rich.console import Console
 
-    from longread.cli.models import open_model
+    from longread.cli.documents import read_documents
+    from longread.cli.models import open_model, read_otherwise, table_name
     from longread.cli.outputs import check_writable, stdout, write_report, write_text
-    from longread.config import UserError
-    from longread.evaluate import bin_edges, default_lengths, measure, print_tables, save_plots, summarize
+    from longread.evaluate import (
+        bin_edges,
+        default_lengths,
+        health_figures,
+        measure,
+        print_figures,
+        print_tables,
+        save_charts,
+        save_plots,
+        summarize,
+    )
 
     check_writable(options.json, options.report)
     measurements, lengths, console = [], options.lengths, Console(stderr=True)
-    names = [Path(path).name for path in options.models]
     for path in options.models:
-        opened = open_model(path, options.device)
-        name = opened.name if names.count(opened.name) == 1 else path
-        documents = _documents(options, opened)
-        if not documents:
-            raise UserError(f"no document has {options.min_tokens} tokens; lower --min-tokens or give longer texts")
+        opened = open_model(path, options.device)._replace(name=table_name(path, options.models))
+        documents = read_documents(
+            options.data, opened, first=options.documents, min_tokens=options.min_tokens, max_tokens=options.max_tokens
+        )
         if lengths is None:
             lengths = default_lengths(max(len(document.tokens) for document in documents) - 1)
         edges = bin_edges(lengths, options.indices)
-        learns = opened.model.config.num_suffix_blocks > 0
-        for learn in (True, False) if learns and not options.no_control else (learns,):
-            with console.status(f"{path}: reading {len(documents)} documents {'learning' if learn else 'frozen'}"):
-                measurements.append(
-                    measure(
-                        name,
-                        opened.model,
-                        opened.inner,
-                        documents,
-                        edges,
-                        learn=learn,
-                        batch_size=options.batch_size,
-                        bos_id=opened.tokenizer.bos_id,
+        for variant in read_otherwise(opened, options.window, options.mini_batch):
+            learns = variant.model.config.num_suffix_blocks > 0
+            for learn in (True, False) if learns and not options.no_control else (learns,):
+                way = "learning" if learn else "frozen"
+                with console.status(f"{variant.name}: reading {len(documents)} documents {way}"):
+                    measurements.append(
+                        measure(
+                            variant.name,
+                            variant.model,
+                            variant.inner,
+                            documents,
+                            edges,
+                            learn=learn,
+                            batch_size=options.batch_size,
+                            bos_id=variant.tokenizer.bos_id,
+                            close=options.health,
+                        )
                     )
-                )
     evaluation = summarize(measurements, lengths=lengths or (), indices=options.indices)
     print_tables(evaluation, stdout())
+    health = health_figures(evaluation) if options.health else None
+    if health:
+        print_figures(health, stdout())
     if options.json:
         write_text(options.json, json.dumps(evaluation.as_json(), indent=2) + "\n")
     if options.plots:
         save_plots(evaluation, Path(options.plots))
+        save_charts(health.charts if health else [], Path(options.plots))
     if options.report:
-        write_report(
-            options.report, evaluation, title="Evaluation", lead=", ".join(options.models) + f" on {options.data[0]}."
-        )
+        lead = ", ".join(options.models) + f" on {options.data[0]}."
+        write_report(options.report, evaluation, title="Evaluation", lead=lead, more=health)
     return 0
-
-
-def _documents(options: argparse.Namespace, opened: OpenModel) -> list[Document]:
-    """What is to be read, in the tokens of one model."""
-    from longread.evaluate import Document
-
-    found = _of_dataset(options.data[0], opened) if len(options.data) == 1 else None
-    documents = found if found is not None else _of_texts(options.data, opened)
-    return [
-        Document(name, tokens[: options.max_tokens], None if lengths is None else lengths[: options.max_tokens])
-        for name, tokens, lengths in documents
-        if len(tokens) >= options.min_tokens
-    ][: options.documents]
-
-
-def _of_dataset(path: str, opened: OpenModel) -> list[Document] | None:
-    """The documents of a data set; None if there is none at `path`."""
-    from longread.config import UserError
-    from longread.data import TokenDataset
-    from longread.evaluate import Document
-
-    if not (Path(path) / "index.json").is_file():
-        return None
-    dataset = TokenDataset.open(path)
-    if dataset.tokenizer_fingerprint not in (None, opened.tokenizer.fingerprint):
-        raise UserError(f"{path} was prepared with another tokenizer than {opened.name}; give the texts themselves")
-    documents = []
-    for i in range(dataset.num_documents):
-        tokens = dataset.document(i)
-        documents.append(Document(dataset.document_name(i), tokens, _byte_lengths(tokens, opened.tokenizer)))
-    return documents
-
-
-def _byte_lengths(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray | None:
-    """UTF-8 bytes that each token covers; None where the text cannot be told from the tokens."""
-    import numpy as np
-
-    ids = tokens.tolist()
-    bos = ids[:1] if ids[:1] == [tokenizer.bos_id] else []
-    again, lengths = tokenizer.encode_with_bytes(tokenizer.decode(ids[len(bos) :]))
-    return np.array([0] * len(bos) + lengths) if bos + again == ids else None
-
-
-def _of_texts(paths: list[str], opened: OpenModel) -> list[Document]:
-    import numpy as np
-
-    from longread.data import read_texts
-    from longread.evaluate import Document
-
-    bos = [] if opened.tokenizer.bos_id is None else [opened.tokenizer.bos_id]
-    documents = []
-    for i, text in enumerate(read_texts(paths)):
-        ids, byte_lengths = opened.tokenizer.encode_with_bytes(text)
-        documents.append(Document(f"text {i + 1}", np.array(bos + ids), np.array([0] * len(bos) + byte_lengths)))
-    return documents

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +25,12 @@ class OpenModel(NamedTuple):
     inner: InnerConfig
     tokenizer: Tokenizer
     fingerprint: str
+
+
+def table_name(path: str, paths: Sequence[str]) -> str:
+    """What a model is called in tables: its directory's name, or the whole path where several end alike."""
+    name = Path(path).name or path
+    return name if [Path(other).name or other for other in paths].count(name) == 1 else path
 
 
 def open_model(path: str, device: str) -> OpenModel:
@@ -47,3 +56,31 @@ def open_model(path: str, device: str) -> OpenModel:
         )
     loaded.model.requires_grad_(False)
     return OpenModel(Path(path).name or path, loaded.model, loaded.inner, tokenizer, loaded.fingerprint)
+
+
+def read_otherwise(
+    opened: OpenModel, windows: Sequence[int] | None, mini_batches: Sequence[int] | None
+) -> list[OpenModel]:
+    """The same weights read with each given window and mini-batch size, every combination, and called after them.
+
+    Both say how a text is read and shape no weight. But a model is trained for its own, so such readings show what
+    the choice does at reading time, not what a model trained with it would do.
+
+    Raises:
+        UserError: the model has no window, or no mini-batches, that could be changed.
+    """
+    config = opened.model.config
+    if windows and all(config.window_of(block) is None for block in range(config.num_blocks)):
+        raise UserError(f"{opened.name} has full attention in every block; leave it out, or leave out --window")
+    if mini_batches and not config.num_suffix_blocks and config.mixer != "ttt_kvb":
+        raise UserError(f"{opened.name} learns nothing while it reads; leave it out, or leave out --mini-batch")
+    if not windows and not mini_batches:
+        return [opened]
+    variants = []
+    for K, M in itertools.product(windows or [config.window_size], mini_batches or [config.mini_batch_size]):
+        model = Transformer(dataclasses.replace(config, window_size=K, mini_batch_size=M))
+        model.load_state_dict(opened.model.state_dict(), assign=True)
+        model.compute_dtype = opened.model.compute_dtype
+        name = opened.name + (f", window {K}" if windows else "") + (f", mini-batch {M}" if mini_batches else "")
+        variants.append(opened._replace(name=name, model=model.requires_grad_(False)))
+    return variants

@@ -13,7 +13,7 @@ from longread.config import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longread.evaluate import Evaluation
+    from longread.evaluate import Evaluation, Figures
 
 
 def stdout() -> Console:
@@ -52,6 +52,17 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def show_figures(figures: Figures, plots: str | None, report: str | None, *, title: str, lead: str) -> None:
+    """Prints the tables, and writes plots and page where they are wanted."""
+    from longread.evaluate import figures_page, print_figures, save_charts
+
+    print_figures(figures, stdout())
+    if plots:
+        save_charts(figures.charts, Path(plots))
+    if report:
+        write_text(report, figures_page(figures, title=title, lead=lead))
+
+
 def write_report(
     path: str | Path,
     evaluation: Evaluation,
@@ -59,8 +70,10 @@ def write_report(
     title: str,
     lead: str,
     training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    more: Figures | None = None,
 ) -> None:
     """Writes the HTML page of an evaluation."""
-    from longread.evaluate import html_report
+    from longread.evaluate import html_report, html_sections
 
-    write_text(path, html_report(evaluation, title=title, lead=lead, training=training))
+    sections = html_sections(more) if more else ()
+    write_text(path, html_report(evaluation, title=title, lead=lead, training=training, more=sections))

@@ -86,13 +86,21 @@ class _Reader:
     def read(self, ids: list[int], byte_lengths: list[int]) -> None:
         import numpy as np
 
-        started = time.perf_counter()
-        nll = self.session.read(ids)
+        from longread.evaluate import settle
+
+        started, position = time.perf_counter(), self.session.position
+        nll = self.session.read(ids).double().cpu().numpy()
         self.measurement.seconds += time.perf_counter() - started
         self.measurement.tokens += len(ids)
-        self.measurement.losses[0].add(nll.double().cpu().numpy(), np.array(byte_lengths))
-        self.measurement.inner_steps.add(self.session.inner_grad_norms.double().cpu().numpy())
-        self.measurement.drift[self.session.position] = [self.session.drift()]
+        norms = self.session.inner_grad_norms.double().cpu().numpy()
+        M = self.session.model.config.mini_batch_size
+        nll, found = settle("the text", nll, np.ones(len(ids), dtype=bool), norms, start=position, M=M)
+        if found and not self.measurement.diverged:
+            self.measurement.diverged.append(found)
+        self.measurement.losses[0].add(nll, np.array(byte_lengths))
+        self.measurement.inner_steps.add(norms)
+        if math.isfinite(drift := self.session.drift()):
+            self.measurement.drift[self.session.position] = [drift]
 
 
 def _readers(opened: OpenModel, options: argparse.Namespace) -> list[_Reader]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ import numpy as np
 from longread.config import UserError
 from longread.data.locate import Source, locate
 from longread.data.shards import VALIDATION, Documents, ShardWriter, TokenDataset, read_index
-from longread.data.sources import Document, TokenArray, read_documents
+from longread.data.sources import PIECE_CHARACTERS, Document, TokenArray, read_documents
 from longread.data.staging import staged_directory
 
 SHARD_TOKENS = 1 << 27
+BATCH_CHARACTERS = PIECE_CHARACTERS * max(1, min(32, (os.cpu_count() or 1) // 2))
+"""Text that is encoded at a time, so that a tokenizer can use every core; memory is bounded by it."""
 
 
 class TextEncoder(Protocol):
@@ -33,7 +36,7 @@ class TextEncoder(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def save(self, directory: Path) -> None: ...
 
@@ -113,6 +116,14 @@ def read_texts(
             yield from document.pieces
 
 
+class _Piece(NamedTuple):
+    """A part of a document's text; `first` where it begins."""
+
+    document: Document
+    first: bool
+    text: str
+
+
 @dataclass
 class _Preparation:
     """The running state: which split the current document goes to, and the counts."""
@@ -128,20 +139,28 @@ class _Preparation:
     num_bytes: int = 0
 
     def __post_init__(self) -> None:
+        self._waiting: list[_Piece] = []
+        self._characters = 0
         self.writer = self.train
         self.writers = [self.train] if self.validation is None else [self.train, self.validation]
 
     def read(self, source: Source) -> None:
         if source.kind == "array":
+            self._encode()
             for run in TokenArray(source.name).runs(self.bos_id):
                 if run.first:
                     self._begin(source.name, run.row, run.tokens.tobytes())
                 self._add(source.name, run.tokens, None)
         elif self.tokenizer is not None:
             for document in read_documents(source, self.text_field, self.skipped):
-                self._read_text(document, self.tokenizer)
+                for i, text in enumerate(document.pieces):
+                    self._waiting.append(_Piece(document, i == 0, text))
+                    self._characters += len(text)
+                    if self._characters >= BATCH_CHARACTERS:
+                        self._encode()
 
     def finish(self, documents: Documents) -> None:
+        self._encode()
         if not any(writer.num_documents for writer in self.writers):
             skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
             raise UserError(f"there is no text in the sources ({skipped or 'nothing found'}); give UTF-8 text")
@@ -161,21 +180,26 @@ class _Preparation:
                 self.tokenizer.save(writer.directory)
             writer.finish(facts)
 
-    def _read_text(self, document: Document, tokenizer: TextEncoder) -> None:
-        begun = False
-        for piece in document.pieces:
-            ids = tokenizer.encode(piece)
-            if not begun:
-                if len(ids) < 2:
-                    if document.named:
-                        raise UserError(f"{document.source} has {len(ids)} tokens of text; give at least 2")
-                    self.skipped["too short"] += 1
-                    return
-                begun = True
-                self._begin(document.source, document.row, piece.encode())
-                if self.bos_id is not None:
-                    ids = [self.bos_id, *ids]
-            self._add(document.source, np.array(ids, dtype=np.int64), len(piece.encode()))
+    def _encode(self) -> None:
+        """Writes what waits."""
+        pieces, self._waiting, self._characters = self._waiting, [], 0
+        if self.tokenizer is None or not pieces:
+            return
+        for piece, ids in zip(pieces, self.tokenizer.encode_batch([piece.text for piece in pieces]), strict=True):
+            self._add_text(piece, ids)
+
+    def _add_text(self, piece: _Piece, ids: list[int]) -> None:
+        document = piece.document
+        if piece.first:
+            if len(ids) < 2:  # then it is all of the document
+                if document.named:
+                    raise UserError(f"{document.source} has {len(ids)} tokens of text; give at least 2")
+                self.skipped["too short"] += 1
+                return
+            self._begin(document.source, document.row, piece.text.encode())
+            if self.bos_id is not None:
+                ids = [self.bos_id, *ids]
+        self._add(document.source, np.array(ids, dtype=np.int64), len(piece.text.encode()))
 
     def _begin(self, source: str, row: int | None, start: bytes) -> None:
         self.writer = self.train

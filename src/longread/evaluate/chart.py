@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+
+from longread.evaluate.estimate import Estimate
 
 WIDTH, HEIGHT = 860, 360
 LEFT, RIGHT, TOP, BOTTOM = 56, 190, 16, 48
@@ -23,9 +25,17 @@ class Line:
     dashed: bool = False
 
 
+def estimate_line(label: str, points: Sequence[tuple[float, Estimate]], color: int, dashed: bool) -> Line:
+    """A series of estimates; the band is drawn where every point has an interval."""
+    band = [(loss.low, loss.high) for _, loss in points if loss.low is not None and loss.high is not None]
+    return Line(
+        label, [(x, loss.mean) for x, loss in points], band if len(band) == len(points) else None, color, dashed
+    )
+
+
 def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str, log_x: bool = True) -> str:
     """Draws the lines with direct labels at their ends; every point carries its numbers as a tooltip."""
-    lines = [line for line in lines if line.points]
+    lines = [finite for line in lines if (finite := _finite(line)).points]
     if not lines:
         return ""
     xs = [x for line in lines for x, _ in line.points]
@@ -55,6 +65,13 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str,
             )
     parts.extend(_end_labels(lines, scale))
     return "\n".join([*parts, "</svg>"])
+
+
+def _finite(line: Line) -> Line:
+    """Without the points at infinity, where a reading has diverged."""
+    kept = [i for i, (_, y) in enumerate(line.points) if math.isfinite(y)]
+    band = None if line.band is None else [line.band[i] for i in kept]
+    return replace(line, points=[line.points[i] for i in kept], band=band)
 
 
 class _Scale:

@@ -47,12 +47,25 @@ def ratio(amounts: np.ndarray, sizes: np.ndarray) -> Estimate | None:
     if not n:
         return None
     mean = float(amounts.sum() / sizes.sum())
-    if n == 1:
-        return Estimate(mean, None, None, 1)
+    if n == 1 or not math.isfinite(mean):
+        return Estimate(mean, None, None, n)
     residuals = amounts - mean * sizes
     error = math.sqrt(n / (n - 1) * float(residuals @ residuals)) / float(sizes.sum())
     reach = student_quantile(n - 1) * error
     return Estimate(mean, mean - reach, mean + reach, n)
+
+
+def wilson(successes: int, n: int) -> Estimate | None:
+    """A share with Wilson's interval (E. B. Wilson, 1927), which holds for few trials and near 0 and 1; None if n is 0.
+
+    The interval is not symmetric, and never empty: 0 of 20 is 0 with an upper end of 0.16.
+    """
+    if not n:
+        return None
+    z, p = NormalDist().inv_cdf(0.975), successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Estimate(p, max(0.0, min(p, centre - reach)), min(1.0, max(p, centre + reach)), n)
 
 
 def student_quantile(freedom: int) -> float:

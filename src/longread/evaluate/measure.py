@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from longread.config import InnerConfig, UserError
+from longread.evaluate.health import Divergence, InnerSteps, StepsByPosition, settle
 from longread.evaluate.positions import PositionLoss
 from longread.inner_loop import begin, read
 from longread.model import Transformer
 
 TOKENS_PER_CALL = {"cpu": 1024, "cuda": 32_768}
 """Of each document; on a GPU long pieces are read as CUDA graphs."""
+CLOSE_TOKENS = 1024
+"""Where the drift is to be known at many positions, on any device."""
 
 
 class Document(NamedTuple):
@@ -25,25 +29,6 @@ class Document(NamedTuple):
     name: str
     tokens: np.ndarray
     byte_lengths: np.ndarray | None = None
-
-
-@dataclass(slots=True)
-class InnerSteps:
-    """Running health of the inner loop: how large its gradients are and how many of them were clipped."""
-
-    clip: float | None
-    count: int = 0
-    clipped: int = 0
-    total: float = 0.0
-    largest: float = 0.0
-
-    def add(self, norms: np.ndarray) -> None:
-        """Takes the gradient norms of the next inner steps, any shape."""
-        if norms.size:
-            self.count += norms.size
-            self.total += float(norms.sum())
-            self.largest = max(self.largest, float(norms.max()))
-            self.clipped += 0 if self.clip is None else int((norms > self.clip).sum())
 
 
 @dataclass(slots=True)
@@ -56,6 +41,8 @@ class Measurement:
     inner_steps: InnerSteps
     num_parameters: int = 0
     num_fast_weights: int = 0
+    steps_by_position: StepsByPosition | None = None
+    diverged: list[Divergence] = field(default_factory=list)
     drift: dict[int, list[float]] = field(default_factory=dict)
     """Tokens read -> one relative distance of the fast weights from where they began per document."""
     tokens: int = 0
@@ -78,12 +65,14 @@ def measure(
     learn: bool,
     batch_size: int = 8,
     bos_id: int | None = None,
+    close: bool = False,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Measurement:
     """Reads every document once, several side by side.
 
     Documents of one batch are padded at the end with targets that count for nothing, so each gets exactly the
-    losses it has alone. A token equal to `bos_id` is not scored, as in training.
+    losses it has alone. A token equal to `bos_id` is not scored, as in training. A loss that is not finite counts as
+    infinite. `close` measures the drift at M times powers of two and every 1024 tokens.
 
     Raises:
         UserError: a document holds a token that the model does not know.
@@ -95,13 +84,14 @@ def measure(
         InnerSteps(inner.clip),
         model.config.num_parameters,
         model.config.num_fast_weights,
+        StepsByPosition(inner.clip, model.config.mini_batch_size),
     )
     for document in documents:
         check_vocabulary(document, model.config.vocab_size)
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].tokens))
     started = time.perf_counter()
     for first in range(0, len(order), batch_size):
-        _read_batch(result, model, inner, documents, order[first : first + batch_size], bos_id, on_tokens)
+        _read_batch(result, model, inner, documents, order[first : first + batch_size], bos_id, close, on_tokens)
     result.seconds = time.perf_counter() - started
     return result
 
@@ -122,12 +112,12 @@ def _read_batch(
     documents: Sequence[Document],
     members: list[int],
     bos_id: int | None,
+    close: bool,
     on_tokens: Callable[[int], None] | None,
 ) -> None:
     device = next(model.parameters()).device
     lengths = np.array([len(documents[i].tokens) for i in members])
     M = model.config.mini_batch_size
-    stride = max(M, TOKENS_PER_CALL.get(device.type, 1024) // M * M)
     tokens = np.zeros((len(members), int(lengths.max())), dtype=np.int64)
     for row, i in enumerate(members):
         tokens[row, : lengths[row]] = documents[i].tokens
@@ -136,8 +126,11 @@ def _read_batch(
         scored &= tokens != bos_id
     state = begin(model, len(members))
     origin = [tensor for block in state.fast for tensor in block]
-    for start in range(0, tokens.shape[1], stride):
-        span = slice(start, start + stride)
+    broken: set[int] = set()
+    for start, end in pairwise(
+        _cuts(tokens.shape[1], M, CLOSE_TOKENS if close else TOKENS_PER_CALL.get(device.type, 1024), close)
+    ):
+        span = slice(start, end)
         chunk, mask = torch.from_numpy(tokens[:, span]).to(device), torch.from_numpy(scored[:, span]).to(device)
         reading = read(model, state, chunk, inner=inner, learn=result.learn, loss_mask=mask)
         state = reading.state
@@ -150,15 +143,29 @@ def _read_batch(
             if not present:
                 continue
             byte_lengths = documents[i].byte_lengths
-            result.losses[i].add(nll[row, :present], None if byte_lengths is None else byte_lengths[span])
+            own = norms[row, : max(0, max(0, lengths[row] - 1) // M - steps_before)] if result.learn else norms[row, :0]
+            losses, found = settle(documents[i].name, nll[row], scored[row, span], own, start=start, M=M)
+            if found and i not in broken:
+                broken.add(i)
+                result.diverged.append(found)
+            result.losses[i].add(losses[:present], None if byte_lengths is None else byte_lengths[span])
             result.tokens += present
-            if result.learn:
-                own_steps = max(0, lengths[row] - 1) // M - steps_before
-                result.inner_steps.add(norms[row, : max(0, own_steps)])
-            if drift is not None and present == chunk.shape[1]:
+            result.inner_steps.add(own)
+            if result.steps_by_position is not None:
+                result.steps_by_position.add(own, steps_before)
+            if drift is not None and present == chunk.shape[1] and np.isfinite(drift[row]):
                 result.drift.setdefault(start + present, []).append(float(drift[row]))
         if on_tokens:
             on_tokens(int(np.clip(lengths - start, 0, chunk.shape[1]).sum()))
+
+
+def _cuts(total: int, M: int, tokens: int, close: bool) -> list[int]:
+    """Where pieces of about `tokens` begin and end: at borders of mini-batches; `close`: also early on."""
+    stride = max(M, tokens // M * M)
+    cuts = {0, total, *range(stride, total, stride)}
+    if close:
+        cuts |= {cut for k in range(20) if (cut := M << k) < min(stride, total)}
+    return sorted(cuts)
 
 
 def _drift(origin: list[torch.Tensor], now: list[torch.Tensor]) -> np.ndarray:

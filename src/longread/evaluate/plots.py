@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from math import sqrt
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from longread.config import UserError
-from longread.evaluate.summary import Evaluation
+from longread.evaluate.chart import Line, estimate_line
+from longread.evaluate.estimate import Estimate
+from longread.evaluate.figures import Chart, colors
+from longread.evaluate.summary import Evaluation, Result
 
 
 def save_plots(evaluation: Evaluation, directory: Path) -> list[Path]:
@@ -16,44 +19,52 @@ def save_plots(evaluation: Evaluation, directory: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is not installed, or the directory cannot be written.
     """
+    color = colors([result.model for result in evaluation.results])
+    by_position, by_length = [], []
+    for result in evaluation.results:
+
+        def line(points: Sequence[tuple[float, Estimate]], result: Result = result) -> Line:
+            return estimate_line(result.label, points, color[result.model], result.reading == "frozen")
+
+        by_position.append(
+            line([(math.sqrt(max(row.start, 8) * row.end), row.score.nats_per_token) for row in result.curve])
+        )
+        by_length.append(line([(row.context_length, row.score.nats_per_token) for row in result.by_context_length]))
+    charts = [Chart("loss_by_position", "", "position, tokens", "nats per token", by_position)]
+    if any(line.points for line in by_length):
+        charts.append(Chart("loss_by_context_length", "", "context length T, tokens", "nats per token", by_length))
+    return save_charts(charts, directory)
+
+
+def save_charts(charts: Sequence[Chart], directory: Path) -> list[Path]:
+    """Writes each chart as `<name>.png`. Raises `UserError` as `save_plots` does."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('plots need matplotlib; install it with: pip install "longread[plots]"') from None
-
-    def draw(name: str, x_label: str, series: list[tuple[str, bool, int, list[Any]]]) -> Path:
+    paths = []
+    for chart in charts:
         figure = Figure(figsize=(7, 4), dpi=160, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        for label, dashed, color, rows in series:
-            xs = [x for x, _ in rows]
-            line = "--" if dashed else "-"
-            axes.plot(xs, [loss.mean for _, loss in rows], label=label, marker=".", color=f"C{color}", linestyle=line)
-            if all(loss.low is not None for _, loss in rows):
-                low, high = [loss.low for _, loss in rows], [loss.high for _, loss in rows]
-                axes.fill_between(xs, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
-        axes.set_xscale("log", base=2)
+        for line in chart.lines:
+            xs, style, color = [x for x, _ in line.points], "--" if line.dashed else "-", f"C{line.color}"
+            axes.plot(xs, [y for _, y in line.points], label=line.label, marker=".", color=color, linestyle=style)
+            if line.band:
+                low, high = zip(*line.band, strict=True)
+                axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+        if chart.log_x:
+            axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axes.set(xlabel=x_label, ylabel="nats per token")
+        axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-        path = directory / name
+        path = directory / f"{chart.name}.png"
         try:
             directory.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-        return path
-
-    models = list(dict.fromkeys(result.model for result in evaluation.results))
-    by_position, by_length = [], []
-    for result in evaluation.results:
-        style = (result.label, result.reading == "frozen", models.index(result.model))
-        curve = [(sqrt(max(row.start, 8) * row.end), row.score.nats_per_token) for row in result.curve]
-        by_position.append((*style, curve))
-        by_length.append((*style, [(row.context_length, row.score.nats_per_token) for row in result.by_context_length]))
-    paths = [draw("loss_by_position.png", "position, tokens", by_position)]
-    if any(rows for *_, rows in by_length):
-        paths.append(draw("loss_by_context_length.png", "context length T, tokens", by_length))
+        paths.append(path)
     return paths

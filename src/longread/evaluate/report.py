@@ -19,23 +19,31 @@ def html_report(
     title: str,
     lead: str = "",
     training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    more: Sequence[str] = (),
 ) -> str:
     """Renders the whole page.
 
     Args:
         lead: a sentence or two under the title; plain text.
+        more: ready sections, before the table of models.
         training: per model, (step, training loss) points for a chart of the runs that made the models.
     """
-    style = files("longread.evaluate").joinpath("report.css").read_text(encoding="utf-8")
     sections = [
         _tiles(evaluation),
         _positions(evaluation),
         _context_lengths(evaluation),
         _training(evaluation, training or {}),
         _inner_loop(evaluation),
+        *more,
         _models(evaluation),
         _notes(evaluation),
     ]
+    return html_page(sections, title=title, lead=lead)
+
+
+def html_page(sections: Sequence[str], *, title: str, lead: str) -> str:
+    """The page around ready sections, its style included; an empty section is left out."""
+    style = files("longread.evaluate").joinpath("report.css").read_text(encoding="utf-8")
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from longread.evaluate.estimate import Estimate, ratio
+from longread.evaluate.health import Divergence, Health, health
 from longread.evaluate.measure import Measurement
 from longread.evaluate.positions import PositionLoss, octaves
 
@@ -47,18 +48,6 @@ class LengthScore:
 
 
 @dataclass(frozen=True, slots=True)
-class Health:
-    """The inner loop: gradient norms, share of clipped steps, relative drift of the fast weights."""
-
-    steps: int
-    mean_gradient_norm: float
-    largest_gradient_norm: float
-    clipped_share: float
-    drift: list[tuple[int, float]]
-    """(tokens read, mean over documents of ‖W - W_0‖ / ‖W_0‖)"""
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
     """What one model achieved in one way of reading: learning, frozen, or static (it has no fast weights)."""
 
@@ -77,6 +66,8 @@ class Result:
     by_context_length: list[LengthScore]
     at_index: list[PositionScore]
     health: Health | None
+    diverged: list[Divergence]
+    """Documents whose losses are infinite from some position on."""
 
     @property
     def label(self) -> str:
@@ -96,7 +87,7 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`: no NaN, no infinity."""
         table: dict[str, Any] = {"format": FORMAT, "confidence": 0.95, "unit_of_sampling": "document"}
-        return _finite(table | asdict(self))
+        return finite(table | asdict(self))
 
 
 def summarize(
@@ -117,8 +108,21 @@ def summarize(
     first = measurements[0].losses if measurements else []
     num_bytes = int(sum(loss.bytes.sum() for loss in first))
     return Evaluation(
-        results, len(first), sum(loss.tokens_read for loss in first), num_bytes or None, notes=list(notes)
+        results,
+        len(first),
+        sum(loss.tokens_read for loss in first),
+        num_bytes or None,
+        [*notes, *_divergences(results)],
     )
+
+
+def _divergences(results: Sequence[Result]) -> list[str]:
+    return [
+        f"{result.label}: {len(result.diverged)} of the readings were no longer finite, the first {first}; losses from "
+        "there on count as infinite."
+        for result in results
+        if (first := min(result.diverged, key=lambda found: found.position, default=None))
+    ]
 
 
 def default_lengths(longest: int, smallest: int = 1024) -> list[int]:
@@ -150,7 +154,8 @@ def _result(m: Measurement, frozen: Measurement | None, lengths: Sequence[int], 
             score for T in sorted(lengths) if (score := _at_length(m.losses, frozen.losses if frozen else None, T))
         ],
         at_index=_by_position(m.losses, [(i, i + 1) for i in indices], longest),
-        health=_health(m) if m.reading == "learning" else None,
+        health=health(m.inner_steps, m.steps_by_position, m.drift) if m.reading == "learning" else None,
+        diverged=m.diverged,
     )
 
 
@@ -191,22 +196,10 @@ def _at_length(losses: Sequence[PositionLoss], frozen: Sequence[PositionLoss] | 
     return LengthScore(T, whole, last, gain)
 
 
-def _health(m: Measurement) -> Health:
-    steps = m.inner_steps
-    powers = [position for position in sorted(m.drift) if position & (position - 1) == 0]
-    shown = powers or sorted(m.drift)[-1:]
-    return Health(
-        steps=steps.count,
-        mean_gradient_norm=steps.total / max(1, steps.count),
-        largest_gradient_norm=steps.largest,
-        clipped_share=steps.clipped / max(1, steps.count),
-        drift=[(position, float(np.mean(m.drift[position]))) for position in shown],
-    )
-
-
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data as JSON knows it: numbers that are not finite become None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

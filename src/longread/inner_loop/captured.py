@@ -1,12 +1,15 @@
-"""Long readings on a GPU: some mini-batches at a time are one replay of a CUDA graph.
+"""Long readings on a GPU, as replays of CUDA graphs.
 
 The state moves into places of its own: the fast weights, and for each attention a strip of K + R tokens. Mini-batch
 after mini-batch appends its keys and values to the strips, and sees the K tokens before, or the fewer that there are;
 when they are full, the newest K move to the front. As a graph fixes addresses and shapes, there is one for each place
-in the strip where it can begin, and for each past of a window that is not full yet, all in one pool of memory. The
-lower half of the network runs over all mini-batches of a graph at once: longer products are faster.
+in the strip where it can begin, and for each past of a window that is not full yet, all in one pool of memory.
 
-The first ones are also computed without a graph, and a graph that scores them differently is not used.
+A long graph holds several stretches of mini-batches, what is left over is read one mini-batch a graph. The lower half
+of the network runs over a whole stretch at once, on a stream of its own: while the upper half is busy with the
+mini-batches of one stretch, it is already at the next, and fills what small products leave of the processors.
+
+The first graph of each length is also computed without capture, and a graph that scores differently is not used.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop.state import ReadingState
-from longread.inner_loop.step import Carry, from_matrices, inner_step, matrices
+from longread.inner_loop.step import from_matrices, inner_gradient, matrices
 from longread.model import Past, Transformer
+from longread.ops.clipped_sgd import clipped_sgd_
 
-MINI_BATCHES = 4
-"""In one graph."""
+STRETCH = 2048
+"""Tokens for which the lower half runs at once, or one mini-batch if that is longer."""
+STRETCHES = 4
+"""In a long graph."""
 TOLERANCE = 0.05
 """Nats by which a replayed score may differ from a plain one: the same kernels in the same order."""
 
@@ -39,15 +45,27 @@ class _Found(NamedTuple):
     output: Tensor
 
 
+class _Place(NamedTuple):
+    """Where a graph begins."""
+
+    tokens: int
+    """That it reads."""
+    first: int
+    """In the strips; the tokens lie at first + K."""
+    past: int
+    """Tokens that the first of them can see, at most K."""
+
+
 class CapturedReader:
-    """Reads B sequences, `MINI_BATCHES` at a time."""
+    """Reads B sequences, one mini-batch or several stretches of them at a time."""
 
     def __init__(self, model: Transformer, batch_size: int, inner: InnerConfig) -> None:
         config = model.config
         self._model, self.inner = weakref.ref(model), inner  # `_READERS` would keep the model alive otherwise
         self.M, self.K = config.mini_batch_size, config.window_size
-        self.tokens = MINI_BATCHES * self.M
-        self.room = math.ceil(self.K / self.tokens) * self.tokens
+        self.stretch = self.M * math.ceil(STRETCH / self.M)
+        self.long = STRETCHES * self.stretch
+        self.room = max(self.long, self.M * math.ceil(self.K / self.M))
         like = torch.empty(0, device=model.device, dtype=model.dtype)
         shape = batch_size, self.K + self.room, config.num_heads, config.head_dim
         # token by token in memory: what is appended or moved is one piece
@@ -55,12 +73,13 @@ class CapturedReader:
             Past(like.new_zeros(shape).transpose(1, 2), like.new_zeros(shape).transpose(1, 2))
             for _ in range(config.num_blocks)
         ]
-        self._tokens = torch.zeros(batch_size, self.tokens + 1, dtype=torch.long, device=model.device)
-        self._mask = torch.ones(batch_size, self.tokens, dtype=torch.bool, device=model.device)
+        self._tokens = torch.zeros(batch_size, self.long + 1, dtype=torch.long, device=model.device)
+        self._mask = torch.ones(batch_size, self.long, dtype=torch.bool, device=model.device)
         self._position = torch.zeros((), dtype=torch.float64, device=model.device)
         initial = matrices(model.initial_fast_weights(batch_size))
         self._fast = [torch.empty_like(w.detach(), memory_format=torch.contiguous_format) for w in initial]
-        self._captures: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, _Found]] = {}
+        self._working = [w.to(model.dtype) for w in self._fast]
+        self._captures: dict[_Place, tuple[torch.cuda.CUDAGraph, _Found]] = {}
         self._pool: Any = None
         self.weights_at = model.embedding.weight.data_ptr()
         self.usable = True
@@ -73,36 +92,39 @@ class CapturedReader:
         return model
 
     def read(self, state: ReadingState, tokens: Tensor, mask: Tensor) -> tuple[ReadingState, Tensor, Tensor] | None:
-        """Reads `self.tokens` · n tokens, and one that is only a target; the mask has none for the first token.
+        """Reads M · n tokens, and one that is only a target; the mask has none for the first token.
 
         Returns:
             the state after them, their nll, and the norms of the steps' gradients; None if the captured graph has
             turned out to compute something else.
         """
         past = self._load(state)
-        nll, norms, first = [], [], 0
-        for done in range(0, mask.shape[1], self.tokens):
-            if first == self.room:
-                self._to_the_front()
+        nll, norms, first, done, total = [], [], 0, 0, mask.shape[1]
+        while done < total:
+            count = self.long if total - done >= self.long else self.M
+            if first + count > self.room:
+                self._to_the_front(first)
                 first = 0
-            self._tokens.copy_(tokens[:, done : done + self.tokens + 1])
-            self._mask.copy_(mask[:, done : done + self.tokens])
-            if (first, past) not in self._captures:
-                self._captures[first, past] = self._capture(first, past)
+            self._tokens[:, : count + 1].copy_(tokens[:, done : done + count + 1])
+            self._mask[:, :count].copy_(mask[:, done : done + count])
+            place = _Place(count, first, past)
+            if place not in self._captures:
+                self._captures[place] = self._capture(place)
             if not self.usable:
                 return None
-            graph, found = self._captures[first, past]
+            graph, found = self._captures[place]
             graph.replay()
             nll.append(found.nll.clone())
             norms.append(found.grad_norm.clone())
-            first, past = first + self.tokens, min(self.K, past + self.tokens)
-        after = self._state(state, self._seen(first, past), mask.shape[1], found.output)
+            done, first, past = done + count, first + count, min(self.K, past + count)
+        after = self._state(state, self._seen(first, past), total, found.output)
         return after, torch.cat(nll, 1), torch.cat(norms, 1)
 
-    def _to_the_front(self) -> None:
+    def _to_the_front(self, first: int) -> None:
         for strip in self._strips:
             for x in strip:
-                x[:, :, : self.K].copy_(x[:, :, self.room : self.room + self.K])
+                newest = x[:, :, first : first + self.K]
+                x[:, :, : self.K].copy_(newest if first >= self.K else newest.clone())
 
     def _load(self, state: ReadingState) -> int:
         """Moves a state into its places; returns the tokens of its past."""
@@ -112,8 +134,13 @@ class CapturedReader:
                 place[:, :, self.K - P : self.K].copy_(x)
         for place, w in zip(self._fast, matrices(state.fast), strict=True):
             place.copy_(w)
+        self._refresh()
         self._position.fill_(state.position)
         return P
+
+    def _refresh(self) -> None:
+        for copy, w in zip(self._working, self._fast, strict=True):
+            copy.copy_(w)
 
     def _state(self, before: ReadingState, seen: list[Past], tokens: int, output: Tensor) -> ReadingState:
         split = self.model.num_lower_attentions
@@ -129,34 +156,45 @@ class CapturedReader:
             output=output.clone(),
         )
 
-    def _compute(self, first: int, past: int) -> _Found:
-        """The mini-batches of one graph, from the strips and back into them; their tokens lie at first + K."""
-        model, M, split = self.model, self.M, self.model.num_lower_attentions
-        hidden, own = model.lower(self._tokens[:, :-1], self._seen(first, past)[:split], start=self._position)
-        self._append(self._strips[:split], own, first)
-        fast, steps = from_matrices(self._fast), []
-        for i in range(MINI_BATCHES):
-            part, place = slice(i * M, (i + 1) * M), first + i * M
-            seen = self._seen(place, min(self.K, past + i * M))[split:]
-            step = inner_step(
-                model,
-                Carry(fast, tuple(seen)),
-                hidden[:, part],
+    def _compute(self, place: _Place) -> _Found:
+        """The mini-batches of one graph, from the strips and back into them."""
+        split, upper, lower = self.model.num_lower_attentions, torch.cuda.current_stream(), torch.cuda.Stream()
+        lower.wait_stream(upper)
+        # kept to the end: memory that is free again would be used again by the other stream
+        hidden, found, norms = [], [], []
+        for begin in range(0, place.tokens, self.stretch):
+            end = min(begin + self.stretch, place.tokens)
+            with torch.cuda.stream(lower):
+                made, own = self.model.lower(
+                    self._tokens[:, begin:end], self._before(place, begin)[:split], start=self._position + begin
+                )
+                self._append(self._strips[:split], own, place.first + begin)
+            hidden.append((made, lower.record_event()))
+        for begin in range(0, place.tokens, self.M):
+            made, ready = hidden[begin // self.stretch]
+            upper.wait_event(ready)
+            offset, part = begin % self.stretch, slice(begin, begin + self.M)
+            step = inner_gradient(
+                self.model,
+                [w.detach().requires_grad_() for w in self._working],
+                self._before(place, begin)[split:],
+                made[:, offset : offset + self.M],
                 self._tokens[:, 1:][:, part],
                 self._mask[:, part],
-                start=self._position + i * M,
-                lr=self.inner.lr,
-                clip=self.inner.clip,
+                start=self._position + begin,
                 order=0,
             )
-            self._append(self._strips[split:], step.own, place)
-            fast = step.fast
-            steps.append(step)
-        for place_of, w in zip(self._fast, matrices(fast), strict=True):
-            place_of.copy_(w)
-        self._position += self.tokens
-        nll, norms = torch.cat([s.nll for s in steps], 1), torch.stack([s.grad_norm for s in steps], 1)
-        return _Found(nll, norms, steps[-1].output[:, -1])
+            self._append(self._strips[split:], step.own, place.first + begin)
+            norms.append(
+                clipped_sgd_(self._fast, step.gradients, self._working, lr=self.inner.lr, clip=self.inner.clip)
+            )
+            found.append(step)
+        self._position += place.tokens
+        return _Found(torch.cat([f.nll for f in found], 1), torch.stack(norms, 1), found[-1].output[:, -1])
+
+    def _before(self, place: _Place, tokens: int) -> list[Past]:
+        """What the token that comes so many after the first of a graph can see."""
+        return self._seen(place.first + tokens, min(self.K, place.past + tokens))
 
     def _seen(self, first: int, past: int) -> list[Past]:
         """The `past` tokens before those that will lie at first + K."""
@@ -168,25 +206,26 @@ class CapturedReader:
             for place, x in zip(strip, made, strict=True):
                 place[:, :, first + self.K : first + self.K + x.shape[2]].copy_(x)
 
-    def _capture(self, first: int, past: int) -> tuple[torch.cuda.CUDAGraph, _Found]:
-        """The graph that begins at `first` after `past` tokens; the first of all is compared with a plain run."""
+    def _capture(self, place: _Place) -> tuple[torch.cuda.CUDAGraph, _Found]:
+        """The graph of a place; the first of each length is compared with a plain run."""
         kept = [x.clone() for x in (*self._fast, self._position)]
 
         def put_back() -> None:
-            for place, x in zip((*self._fast, self._position), kept, strict=True):
-                place.copy_(x)
+            for x, before in zip((*self._fast, self._position), kept, strict=True):
+                x.copy_(before)
+            self._refresh()
 
         plain = None
-        if not self._captures:
+        if not any(place.tokens == other.tokens for other in self._captures):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                plain = self._compute(first, past).nll
+                plain = self._compute(place).nll
                 put_back()
             torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            found = self._compute(first, past)
+            found = self._compute(place)
         self._pool = self._pool or graph.pool()
         if plain is not None:
             graph.replay()
@@ -207,7 +246,9 @@ _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig], C
 def captured_reader(model: Transformer, state: ReadingState, inner: InnerConfig) -> CapturedReader | None:
     """A reader that can go on from `state`; None on a CPU, within a mini-batch, and where pasts are of odd lengths."""
     config = model.config
-    if model.device.type != "cuda" or config.attention != "window" or state.hidden.shape[1]:
+    if model.device.type != "cuda" or state.hidden.shape[1]:
+        return None
+    if (config.mixer, config.attention) != ("attention", "window"):
         return None
     lengths = {past.key.shape[2] for past in (*state.lower_pasts, *state.upper_pasts)}
     if lengths != {min(state.position, config.window_size)}:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop.captured import MINI_BATCHES, captured_reader
+from longread.inner_loop.captured import captured_reader
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import Carry, Step, inner_step
 from longread.model import Past, Transformer
 
 STRETCH = 2048
 """Tokens for which the lower half of the network runs at once, about: larger is faster, smaller is leaner."""
+GPU_STRETCH = 8192
+"""The same on a GPU where nothing is learned: fewer kernels to launch."""
 
 
 class Reading(NamedTuple):
@@ -36,7 +38,8 @@ class Reading(NamedTuple):
 
 def begin(model: Transformer, batch_size: int = 1) -> ReadingState:
     """The state of sequences that have read nothing."""
-    lower_pasts, upper_pasts = model.empty_pasts(batch_size)
+    with torch.no_grad():
+        lower_pasts, upper_pasts = model.empty_pasts(batch_size)
     fast = tuple(type(w)(*(x.detach() for x in w)) for w in model.initial_fast_weights(batch_size))
     none = torch.empty(batch_size, 0, device=model.device, dtype=model.dtype)
     return ReadingState(
@@ -118,7 +121,7 @@ class _Reader:
         while done < n:
             if self.state.hidden.shape[1] == M:
                 self._finish(tokens[:, done : done + 1], mask[:, done : done + 1])
-            whole = (n - done - 1) // (MINI_BATCHES * M) * MINI_BATCHES * M
+            whole = (n - done - 1) // M * M
             if self._replay(tokens[:, done : done + whole + 1], mask[:, done + 1 : done + whole + 1]):
                 done += whole
                 continue
@@ -151,9 +154,10 @@ class _Reader:
         """Reads without learning: no mini-batches, only stretches."""
         empty = self.state.hidden[:, :0]
         self._move(hidden=empty, targets=self.state.targets[:, :0], targets_mask=self.state.targets_mask[:, :0])
-        for first in range(0, tokens.shape[1], STRETCH):
-            part = tokens[:, first : first + STRETCH]
-            self._upper(self._lower(part), tokens[:, first + 1 : first + STRETCH + 1], keep=0)
+        stretch = GPU_STRETCH if tokens.is_cuda else STRETCH
+        for first in range(0, tokens.shape[1], stretch):
+            part = tokens[:, first : first + stretch]
+            self._upper(self._lower(part), tokens[:, first + 1 : first + stretch + 1], keep=0)
 
     def _move(self, **changes: object) -> None:
         self.state = dataclasses.replace(self.state, **changes)  # type: ignore[arg-type]

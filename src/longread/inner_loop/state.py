@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from longread.inner_loop.step import matrices
-from longread.model import FastWeights, Past
+from longread.model import FastWeights, MixerPast
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class ReadingState:
     position: int
     """Tokens read."""
     fast: FastWeights
-    lower_pasts: tuple[Past, ...]
-    upper_pasts: tuple[Past, ...]
-    """The window before the unfinished mini-batch, and the tokens in it."""
+    lower_pasts: tuple[MixerPast, ...]
+    upper_pasts: tuple[MixerPast, ...]
+    """Of attention, the window before the unfinished mini-batch, and the tokens in it; of a recurrence, its state."""
     hidden: Tensor
     """Of the unfinished mini-batch's m <= M tokens, [B, m, D], from `Transformer.lower`."""
     targets: Tensor

@@ -65,6 +65,45 @@ def from_matrices(flat: Sequence[Tensor]) -> FastWeights:
     return tuple(SwiGLU(*flat[i : i + 3]) for i in range(0, len(flat), 3))
 
 
+class InnerGradient(NamedTuple):
+    """One mini-batch scored, and the gradient of its loss; fields as in `Step`."""
+
+    gradients: tuple[Tensor, ...]
+    """With respect to the fast weights, in the order of `matrices`."""
+    own: tuple[Past, ...]
+    nll: Tensor
+    loss: Tensor
+    output: Tensor
+
+
+def inner_gradient(
+    model: Transformer,
+    working: Sequence[Tensor],
+    pasts: Sequence[Past],
+    hidden: Tensor,
+    target_ids: Tensor,
+    loss_mask: Tensor,
+    *,
+    start: int | Tensor,
+    order: int,
+) -> InnerGradient:
+    """Scores one mini-batch and takes the gradient of its loss with respect to the fast weights.
+
+    It holds everything else constant: the hidden states from below, the other parameters, and the keys and values
+    of earlier mini-batches, which lie outside its path. Args as in `inner_step`; `working` are the fast weights in
+    the type of the products, and require a gradient.
+    """
+    with torch.enable_grad():
+        output, own = model.upper(hidden, from_matrices(working), pasts, start=start, order=max(1, order))
+        nll = model.token_losses(output, target_ids)
+        loss = mini_batch_loss(nll, loss_mask)
+        gradients = torch.autograd.grad(loss.sum(), working, create_graph=order == 2, retain_graph=order > 0)
+    if order == 0:
+        output, nll, loss = output.detach(), nll.detach(), loss.detach()
+        own = tuple(made.detach() for made in own)
+    return InnerGradient(gradients, own, nll, loss, output)
+
+
 def inner_step(
     model: Transformer,
     carry: Carry,
@@ -79,9 +118,7 @@ def inner_step(
 ) -> Step:
     """Scores one mini-batch with the weights of `carry`, then takes one clipped SGD step on it.
 
-    The gradient holds everything constant but the fast weights: the hidden states from below, the other
-    parameters, and the keys and values of earlier mini-batches, which lie outside its path. With order 2 the
-    step stays differentiable with respect to all of these.
+    With order 2 the step stays differentiable with respect to all that `inner_gradient` holds constant.
 
     Args:
         hidden: [B, M, D], from `Transformer.lower`.
@@ -96,15 +133,11 @@ def inner_step(
     with torch.enable_grad():
         # the gradient is taken where the products are, in their type; the step keeps the precision of the weights
         working = [w.to(model.dtype) for w in weights]
-        output, own = model.upper(hidden, from_matrices(working), carry.pasts, start=start, order=max(1, order))
-        nll = model.token_losses(output, target_ids)
-        loss = mini_batch_loss(nll, loss_mask)
-        gradients = torch.autograd.grad(loss.sum(), working, create_graph=order == 2, retain_graph=order > 0)
+    found = inner_gradient(model, working, carry.pasts, hidden, target_ids, loss_mask, start=start, order=order)
     if order == 0:
-        output, nll, loss = output.detach(), nll.detach(), loss.detach()
-        weights, own = [w.detach() for w in weights], tuple(made.detach() for made in own)
-    new, grad_norm = clipped_sgd(weights, gradients, lr=lr, clip=clip)
-    return Step(from_matrices(new), own, nll, loss, grad_norm, output)
+        weights = [w.detach() for w in weights]
+    new, grad_norm = clipped_sgd(weights, found.gradients, lr=lr, clip=clip)
+    return Step(from_matrices(new), found.own, found.nll, found.loss, grad_norm, found.output)
 
 
 def scan(

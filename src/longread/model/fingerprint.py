@@ -10,4 +10,7 @@ from longread.model.transformer import Transformer
 
 def fingerprint_of(model: Transformer) -> str:
     """SHA-256, in hex, over the model's config and every byte of its parameters."""
-    return digest(dataclasses.asdict(model.config), model.state_dict())
+    config = dataclasses.asdict(model.config)
+    if model.config.mixer == "attention":  # as it was before there were others: files made then stay valid
+        del config["mixer"], config["binding"]
+    return digest(config, model.state_dict())

@@ -7,7 +7,7 @@ of tokens at once. `upper` is the rest: it runs mini-batch by mini-batch with th
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from longread.config import ModelConfig
 from longread.model.layers import MLP, Linear, NoNorm, RMSNorm, SwiGLU
 from longread.model.mixers.attention import Attention, Past
+from longread.model.mixers.gated_deltanet import GatedDeltaNet
+from longread.model.mixers.mamba2 import Mamba2
+from longread.model.mixers.recurrent import RecurrentMixer
+from longread.model.mixers.ttt_kvb import KeyValueBinding
 from longread.ops.cross_entropy import cross_entropy
 from longread.ops.linear import SharedWeight
 from longread.ops.rotary import rotation
@@ -22,11 +26,24 @@ from longread.ops.rotary import rotation
 FastWeights = tuple[SwiGLU, ...]
 """What one batch of sequences has learned: the matrices of each suffix block, lowest first."""
 
+MixerPast = Any
+"""Of one mixer: attention's `Past`, or the state of a recurrent one, another NamedTuple of tensors [B, ...]."""
+
 EMBEDDING_STD = 0.02
+_RECURRENT: dict[str, type[Mamba2] | type[GatedDeltaNet] | type[KeyValueBinding]] = {
+    "mamba2": Mamba2,
+    "gated_deltanet": GatedDeltaNet,
+    "ttt_kvb": KeyValueBinding,
+}
 
 
 class Block(nn.Module):
-    """Attention, then in the suffix the fast MLP, then the static MLP, each a residual sub-layer of its own."""
+    """One or two mixers, then in the suffix the fast MLP, then the static MLP, each a residual sub-layer of its own.
+
+    Each mixer has the name of its kind (`ModelConfig.mixers_of`); `mixers` are all of them in their order.
+    """
+
+    attention: Attention
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -37,10 +54,21 @@ class Block(nn.Module):
         def mlp() -> MLP:
             return MLP(config.width, config.mlp_hidden, norm(config.pre_norm), norm(config.post_norm))
 
-        self.attention = Attention(config, config.window_of(index), norm(config.pre_norm), norm(config.post_norm))
+        self._kinds = config.mixers_of(index)
+        for kind in self._kinds:
+            norms = norm(config.pre_norm), norm(config.post_norm)
+            if kind == "attention":
+                self.attention = Attention(config, config.window_of(index), *norms)
+            else:
+                setattr(self, kind, _RECURRENT[kind](config, *norms))
         if index >= config.num_prefix_blocks:
             self.fast_mlp = mlp()
         self.static_mlp = mlp()
+
+    @property
+    def mixers(self) -> list[Attention | RecurrentMixer]:
+        """The sub-layers through which tokens exchange information, in their order."""
+        return [getattr(self, kind) for kind in self._kinds]
 
 
 class Transformer(nn.Module):
@@ -72,8 +100,8 @@ class Transformer(nn.Module):
 
     @property
     def num_lower_attentions(self) -> int:
-        """Attention sub-layers that see no fast weight: the prefix and the first suffix block."""
-        return min(self.config.num_prefix_blocks + 1, self.config.num_blocks)
+        """Mixers that see no fast weight: those of the prefix and of the first suffix block."""
+        return sum(len(block.mixers) for block in (*self.prefix, *self.suffix[:1]))
 
     @property
     def head_weight(self) -> Tensor:
@@ -117,37 +145,39 @@ class Transformer(nn.Module):
         """W_0 for every sequence of a batch, as views of the parameters."""
         return tuple(block.fast_mlp.initial_weights(batch_size) for block in self.suffix)
 
-    def empty_pasts(self, batch_size: int) -> tuple[tuple[Past, ...], tuple[Past, ...]]:
-        """The pasts of sequences that begin: those of `lower`'s attentions, and those of `upper`'s."""
+    def empty_pasts(self, batch_size: int) -> tuple[tuple[MixerPast, ...], tuple[MixerPast, ...]]:
+        """The pasts of sequences that begin: those of `lower`'s mixers, and those of `upper`'s."""
         like = torch.empty(batch_size, 0, device=self.device, dtype=self.dtype)
-        pasts = tuple(block.attention.empty_past(like) for block in (*self.prefix, *self.suffix))
+        pasts = tuple(mixer.empty_past(like) for block in (*self.prefix, *self.suffix) for mixer in block.mixers)
         return pasts[: self.num_lower_attentions], pasts[self.num_lower_attentions :]
 
     def lower(
-        self, input_ids: Tensor, pasts: Sequence[Past], *, start: int | Tensor
-    ) -> tuple[Tensor, tuple[Past, ...]]:
+        self, input_ids: Tensor, pasts: Sequence[MixerPast], *, start: int | Tensor
+    ) -> tuple[Tensor, tuple[MixerPast, ...]]:
         """Everything that no fast weight touches, over tokens at positions start … start + T − 1.
 
         Args:
             input_ids: int64 [B, T].
-            pasts: one for each of the `num_lower_attentions` attentions.
+            pasts: one for each of the `num_lower_attentions` mixers.
             start: a tensor [] where it changes under a CUDA graph.
 
         Returns:
-            hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and each attention's own keys
-            and values, for `advance`.
+            hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and of each mixer what `advance`
+            needs: attention's own keys and values, a recurrence's state.
         """
         x = self.embedding(input_ids).to(self.dtype)
         turn, own = self._rotation(start, x), []
-        for block, past in zip((*self.prefix, *self.suffix[:1]), pasts, strict=True):
-            x, made = block.attention(x, past, turn=turn, order=1)
-            own.append(made)
-            if len(own) <= len(self.prefix):
+        left = iter(pasts)
+        for block in (*self.prefix, *self.suffix[:1]):
+            for mixer in block.mixers:
+                x, made = mixer(x, next(left), turn=turn, order=1)
+                own.append(made)
+            if not hasattr(block, "fast_mlp"):
                 x = block.static_mlp(x)
         return x, tuple(own)
 
     def upper(
-        self, hidden: Tensor, fast: FastWeights | None, pasts: Sequence[Past], *, start: int | Tensor, order: int
+        self, hidden: Tensor, fast: FastWeights | None, pasts: Sequence[MixerPast], *, start: int | Tensor, order: int
     ) -> tuple[Tensor, tuple[Past, ...]]:
         """The suffix above its first attention, and the final norm, with the given fast weights.
 
@@ -181,12 +211,23 @@ class Transformer(nn.Module):
         logits = output @ self.head_weight.to(output.dtype).t()
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def advance(self, pasts: Sequence[Past], own: Sequence[Past], first_block: int, extra: int = 0) -> tuple[Past, ...]:
-        """What later tokens can see of the pasts and the tokens after them: K (and `extra`) if windowed, else all."""
-        windows = (self.config.window_of(first_block + i) for i in range(len(own)))
+    def advance(
+        self, pasts: Sequence[MixerPast], own: Sequence[MixerPast], first: int, extra: int = 0
+    ) -> tuple[MixerPast, ...]:
+        """What later tokens can see of the pasts and of the tokens after them.
+
+        Of windowed attention these are K tokens (and `extra`), of full attention all; of a recurrence, its state.
+
+        Args:
+            pasts, own: one for each of as many mixers.
+            first: index of the lowest of them among all mixers.
+        """
+        mixers = [mixer for block in (*self.prefix, *self.suffix) for mixer in block.mixers]
         return tuple(
-            past.followed_by(made, None if window is None else window + extra)
-            for past, made, window in zip(pasts, own, windows, strict=True)
+            past.followed_by(made, None if mixer.window is None else mixer.window + extra)
+            if isinstance(mixer, Attention)
+            else made
+            for past, made, mixer in zip(pasts, own, mixers[first : first + len(own)], strict=True)
         )
 
 
@@ -205,3 +246,6 @@ def initialize(model: Transformer, seed: int | None = None) -> None:
         else:
             default = EMBEDDING_STD if name == "embedding.weight" else parameter.shape[1] ** -0.5
             parameter.normal_(std=std or default, generator=generator)
+    for module in model.modules():
+        if isinstance(module, RecurrentMixer):
+            module.initialize(generator)

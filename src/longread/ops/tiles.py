@@ -15,6 +15,8 @@ from torch import Tensor
 
 ELEMENTS_PER_WARP = 512
 """Elements of a tile for each warp, 16 a thread: a row of every tensor of a second derivative fits in registers."""
+FORWARD_ELEMENTS_PER_WARP = 1024
+"""A forward holds less."""
 SMALLEST_TILE = 2048
 WARPS_PER_PROCESSOR = 16
 """Of a kernel whose programs walk over many tiles; enough loads in flight to keep the memory busy."""
@@ -89,11 +91,11 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_of(row_length: int) -> Tile:
+def tile_of(row_length: int, elements_per_warp: int = ELEMENTS_PER_WARP) -> Tile:
     """The tile for rows of that length: whole rows, several where they are short."""
     width = triton.next_power_of_2(row_length)
     rows = max(1, SMALLEST_TILE // width)
-    return Tile(rows, width, max(1, min(32, rows * width // ELEMENTS_PER_WARP)))
+    return Tile(rows, width, max(1, min(32, rows * width // elements_per_warp)))
 
 
 def partial_sums(rows: Rows, tile: Tile) -> Tensor:

@@ -17,7 +17,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over all parameters of `model`; its rate is set by `update`, step by step."""
     named = dict(model.named_parameters())
-    exempt = [] if config.decay_embedding else [named.pop(_EMBEDDING)]
+    undecayed = [] if config.decay_embedding else [_EMBEDDING]
+    undecayed += [f"{place}.{name}" for place, m in model.named_modules() for name in getattr(m, "undecayed", ())]
+    exempt = [named.pop(name) for name in undecayed]
     groups = [
         {"params": list(named.values()), "weight_decay": config.weight_decay},
         {"params": exempt, "weight_decay": 0.0},

@@ -31,7 +31,7 @@ import torch
 
 from longread import checkpoint, files, record
 from longread.config import Precision, RunConfig, UserError
-from longread.data import Sampler, TokenDataset
+from longread.data import Batch, Sampler, TokenDataset
 from longread.model import Transformer, find_device, initialize
 from longread.outer_loop import choose_recompute
 from longread.train.captured import CapturedGradient
@@ -150,6 +150,7 @@ class _Run:
         self.log = record.MetricsLog(out / METRICS_FILE)
         self.step = self.saved_step = 0
         self.last_checkpoint: Path | None = None
+        self._next_batch: Batch | None = None
         self._refuse_or_clear(resume)
         self.model = self._new_model()
         if initial is not None:
@@ -186,6 +187,11 @@ class _Run:
         return model.to(self.device, torch.float64 if precision == "float64" else torch.float32)
 
     def _begin_with(self, loaded: checkpoint.LoadedModel, path: str | Path) -> None:
+        mixers = loaded.model.config.mixer, self.config.model.mixer
+        if mixers[0] != mixers[1]:
+            raise UserError(
+                f"{path} has mixer {mixers[0]} and this run has {mixers[1]}; begin with a model of its kind"
+            )
         wanted = dataclasses.asdict(self.config.model)
         for name, before, now in _differences(dataclasses.asdict(loaded.model.config), wanted):
             if name not in _MAY_CHANGE:
@@ -294,9 +300,10 @@ class _Run:
         """Takes one step and returns its row. Raises `TrainingHalted` before the weights could be spoiled."""
         started = time.monotonic()
         inner_lr = self.config.inner.lr_at(self.step)
-        batch = self.sampler.batch(self.step).to(self.device)
+        batch = (self._next_batch or self.sampler.batch(self.step)).to(self.device)
         found = self.gradient(batch, inner_lr=inner_lr)
         norm = gradient_norm(self.model.parameters())
+        self._next_batch = self.sampler.batch(self.step + 1)  # drawn while a GPU is still at work
         problem = not_finite_in(self.model, found, norm)
         if problem is not None:
             raise halt(self.config, self.step + 1, problem, self.last_checkpoint)

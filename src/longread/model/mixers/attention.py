@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from longread.config import ModelConfig
 from longread.model.layers import Linear, NoNorm, RMSNorm
 from longread.ops.attention import attention
+from longread.ops.attention.ring import ring_attention
 
 
 class Past(NamedTuple):
@@ -35,6 +36,28 @@ class Past(NamedTuple):
         return Past(self.key.detach(), self.value.detach())
 
 
+class Ring(NamedTuple):
+    """A past that decoding changes in place: token p lies in slot p mod R."""
+
+    key: Tensor
+    """[B, N, R, H]"""
+    value: Tensor
+    position: Tensor
+    """Of the next token, int64 [B]."""
+
+    def put(self, past: Past, position: int) -> None:
+        """Takes over the past of a token at `position`."""
+        for place, x in zip(self[:2], past, strict=True):
+            place.index_copy_(2, self._slots(x.shape[2], position), x)
+
+    def take(self, tokens: int, position: int) -> Past:
+        """The past of a token at `position`, so many tokens long."""
+        return Past(*(place.index_select(2, self._slots(tokens, position)) for place in self[:2]))
+
+    def _slots(self, tokens: int, position: int) -> Tensor:
+        return torch.arange(position - tokens, position, device=self.key.device).remainder(self.key.shape[2])
+
+
 class Attention(nn.Module):
     """One attention sub-layer: x + post_norm(output(attend(pre_norm(x))))."""
 
@@ -46,12 +69,13 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
         self.query_norm, self.key_norm = (RMSNorm(H, config.norm_eps) if config.qk_norm else NoNorm() for _ in range(2))
 
-    def forward(self, x: Tensor, past: Past, *, turn: Tensor, order: int) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, past: Past | Ring, *, turn: Tensor, order: int) -> tuple[Tensor, Past]:
         """Adds the sub-layer to x.
 
         Args:
             x: [B, T, D]
-            past: what came before; only its newest window − 1 tokens are looked at.
+            past: what came before; only its newest window − 1 tokens are looked at. A ring also takes up the
+                token, which must be one.
             turn: the rotary embedding of the tokens' positions, [T, H/2] (see `longread.ops.rotary`).
             order: order of derivative that will be taken (see `longread.ops.attention`).
 
@@ -64,8 +88,16 @@ class Attention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         query, key = self.query_norm(query, turn=turn), self.key_norm(key, turn=turn)
-        mixed = attention(query, key, value, past=past, window=self.window, order=order)
+        if isinstance(past, Ring):
+            mixed = ring_attention(query, key, value, past[:2], past.position, window=self.window)
+        else:
+            mixed = attention(query, key, value, past=past, window=self.window, order=order, gains=self._gains)
         return self.post_norm(self.output(mixed.transpose(1, 2).flatten(2)), residual=x), Past(key, value)
+
+    @property
+    def _gains(self) -> tuple[Tensor, Tensor] | None:
+        query, key = self.query_norm, self.key_norm
+        return (query.weight, key.weight) if isinstance(query, RMSNorm) and isinstance(key, RMSNorm) else None
 
     def empty_past(self, like: Tensor) -> Past:
         """The past of a sequence that begins, for a batch and type as `like` [B, ...]."""

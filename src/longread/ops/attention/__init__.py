@@ -3,6 +3,7 @@
 reference.py   every score in one matrix; any order of derivative; the twin that defines the result
 banded.py      blocks of queries over their band of keys, by PyTorch's fused kernels; order 1; memory O(T)
 triton.py      kernels of our own for NVIDIA GPUs; order 2; memory O(T)
+ring.py        one new token a sequence over a ring of keys, for decoding: a contract of its own
 """
 
 from torch import Tensor
@@ -23,6 +24,7 @@ def attention(
     past: tuple[Tensor, Tensor] | None = None,
     window: int | None,
     order: int,
+    gains: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √H) v, where each query sees the `window` tokens that end with its own.
 
@@ -33,6 +35,8 @@ def attention(
         window: number of visible tokens, the query's own included; None: all.
         order: highest order of derivative that will be taken, 0, 1 or 2. A result asked for with order 1 must
             not be differentiated twice: fused kernels would be silently wrong.
+        gains: [H] of query and key, where `rms_norm` has made both (the past's keys too) and at most turned them
+            since. They change nothing in the result: kernels that know how large a score can be are faster.
 
     Returns:
         [B, N, T, H].
@@ -46,6 +50,6 @@ def attention(
     if fits and fusible(query, key, value, *(past or ())) and not (dense and order < 2):
         from longread.ops.attention.triton import triton_attention
 
-        return triton_attention(query, key, value, past=past, window=window)
+        return triton_attention(query, key, value, past=past, window=window, gains=gains)
     implementation = reference_attention if order == 2 else banded_attention
     return implementation(query, key, value, past=past, window=window)

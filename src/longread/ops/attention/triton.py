@@ -304,7 +304,11 @@ def _position(QUERIES: tl.constexpr):
     return tl.program_id(2), tl.program_id(1), (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
 
 
-# Forward.
+# Forward. Normed queries and keys bound their scores: then the running maximum, and an eighth of the time, can be left
+# out. Only the GPU knows the bound, so both kernels are launched, and one of them returns at once.
+
+LARGEST_BOUND = tl.constexpr(60.0)
+"""At which even the smallest possible exp2 is a normal float32."""
 
 
 @triton.jit
@@ -322,10 +326,29 @@ def _forward_step(state, staying, moving, b, n, row, visible, scale, BLOCK: tl.c
     return out, higher, total
 
 
+@triton.jit
+def _bounded_step(state, staying, moving, b, n, row, visible, scale, BLOCK: tl.constexpr):
+    """The same where `highest` is known to be above every score from the beginning."""
+    out, highest, total = state
+    keys, values = moving
+    s = _scores(staying[0], _load(keys, b, n, row), None)
+    if visible is not None:
+        s = tl.where(visible, s, float("-inf"))
+    p = tl.exp2(s * (scale * LOG2E) - highest[:, None])
+    return _mix(out, p, _load(values, b, n, row)), highest, total + tl.sum(p, 1)
+
+
+@triton.jit
+def _largest(pointer, H: tl.constexpr):
+    column = tl.arange(0, 128)
+    return tl.max(tl.abs(tl.load(pointer + column, column < H, 0.0).to(tl.float32)), 0)
+
+
 @triton.jit(do_not_specialize=["T", "P", "window"])
 def _forward_kernel(
-    q0, q1, o0, o1, k0, k1, v0, v1, pk0, pk1, pv0, pv1, lse, T, P, window, scale,
+    q0, q1, o0, o1, k0, k1, v0, v1, pk0, pk1, pv0, pv1, lse, query_gain, key_gain, T, P, window, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+    H: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     b, n, first_query = _position(QUERIES)
     query = first_query + tl.arange(0, QUERIES)
@@ -333,10 +356,18 @@ def _forward_kernel(
     staying = (_load(_parts(q0, q1), b, n, first_query),)
     own, past = (_parts(k0, k1), _parts(v0, v1)), (_parts(pk0, pk1), _parts(pv0, pv1))
     # The highest score starts finite: a row that sees nothing in its first blocks must not subtract infinities.
-    state = (_zeros(QUERIES, outputs), tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32))
+    highest = -1e30
+    if query_gain is not None:
+        bound = H * scale * LOG2E * _largest(query_gain, H) * _largest(key_gain, H)
+        if (bound <= LARGEST_BOUND) != BOUNDED:
+            return  # the other kernel does it
+        if BOUNDED:
+            highest = bound
+    state = (_zeros(QUERIES, outputs), tl.zeros([QUERIES], tl.float32) + highest, tl.zeros([QUERIES], tl.float32))
     out, highest, total = _over_keys(
-        _forward_step, state, staying, own, past, b, n, first_query, T, P, window, scale, QUERIES, KEYS, PAST, CLIPPED
-    )
+        _bounded_step if BOUNDED else _forward_step, state, staying, own, past, b, n, first_query, T, P, window, scale,
+        QUERIES, KEYS, PAST, CLIPPED,
+    )  # fmt: skip
     _store(outputs, b, n, first_query, _scale(out, 1 / total[:, None]))
     tl.store(lse + (b * tl.num_programs(1) + n) * _row_length(T) + query, highest + tl.log2(total), query < T)
 
@@ -585,13 +616,14 @@ class _Problem(NamedTuple):
         kernel: Any,
         by_query: list[Tensor],
         by_key: list[Tensor | None],
-        statistics: list[Tensor],
+        statistics: list[Any],
         past_alone: bool | None = None,
+        **constants: int,
     ) -> None:
         """Runs a kernel whose tiles are, in this order, of queries and of keys.
 
         Args:
-            statistics: one number a query, from `_row_of`.
+            statistics: one number a query, from `_row_of`; and whatever else the kernel takes there.
             past_alone: None for a sweep over keys; else whether the keys are the past's or the queries' own.
         """
         query, key = by_query[0], by_key[0]
@@ -614,7 +646,7 @@ class _Problem(NamedTuple):
         with torch.cuda.device_of(query):
             kernel[grid](
                 *arguments, *numbers, *self, blocks.queries, blocks.keys, *flags,
-                num_warps=blocks.warps, num_stages=blocks.stages,
+                num_warps=blocks.warps, num_stages=blocks.stages, **constants,
             )  # fmt: skip
 
 
@@ -622,9 +654,21 @@ class _Attention(torch.autograd.Function):
     """(query, key, value, past key, past value) -> output; an absent past is empty."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, problem: _Problem) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_k: Tensor,
+        past_v: Tensor,
+        problem: _Problem,
+        gains: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
         o, lse = _new(q), _row_of(q)
-        problem.launch(_forward_kernel, [q, o], [k, v, past_k, past_v], [lse])
+        for bounded in (False,) if gains[0] is None else (True, False):
+            problem.launch(
+                _forward_kernel, [q, o], [k, v, past_k, past_v], [lse, *gains], H=q.shape[-1], BOUNDED=bounded
+            )
         ctx.save_for_backward(q, k, v, past_k, past_v, o, lse)
         ctx.problem = problem
         return o
@@ -637,7 +681,7 @@ class _Attention(torch.autograd.Function):
         gradients = _AttentionGradient.apply(
             q, k, v, past_k, past_v, do, o.detach(), lse, ctx.problem, with_own, with_past
         )
-        return *gradients, None
+        return *gradients, None, None
 
 
 class _AttentionGradient(torch.autograd.Function):
@@ -715,7 +759,13 @@ def _both_or_none(b: Tensor | None, c: Tensor | None, like: Tensor) -> tuple[Ten
 
 
 def triton_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, past: tuple[Tensor, Tensor] | None = None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    past: tuple[Tensor, Tensor] | None = None,
+    window: int | None,
+    gains: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The contract of `longread.ops.attention.attention`, at order 2, for float32, float16 and bfloat16."""
     past_key, past_value = (key.new_empty(*key.shape[:2], 0, key.shape[3]),) * 2 if past is None else past
@@ -723,4 +773,5 @@ def triton_attention(
     everything = T + P
     window = everything if window is None else min(window, everything)
     problem = _Problem(T, P, window, query.shape[-1] ** -0.5)
-    return _Attention.apply(query, key, value, past_key, past_value, problem)
+    bounds = (None, None) if gains is None else tuple(gain.detach().contiguous() for gain in gains)
+    return _Attention.apply(query, key, value, past_key, past_value, problem, bounds)

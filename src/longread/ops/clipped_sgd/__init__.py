@@ -31,3 +31,31 @@ def clipped_sgd(
 
         return triton_clipped_sgd(weights, gradients, lr=lr, clip=clip)
     return explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip)
+
+
+def clipped_sgd_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    working: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    clip: float | None,
+) -> Tensor:
+    """The same step in place, where nothing will be differentiated.
+
+    Args:
+        weights: contiguous; they become the new weights.
+        working: contiguous; they become the same in their own type, that of the products.
+
+    Returns:
+        the norms before clipping, [B].
+    """
+    if fusible(*weights, *gradients, *working):
+        from longread.ops.clipped_sgd.triton import triton_clipped_sgd_
+
+        return triton_clipped_sgd_(weights, gradients, working, lr=lr, clip=clip)
+    stepped, norm = explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip)
+    for weight, copy, new in zip(weights, working, stepped, strict=True):
+        weight.copy_(new)
+        copy.copy_(new)
+    return norm

@@ -1,6 +1,6 @@
 """Clipped SGD on a GPU with the formulas of explicit.py: two passes over memory forward, two backward.
 
-    forward    read g: ‖g‖²        read W and g, write W'
+    forward    read g: ‖g‖²        read W and g, write W' (in place: over W, and once more in the type of products)
     backward   read g, λ: ⟨g, λ⟩   read g and λ, write the adjoint of g; g is left out where nothing was clipped
 
 Sums are made of one partial sum for each program, added in a fixed order. Weights may be one matrix shared by all
@@ -36,43 +36,69 @@ def _by_sequence(x: Tensor) -> Tensor:
     return x.flatten(1) if x[:1].is_contiguous() else x.contiguous().flatten(1)
 
 
+def triton_clipped_sgd_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    working: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    clip: float | None,
+) -> Tensor:
+    """The contract of `longread.ops.clipped_sgd.clipped_sgd_`."""
+    gradients = [_by_sequence(g) for g in gradients]
+    norm, step = _norm_and_step(gradients, lr, clip)
+    for weight, gradient, copy in zip(weights, gradients, working, strict=True):
+        _update(weight, gradient, step, weight, copy)
+    return norm
+
+
+def _norm_and_step(gradients: Sequence[Tensor], lr: float | Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Of each sequence, [B]: the norm of its gradient, and what the gradient is multiplied with."""
+    batch_size, device = len(gradients[0]), gradients[0].device
+    norm, step = (torch.empty(batch_size, device=device, dtype=torch.float32) for _ in range(2))
+    squares = _dots(gradients, gradients, None, 0.0)
+    if batch_size:
+        _sgd_norm[(batch_size,)](
+            squares,
+            norm,
+            step,
+            lr,
+            squares.shape[1],
+            0.0 if clip is None else clip,
+            SUM_BLOCK=SUM_BLOCK,
+            CLIPS=clip is not None,
+            LR_IS_TENSOR=isinstance(lr, Tensor),
+        )
+    return norm, step
+
+
+def _update(weight: Tensor, gradient: Tensor, step: Tensor, out: Tensor, copy: Tensor | None) -> None:
+    """out = weight − step · gradient, and the same once more in the type of `copy`."""
+    flat = _by_sequence(weight)
+    if flat.numel():
+        _sgd_update[_grid(flat)](
+            flat,
+            gradient,
+            out,
+            copy,
+            step,
+            flat.shape[1],
+            flat.stride(0),
+            gradient.stride(0),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+
+
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lr: float | Tensor, clip: float | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         weights, gradients = tensors[:count], [_by_sequence(g) for g in tensors[count:]]
-        batch_size, device = len(weights[0]), weights[0].device
-        norm, step = (torch.empty(batch_size, device=device, dtype=torch.float32) for _ in range(2))
-        squares = _dots(gradients, gradients, None, 0.0)
-        if batch_size:
-            _sgd_norm[(batch_size,)](
-                squares,
-                norm,
-                step,
-                lr,
-                squares.shape[1],
-                0.0 if clip is None else clip,
-                SUM_BLOCK=SUM_BLOCK,
-                CLIPS=clip is not None,
-                LR_IS_TENSOR=isinstance(lr, Tensor),
-            )
-        stepped = []
-        for weight, gradient in zip(weights, gradients, strict=True):
-            out = torch.empty(weight.shape, device=device, dtype=weight.dtype)
-            flat = _by_sequence(weight)
-            if flat.numel():
-                _sgd_update[_grid(flat)](
-                    flat,
-                    gradient,
-                    out,
-                    step,
-                    flat.shape[1],
-                    flat.stride(0),
-                    gradient.stride(0),
-                    BLOCK=BLOCK,
-                    num_warps=WARPS,
-                )
-            stepped.append(out)
+        norm, step = _norm_and_step(gradients, lr, clip)
+        stepped = [torch.empty(w.shape, device=w.device, dtype=w.dtype) for w in weights]
+        for weight, gradient, out in zip(weights, gradients, stepped, strict=True):
+            _update(weight, gradient, step, out, None)
         ctx.save_for_backward(norm, step, *gradients)
         ctx.clip = clip
         ctx.mark_non_differentiable(norm)
@@ -223,13 +249,18 @@ def _sgd_norm(
 
 
 @triton.jit
-def _sgd_update(weight_ptr, gradient_ptr, out_ptr, step_ptr, size, weight_stride, gradient_stride, BLOCK: tl.constexpr):
+def _sgd_update(
+    weight_ptr, gradient_ptr, out_ptr, copy_ptr, step_ptr, size, weight_stride, gradient_stride, BLOCK: tl.constexpr
+):
     sequence = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     weight = tl.load(weight_ptr + sequence * weight_stride + place, mask=inside).to(tl.float32)
     gradient = tl.load(gradient_ptr + sequence * gradient_stride + place, mask=inside).to(tl.float32)
-    tl.store(out_ptr + sequence * size + place, weight - tl.load(step_ptr + sequence) * gradient, mask=inside)
+    weight -= tl.load(step_ptr + sequence) * gradient
+    tl.store(out_ptr + sequence * size + place, weight, mask=inside)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + sequence * size + place, weight, mask=inside)
 
 
 @triton.jit

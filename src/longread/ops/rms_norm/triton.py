@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from longread.ops.needed import needed_inputs
 from longread.ops.rotary.triton import table_of, turn_pairs
-from longread.ops.tiles import load_wide, partial_sums, row_offsets, rows_of, tile_of
+from longread.ops.tiles import FORWARD_ELEMENTS_PER_WARP, load_wide, partial_sums, row_offsets, rows_of, tile_of
 
 
 def triton_rms_norm(
@@ -29,7 +29,7 @@ def triton_rms_norm(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, residual: Tensor | None, table: Tensor | None, eps: float) -> Tensor:
-        tile = tile_of(x.shape[-1])
+        tile = tile_of(x.shape[-1], FORWARD_ELEMENTS_PER_WARP)
         # an absent tensor is stood for by x, which the kernel then does not read there
         rows = rows_of(x, x if table is None else table, x if residual is None else residual, outputs=1)
         scale = torch.empty(rows.total, device=x.device, dtype=torch.float32)

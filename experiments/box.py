@@ -1,0 +1,117 @@
+"""Makes models/longread-small from what `experiments.run` left.
+
+    python -m experiments.box OUT/box-32.safetensors --results OUT/results.tar.xz
+
+Writes model.safetensors (bfloat16), config.json, tokenizer.json and the model card, all in one directory that
+`load_model`, `longread read` and `make demo` take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import torch
+from experiments.corpus import HELD_OUT_MODULES
+from experiments.pages import Page, Results, box
+
+from longread.checkpoint import load_model, save_model
+
+LARGEST = 16_000_000
+MODEL = Path(__file__).resolve().parents[1] / "models" / "longread-small"
+RETRAIN = """python -m experiments.corpus pack --books BOOKS.tar.xz --validation HELD_OUT.tar.xz --out packed
+python -m experiments.run --packed packed --work work --out out --seconds 3600 --only 'box*'
+python -m experiments.box out/box-32.safetensors --results out/results.tar.xz"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=MODEL)
+    options = parser.parse_args()
+    found = Results()
+    found.load(options.results)
+    name = options.weights.stem
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as staging:
+        for member, place in (
+            (f"models/{name}/config.json", "config.json"),
+            ("tokenizer.json", ""),
+            ("tokenizer_config.json", ""),
+        ):
+            with tarfile.open(options.results) as tar:
+                source = tar.extractfile(member)
+                ((Path(staging) if place else options.out) / (place or member)).write_bytes(
+                    source.read() if source else b""
+                )
+        shutil.copyfile(options.weights, Path(staging) / "model.safetensors")
+        loaded = load_model(staging, dtype=torch.bfloat16)
+    provenance = loaded.metadata["provenance"] | {"held_out_modules": list(HELD_OUT_MODULES)}
+    save_model(options.out, loaded.model, loaded.inner, loaded.metadata["tokenizer_fingerprint"], provenance)
+    size = (options.out / "model.safetensors").stat().st_size
+    if size > LARGEST:
+        raise SystemExit(f"the weights have {size:,} bytes; the box holds {LARGEST:,}")
+    (options.out / "README.md").write_text(
+        card(found, box(found), loaded.model.config.num_parameters), encoding="utf-8"
+    )
+    print(f"{options.out}: {size:,} bytes")
+    return 0
+
+
+def card(found: Results, page: Page, parameters: int) -> str:
+    """The model card: what it is, what it was trained on, how well it reads, what it cannot do."""
+    sizes = found.corpus.get("bytes", {})
+    books = found.corpus.get("documents", {}).get("books", 0)
+    jobs = found.state.get("jobs", {})
+    chain = [name for name in ("box", "box-8", "box-32") if name in jobs]
+    tokens = sum(jobs[name]["tokens"] for name in chain)
+    steps = ", ".join(f"{jobs[name]['tokens'] / 1e6:.0f}M tokens at {jobs[name]['context']}K" for name in chain)
+    packages = ", ".join(f"{name} ({licence})" for name, licence in sorted(found.corpus.get("packages", {}).items()))
+    source = f"the standard library of Python {found.corpus.get('python', '')} and {packages}"
+    held_out = ", ".join(f"`{name}`" for name in HELD_OUT_MODULES)
+    tables = "\n\n".join(part for part in page.parts if not part.startswith("!["))
+    return f"""# longread-small
+
+A TTT-E2E model that keeps learning while it reads: {parameters:,} parameters in bfloat16, English prose of before 1930
+and Python source, a byte-level BPE of 4096 tokens. It is there so that a fresh clone reads, generates and serves
+something real within seconds, not to know or to do anything.
+
+    longread read book.txt --model models/longread-small
+
+## Data
+
+{sizes.get("books", 0) / 1e6:.0f} MB of {books} whole books in the public domain in the United States, and
+{sizes.get("code", 0) / 1e6:.0f} MB of permissively licensed Python source: {source}.
+Held out and never trained on: seven books by authors that no training book has, the standard library's modules
+{held_out}, and the packages click, jinja2 and werkzeug.
+
+## Recipe
+
+`small` (window 1024, mini-batch 128, 8 blocks of width 256, 2 of them learn),
+{tokens / 1e6:.0f}M tokens: {steps}. `experiments/plan.py` has every setting. To train it
+again, given archives of books:
+
+```bash
+{RETRAIN}
+```
+
+## Loss
+
+Nats per token on held-out text. "Frozen" are the same weights, read without learning.
+
+{tables}
+
+## Limits
+
+It repeats itself, invents facts, holds the views of its old books, and recalls no detail beyond its window of 1024
+tokens. One seed. Nobody has aligned or filtered it. Under the Apache License 2.0, as Longread.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""What is measured: cases, and which of them make sense."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from longread.config import RunConfig, UserError
+from longread.recipes import PRETRAINING_CONTEXT, SIZES, Method, recipe
+
+MEASURES = {
+    "train": "train_tokens_per_s",
+    "first-step": "first_step_s",
+    "prefill": "prefill_ms_per_1k",
+    "decode": "decode_tokens_per_s",
+}
+"""Work, and what its rows call it."""
+UNITS = {
+    "train_tokens_per_s": "tokens/s",
+    "first_step_s": "s",
+    "prefill_ms_per_1k": "ms",
+    "decode_tokens_per_s": "tokens/s",
+}
+METHODS = ("e2e", "swa", "full")
+SIZE_NAMES = ("toy", *SIZES)
+LONGEST_CACHE = 131_072
+"""Tokens that full attention reads; beyond, its cache would not fit any more."""
+_TOKENS_A_STEP = {"toy": 8192, "125m": 32_768}
+"""Of one training step; one sequence where it is not given, or is shorter than that."""
+_ON_A_GPU = {
+    "train": (8192, 32_768),
+    "first-step": (8192,),
+    "prefill": (8192, 131_072, 1_048_576),
+    "decode": (8192, 131_072),
+}
+_ON_A_CPU = {"train": (1024,), "first-step": (1024,), "prefill": (1024, 8192), "decode": (1024,)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure. Raises `UserError` if there is no such thing."""
+
+    work: str
+    method: str
+    size: str
+    context: int
+    sequences: int = 1
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("work", self.work, tuple(MEASURES)),
+            ("method", self.method, METHODS),
+            ("size", self.size, SIZE_NAMES),
+        ):
+            if value not in known:
+                raise UserError(f"there is no {what} {value!r} to measure; choose from {', '.join(known)}")
+        if self.work in ("train", "first-step") and self.fits_cache:
+            _ = self.config  # refuses a context that is no multiple of the mini-batch
+
+    def __str__(self) -> str:
+        many = f" × {self.sequences}" if self.sequences > 1 else ""
+        return f"{self.work} {self.size} {self.method} {self.context}{many}"
+
+    @property
+    def measure(self) -> str:
+        """As rows call it."""
+        return MEASURES[self.work]
+
+    @property
+    def fits_cache(self) -> bool:
+        """False for full attention over more than its cache is meant to hold."""
+        return self.method != "full" or self.context <= LONGEST_CACHE
+
+    @property
+    def config(self) -> RunConfig:
+        """The recipe of the case; for reading and decoding its network counts only."""
+        method = cast("Method", self.method)
+        if self.work in ("prefill", "decode"):
+            return recipe(self.size, method)
+        if self.size in SIZES and self.context != PRETRAINING_CONTEXT:
+            made = recipe(f"{self.size}-extend", method, context_length=self.context)
+        else:
+            made = recipe(self.size, method, context_length=None if self.size in SIZES else self.context)
+        return dataclasses.replace(made, batch_size=self.sequences, micro_batch_size=None)
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Case:
+        """The case that a row is about."""
+        work = next((work for work, measure in MEASURES.items() if measure == row["measure"]), row["measure"])
+        return cls(work, row["method"], row["size"], row["context"], row["sequences"])
+
+
+def plan(
+    works: Sequence[str] = (),
+    *,
+    gpu: bool,
+    sizes: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    contexts: Sequence[int] = (),
+    sequences: int | None = None,
+) -> list[Case]:
+    """All cases of what is asked for, in the order in which they are measured; what is not said has a default.
+
+    A first step is measured at the shortest context only. Raises `UserError` for a name that does not exist, and a
+    context that cannot be trained.
+    """
+    cases = []
+    for size in dict.fromkeys(sizes or (("125m", "760m", "3b") if gpu else ("toy",))):
+        for work in dict.fromkeys(works or MEASURES):
+            lengths = sorted(set(contexts)) or list((_ON_A_GPU if gpu else _ON_A_CPU).get(work, ()))
+            for context in lengths[:1] if work == "first-step" else lengths or [0]:
+                for method in dict.fromkeys(methods or METHODS):
+                    training = work in ("train", "first-step")
+                    count = sequences or max(1, _TOKENS_A_STEP.get(size, 0) // max(1, context)) if training else 1
+                    cases.append(Case(work, method, size, context, count))
+    return cases

@@ -1,0 +1,87 @@
+"""What a measure cannot do without: floating-point operations and bytes, counted from a config alone.
+
+A multiplication with its addition counts 2. Products are counted once: what an implementation computes again, and
+everything that is no product, is its own loss. One forward of a token, with v keys visible on average:
+
+    attention of a block      8 D² + 4 D v        four projections; scores and mixing
+    an MLP                    6 D F
+    head                      2 D V
+
+and in units of that:
+
+    training, static loss     3                   forward, gradients of activations and of weights
+    training, end to end      3 below the lowest fast MLP, 6 above it: the inner gradient is itself differentiated
+    reading, frozen           1
+    reading, learning         1 below; above it 2, and 1 more for the weight gradient of each fast MLP; nothing for
+                              the gradient of the lowest one's input, which nobody asks for
+"""
+
+from __future__ import annotations
+
+from longread.config import Loss, ModelConfig
+
+
+def visible_keys(tokens: int, window: int | None) -> float:
+    """Keys that a query sees on average over `tokens` positions from the first on, its own included."""
+    K = tokens if window is None else min(window, tokens)
+    return (K * (K + 1) / 2 + (tokens - K) * K) / tokens
+
+
+def attention_flops(config: ModelConfig, block: int, tokens: int) -> float:
+    """Of one token in the attention of `block`."""
+    D = config.width
+    return 8 * D * D + 4 * D * visible_keys(tokens, config.window_of(block))
+
+
+def mlp_flops(config: ModelConfig) -> float:
+    """Of one token in one MLP."""
+    return 6 * config.width * config.mlp_hidden
+
+
+def head_flops(config: ModelConfig) -> float:
+    """Of the logits of one token."""
+    return 2 * config.width * config.vocab_size
+
+
+def lower_flops(config: ModelConfig, tokens: int) -> float:
+    """Of one token in `Transformer.lower`: the prefix, and the attention of the first suffix block."""
+    attentions = min(config.num_prefix_blocks + 1, config.num_blocks)
+    return (
+        sum(attention_flops(config, i, tokens) for i in range(attentions))
+        + config.num_prefix_blocks * mlp_flops(config)  # static ones
+    )
+
+
+def upper_flops(config: ModelConfig, tokens: int) -> float:
+    """Of one token in `Transformer.upper`: two MLPs in each suffix block, and the other attentions."""
+    attentions = range(config.num_prefix_blocks + 1, config.num_blocks)
+    return sum(attention_flops(config, i, tokens) for i in attentions) + 2 * config.num_suffix_blocks * mlp_flops(
+        config
+    )
+
+
+def training_flops(config: ModelConfig, tokens: int, loss: Loss) -> float:
+    """Of one token of a training sequence of `tokens`."""
+    below, above = lower_flops(config, tokens), upper_flops(config, tokens) + head_flops(config)
+    return 3 * below + (6 if loss == "end-to-end" else 3) * above
+
+
+def reading_flops(config: ModelConfig, tokens: int, *, scored: bool = True) -> float:
+    """Of one token of a text of `tokens`, learning if there are fast weights; unscored, it has no logits."""
+    below, above, head = lower_flops(config, tokens), upper_flops(config, tokens), head_flops(config)
+    if config.num_suffix_blocks:
+        unread = 2 / 3 * mlp_flops(config)  # what the gradient of the lowest fast MLP's input would take
+        return below + 2 * (above + head) + config.num_suffix_blocks * mlp_flops(config) - unread
+    return below + above + scored * head
+
+
+def decoding_bytes(config: ModelConfig, position: int, itemsize: int) -> float:
+    """Read for one token of one sequence after `position` others: every matrix that it meets, and the keys it sees.
+
+    All in numbers of `itemsize` bytes, the fast weights too: a product needs no more of them than that. A mini-batch's
+    inner step comes once in M tokens and is left out.
+    """
+    windows = (config.window_of(block) or position for block in range(config.num_blocks))
+    seen = sum(min(window, position) for window in windows)
+    embedding = 0 if config.tie_embeddings else config.vocab_size * config.width  # of which a token reads one row
+    return itemsize * (config.num_parameters - embedding + 2 * config.width * seen)

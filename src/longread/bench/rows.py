@@ -1,0 +1,90 @@
+"""Rows of figures, and the file that collects them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from longread import record
+from longread.bench.cases import UNITS, Case
+from longread.bench.machine import versions
+from longread.config import UserError
+from longread.files import atomic_files
+
+Row = dict[str, Any]
+KEYS = (
+    "measure",
+    "method",
+    "size",
+    "context",
+    "sequences",
+    "value",
+    "unit",
+    "n",
+    "spread",
+    "peak_gib",
+    "commit",
+    "versions",
+)
+_IDENTITY = KEYS[:5]
+_DIGITS = {"train_tokens_per_s": 1, "first_step_s": 2, "prefill_ms_per_1k": 3, "decode_tokens_per_s": 2}
+
+
+def make_row(case: Case, values: Sequence[float], peak_gib: float | None) -> Row:
+    """The row of a case that was measured len(values) times: the median, and the range where there is one."""
+    digits = _DIGITS[case.measure]
+    return {
+        "measure": case.measure,
+        "method": case.method,
+        "size": case.size,
+        "context": case.context,
+        "sequences": case.sequences,
+        "value": round(statistics.median(values), digits),
+        "unit": UNITS[case.measure],
+        "n": len(values),
+        "spread": [round(min(values), digits), round(max(values), digits)] if len(values) > 1 else None,
+        "peak_gib": peak_gib,
+        "commit": _commit(),
+        "versions": versions(),
+    }
+
+
+def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Old rows and new ones; a new one takes the place of the old one about the same thing."""
+    rows = {tuple(row[key] for key in _IDENTITY): row for row in old}
+    rows |= {tuple(row[key] for key in _IDENTITY): row for row in new}
+    return list(rows.values())
+
+
+def read_rows(path: str | Path, *, missing_ok: bool = False) -> list[Row]:
+    """What `write_rows` wrote. Raises `UserError` if that is not what the file holds."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing_ok:
+            return []
+        raise UserError(f"there is no file {path}; give one that `longread bench --json` wrote") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) >= set(KEYS) for row in rows):
+        raise UserError(f"{path} is no list of rows that `longread bench` wrote; give another file")
+    return rows
+
+
+def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
+    """Writes or replaces the file, whole or not at all."""
+    with atomic_files(Path(path)) as (temporary,):
+        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _commit() -> str | None:
+    commit = record.code_commit()
+    if commit is None:
+        return None
+    name, plus, changes = commit.partition("+")
+    return name[:7] + plus + changes

@@ -1,0 +1,165 @@
+"""The time of a training step, as `longread train` takes it, and of the first one in a fresh process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from longread.bench.cases import Case
+from longread.bench.gate import GateFailed, refusing_fallbacks
+from longread.bench.machine import free_memory, peak_gib, precision_on, seconds, synchronize
+from longread.bench.profile import profiled
+from longread.bench.rows import Row, make_row
+from longread.config import Recompute, RunConfig
+from longread.data import Batch
+from longread.model import Transformer, initialize
+from longread.outer_loop import choose_recompute
+from longread.train.captured import CapturedGradient
+from longread.train.gradient import accumulate_gradient
+from longread.train.optimizer import gradient_norm, make_optimizer, update
+from longread.train.stopping import not_finite_in
+
+_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+
+
+class TrainingStep:
+    """A drawn model, its optimizer, and one step after the other on batches of random tokens.
+
+    Raises:
+        GateFailed: when called, if the captured gradient is not the plain one, or a number is not finite.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config, self._device, self._count = config, device, 0
+        with device:
+            self._model = Transformer(config.model)
+        initialize(self._model, seed=0)
+        if precision_on(device) == "bfloat16":
+            self._model.compute_dtype = torch.bfloat16
+        self._optimizer = make_optimizer(self._model, config.optimizer)
+        self._gradient = (
+            CapturedGradient(self._model, config)
+            if device.type == "cuda"
+            else functools.partial(accumulate_gradient, self._model, config)
+        )
+
+    def batch(self) -> Batch:
+        """Another batch of random tokens, on the CPU, as the sampler would give it."""
+        shape = self._config.batch_size, self._config.context_length + 1
+        tokens = torch.randint(self._config.model.vocab_size, shape)
+        return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(shape[0], shape[1] - 1, dtype=torch.bool))
+
+    def __call__(self, batch: Batch) -> None:
+        """One step: gradient, its norm, the check that all is finite, clipping, AdamW."""
+        inner_lr = self._config.inner.lr_at(self._count)
+        found = self._gradient(batch.to(self._device), inner_lr=inner_lr)
+        norm = gradient_norm(self._model.parameters())
+        problem = not_finite_in(self._model, found, norm)
+        if problem is not None:
+            raise GateFailed(f"in step {self._count + 1} {problem}")
+        update(self._model, self._optimizer, self._config.optimizer, self._count, norm)
+        found.loss.item(), norm.item()
+        self._count += 1
+
+
+def schedules(config: RunConfig, device: torch.device) -> list[Recompute]:
+    """What may be recomputed, in the order in which it is tried: nothing, what `longread train` would, the most."""
+    if config.loss != "end-to-end":
+        return ["none"]
+    chosen = choose_recompute(
+        config.model,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+        itemsize=2 if precision_on(device) == "bfloat16" else 4,
+        device=device,
+    )
+    return list(dict.fromkeys(["none", chosen, "step"]))
+
+
+def measure_training(
+    case: Case, device: torch.device, *, repeats: int, profile: bool = False
+) -> tuple[Row, Recompute, str | None]:
+    """Tokens per second of steps after the second; what was recomputed; the profile of one step, if wanted.
+
+    Raises:
+        GateFailed: the captured gradient is not the plain one.
+        torch.OutOfMemoryError: it does not fit, however much is computed again.
+    """
+    *first, last = schedules(case.config, device)
+    for recompute in first:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            row, text = _measured(case, recompute, device, repeats, profile)
+            return row, recompute, text
+        free_memory(device)
+    row, text = _measured(case, last, device, repeats, profile)
+    return row, last, text
+
+
+def _measured(
+    case: Case, recompute: Recompute, device: torch.device, repeats: int, profile: bool
+) -> tuple[Row, str | None]:
+    free_memory(device)
+    step = TrainingStep(dataclasses.replace(case.config, recompute=recompute), device)
+    with refusing_fallbacks():
+        for _ in range(2):  # the first compiles and captures, the second allocates what the first did not
+            step(step.batch())
+    batches = [step.batch() for _ in range(repeats)]
+    times = [seconds(device, functools.partial(step, batch)) for batch in batches]
+    tokens = case.sequences * case.context
+    row = make_row(case, [tokens / s for s in times], peak_gib(device))
+    text = profiled(device, lambda: step(batches[0]), tokens / row["value"] * 1e3) if profile else None
+    return row, text
+
+
+def measure_first_step(case: Case, device: torch.device) -> Row:
+    """Seconds of the first step in a process of its own, with caches of compiled kernels that are empty.
+
+    Before the clock starts, Python, PyTorch and the device are up, the weights drawn and the batch made.
+    """
+    *first, last = schedules(case.config, device)
+    for recompute in first:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return make_row(case, *_in_a_process(case, recompute, device))
+    return make_row(case, *_in_a_process(case, last, device))
+
+
+def _in_a_process(case: Case, recompute: Recompute, device: torch.device) -> tuple[list[float], float | None]:
+    free_memory(device)
+    with _empty_caches(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_first_step, case, recompute, str(device), torch.get_num_threads()).result()
+
+
+def _first_step(case: Case, recompute: Recompute, device_name: str, threads: int) -> tuple[list[float], float | None]:
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    free_memory(device)
+    step = TrainingStep(dataclasses.replace(case.config, recompute=recompute), device)
+    batch = step.batch()
+    synchronize(device)
+    with refusing_fallbacks():
+        taken = seconds(device, functools.partial(step, batch))
+    return [taken], peak_gib(device)
+
+
+@contextlib.contextmanager
+def _empty_caches() -> Iterator[None]:
+    before: dict[str, Any] = {name: os.environ.get(name) for name in _CACHES}
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ.update(dict.fromkeys(_CACHES, directory))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value

@@ -1,0 +1,126 @@
+"""Let models continue documents, and let another model judge what they wrote.
+
+Example:
+  longread judge runs/e2e runs/full --judge runs/bigger --data data/validation --context 8192
+  longread judge runs/e2e --judge models/a-hugging-face-model --data books --context 4096 --json judged.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from longread.cli.arguments import add_device, add_outputs, positive
+
+if TYPE_CHECKING:
+    from longread.evaluate import Judge
+
+NAME = "judge"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="the writers: model directories, runs, checkpoints")
+    parser.add_argument("--judge", required=True, metavar="MODEL", help="a Longread or Hugging Face model directory")
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="a data set, or texts and directories")
+    parser.add_argument("--context", type=positive, default=2048, metavar="T", help="tokens, half read, half written")
+    parser.add_argument("--documents", type=positive, default=8, metavar="N", help="continue the first N (default 8)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
+    parser.add_argument("--repetition-penalty", type=float, default=1.1, help="default 1.1; 1 changes nothing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bins", type=positive, default=8, metavar="N", help="of positions, half of them prompt")
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="B", help="documents side by side (default 8)"
+    )
+    parser.add_argument("--no-control", action="store_true", help="leave out the frozen readings")
+    add_outputs(parser)
+    add_device(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
+    from rich.console import Console
+
+    from longread.cli.documents import read_documents
+    from longread.cli.models import open_model, table_name
+    from longread.cli.outputs import check_writable, show_figures, write_text
+    from longread.config import UserError
+    from longread.evaluate import (
+        HUMAN,
+        DecodingQuality,
+        Sampling,
+        Writing,
+        check_judge,
+        decoding_figures,
+        decoding_notes,
+        prompts,
+        verdicts,
+        write,
+    )
+
+    check_writable(options.json, options.report)
+    sampling = Sampling(options.temperature, options.top_p, options.repetition_penalty)
+    sampling.check()
+    T = options.context
+    if T % options.bins or options.bins % 2:
+        raise UserError(f"--context {T} does not divide into --bins {options.bins}, half of them prompt; change one")
+    judge = _judge(options.judge, options.device)
+    console = Console(stderr=True)
+    opened = [open_model(path, options.device) for path in options.models]
+    tokenizer = opened[0].tokenizer
+    for path, other in zip(options.models, opened, strict=True):
+        if other.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{path} has another tokenizer than {options.models[0]}: they would write different amounts of text; "
+                "judge them one by one"
+            )
+    documents = read_documents(
+        options.data, opened[0], first=options.documents, min_tokens=T, max_tokens=T, asked_by="--context"
+    )
+    human = prompts(documents, T)
+    names = [table_name(path, options.models) for path in options.models]
+    prints = [model.fingerprint for model in opened]
+    check_judge(judge, tokenizer, human, list(zip(names, prints, strict=True)))
+    writings = [Writing(HUMAN, "human", human)]
+    for name, model in zip(names, opened, strict=True):
+        learns = model.model.config.num_suffix_blocks > 0
+        for learn in (True, False) if learns and not options.no_control else (learns,):
+            with console.status(f"{name} continues {len(human)} documents {'learning' if learn else 'frozen'}"):
+                writings.append(
+                    write(
+                        name,
+                        model.model,
+                        model.inner,
+                        tokenizer,
+                        human,
+                        learn=learn,
+                        sampling=sampling,
+                        seed=options.seed,
+                        batch_size=options.batch_size,
+                    )
+                )
+    with console.status(f"{judge.name} judges"):
+        found = verdicts(judge, tokenizer, writings, bins=options.bins, batch_size=options.batch_size)
+    same = judge.tokenizer.fingerprint == tokenizer.fingerprint
+    notes = decoding_notes(writings, tokenizer, judge)
+    quality = DecodingQuality(judge.name, same, len(human), T // 2, sampling, options.seed, found, notes)
+    if options.json:
+        write_text(options.json, json.dumps(quality.as_json(), indent=2) + "\n")
+    lead = f"{', '.join(options.models)} on {options.data[0]}; temperature {sampling.temperature:g}, "
+    lead += f"top-p {sampling.top_p:g}, repetition penalty {sampling.repetition_penalty:g}."
+    figures = decoding_figures(quality)
+    show_figures(figures, options.plots, options.report, title=f"Judged by {judge.name}", lead=lead)
+    return 0
+
+
+def _judge(path: str, device: str) -> Judge:
+    from longread.cli.models import open_model
+    from longread.evaluate import HuggingFaceJudge, LongreadJudge, is_hugging_face
+    from longread.model import find_device
+
+    if is_hugging_face(path):
+        return HuggingFaceJudge(path, find_device(device))
+    opened = open_model(path, device)
+    return LongreadJudge(opened.name, opened.model, opened.inner, opened.tokenizer, opened.fingerprint)

@@ -1,0 +1,131 @@
+"""Hide a needle in a haystack and ask for it: S-NIAH-1 to 3 of RULER (arXiv 2404.06654), made offline.
+
+Example:
+  longread needle runs/e2e runs/full --variants 1 --contexts 1024 4096 16384
+  longread needle runs/e2e --variants 2 3 --haystack essays.txt --contexts 4096 --samples 20 --json needles.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longread.cli.arguments import add_device, add_outputs, positive
+
+if TYPE_CHECKING:
+    from longread.cli.models import OpenModel
+    from longread.evaluate import Sample
+
+NAME = "needle"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, runs or checkpoints")
+    parser.add_argument(
+        "--variants", type=int, nargs="+", choices=(1, 2, 3), default=[1], metavar="V", help="1, 2, 3 (default 1)"
+    )
+    parser.add_argument(
+        "--contexts", type=positive, nargs="+", default=[1024, 2048, 4096], metavar="T", help="tokens of a prompt"
+    )
+    parser.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        metavar="D",
+        help="where the needle lies, 0 (first) to 1 (last)",
+    )
+    parser.add_argument("--samples", type=positive, default=10, metavar="N", help="prompts for each depth (default 10)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--haystack", nargs="+", default=[], metavar="PATH", help="texts for variants 2 and 3")
+    parser.add_argument("--repeat-haystack", action="store_true", help="repeat texts that are too short")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=128, metavar="N", help="of an answer (default 128, as in RULER)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="B", help="prompts side by side (default 8)")
+    parser.add_argument("--no-control", action="store_true", help="leave out the frozen readings")
+    add_outputs(parser)
+    add_device(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
+    from rich.console import Console
+
+    from longread.cli.models import open_model, table_name
+    from longread.cli.outputs import check_writable, show_figures, write_text
+    from longread.config import UserError
+    from longread.evaluate import Needles, needle_figures, search
+
+    check_writable(options.json, options.report)
+    wrong = next((depth for depth in options.depths if not 0 <= depth <= 1), None)
+    if wrong is not None:
+        raise UserError(f"--depths {wrong} is not between 0 (the needle first) and 1 (the needle last)")
+    if not options.haystack and set(options.variants) & {2, 3}:
+        raise UserError("S-NIAH-2 and 3 hide the needle in essays; name texts with --haystack, or use --variants 1")
+    searches, console = [], Console(stderr=True)
+    for path in options.models:
+        opened = open_model(path, options.device)
+        name = table_name(path, options.models)
+        samples = _samples(options, opened)
+        learns = opened.model.config.num_suffix_blocks > 0
+        for learn in (True, False) if learns and not options.no_control else (learns,):
+            way = "learning" if learn else "frozen"
+            done = 0
+            with console.status(f"{name}: {len(samples)} needles, {way}") as status:
+
+                def show(count: int, name: str = name, way: str = way, total: int = len(samples)) -> None:
+                    nonlocal done
+                    done += count
+                    status.update(f"{name}: {done} of {total} needles, {way}")
+
+                searches.append(
+                    search(
+                        name,
+                        opened.model,
+                        opened.inner,
+                        opened.tokenizer,
+                        samples,
+                        learn=learn,
+                        batch_size=options.batch_size,
+                        max_tokens=options.max_tokens,
+                        on_samples=show,
+                    )
+                )
+    needles = Needles(searches)
+    if options.json:
+        write_text(options.json, json.dumps(needles.as_json(), indent=2) + "\n")
+    title, lead = "Needle in a haystack", ", ".join(map(str, options.models)) + "."
+    show_figures(needle_figures(needles), options.plots, options.report, title=title, lead=lead)
+    return 0
+
+
+def _samples(options: argparse.Namespace, opened: OpenModel) -> list[Sample]:
+    """All prompts, in the tokens of one model."""
+    from longread.data import read_texts
+    from longread.evaluate import VARIANTS, essays, make_samples, noise
+
+    longest = max(options.contexts)
+    haystacks = {}
+    if 1 in options.variants:
+        haystacks["noise"] = noise(opened.tokenizer, longest)
+    if options.haystack and set(options.variants) & {2, 3}:
+        texts = read_texts(list(map(Path, options.haystack)))
+        haystacks["essay"] = essays(texts, opened.tokenizer, longest, repeat=options.repeat_haystack)
+    return [
+        sample
+        for number in sorted(set(options.variants))
+        for context in sorted(set(options.contexts))
+        for sample in make_samples(
+            opened.tokenizer,
+            VARIANTS[number],
+            haystacks[VARIANTS[number].haystack],
+            context,
+            sorted(set(options.depths)),
+            options.samples,
+            options.seed,
+        )
+    ]

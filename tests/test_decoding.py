@@ -1,0 +1,171 @@
+"""Decoding: attention over a ring, and states that change in place, against reading token by token."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from longread.config import InnerConfig, ModelConfig
+from longread.inner_loop import Decoder, begin, decoding, next_token_logits, read
+from longread.model import Past, Ring, Transformer, initialize
+from longread.ops.attention.reference import reference_attention
+from longread.ops.attention.ring import plain_ring_attention, ring_attention
+from longread.session import Session
+
+M = 4
+INNER = InnerConfig(lr=0.7, clip=0.5)
+
+
+def make(**changes: object) -> Transformer:
+    fields = {
+        "vocab_size": 19,
+        "width": 16,
+        "num_blocks": 4,
+        "num_heads": 2,
+        "mlp_hidden": 24,
+        "window_size": 6,
+        "mini_batch_size": M,
+        "num_suffix_blocks": 2,
+    }
+    model = Transformer(ModelConfig(**fields | changes)).double()  # type: ignore[arg-type]
+    initialize(model, seed=3)
+    return model
+
+
+def tokens(n: int, B: int = 2, seed: int = 0) -> Tensor:
+    return torch.randint(19, (B, n), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["plain", "triton"])
+def attend(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    if request.param == "plain":
+        return plain_ring_attention
+    request.getfixturevalue("interpreter")
+    return importlib.import_module("longread.ops.attention.ring_triton").triton_ring_attention
+
+
+@pytest.mark.parametrize(("H", "R", "window"), [(8, 40, 33), (20, 131, 131), (80, 70, 64), (16, 600, None)], ids=str)
+def test_a_ring_is_attention_over_its_newest_tokens(attend, H: int, R: int, window: int | None) -> None:  # type: ignore[no-untyped-def]
+    """Sequences at different positions, of which some have filled the ring; slots never written are not looked at."""
+    positions, N = [0, 3, R - 1] + ([R, 2 * R + 7] if window else []), 2
+    generator = torch.Generator().manual_seed(H)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    text = torch.randn(3, len(positions), N, max(positions) + 1, H, generator=generator, dtype=torch.float64)
+    ring = Ring(*torch.full((2, len(positions), N, R, H), torch.nan), torch.tensor(positions))
+    new = torch.stack([text[:, b, :, p : p + 1] for b, p in enumerate(positions)], 1)
+    for b, position in enumerate(positions):
+        one = Ring(ring.key[b : b + 1], ring.value[b : b + 1], ring.position[b : b + 1])
+        kept = min(position, R)
+        one.put(Past(*text[1:, b : b + 1, :, position - kept : position].float()), position)
+    if attend is plain_ring_attention:  # what is not visible is multiplied with 0 there
+        ring = Ring(ring.key.nan_to_num(), ring.value.nan_to_num(), ring.position)
+    places = [x.to(device) for x in ring]
+    out = attend(*new.float().to(device), places[:2], places[2], window=window).cpu()
+    for b, position in enumerate(positions):
+        q, k, v = text[:, b : b + 1, :, : position + 1]
+        expected = reference_attention(q, k, v, window=window)[:, :, -1:]
+        torch.testing.assert_close(out[b : b + 1].double(), expected, rtol=1e-4, atol=1e-5)
+        held = Ring(places[0].cpu()[b : b + 1], places[1].cpu()[b : b + 1], ring.position)
+        newest = held.take(min(position + 1, R), position + 1)
+        for x, y in zip(newest, (k, v), strict=True):
+            assert torch.equal(x, y[:, :, -R:].float())
+
+
+def test_float64_is_never_left_to_a_kernel() -> None:
+    x = torch.randn(1, 1, 1, 4, dtype=torch.float64)
+    ring = torch.zeros(2, 1, 1, 3, 4, dtype=torch.float64)
+    out = ring_attention(x, x, x, (ring[0], ring[1]), torch.tensor([0]), window=3)
+    assert torch.allclose(out, x)
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention": "full"}, {"attention": "hybrid", "num_blocks": 6}, {"num_suffix_blocks": 0}], ids=str
+)
+def test_decoding_is_reading_token_by_token(changes: dict, learn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SPARE", 5)  # so that room runs out
+    model, text = make(**changes), tokens(5 * M + 3)
+    for begun in (1, M - 1, M, M + 1, 2 * M + 2):
+        state = read(model, begin(model, 2), text[:, :begun], inner=INNER, learn=learn).state
+        decoder = Decoder(model, state, INNER, learn=learn)
+        for i in range(begun, text.shape[1]):
+            torch.testing.assert_close(decoder.logits(), next_token_logits(model, state), rtol=1e-10, atol=1e-10)
+            decoder.read(text[:, i])
+            state = read(model, state, text[:, i : i + 1], inner=INNER, learn=learn).state
+            assert decoder.position == state.position
+            for x, y in zip(decoder.state().tensors, state.tensors, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_writers_of_one_model_take_turns() -> None:
+    model = make()
+    alone = []
+    for seed in (1, 2):
+        session = Session(model, INNER)
+        session.read(tokens(9, 1, seed)[0])
+        alone.append(list(session.generate(3 * M, seed=seed)))
+    writers = []
+    for seed in (1, 2):
+        session = Session(model, INNER)
+        session.read(tokens(9, 1, seed)[0])
+        writers.append(session.generate(3 * M, seed=seed))
+    assert [list(pair) for pair in zip(*zip(*writers, strict=True), strict=True)] == alone
+
+
+def test_a_session_can_be_used_while_it_writes() -> None:
+    plain, disturbed = (Session(make(), INNER) for _ in range(2))
+    for session in (plain, disturbed):
+        session.read(tokens(9, 1)[0])
+    expected = list(plain.generate(12, seed=0))
+    written = []
+    for token in disturbed.generate(12, seed=0):
+        written.append(token)
+        assert disturbed.position == 9 + len(written)
+        fork = disturbed.fork()
+        fork.read([1, 2])
+        assert disturbed.drift() >= 0
+    assert written == expected
+    disturbed.learn = plain.learn = False
+    assert list(disturbed.generate(5, seed=1)) == list(plain.generate(5, seed=1))
+
+
+def test_places_follow_a_model_that_is_cast() -> None:
+    def written(model: Transformer) -> list[int]:
+        session = Session(model, INNER)
+        session.read(tokens(9, 1)[0])
+        return list(session.generate(6, temperature=0))
+
+    model = make()
+    written(model)
+    assert written(model.float()) == written(make().float())
+
+
+def test_places_do_not_keep_their_model() -> None:
+    model = make()
+    state = read(model, begin(model, 1), tokens(3, 1), inner=INNER).state
+    Decoder(model, state, INNER).read(torch.tensor([1]))
+    gone = weakref.ref(model)
+    del model, state
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"attention": "full"}], ids=str)
+def test_captured_decoding_is_reading(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SPARE", 16)
+    model, text = make(width=32, mini_batch_size=8, window_size=24, **changes), tokens(50)
+    state = read(model, begin(model, 2), text, inner=INNER).state
+    expected = next_token_logits(model, state)
+    model = model.float().cuda()
+    decoder = Decoder(model, read(model, begin(model, 2), text[:, :5].cuda(), inner=INNER).state, INNER)
+    for i in range(5, 50):
+        decoder.read(text[:, i].cuda())
+    torch.testing.assert_close(decoder.logits().cpu().double(), expected, rtol=0, atol=2e-3)
+    for x, y in zip(decoder.state().tensors, state.tensors, strict=True):
+        torch.testing.assert_close(x.cpu().double(), y.double(), rtol=0, atol=5e-3)
