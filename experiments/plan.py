@@ -26,6 +26,8 @@ LADDER = (2, 4, 8, 16, 32)
 BOXED = "box-32"
 """The job whose model goes into the box."""
 METHODS = ("e2e", "swa", "full", "hybrid", "naive", "gdn", "mamba2", "kvb")
+SPEEDS = dict.fromkeys(METHODS, 3.5e6) | {"e2e": 1.1e6, "kvb": 0.7e6, "mamba2": 1e6, "gdn": 1e6}
+"""Tokens a second of training at one unit on an H200; of the recurrences without kernels a guess."""
 OVERHEAD = 20.0
 """Seconds of a job beside its training: start, capture, evaluation."""
 
@@ -342,8 +344,7 @@ TOYS = {
 }
 
 
-def estimated_seconds(job: Job, speeds: dict[str, float]) -> float:
-    """Of a job that has a GPU for itself; `speeds` are tokens per second at one unit, by method."""
-    speed = speeds.get(job.method) or speeds.get("e2e") or 1e6
-    slowdown = {True: 1.0 + job.context / 16, False: 1.0 + job.context / 32}[job.method in ("e2e", "kvb")]
-    return OVERHEAD + job.tokens / speed * slowdown
+def estimated_seconds(job: Job) -> float:
+    """Of a job that has a GPU for itself."""
+    learns = job.method in ("e2e", "kvb")
+    return OVERHEAD + job.tokens / SPEEDS[job.method] * (1.0 + job.context / (16 if learns else 32))

@@ -39,7 +39,6 @@ SMALLEST_START = 25.0
 PACK_EVERY = 90.0
 LOG_TAIL = 6000
 METRICS_ROWS = 200
-CALIBRATED = ("e2e", "swa", "full", "hybrid", "naive", "gdn", "mamba2", "kvb")
 REHEARSAL = (
     *("model.width=64", "model.num_heads=1", "model.num_blocks=4", "model.mlp_hidden=128", "batch_size=2"),
     *("model.window_size=128", "model.mini_batch_size=16"),
@@ -53,10 +52,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="where data, runs and the state lie between calls")
     parser.add_argument("--out", type=Path, required=True, help="where results go")
     parser.add_argument("--seconds", type=float, required=True, help="of this call, packing included")
-    parser.add_argument("--total-seconds", type=float, help="of all calls together; default: of this one")
     parser.add_argument("--gpus", type=int, help="default: all; 0: run on the CPU")
     parser.add_argument("--per-gpu", type=int, default=3, help="processes on each GPU; the first has one fewer")
-    parser.add_argument("--scale", type=float, help="of all numbers of steps; default: by the speeds measured")
+    parser.add_argument("--scale", type=float, help="of all numbers of steps (default 1)")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="jobs, and what they need")
     parser.add_argument("--last", action="store_true", help="start nothing that would not finish")
     parser.add_argument("--keep", nargs="+", default=[BOXED, "e2e-s0-32", "full-s0-32"], metavar="JOB")
@@ -86,7 +84,7 @@ class Runner:
         self.work, self.out = options.work.absolute(), options.out.absolute()
         self.packed = options.packed.absolute()
         self.deadline = self.started + options.seconds - GRACE - 10
-        self.state: dict[str, Any] = {"jobs": {}, "speeds": {}, "calls": []}
+        self.state: dict[str, Any] = {"jobs": {}, "calls": []}
         with contextlib.suppress(FileNotFoundError):
             self.state = json.loads((self.work / "state.json").read_text(encoding="utf-8"))
         self.forks = True
@@ -114,29 +112,19 @@ class Runner:
         self.print_table(jobs_)
         return 0
 
-    # Before the jobs: data, kernels, speeds
+    # Before the jobs
 
     def prepare(self) -> None:
-        """Unpacks the data, and meanwhile compiles every kernel and measures how fast each method trains."""
-        pids = {}
+        """Unpacks the data, in the first call."""
         if not (self.work / "data" / "ready").exists():
-            pids["data"] = self.launch("data", "")
-        if self.gpus and not self.state["speeds"]:
-            for gpu in range(self.gpus):
-                pids[f"speed-{gpu}"] = self.launch(f"speed-{gpu}", str(gpu))
-        for name, pid in pids.items():
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            self.say(f"{name}: {'done' if status == 0 else f'FAILED with {status}'}")
-            if name == "data" and status:
+            status = os.waitstatus_to_exitcode(os.waitpid(self.launch("data", ""), 0)[1])
+            self.say(f"data: {'done' if status == 0 else f'FAILED with {status}'}")
+            if status:
                 print(tail(self.work / "logs" / "data.log"))
                 raise SystemExit("no data, no experiments")
-        for path in sorted((self.work / "speeds").glob("*.json")):
-            self.state["speeds"][path.stem] = json.loads(path.read_text(encoding="utf-8"))
-        self.say(f"speeds: { {name: round(speed) for name, speed in self.state['speeds'].items()} }")
-        self.save_state()
 
     def work_of(self, name: str) -> int:
-        """What the process of that name does: "data", "pack", "speed-G" or a job."""
+        """What the process of that name does: "data", "pack" or a job."""
         if name == "data":
             from experiments.corpus import unpack
 
@@ -145,8 +133,6 @@ class Runner:
             return 0
         if name == "pack":
             return self.pack()
-        if name.startswith("speed-"):
-            return self.calibrate(CALIBRATED[int(name[6:]) :: self.state["calls"][-1]["gpus"]])
         return execute(next(job for job in self.planned(float(self.state["scale"])) if job.name == name))
 
     def launch(self, name: str, gpu: str) -> int:
@@ -174,34 +160,11 @@ class Runner:
             sys.stderr.flush()
             os._exit(status)
 
-    def calibrate(self, methods: tuple[str, ...]) -> int:
-        (self.work / "speeds").mkdir(exist_ok=True)
-        for method in methods:
-            try:
-                speed = tokens_per_second(method)
-            except Exception:  # one method less is no reason to stop
-                traceback.print_exc()
-                continue
-            (self.work / "speeds" / f"{method}.json").write_text(json.dumps(speed), encoding="utf-8")
-        return 0
-
     def settle_scale(self) -> float:
-        """So that the jobs of the first four tiers fill the time of all calls; once for all calls."""
-        if self.options.rehearse:
-            self.state["scale"] = self.options.scale or 0.003
-        if "scale" not in self.state:
-            wanted = self.options.scale
-            if wanted is None:
-                seconds = (self.options.total_seconds or self.options.seconds) - (time.monotonic() - self.started)
-                capacity = max(1, self.gpus) * seconds * 0.85
-                core = [job for job in self.planned(1.0) if job.tier <= 3]
-                fixed = sum(estimated_seconds(job, {"e2e": 1e12}) for job in core) / self.options.per_gpu
-                training = sum(estimated_seconds(job, self.state["speeds"]) for job in core)
-                training -= sum(estimated_seconds(job, {"e2e": 1e12}) for job in core)
-                wanted = min(1.5, max(0.25, (capacity - fixed) / training))
-            self.state["scale"] = round(wanted, 3)
-            self.save_state()
-        self.say(f"scale {self.state['scale']}")
+        """Of the first call, for all calls: what comes later must fit what was trained before."""
+        default = 0.003 if self.options.rehearse else 1.0
+        self.state.setdefault("scale", self.options.scale or default)
+        self.save_state()
         return float(self.state["scale"])
 
     def planned(self, scale: float) -> list[Job]:
@@ -248,7 +211,7 @@ class Runner:
         left = self.deadline - time.monotonic()
         if left < SMALLEST_START:
             return False
-        return not self.options.last or estimated_seconds(job, self.state["speeds"]) * 1.3 < left
+        return not self.options.last or estimated_seconds(job) * 1.3 < left
 
     def free_gpu(self) -> int | None:
         """The GPU with the fewest jobs that has room; 0 without a GPU, for one job at a time."""
@@ -285,7 +248,7 @@ class Runner:
             "code": code,
             "gpu": gpu,
             "seconds": round(before + seconds, 1),
-            "estimated": round(estimated_seconds(job, self.state["speeds"]), 1),
+            "estimated": round(estimated_seconds(job), 1),
             "experiment": job.experiment,
             "method": job.method,
             "tokens": job.tokens,
@@ -347,7 +310,7 @@ class Runner:
     def print_plan(self, jobs_: list[Job]) -> None:
         total = 0.0
         for job in jobs_:
-            seconds = estimated_seconds(job, self.state["speeds"])
+            seconds = estimated_seconds(job)
             total += seconds
             needs = f"  after {', '.join(job.needs)}" if job.needs else ""
             print(f"{job.tier} {job.name:24s} {job.tokens / 1e6:7.1f}M tokens {seconds:6.0f} s{needs}")
@@ -418,37 +381,6 @@ def number_of_gpus() -> tuple[int, bool]:
     with os.fdopen(reading, "rb") as pipe:
         found = pipe.read()
     return (found[0] if found else 0), len(found) == 2
-
-
-def tokens_per_second(method: str, steps: int = 6) -> float:
-    """Of training the small recipe on random tokens, after compilation."""
-    import torch
-
-    from longread.data import Batch
-    from longread.model import Transformer
-    from longread.recipes import recipe
-    from longread.train.captured import CapturedGradient
-    from longread.train.optimizer import gradient_norm, make_optimizer, update
-
-    config = recipe("small", method, vocab_size=4096)  # type: ignore[arg-type]
-    model = Transformer(config.model).cuda()
-    model.compute_dtype = torch.bfloat16
-    optimizer, gradient = make_optimizer(model, config.optimizer), CapturedGradient(model, config)
-    tokens = torch.randint(4096, (config.batch_size, config.context_length + 1), device="cuda")
-    batch = Batch(
-        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    )
-    begun = 0.0
-    for step in range(steps + 2):
-        if step == 2:
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-        gradient(batch, inner_lr=1.0)
-        update(model, optimizer, config.optimizer, step, gradient_norm(model.parameters()))
-    torch.cuda.synchronize()
-    speed = steps * batch.input_ids.numel() / (time.perf_counter() - begun)
-    print(f"{method}: {speed:.0f} tokens/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
-    return speed
 
 
 def save_halved(run: Path, directory: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -193,6 +196,29 @@ def test_without_the_package_chunks_answer_and_one_warning_says_so(monkeypatch: 
     flash_linear_attention._is_installed.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("triton", "capability", "right"),
+    [
+        *[("3.3.1", (9, 0), True), ("3.4.0", (9, 0), False), ("3.6.0", (9, 0), False), ("3.6.0+git1", (9, 0), False)],
+        *[("3.7.0", (9, 0), False), ("3.7.1", (9, 0), True), ("3.10.0", (9, 0), True), ("3.6.0", (8, 0), True)],
+    ],
+)
+def test_no_gradient_from_kernels_that_a_compiler_makes_wrong(
+    triton: str, capability: tuple[int, int], right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_linear_attention._gradients_are_right.cache_clear()
+    monkeypatch.setattr(flash_linear_attention, "fusible", lambda *tensors: True)
+    monkeypatch.setattr(flash_linear_attention, "_is_installed", lambda: True)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    narrow = [x.bfloat16() for x in inputs("ssd", 3)[:3]]
+    with nullcontext() if right else pytest.warns(UserWarning, match=f"need Triton 3.7.1, not {re.escape(triton)}"):
+        assert flash_linear_attention.answers(*narrow) is right
+    with torch.no_grad():
+        assert flash_linear_attention.answers(*narrow)
+    flash_linear_attention._gradients_are_right.cache_clear()
+
+
 @pytest.mark.gpu
 @each_recurrence
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200, 1024])
@@ -203,16 +229,18 @@ def test_kernels_are_the_recurrence(name: str, T: int, J: int, H: int) -> None:
     narrow = [x.bfloat16().cuda() for x in arguments[:-2]] + [x.float().cuda() for x in arguments[-2:]]
     if name == "ssd":
         narrow[0] = narrow[0] * J**-0.5
-    assert flash_linear_attention.answers(*narrow[:3])
     reference, _, op = RECURRENCES[name]
     expected = with_gradients(reference, [x.double() for x in narrow])
     for x, y in zip(with_gradients(op, narrow), expected, strict=True):
         assert ((x.double() - y).norm() / y.norm().clamp(min=1e-6)).item() < 0.02
-    with torch.no_grad():  # a few tokens at a time, as in decoding
-        *tokens, state = narrow
-        few = [op(*(x[:, :9] for x in tokens), state), reference(*(x[:, :9].double() for x in tokens), state.double())]
-    for x, y in zip(*few, strict=True):
-        assert ((x.double() - y).norm() / y.norm()).item() < 0.02
+    *tokens, state = narrow
+    with torch.no_grad():
+        assert flash_linear_attention.answers(*narrow[:3])
+        for few in (9, T):  # a few tokens at a time, as in decoding, and all
+            found = op(*(x[:, :few] for x in tokens), state)
+            expected = reference(*(x[:, :few].double() for x in tokens), state.double())
+            for x, y in zip(found, expected, strict=True):
+                assert ((x.double() - y).norm() / y.norm()).item() < 0.02
 
 
 @pytest.mark.gpu

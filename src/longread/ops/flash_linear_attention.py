@@ -1,11 +1,14 @@
 """The kernels of flash-linear-attention (package `fla-core`), behind the contracts of our own recurrences.
 
-They answer on a GPU in half precision, where the package is installed; without it the chunked implementations do.
+They answer on a GPU in half precision, where the package is installed; without it the chunked implementations do. Where
+some compilers would make their gradients wrong, they are used for reading only.
 Layouts agree: [B, T, N, ...], and states [B, N, J, H] in float32. Ours have no scale, so theirs is 1.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
+import re
 import warnings
 
 import torch
@@ -22,7 +25,9 @@ def answers(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernels can take these."""
     if not fusible(query, key, value) or value.dtype == torch.float32:
         return False
-    return value.shape[1] > 0 and key.shape[-1] <= LARGEST_KEY and _is_installed()
+    if not value.shape[1] or key.shape[-1] > LARGEST_KEY or not _is_installed():
+        return False
+    return not torch.is_grad_enabled() or _gradients_are_right(torch.cuda.get_device_capability(value.device))
 
 
 def ssd(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +80,20 @@ def _is_installed() -> bool:
         return True
     warnings.warn(
         "recurrent mixers run without kernels, which is slower: install them with pip install 'longread[fla]'",
+        stacklevel=2,
+    )
+    return False
+
+
+@functools.cache
+def _gradients_are_right(capability: tuple[int, int]) -> bool:
+    """False where Triton miscompiles gated gradients (https://github.com/fla-org/flash-linear-attention/issues/640)."""
+    triton = importlib.metadata.version("triton")
+    numbers = tuple(int(part) for part in re.findall(r"\d+", triton)[:3])
+    if capability[0] != 9 or not (3, 4) <= numbers < (3, 7, 1):
+        return True
+    warnings.warn(
+        f"recurrent mixers train without kernels, which is slower: on this GPU those need Triton 3.7.1, not {triton}",
         stacklevel=2,
     )
     return False
