@@ -181,7 +181,7 @@ def jobs(plan: Plan) -> list[Job]:
         plan.ladder(2, method, lengths=(32, 8, 2, 16, 4))
 
     # f, g: needles, and how well models continue a text
-    probes(plan, 2)
+    probes(plan, 3)
 
     # h: meta-gradients at equal tokens; their logs give equal time
     for name, setting in META_GRADIENTS.items():
@@ -194,6 +194,11 @@ def jobs(plan: Plan) -> list[Job]:
     for seed in (1, 2):
         for method in ("e2e", "full", "swa"):
             plan.ladder(3, method, seed, (32, 8, 2, 16, 4))
+    # is full attention only short of steps?
+    plan.model(
+        "full-s1-32-more", 3, "full", 32, 4 * EXTENSION_STEPS, seed=1, init="full-s1", contexts=(1, 32),
+        experiment="context",
+    )  # fmt: skip
 
     # 4: what makes training diverge or stall
     for name, settings in STABILITY.items():
@@ -282,7 +287,7 @@ def ablations(unit: int) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 def probes(plan: Plan, tier: int) -> None:
     """Needles, and continuations of the length of the window, of models that the ladders left."""
-    models = [f"{method}-s0-32" for method in ("e2e", "full", "swa", "hybrid")]
+    models = [f"{method}-s1-32" for method in ("e2e", "full", "swa")]
     contexts = [str(plan.unit * context) for context in (1, 2, 4, 8, 16)]
     essays = ["--haystack", str(plan.data / "text" / "books" / "validation")]
     for name in (*models, BOXED):
@@ -301,8 +306,8 @@ def probes(plan: Plan, tier: int) -> None:
         plan.jobs.append(
             Job(f"needle-{name}", tier, (Command(tuple(arguments), result),), (name,), experiment="needle")
         )
-    writers = [f"{method}-s0-2" for method in ("e2e", "full", "swa")]
-    for judge in (BOXED, "hybrid-s0-32"):
+    writers = [f"{method}-s1-8" for method in ("e2e", "full", "swa")]
+    for judge in (BOXED, "full-s2-32"):
         result = plan.result_of(f"judge-{judge}", "judge")
         arguments = ["judge", *(str(plan.run_of(name)) for name in writers), "--judge", str(plan.run_of(judge))]
         arguments += [

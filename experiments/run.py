@@ -53,11 +53,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="where results go")
     parser.add_argument("--seconds", type=float, required=True, help="of this call, packing included")
     parser.add_argument("--gpus", type=int, help="default: all; 0: run on the CPU")
-    parser.add_argument("--per-gpu", type=int, default=3, help="processes on each GPU; the first has one fewer")
+    parser.add_argument("--per-gpu", type=int, default=3, help="processes on each GPU")
+    parser.add_argument("--first-gpu", type=int, help="processes on the first one, where the first job goes")
     parser.add_argument("--scale", type=float, help="of all numbers of steps (default 1)")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="jobs, and what they need")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="jobs, and what they need, in this order"
+    )
     parser.add_argument("--last", action="store_true", help="start nothing that would not finish")
-    parser.add_argument("--keep", nargs="+", default=[BOXED, "e2e-s0-32", "full-s0-32"], metavar="JOB")
+    parser.add_argument("--keep", nargs="+", default=[BOXED, "e2e-s1-32", "full-s1-32"], metavar="JOB")
     parser.add_argument("--rehearse", action="store_true", help="tiny models and few steps, on a CPU")
     parser.add_argument("--list", action="store_true", help="print the plan and stop")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -177,10 +180,13 @@ class Runner:
         )
         found = jobs(plan)
         by_name = {job.name: job for job in found}
-        wanted = {name for name in by_name if any(fnmatch.fnmatch(name, pattern) for pattern in self.options.only)}
-        for _ in range(4):
-            wanted |= {need for name in wanted for need in by_name[name].needs if need in by_name}
-        return [job for job in found if job.name in wanted]
+        rank: dict[str, int] = {}
+        for i, pattern in enumerate(self.options.only):
+            wanted = fnmatch.filter(by_name, pattern)
+            while wanted:
+                rank |= {name: i for name in wanted if name not in rank}
+                wanted = [need for name in wanted for need in by_name[name].needs if need in by_name]
+        return sorted((job for job in found if job.name in rank), key=lambda job: rank[job.name])
 
     # The jobs
 
@@ -216,9 +222,10 @@ class Runner:
     def free_gpu(self) -> int | None:
         """The GPU with the fewest jobs that has room; 0 without a GPU, for one job at a time."""
         counts = [sum(r.gpu == gpu for r in self.running) for gpu in range(max(1, self.gpus))]
-        room = [max(1, self.options.per_gpu - (gpu == 0)) if self.gpus else 1 for gpu in range(len(counts))]
+        room = [self.options.per_gpu if self.gpus else 1] * len(counts)
+        room[0] = self.options.first_gpu or room[0]
         free = [gpu for gpu in range(len(counts)) if counts[gpu] < room[gpu]]
-        return min(free, key=lambda gpu: (counts[gpu], -room[gpu], gpu)) if free else None
+        return min(free, key=lambda gpu: (counts[gpu], room[gpu], gpu)) if free else None
 
     def start(self, job: Job, gpu: int) -> None:
         pid = self.launch(job.name, str(gpu) if self.gpus else "")
