@@ -18,7 +18,7 @@ UNIT = 1024
 """Tokens of the pre-training context, and of the window."""
 PRETRAINING_STEPS = 1000
 """Of 64 units of tokens each: 65.5M tokens."""
-BOX_STEPS = 3000
+BOX_STEPS = 4000
 EXTENSION_STEPS = 50
 """Of 128 units: 10 % of the tokens of pre-training."""
 LADDER = (2, 4, 8, 16, 32)
