@@ -34,13 +34,13 @@ PIECE = 1024
 CONTINUATION = 120
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", type=Path, metavar="TEXT")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"to read (default {TOKENS})")
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         return demo(options.model, options.texts, options.tokens, options.device)
     except UserError as error:

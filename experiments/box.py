@@ -16,8 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from experiments.corpus import HELD_OUT_MODULES
-from experiments.pages import Page, Results, box
+from experiments.corpus import HELD_OUT_MODULES, HELD_OUT_PACKAGES
+from experiments.page import Page
+from experiments.pages import box
+from experiments.results import Results
 
 from longread.checkpoint import load_model, save_model
 
@@ -71,8 +73,12 @@ def card(found: Results, page: Page, parameters: int) -> str:
     chain = [name for name in ("box", "box-8", "box-32") if name in jobs]
     tokens = sum(jobs[name]["tokens"] for name in chain)
     steps = ", ".join(f"{jobs[name]['tokens'] / 1e6:.0f}M tokens at {jobs[name]['context']}K" for name in chain)
-    packages = ", ".join(f"{name} ({licence})" for name, licence in sorted(found.corpus.get("packages", {}).items()))
-    source = f"the standard library of Python {found.corpus.get('python', '')} and {packages}"
+    packages = ", ".join(
+        f"{name} ({licence.removesuffix(' License')})"
+        for name, licence in sorted(found.corpus.get("packages", {}).items())
+        if name not in (*HELD_OUT_PACKAGES, "python")
+    )
+    source = f"the standard library of Python {found.corpus.get('python', '')} (PSF-2.0) and parts of {packages}"
     held_out = ", ".join(f"`{name}`" for name in HELD_OUT_MODULES)
     tables = "\n\n".join(part for part in page.parts if not part.startswith("!["))
     return f"""# longread-small

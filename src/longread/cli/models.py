@@ -36,6 +36,9 @@ def table_name(path: str, paths: Sequence[str]) -> str:
 def open_model(path: str, device: str) -> OpenModel:
     """Loads the model at `path`; on a GPU its products run in bfloat16, its fast weights stay float32.
 
+    On a CPU a file in half precision runs in float32, which is as exact and, where products in half precision are
+    emulated, many times faster.
+
     Raises:
         UserError: there is no model, no tokenizer, or they do not belong together; or the device cannot be used.
     """
@@ -54,6 +57,8 @@ def open_model(path: str, device: str) -> OpenModel:
             f"{loaded.tokenizer_path} has {tokenizer.vocab_size} tokens and {path} knows "
             f"{loaded.model.config.vocab_size}; copy there the one it was trained with"
         )
+    if place.type == "cpu" and loaded.model.dtype.itemsize < 4:
+        loaded.model.float()
     loaded.model.requires_grad_(False)
     return OpenModel(Path(path).name or path, loaded.model, loaded.inner, tokenizer, loaded.fingerprint)
 

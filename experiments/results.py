@@ -1,0 +1,93 @@
+"""What `experiments.run` left, by job: losses, curves and training metrics out of its archives."""
+
+from __future__ import annotations
+
+import json
+import math
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass
+class Results:
+    """Archives loaded later win; what they replace is kept in `repeats`."""
+
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    corpus: dict[str, Any] = field(default_factory=dict)
+    repeats: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    """(job, evaluation) -> losses of the same job, run more than once."""
+
+    def load(self, archive: Path) -> None:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                path, file = Path(member.name), tar.extractfile(member)
+                if file is None or path.suffix != ".json":
+                    continue
+                content = json.load(file)
+                if path.parts[0] == "results":
+                    self.evaluated(path.parts[1], path.stem, content)
+                elif path.parts[0] == "metrics":
+                    # A run that was cut off does not replace one that got further.
+                    if len(content) and content[-1]["step"] >= self.steps(path.stem):
+                        self.metrics[path.stem] = content
+                elif path.name == "state.json":
+                    self.state = content | {"jobs": self.state.get("jobs", {}) | content["jobs"]}
+                elif path.name == "corpus.json":
+                    self.corpus = content
+
+    def evaluated(self, job: str, what: str, content: dict[str, Any]) -> None:
+        before = self.loss(job, what)
+        self.evaluations.setdefault(job, {})[what] = content
+        after = self.loss(job, what)
+        if before is not None and after is not None:
+            self.repeats.setdefault((job, what), [before]).append(after)
+
+    def steps(self, job: str) -> int:
+        """That its training took, up to where it was stopped."""
+        rows = self.metrics.get(job, [])
+        return int(rows[-1]["step"]) if rows else 0
+
+    def reading(self, job: str, what: str, reading: str | None = None) -> dict[str, Any] | None:
+        """One result of an evaluation: `reading` learning, frozen, static; None: static or learning."""
+        found = self.evaluations.get(job, {}).get(what, {}).get("results", [])
+        wanted = ("static", "learning") if reading is None else (reading,)
+        return next((result for result in found if result["reading"] in wanted and "loss" in result), None)
+
+    def loss(self, job: str, what: str, reading: str | None = None) -> float | None:
+        found = self.reading(job, what, reading)
+        return None if found is None else float(found["loss"]["nats_per_token"]["mean"])
+
+    def curve(self, job: str, what: str, reading: str | None = None) -> Curve:
+        """(position, loss), in bins of a quarter octave; the first bins, of few tokens, are left to `bins`."""
+        found = self.reading(job, what, reading)
+        rows = [] if found is None else found["curve"]
+        return [
+            (math.sqrt(r["start"] * r["end"]), r["score"]["nats_per_token"]["mean"]) for r in rows if r["start"] > 0
+        ]
+
+    def bins(self, job: str, what: str, reading: str | None = None) -> dict[str, float]:
+        """Loss by octave of positions."""
+        found = self.reading(job, what, reading)
+        rows = [] if found is None else found["by_position"]
+        return {between(r["start"], r["end"]): r["score"]["nats_per_token"]["mean"] for r in rows}
+
+    def training(self, job: str) -> Curve:
+        """(tokens, training loss), thinned and averaged between."""
+        return [(row["tokens"], row["loss"]) for row in self.metrics.get(job, [])]
+
+
+def between(start: int, end: int) -> str:
+    """`128–256`, `1–2K`, `512–1K`."""
+    if start >= 1024 and start % 1024 == end % 1024 == 0:
+        return f"{start // 1024}–{end // 1024}K"
+    return f"{start}–{short(end)}"
+
+
+def short(tokens: float) -> str:
+    return f"{tokens / 1024:g}K" if tokens >= 1024 else f"{tokens:g}"
