@@ -7,6 +7,9 @@ BASE_PYTHON = python3
 # Exact, and installed before everything else: an open range would fetch gigabytes.
 TORCH = torch==2.13.0
 
+# Threads that wait for one another sleep: spinning, they starve beside any other busy process.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 INSTALL = .venv/bin/python -m pip --disable-pip-version-check install -qq --no-compile
 ifeq ($(PYTHON),.venv/bin/python)
 DEMO_READY = .venv/.ready-demo
@@ -16,22 +19,29 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format bench clean
+.PHONY: help demo demo-train test test-slow test-gpu test-page lint format bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
-demo: $(DEMO_READY) ## train, read and compare three models on this machine's own text (10 minutes)
+demo: $(DEMO_READY) ## a trained model reads a long text and learns from it (a minute)
+	$(PYTHON) examples/read.py
+
+demo-train: $(DEMO_READY) ## train, read and compare three models on this machine's own text (10 minutes)
 	$(PYTHON) examples/demo.py
 
 test: lint ## lint, then every test that takes seconds
-	$(PYTHON) -m pytest -m "not slow and not gpu"
+	$(PYTHON) -m pytest -m "not slow and not gpu and not browser"
 
 test-slow: $(TEST_READY) ## the tests that take minutes
-	$(PYTHON) -m pytest -m "slow and not gpu"
+	$(PYTHON) -m pytest -m "slow and not gpu and not browser"
 
 test-gpu: $(TEST_READY) ## the tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu
+
+test-page: $(TEST_READY) ## the served page in a browser; needs Chromium
+	$(INSTALL) -r requirements/page.txt
+	$(PYTHON) -m pytest -m browser
 
 lint: $(TEST_READY) ## ruff (rules, security, format) and mypy
 	$(PYTHON) -m ruff check

@@ -156,8 +156,8 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inner step goes one per cent too far, in the timed precision only."""
     right = step.clipped_sgd
 
-    def wrong(weights: Any, gradients: Any, *, lr: Any, clip: Any) -> Any:
-        return right(weights, gradients, lr=lr * (1.01 if weights[0].dtype == torch.float32 else 1.0), clip=clip)
+    def wrong(weights: Any, gradients: Any, *, lr: Any, **options: Any) -> Any:
+        return right(weights, gradients, lr=lr * (1.01 if weights[0].dtype == torch.float32 else 1.0), **options)
 
     monkeypatch.setattr(step, "clipped_sgd", wrong)
 

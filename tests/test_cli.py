@@ -45,7 +45,7 @@ COMMAND_LINE = {
     "--device",
     "read": "FILE --model --device --session --save --no-control --json --report",
     "generate": "--model --device --session --prompt --max-tokens --temperature --top-p --top-k --repetition-penalty "
-    "--seed --stop --frozen --save",
+    "--seed --stop --frozen --save --draft --draft-session --draft-tokens",
     "evaluate": "MODEL --data --documents --max-tokens --min-tokens --lengths --indices --window --mini-batch "
     "--batch-size --no-control --health --json --plots --report --device",
     "needle": "MODEL --variants --contexts --depths --samples --seed --haystack --repeat-haystack --max-tokens "
@@ -55,6 +55,9 @@ COMMAND_LINE = {
     "convert": "SOURCE DIR",
     "bench": "WORK --sizes --methods --contexts --sequences --repeats --profile --from --json --report --plots "
     "--device",
+    "serve": "--model --device --directory --name --host --port --keys --device-memory --host-memory --disk "
+    "--max-sessions --max-batch --max-waiting --limit",
+    "estimate": "MODEL --context-length --precision --memory",
 }
 
 
@@ -364,6 +367,39 @@ def test_devices_that_cannot_be_used(home: Path, capsys: pytest.CaptureFixture[s
 def test_sampling_out_of_range(
     home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
 ) -> None:
+    assert reason in fails(capsys, "generate", "--model", home / "run", "--prompt", "x", *arguments)
+
+
+def test_another_model_guesses_what_is_written(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Greedily the text is that of the model alone; what is kept is a session that goes on as any other."""
+    run = ["generate", "--model", str(home / "run"), "--prompt", "Sentence 3", "--frozen", "--max-tokens", "12"]
+    assert main([*run, "--temperature", "0"]) == 0
+    alone = capsys.readouterr().out
+    session = str(tmp_path / "s")
+    assert main([*run, "--temperature", "0", "--draft", str(home / "run"), "--save", session]) == 0
+    out, err = capsys.readouterr()
+    assert out == alone
+    assert re.fullmatch(r"9 of 9 guesses were right, 3\.00 in each round\n", err)
+    assert Session.restore(session, load_model(home / "run").model).position == 1 + len("Sentence 3") + 12
+    drafted = [*run, "--draft", str(home / "run"), "--draft-session", session, "--draft-tokens", "2", "--seed", "1"]
+    assert main(drafted) == 0
+    once = capsys.readouterr().out
+    assert main(drafted) == 0
+    assert capsys.readouterr().out == once
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--draft-session", "s"], "--draft-session belongs to --draft"),
+        (["--draft", "HOME"], "learns while it writes, so nobody can look ahead for it; add --frozen"),
+        (["--draft", "HOME", "--frozen", "--draft-tokens", "0"], "draft_tokens is 0; it must be at least 1"),
+    ],
+)
+def test_a_draft_that_cannot_be(
+    home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    arguments = [str(home / "run") if argument == "HOME" else argument for argument in arguments]
     assert reason in fails(capsys, "generate", "--model", home / "run", "--prompt", "x", *arguments)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig, ModelConfig
-from longread.inner_loop import Decoder, begin, decoding, next_token_logits, read
+from longread.inner_loop import Decoder, begin, next_token_logits, places, read
 from longread.model import Past, Ring, Transformer, initialize
 from longread.ops.attention.reference import reference_attention
 from longread.ops.attention.ring import plain_ring_attention, ring_attention
@@ -88,7 +88,7 @@ def test_float64_is_never_left_to_a_kernel() -> None:
     "changes", [{}, {"attention": "full"}, {"attention": "hybrid", "num_blocks": 6}, {"num_suffix_blocks": 0}], ids=str
 )
 def test_decoding_is_reading_token_by_token(changes: dict, learn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "SPARE", 5)  # so that room runs out
+    monkeypatch.setattr(places, "SPARE", 5)  # so that room runs out
     model, text = make(**changes), tokens(5 * M + 3)
     for begun in (1, M - 1, M, M + 1, 2 * M + 2):
         state = read(model, begin(model, 2), text[:, :begun], inner=INNER, learn=learn).state
@@ -158,7 +158,7 @@ def test_places_do_not_keep_their_model() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"attention": "full"}], ids=str)
 def test_captured_decoding_is_reading(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "SPARE", 16)
+    monkeypatch.setattr(places, "SPARE", 16)
     model, text = make(width=32, mini_batch_size=8, window_size=24, **changes), tokens(50)
     state = read(model, begin(model, 2), text, inner=INNER).state
     expected = next_token_logits(model, state)

@@ -127,7 +127,9 @@ def test_where_a_piece_diverges() -> None:
     assert at(fine, [0.5], start=16) is None
 
 
-def test_the_command_that_reads_says_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_that_reads_rolls_such_steps_back_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = ByteTokenizer()
     save_model(
         tmp_path / "m", model().float(), InnerConfig(lr=1e38, clip=None), tokenizer_fingerprint=tokenizer.fingerprint
@@ -136,9 +138,11 @@ def test_the_command_that_reads_says_so_too(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "text.txt").write_text("A text that goes on for a while. " * 8)
     command = ["read", tmp_path / "text.txt", "--model", tmp_path / "m", "--json", tmp_path / "r.json"]
     assert main([str(a) for a in command]) == 0
-    assert "were no longer finite, the first the text after" in capsys.readouterr().out.replace("\n", " ")
+    out = " ".join(capsys.readouterr().out.split())
+    steps = 265 // model().config.mini_batch_size - (265 % model().config.mini_batch_size == 0)
+    assert f"{steps} of {steps} inner steps would have done damage and were rolled back" in out
     learning, frozen = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert learning["loss"]["nats_per_token"]["mean"] is None
+    assert learning["loss"]["nats_per_token"]["mean"] == pytest.approx(frozen["loss"]["nats_per_token"]["mean"])
     assert frozen["loss"]["nats_per_token"]["mean"] < 10
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from longread.ops.attention import attention
 from longread.ops.attention.reference import reference_attention
-from longread.ops.clipped_sgd import clipped_sgd, clipped_sgd_
+from longread.ops.clipped_sgd import clipped_sgd, clipped_sgd_, refused
 from longread.ops.clipped_sgd.reference import reference_clipped_sgd
 from longread.ops.cross_entropy import chunked, cross_entropy
 from longread.ops.cross_entropy.reference import reference_cross_entropy
@@ -165,6 +166,18 @@ def test_clipped_sgd_in_place(clip: float | None) -> None:
         norm = clipped_sgd_(weights, gradients, working, lr=0.7, clip=clip)
     agree([*weights, norm], [*expected, expected_norm])
     assert all(torch.equal(copy, w.bfloat16()) for copy, w in zip(working, weights, strict=True))
+
+
+@pytest.mark.parametrize("clip", [None, 3.0])
+def test_a_guard_refuses_steps_that_are_too_long_or_no_numbers(clip: float | None) -> None:
+    weight, longest = draw(5, 4, 5).detach(), torch.tensor(1.0)
+    gradient = torch.ones(5, 4, 5, dtype=D64) * torch.tensor([0.01, 10.0, math.nan, math.inf, 0.0]).view(-1, 1, 1)
+    (free,), _ = clipped_sgd([weight], [gradient], lr=0.7, clip=clip)
+    (new,), norm = clipped_sgd([weight], [gradient], lr=0.7, clip=clip, longest=longest)
+    assert torch.equal(new[0], free[0])
+    assert not torch.equal(new[0], weight[0])
+    assert torch.equal(new[1:], weight[1:])
+    assert refused(norm, lr=0.7, clip=clip, longest=longest).tolist() == [False, True, True, True, False]
 
 
 def test_clipped_sgd_is_finite_at_zero() -> None:

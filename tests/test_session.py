@@ -80,6 +80,22 @@ def test_writing_is_reading_what_one_writes() -> None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_what_it_writes_need_not_be_learned() -> None:
+    session, reader = (Session(make().double(), INNER) for _ in range(2))
+    session.read(text(2 * M + 3))
+    drift = session.drift()
+    written = list(session.generate(2 * M + 1, seed=5, learn=False))
+    assert session.drift() == drift > 0
+    assert session.learn
+    reader.read(text(2 * M + 3))
+    reader.learn = False
+    reader.read(written)
+    reader.learn = True
+    for follower in (session, reader):
+        follower.read(text(2 * M))
+    assert session.drift() == pytest.approx(reader.drift(), rel=1e-9) != drift
+
+
 def test_the_same_seed_writes_the_same() -> None:
     session = after(9)
     one, two, other = (list(session.fork().generate(20, seed=seed)) for seed in (1, 1, 2))

@@ -6,6 +6,7 @@ On a machine without a GPU they run in Triton's interpreter.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from longread.config import ModelConfig, Recompute
 from longread.model import Transformer, initialize
+from longread.ops.clipped_sgd import clipped_sgd
 from longread.ops.clipped_sgd.reference import reference_clipped_sgd
 from longread.ops.cross_entropy.reference import reference_cross_entropy
 from longread.ops.rms_norm.reference import reference_rms_norm
@@ -232,6 +234,23 @@ def test_clipped_sgd_in_place(clip: float | None) -> None:
     working = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
     norm = fused(weights, gradients, working, lr=0.7, clip=clip)
     agree([*weights, norm], [*expected, expected_norm], 1e-6)
+    assert all(torch.equal(copy, w.bfloat16()) for copy, w in zip(working, weights, strict=True))
+
+
+@pytest.mark.parametrize("clip", [None, 30.0])
+def test_guarded_clipped_sgd(clip: float | None) -> None:
+    """The first sequence steps, the second would step too far, the third has no gradient that is a number."""
+    longest = torch.tensor(10.0, device=DEVICE)
+    weights, gradients = [draw(4, 70, 61).detach(), draw(4, 2).detach()], [draw(4, 70, 61, seed=1), draw(4, 2, seed=2)]
+    scale = torch.tensor([0.01, 1.0, math.nan, math.inf], device=DEVICE)
+    gradients = [g.detach() * scale.view(-1, *[1] * (g.dim() - 1)) for g in gradients]
+    expected, expected_norm = clipped_sgd(wide(weights), wide(gradients), lr=0.7, clip=clip, longest=longest)
+    new, norm = kernels("clipped_sgd").triton_clipped_sgd(weights, gradients, lr=0.7, clip=clip, longest=longest)
+    agree([*new, norm[:2]], [*expected, expected_norm[:2]], 1e-6)
+    assert not norm[2:].isfinite().any()
+    working = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
+    kernels("clipped_sgd").triton_clipped_sgd_(weights, gradients, working, lr=0.7, clip=clip, longest=longest)
+    assert all(torch.equal(w, x) for w, x in zip(weights, new, strict=True))
     assert all(torch.equal(copy, w.bfloat16()) for copy, w in zip(working, weights, strict=True))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         UserError as UserError,
     )
     from longread.data import Sampler as Sampler, TokenDataset as TokenDataset, prepare as prepare
+    from longread.engine import Engine as Engine, Limits as Limits, Sampling as Sampling
     from longread.inner_loop import (
         ReadingState as ReadingState,
         begin as begin,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from longread.outer_loop import end_to_end_loss as end_to_end_loss, static_loss as static_loss
     from longread.recipes import RECIPES as RECIPES, recipe as recipe
     from longread.session import Session as Session
+    from longread.speculative import Speculation as Speculation
     from longread.tokenizer import ByteTokenizer as ByteTokenizer, load_tokenizer as load_tokenizer
 
 __version__ = "0.1.0"
@@ -37,11 +39,13 @@ _MODULES = {
     "checkpoint": ("load_model", "save_model"),
     "config": ("InnerConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "UserError"),
     "data": ("Sampler", "TokenDataset", "prepare"),
+    "engine": ("Engine", "Limits", "Sampling"),
     "inner_loop": ("ReadingState", "begin", "next_token_logits", "read"),
     "model": ("Transformer", "initialize"),
     "outer_loop": ("end_to_end_loss", "static_loss"),
     "recipes": ("RECIPES", "recipe"),
     "session": ("Session",),
+    "speculative": ("Speculation",),
     "tokenizer": ("ByteTokenizer", "load_tokenizer"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

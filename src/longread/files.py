@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from longread.config import UserError
 
 FORMAT = "longread"
 FORMAT_VERSION = 1
+MOST_HEADER_BYTES = 16 * 2**20
+"""Of a tensor file; a model of the paper has 0.1 MiB. Reading a header takes several times its size."""
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""Of each tensor of a file: its type as safetensors calls it ("F32", "I64", ...), and its shape."""
 _PICKLES = (b"PK\x03\x04", b"\x80")  # torch.save writes a zip file of pickles, or a bare one
 
 
@@ -125,38 +129,74 @@ def write_tensors_atomically(
         write_tensors(temporary, tensors, metadata, kind=kind)
 
 
-def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(
+    path: str | Path, *, kind: str | None = None, check: Callable[[Layout, dict[str, Any]], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the metadata of a tensor file.
+
+    Args:
+        check: is given the layout and the metadata before any tensor is read, and may refuse them.
 
     Raises `UserError` with the reason when the file is missing, truncated, altered, no safetensors file, not written
     by Longread, written by a newer Longread, or not of the `kind` asked for.
     """
-    path = Path(path)
-    tensors, metadata = read_safetensors(path)
-    try:
-        header = json.loads(metadata[FORMAT])
-        version = header["format_version"]
-    except (KeyError, ValueError, TypeError):
-        raise UserError(f"{path} was not written by Longread; convert it first with `longread convert`") from None
-    _refuse_newer(path, version)
+    path, header = Path(path), {}
+
+    def check_header(layout: Layout, metadata: dict[str, str]) -> None:
+        header.update(_header(path, metadata))
+        if kind is not None and header.get("kind") != kind:
+            raise UserError(f"{path} holds {header.get('kind')}, not {kind}; give another file")
+        if check is not None:
+            check(layout, header["metadata"])
+
+    tensors, _ = read_safetensors(path, check=check_header)
     if header.pop("sha256", None) != digest(header, tensors):
         raise UserError(f"{path} is damaged: its contents do not match its checksum; restore it from a copy")
-    if kind is not None and header["kind"] != kind:
-        raise UserError(f"{path} holds {header['kind']}, not {kind}; give another file")
     return tensors, header["metadata"]
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of any safetensors file, copied out of it. Raises `UserError` with the reason."""
+def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The entry that all tensor files of Longread have."""
     try:
-        path.open("rb").close()  # unlike safe_open, says exactly what is in the way
+        header = json.loads(metadata[FORMAT])
+        version, entries = header["format_version"], header["metadata"]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise UserError(f"{path} was not written by Longread; convert it first with `longread convert`") from None
+    _refuse_newer(path, version)
+    if not isinstance(entries, dict):
+        raise UserError(f"{path} is damaged: its metadata is no table; restore it from a copy")
+    return dict(header)
+
+
+def read_safetensors(
+    path: Path, *, check: Callable[[Layout, dict[str, str]], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of any safetensors file, copied out of it. Raises `UserError` with the reason.
+
+    `check` is given the layout and the metadata before any tensor is read, and may refuse them.
+    """
+    try:
+        with path.open("rb") as opened:  # unlike safe_open, says exactly what is in the way
+            _refuse_long_header(path, int.from_bytes(opened.read(8), "little"))
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-            return tensors, file.metadata() or {}
+            names, metadata = list(file.keys()), file.metadata() or {}
+            if check is not None:
+                slices = ((name, file.get_slice(name)) for name in names)
+                check({name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices}, metadata)
+            return {name: file.get_tensor(name).clone() for name in names}, metadata
     except SafetensorError as error:
         raise UserError(_why_no_safetensors(path, error)) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (RuntimeError, MemoryError):  # of PyTorch, which maps the whole file
+        raise UserError(f"cannot read {path}: its {path.stat().st_size} bytes are more than fit into memory") from None
+
+
+def _refuse_long_header(path: Path, num_bytes: int) -> None:
+    if MOST_HEADER_BYTES < num_bytes <= path.stat().st_size:
+        raise UserError(
+            f"{path} has a header of {num_bytes} bytes, more than the {MOST_HEADER_BYTES} of any; give another file"
+        )
 
 
 def _why_no_safetensors(path: Path, error: SafetensorError) -> str:

@@ -1,6 +1,7 @@
 """The command line. One file a command; heavy imports happen when a command runs, so that --help is instant.
 
-    longread prepare | train | read | generate | evaluate | needle | judge | convert | bench
+    longread prepare | train | read | generate | evaluate | needle | judge | convert | bench | serve |
+             estimate
 
 Wrong input ends with one sentence on stderr and exit status 2.
 """
@@ -15,10 +16,10 @@ import warnings
 from collections.abc import Sequence
 
 from longread import __version__
-from longread.cli import bench, convert, evaluate, generate, judge, needle, prepare, read, train
+from longread.cli import bench, convert, estimate, evaluate, generate, judge, needle, prepare, read, serve, train
 from longread.config import UserError
 
-_COMMANDS = (prepare, train, read, generate, evaluate, needle, judge, convert, bench)
+_COMMANDS = (prepare, train, read, generate, evaluate, needle, judge, convert, bench, serve, estimate)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 2 for wrong input, 3 for a run that diverged, 130 on SIGINT."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve beside any other busy process
     options = build_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     logging.basicConfig(format="longread: %(message)s", stream=sys.stderr)

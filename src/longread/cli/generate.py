@@ -2,6 +2,7 @@
 
 Example:
   longread generate --model runs/toy --session book.session --prompt "Once more" --max-tokens 200
+  longread generate --model runs/full --draft runs/toy --prompt "Once more"
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING
 from longread.cli.arguments import add_model
 
 if TYPE_CHECKING:
+    from longread.cli.models import OpenModel
+    from longread.session import Session
+    from longread.speculative import Speculation
     from longread.tokenizer import Tokenizer
 
 NAME = "generate"
@@ -33,6 +37,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
     parser.add_argument("--frozen", action="store_true", help="do not learn from prompt and continuation")
     parser.add_argument("--save", metavar="FILE", help="keep the session here afterwards")
+    parser.add_argument(
+        "--draft", metavar="MODEL", help="a faster model that guesses what --model writes, and learns from it"
+    )
+    parser.add_argument("--draft-session", metavar="FILE", help="let the guessing one go on with this saved session")
+    parser.add_argument("--draft-tokens", type=int, default=4, help="guesses at a time (default 4)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,21 +49,20 @@ def run(options: argparse.Namespace) -> int:
     from longread.cli.models import open_model
     from longread.cli.outputs import check_writable
     from longread.config import UserError
-    from longread.session import Session
 
     check_writable(options.save)
     if "" in options.stop:
         raise UserError("--stop is empty; give the text before which to end")
+    if options.draft_session and not options.draft:
+        raise UserError("--draft-session belongs to --draft; give the model that read it")
     opened = open_model(options.model, options.device)
-    if options.session:
-        session = Session.restore(options.session, opened.model, fingerprint=opened.fingerprint)
-    else:
-        session = Session(opened.model, opened.inner, fingerprint=opened.fingerprint)
+    session = _session(opened, options.session)
     learns = session.learn
     session.learn = learns and not options.frozen
-    bos = [opened.tokenizer.bos_id] if opened.tokenizer.bos_id is not None and not session.position else []
-    session.read(bos + opened.tokenizer.encode(options.prompt))
-    ids = session.generate(
+    pair = _with_draft(options, opened, session) if options.draft else None
+    writer = pair or session
+    writer.read(opened.tokenizer.encode(options.prompt))
+    ids = writer.generate(
         options.max_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
@@ -69,10 +77,43 @@ def run(options: argparse.Namespace) -> int:
             sys.stdout.flush()
         sys.stdout.write("\n")
     finally:  # what was written until an interrupt has been read too, and is kept
+        ids.close()
         if options.save:
             session.learn = learns  # --frozen is about this command, not about all who go on with the session
             session.save(options.save)
+    if pair is not None and pair.rounds:
+        drafted, accepted = sum(x.drafted for x in pair.rounds), sum(x.accepted for x in pair.rounds)
+        found = f"{accepted} of {drafted} guesses were right, {accepted / len(pair.rounds):.2f} in each round"
+        print(found, file=sys.stderr)
     return 0
+
+
+def _session(opened: OpenModel, path: str | None) -> Session:
+    """The saved session, or one that has read nothing but the beginning of a text."""
+    from longread.session import Session
+
+    if path:
+        session = Session.restore(path, opened.model, fingerprint=opened.fingerprint)
+    else:
+        session = Session(opened.model, opened.inner, fingerprint=opened.fingerprint)
+    if not session.position and opened.tokenizer.bos_id is not None:
+        session.read([opened.tokenizer.bos_id])
+    return session
+
+
+def _with_draft(options: argparse.Namespace, opened: OpenModel, session: Session) -> Speculation:
+    from longread.cli.models import open_model
+    from longread.config import UserError
+    from longread.speculative import Speculation
+
+    drafter = open_model(options.draft, options.device)
+    if drafter.tokenizer.fingerprint != opened.tokenizer.fingerprint:
+        raise UserError(f"{options.draft} and {options.model} have different tokenizers; give two models with one")
+    if session.learn and opened.model.config.num_suffix_blocks:
+        raise UserError(f"{options.model} learns while it writes, so nobody can look ahead for it; add --frozen")
+    guessing = _session(drafter, options.draft_session)
+    guessing.learn = guessing.learn and not options.frozen
+    return Speculation(session, guessing, draft_tokens=options.draft_tokens)
 
 
 def decoded(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:

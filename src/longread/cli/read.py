@@ -199,5 +199,10 @@ def _evaluation(readers: list[_Reader], interrupted: bool) -> Evaluation:
     if readers[0].measurement.learn and not readers[0].measurement.inner_steps.count:
         tokens = readers[0].measurement.tokens
         notes.append(f"{tokens:,} tokens complete no mini-batch of {M}: nothing could be learned from them.")
+    if session.rolled_back:
+        notes.append(
+            f"{session.rolled_back:,} of {session.steps:,} inner steps would have done damage and were rolled back: "
+            "their mini-batches were read without learning."
+        )
     longest = readers[0].measurement.losses[0].num_positions
     return summarize([reader.measurement for reader in readers], lengths=default_lengths(longest), notes=notes)

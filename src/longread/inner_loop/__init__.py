@@ -4,11 +4,13 @@ step.py      the loss of a mini-batch, one step on it, the scan over mini-batche
 state.py     what is left of a text after it has been read
 reading.py   any text in any pieces: the same steps, taken as soon as their tokens have arrived
 captured.py  long stretches of it on a GPU, as replays of CUDA graphs
+rescue.py    what is done when learning has broken a reader
 decoding.py  one token after the other, for writing
 """
 
 from longread.inner_loop.decoding import Decoder
 from longread.inner_loop.reading import Reading, begin, next_token_logits, read
+from longread.inner_loop.rescue import rescue
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import Carry, Scan, Step, inner_step, mini_batch_loss, scan
 
@@ -24,5 +26,6 @@ __all__ = [
     "mini_batch_loss",
     "next_token_logits",
     "read",
+    "rescue",
     "scan",
 ]

@@ -59,7 +59,7 @@ class _Place(NamedTuple):
 class CapturedReader:
     """Reads B sequences, one mini-batch or several stretches of them at a time."""
 
-    def __init__(self, model: Transformer, batch_size: int, inner: InnerConfig) -> None:
+    def __init__(self, model: Transformer, batch_size: int, inner: InnerConfig, guard: bool = False) -> None:
         config = model.config
         self._model, self.inner = weakref.ref(model), inner  # `_READERS` would keep the model alive otherwise
         self.M, self.K = config.mini_batch_size, config.window_size
@@ -75,10 +75,11 @@ class CapturedReader:
         ]
         self._tokens = torch.zeros(batch_size, self.long + 1, dtype=torch.long, device=model.device)
         self._mask = torch.ones(batch_size, self.long, dtype=torch.bool, device=model.device)
-        self._position = torch.zeros((), dtype=torch.float64, device=model.device)
+        self._position = torch.zeros(batch_size, dtype=torch.float64, device=model.device)
         initial = matrices(model.initial_fast_weights(batch_size))
         self._fast = [torch.empty_like(w.detach(), memory_format=torch.contiguous_format) for w in initial]
         self._working = [w.to(model.dtype) for w in self._fast]
+        self._longest = torch.zeros((), device=model.device) if guard else None
         self._captures: dict[_Place, tuple[torch.cuda.CUDAGraph, _Found]] = {}
         self._pool: Any = None
         self.weights_at = model.embedding.weight.data_ptr()
@@ -91,14 +92,20 @@ class CapturedReader:
             raise ReferenceError("the model of this reader is gone")
         return model
 
-    def read(self, state: ReadingState, tokens: Tensor, mask: Tensor) -> tuple[ReadingState, Tensor, Tensor] | None:
+    def read(
+        self, state: ReadingState, tokens: Tensor, mask: Tensor, longest: Tensor | None
+    ) -> tuple[ReadingState, Tensor, Tensor] | None:
         """Reads M · n tokens, and one that is only a target; the mask has none for the first token.
+
+        `longest` is the limit of a step for a reader with a guard (see `longread.ops.clipped_sgd`).
 
         Returns:
             the state after them, their nll, and the norms of the steps' gradients; None if the captured graph has
             turned out to compute something else.
         """
         past = self._load(state)
+        if self._longest is not None and longest is not None:
+            self._longest.copy_(longest)
         nll, norms, first, done, total = [], [], 0, 0, mask.shape[1]
         while done < total:
             count = self.long if total - done >= self.long else self.M
@@ -135,7 +142,7 @@ class CapturedReader:
         for place, w in zip(self._fast, matrices(state.fast), strict=True):
             place.copy_(w)
         self._refresh()
-        self._position.fill_(state.position)
+        self._position.copy_(torch.as_tensor(state.start))
         return P
 
     def _refresh(self) -> None:
@@ -146,7 +153,7 @@ class CapturedReader:
         split = self.model.num_lower_attentions
         pasts = [Past(past.key.clone(), past.value.clone()) for past in seen]
         return ReadingState(
-            position=before.position + tokens,
+            **before.moved(tokens),
             fast=from_matrices([w.clone() for w in self._fast]),
             lower_pasts=tuple(pasts[:split]),
             upper_pasts=tuple(pasts[split:]),
@@ -186,7 +193,14 @@ class CapturedReader:
             )
             self._append(self._strips[split:], step.own, place.first + begin)
             norms.append(
-                clipped_sgd_(self._fast, step.gradients, self._working, lr=self.inner.lr, clip=self.inner.clip)
+                clipped_sgd_(
+                    self._fast,
+                    step.gradients,
+                    self._working,
+                    lr=self.inner.lr,
+                    clip=self.inner.clip,
+                    longest=self._longest,
+                )
             )
             found.append(step)
         self._position += place.tokens
@@ -224,7 +238,7 @@ class CapturedReader:
                 put_back()
             torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             found = self._compute(place)
         self._pool = self._pool or graph.pool()
         if plain is not None:
@@ -237,13 +251,15 @@ class CapturedReader:
         return graph, found
 
 
-_READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig], CapturedReader]] = (
+_READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bool], CapturedReader]] = (
     weakref.WeakKeyDictionary()
 )
 """Captures take seconds and memory, so a model keeps its own until it is gone."""
 
 
-def captured_reader(model: Transformer, state: ReadingState, inner: InnerConfig) -> CapturedReader | None:
+def captured_reader(
+    model: Transformer, state: ReadingState, inner: InnerConfig, *, guard: bool
+) -> CapturedReader | None:
     """A reader that can go on from `state`; None on a CPU, within a mini-batch, and where pasts are of odd lengths."""
     config = model.config
     if model.device.type != "cuda" or state.hidden.shape[1]:
@@ -251,12 +267,13 @@ def captured_reader(model: Transformer, state: ReadingState, inner: InnerConfig)
     if (config.mixer, config.attention) != ("attention", "window"):
         return None
     lengths = {past.key.shape[2] for past in (*state.lower_pasts, *state.upper_pasts)}
-    if lengths != {min(state.position, config.window_size)}:
+    if len(lengths) != 1:
         return None
-    if state.position < config.window_size and state.position % config.mini_batch_size:
+    (kept,) = lengths
+    if kept < config.window_size and (kept != state.position or kept % config.mini_batch_size):
         return None
     readers = _READERS.setdefault(model, {})
-    key = state.output.shape[0], inner
+    key = state.output.shape[0], inner, guard
     reader = readers.get(key)
     if reader is None or reader.weights_at != model.embedding.weight.data_ptr():
         reader = readers[key] = CapturedReader(model, *key)

@@ -7,8 +7,9 @@ in pieces, or token by token the same computation.
 """
 
 import dataclasses
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,18 @@ from torch import Tensor
 from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
 from longread.inner_loop.state import ReadingState
-from longread.inner_loop.step import Carry, Step, inner_step
+from longread.inner_loop.step import Carry, Step, inner_step, longest_step
 from longread.model import Past, Transformer
+from longread.ops.clipped_sgd import refused
 
 STRETCH = 2048
 """Tokens for which the lower half of the network runs at once, about: larger is faster, smaller is leaner."""
 GPU_STRETCH = 8192
 """The same on a GPU where nothing is learned: fewer kernels to launch."""
+
+
+LOGITS_AT_A_TIME = 256
+"""Tokens of a sequence whose logits exist together, where the likeliest are asked for."""
 
 
 class Reading(NamedTuple):
@@ -33,7 +39,11 @@ class Reading(NamedTuple):
     nll: Tensor
     """−log p(token | everything before it), [B, n]; NaN for the first token of all, which nothing predicts."""
     inner_grad_norm: Tensor
-    """Norm of each step's gradient before clipping, [B, steps taken]."""
+    """Norm of each step's gradient before clipping, [B, steps]."""
+    rolled_back: Tensor
+    """Which of these steps the guard refused, bool [B, steps]; none without `guard`."""
+    top: tuple[Tensor, Tensor] | None = None
+    """log p and ids of the likeliest tokens in the place of each token, [B, n, top]; NaN for the first of all."""
 
 
 def begin(model: Transformer, batch_size: int = 1) -> ReadingState:
@@ -57,7 +67,7 @@ def begin(model: Transformer, batch_size: int = 1) -> ReadingState:
 @torch.no_grad()
 def next_token_logits(model: Transformer, state: ReadingState) -> Tensor:
     """Logits of the next token, [B, V]. Raises `ValueError` before the first token."""
-    if not state.position:
+    if not state.output.shape[1]:
         raise ValueError("nothing has been read yet; read at least one token (the BOS, say) first")
     return model.logits(state.output)
 
@@ -71,6 +81,8 @@ def read(
     inner: InnerConfig,
     learn: bool = True,
     loss_mask: Tensor | None = None,
+    guard: bool = False,
+    top: int = 0,
 ) -> Reading:
     """Reads n more tokens of each sequence.
 
@@ -80,27 +92,26 @@ def read(
         learn: False reads with the weights as they are, and drops an unfinished mini-batch: tokens read
             frozen are never learned from, nor is a mini-batch that they interrupt.
         loss_mask: bool [B, n], False for tokens that are no targets of the inner loss; None: all count.
+        guard: refuse a step whose gradient is not finite, or that is longer than `longest_step`: that mini-batch is
+            read without learning, and the state stays good. Decided on the device, which is not waited for.
+        top: how many of the likeliest tokens to find in the place of each token; costs all logits.
     """
-    pieces: list[Tensor] = []
-    norms: list[Tensor] = []
+    reader = _Reader(model, state, inner, guard, top)
     if tokens.shape[1]:
         mask = torch.ones_like(tokens, dtype=torch.bool) if loss_mask is None else loss_mask
-        if state.position:
-            pieces.append(model.token_losses(state.output.unsqueeze(1), tokens[:, :1]))
-        else:
-            wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-            pieces.append(torch.full(tokens[:, :1].shape, math.nan, device=tokens.device, dtype=wide))
-        reader = _Reader(model, state, inner, pieces, norms)
+        reader.first(tokens[:, :1])
         if learn and model.config.num_suffix_blocks:
             reader.learn(tokens, mask)
         else:
             reader.skim(tokens)
-        state = reader.state
-    wide_empty = model.token_losses(state.hidden[:, :0], tokens[:, :0])
+    empty = model.token_losses(state.hidden[:, :0], tokens[:, :0])
+    norms = torch.stack(reader.norms, dim=1) if reader.norms else empty
     return Reading(
-        state,
-        torch.cat(pieces, dim=1) if pieces else wide_empty,
-        torch.stack(norms, dim=1) if norms else wide_empty,
+        reader.state,
+        torch.cat(reader.nll, dim=1) if reader.nll else empty,
+        norms,
+        reader.refused(norms),
+        (torch.cat(reader.top_log_p, dim=1), torch.cat(reader.top_ids, dim=1)) if reader.top_ids else None,
     )
 
 
@@ -111,8 +122,45 @@ class _Reader:
     model: Transformer
     state: ReadingState
     inner: InnerConfig
-    nll: list[Tensor]
-    norms: list[Tensor]
+    guard: bool
+    top: int
+    nll: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    top_log_p: list[Tensor] = field(default_factory=list)
+    top_ids: list[Tensor] = field(default_factory=list)
+
+    def first(self, token: Tensor) -> None:
+        """Scores the first token [B, 1], which the state before predicts, if there is one."""
+        output = self.state.output.unsqueeze(1)
+        if output.shape[2]:
+            self.nll.append(self.model.token_losses(output, token))
+            self._look(output)
+            return
+        wide = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        self.nll.append(torch.full(token.shape, math.nan, device=token.device, dtype=wide))
+        if self.top:
+            shape = *token.shape, min(self.top, self.model.config.vocab_size)
+            self.top_log_p.append(self.nll[0].new_full(shape, math.nan))
+            self.top_ids.append(token.new_zeros(shape))
+
+    def _look(self, output: Tensor) -> None:
+        """Finds what is likeliest after each token of `output` [B, T, D]."""
+        for part in output.split(LOGITS_AT_A_TIME, dim=1) if self.top else ():
+            logits = self.model.logits(part)
+            values, ids = logits.topk(min(self.top, logits.shape[-1]), dim=-1)
+            self.top_log_p.append(values - logits.logsumexp(-1, keepdim=True))
+            self.top_ids.append(ids)
+
+    @functools.cached_property
+    def longest(self) -> Tensor | None:
+        """The limit of a guarded step; made only where one is taken."""
+        return longest_step(self.model) if self.guard else None
+
+    def refused(self, norms: Tensor) -> Tensor:
+        """Which of the steps with these norms were not taken."""
+        if not norms.numel() or self.longest is None:
+            return torch.zeros_like(norms, dtype=torch.bool)
+        return refused(norms, lr=self.inner.lr, clip=self.inner.clip, longest=self.longest)
 
     def learn(self, tokens: Tensor, mask: Tensor) -> None:
         M, n = self.model.config.mini_batch_size, tokens.shape[1]
@@ -141,8 +189,9 @@ class _Reader:
 
     def _replay(self, tokens: Tensor, mask: Tensor) -> bool:
         """Reads whole mini-batches as CUDA graphs, if there are any and they can be; says whether it did."""
-        reader = captured_reader(self.model, self.state, self.inner) if mask.shape[1] else None
-        found = None if reader is None else reader.read(self.state, tokens, mask)
+        possible = mask.shape[1] and not self.top
+        reader = captured_reader(self.model, self.state, self.inner, guard=self.guard) if possible else None
+        found = None if reader is None else reader.read(self.state, tokens, mask, self.longest)
         if found is None:
             return False
         self.state, nll, norms = found
@@ -163,18 +212,19 @@ class _Reader:
         self.state = dataclasses.replace(self.state, **changes)  # type: ignore[arg-type]
 
     def _lower(self, tokens: Tensor) -> Tensor:
-        hidden, own = self.model.lower(tokens, self.state.lower_pasts, start=self.state.position)
+        hidden, own = self.model.lower(tokens, self.state.lower_pasts, start=self.state.start)
         self._move(lower_pasts=self.model.advance(self.state.lower_pasts, own, 0))
         return hidden
 
     def _upper(self, hidden: Tensor, targets: Tensor, keep: int) -> None:
         """Scores tokens with the weights as they are; the pasts keep the window and `keep` tokens more."""
         state, model = self.state, self.model
-        output, own = model.upper(hidden, state.fast, state.upper_pasts, start=state.position, order=0)
+        output, own = model.upper(hidden, state.fast, state.upper_pasts, start=state.start, order=0)
         if targets.shape[1]:
             self.nll.append(model.token_losses(output[:, : targets.shape[1]], targets))
+            self._look(output[:, : targets.shape[1]])
         self._move(
-            position=state.position + hidden.shape[1],
+            **state.moved(hidden.shape[1]),
             upper_pasts=model.advance(state.upper_pasts, own, model.num_lower_attentions, extra=keep),
             output=output[:, -1],
         )
@@ -200,10 +250,11 @@ class _Reader:
             state.hidden,
             torch.cat((state.targets, target), dim=1),
             torch.cat((state.targets_mask, mask), dim=1),
-            start=state.position - M,
+            start=state.start - M,
             lr=self.inner.lr,
             clip=self.inner.clip,
             order=0,
+            longest=self.longest,
         )
         self._learned(step, before)
 
@@ -211,10 +262,21 @@ class _Reader:
         """A mini-batch that came with all its targets: scored and learned from in one pass."""
         state = self.state
         carry = Carry(state.fast, state.upper_pasts)
-        lr, clip = self.inner.lr, self.inner.clip
-        step = inner_step(self.model, carry, hidden, targets, mask, start=state.position, lr=lr, clip=clip, order=0)
+        step = inner_step(
+            self.model,
+            carry,
+            hidden,
+            targets,
+            mask,
+            start=state.start,
+            lr=self.inner.lr,
+            clip=self.inner.clip,
+            order=0,
+            longest=self.longest,
+        )
         self.nll.append(step.nll)
-        self._move(position=state.position + hidden.shape[1], output=step.output[:, -1])
+        self._look(step.output)
+        self._move(**state.moved(hidden.shape[1]), output=step.output[:, -1])
         self._learned(step, state.upper_pasts)
 
     def _learned(self, step: Step, before: tuple[Past, ...]) -> None:

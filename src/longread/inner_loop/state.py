@@ -1,6 +1,7 @@
 """What is left of a text after it has been read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ class ReadingState:
     """All that is left of what B sequences have read. A value: reading returns a new one and keeps the old."""
 
     position: int
-    """Tokens read."""
+    """Tokens read; by the first sequence, where `positions` are given."""
     fast: FastWeights
     lower_pasts: tuple[MixerPast, ...]
     upper_pasts: tuple[MixerPast, ...]
@@ -25,6 +26,18 @@ class ReadingState:
     targets_mask: Tensor
     output: Tensor
     """`Transformer.upper`'s output for the last token, [B, D]; [B, 0] before the first."""
+    positions: Tensor | None = None
+    """Tokens read by each sequence, int64 [B], where sequences of the same shapes are at different positions."""
+
+    @property
+    def start(self) -> int | Tensor:
+        """Position of the next token, as `Transformer.lower` takes it."""
+        return self.position if self.positions is None else self.positions
+
+    def moved(self, tokens: int) -> dict[str, Any]:
+        """The fields that say how much has been read, after so many tokens more."""
+        positions = None if self.positions is None else self.positions + tokens
+        return {"position": self.position + tokens, "positions": positions}
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -65,6 +65,12 @@ def from_matrices(flat: Sequence[Tensor]) -> FastWeights:
     return tuple(SwiGLU(*flat[i : i + 3]) for i in range(0, len(flat), 3))
 
 
+def longest_step(model: Transformer) -> Tensor:
+    """‖W_0‖, []: a step longer than all that the weights were before reading is an explosion, and is not taken."""
+    weights = matrices(model.initial_fast_weights(1))
+    return torch.stack([w.detach().norm(dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]).norm()
+
+
 class InnerGradient(NamedTuple):
     """One mini-batch scored, and the gradient of its loss; fields as in `Step`."""
 
@@ -115,6 +121,7 @@ def inner_step(
     lr: float | Tensor,
     clip: float | None,
     order: int,
+    longest: Tensor | None = None,
 ) -> Step:
     """Scores one mini-batch with the weights of `carry`, then takes one clipped SGD step on it.
 
@@ -126,6 +133,7 @@ def inner_step(
         start: position of the first token.
         lr, clip: rate, and largest norm per sequence (None: no clipping).
         order: 0, 1 or 2, as explained at the top of this file.
+        longest: guards the step at order 0 (see `longest_step`).
     """
     weights = matrices(carry.fast)
     if order == 0 or not weights[0].requires_grad:
@@ -136,7 +144,7 @@ def inner_step(
     found = inner_gradient(model, working, carry.pasts, hidden, target_ids, loss_mask, start=start, order=order)
     if order == 0:
         weights = [w.detach() for w in weights]
-    new, grad_norm = clipped_sgd(weights, found.gradients, lr=lr, clip=clip)
+    new, grad_norm = clipped_sgd(weights, found.gradients, lr=lr, clip=clip, longest=longest)
     return Step(from_matrices(new), found.own, found.nll, found.loss, grad_norm, found.output)
 
 

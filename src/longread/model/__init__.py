@@ -2,7 +2,17 @@
 
 from longread.model.device import find_device
 from longread.model.fingerprint import fingerprint_of
-from longread.model.mixers.attention import Past, Ring
+from longread.model.mixers.attention import Attention, Past, Ring
 from longread.model.transformer import FastWeights, MixerPast, Transformer, initialize
 
-__all__ = ["FastWeights", "MixerPast", "Past", "Ring", "Transformer", "find_device", "fingerprint_of", "initialize"]
+__all__ = [
+    "Attention",
+    "FastWeights",
+    "MixerPast",
+    "Past",
+    "Ring",
+    "Transformer",
+    "find_device",
+    "fingerprint_of",
+    "initialize",
+]

@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         Args:
             input_ids: int64 [B, T].
             pasts: one for each of the `num_lower_attentions` mixers.
-            start: a tensor [] where it changes under a CUDA graph.
+            start: a tensor [] where it changes under a CUDA graph; [B] where each sequence is somewhere else.
 
         Returns:
             hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and of each mixer what `advance`

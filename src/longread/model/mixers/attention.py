@@ -76,7 +76,7 @@ class Attention(nn.Module):
             x: [B, T, D]
             past: what came before; only its newest window − 1 tokens are looked at. A ring also takes up the
                 token, which must be one.
-            turn: the rotary embedding of the tokens' positions, [T, H/2] (see `longread.ops.rotary`).
+            turn: the rotary embedding of the tokens' positions, [T, H/2] or [B, 1, T, H/2] (see `longread.ops.rotary`).
             order: order of derivative that will be taken (see `longread.ops.attention`).
 
         Returns:

@@ -9,12 +9,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from longread.ops.clipped_sgd.explicit import explicit_clipped_sgd
+from longread.ops.clipped_sgd.explicit import explicit_clipped_sgd, refused
 from longread.ops.fusible import fusible
+
+__all__ = ["clipped_sgd", "clipped_sgd_", "refused"]
 
 
 def clipped_sgd(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float | Tensor, clip: float | None
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    clip: float | None,
+    longest: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """W − lr · min(1, clip / ‖g‖) · g, with one norm per sequence over all its weights.
 
@@ -22,6 +29,8 @@ def clipped_sgd(
         weights, gradients: as many tensors of the same shapes [B, ...].
         lr: step size; a tensor [] where it must not be fixed in a CUDA graph. It takes no gradient.
         clip: largest norm; None: no clipping.
+        longest: a guard, [] in float32 or wider: a sequence whose step would be longer, or whose gradient is not
+            finite, keeps its weights (see `refused`). None: every step is taken. Not to be differentiated.
 
     Returns:
         The new weights, and the norms before clipping, [B], which take no part in differentiation.
@@ -29,8 +38,8 @@ def clipped_sgd(
     if fusible(*weights, *gradients):
         from longread.ops.clipped_sgd.triton import triton_clipped_sgd
 
-        return triton_clipped_sgd(weights, gradients, lr=lr, clip=clip)
-    return explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip)
+        return triton_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest)
+    return explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest)
 
 
 def clipped_sgd_(
@@ -40,6 +49,7 @@ def clipped_sgd_(
     *,
     lr: float | Tensor,
     clip: float | None,
+    longest: Tensor | None = None,
 ) -> Tensor:
     """The same step in place, where nothing will be differentiated.
 
@@ -53,8 +63,8 @@ def clipped_sgd_(
     if fusible(*weights, *gradients, *working):
         from longread.ops.clipped_sgd.triton import triton_clipped_sgd_
 
-        return triton_clipped_sgd_(weights, gradients, working, lr=lr, clip=clip)
-    stepped, norm = explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip)
+        return triton_clipped_sgd_(weights, gradients, working, lr=lr, clip=clip, longest=longest)
+    stepped, norm = explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest)
     for weight, copy, new in zip(weights, working, stepped, strict=True):
         weight.copy_(new)
         copy.copy_(new)

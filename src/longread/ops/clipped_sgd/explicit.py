@@ -16,12 +16,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def refused(norm: Tensor, *, lr: float | Tensor, clip: float | None, longest: Tensor) -> Tensor:
+    """Which steps the guard of `clipped_sgd` does not take: too long, or not finite. Bool, shaped as `norm`."""
+    length = lr * (norm if clip is None else norm.clamp(max=clip))
+    return ~(norm.isfinite() & (length <= longest))
+
+
 def explicit_clipped_sgd(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float | Tensor, clip: float | None
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    clip: float | None,
+    longest: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
     wide = [g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)]
     *stepped, norm = _Step.apply(lr, clip, *weights, *wide)
+    if longest is not None:
+        kept = refused(norm, lr=lr, clip=clip, longest=longest)
+        if norm.is_cuda or kept.any():  # a GPU is not waited for, and a CPU is spared a pass over the weights
+            stepped = [torch.where(_per_sequence(kept, w), w, new) for w, new in zip(weights, stepped, strict=True)]
     return tuple(stepped), norm
 
 

@@ -24,10 +24,15 @@ SUM_BLOCK = 1024
 
 
 def triton_clipped_sgd(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float | Tensor, clip: float | None
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    clip: float | None,
+    longest: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
-    *stepped, norm = _Step.apply(lr, clip, *weights, *gradients)
+    *stepped, norm = _Step.apply(lr, clip, longest, *weights, *gradients)
     return tuple(stepped), norm
 
 
@@ -43,17 +48,20 @@ def triton_clipped_sgd_(
     *,
     lr: float | Tensor,
     clip: float | None,
+    longest: Tensor | None = None,
 ) -> Tensor:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd_`."""
     gradients = [_by_sequence(g) for g in gradients]
-    norm, step = _norm_and_step(gradients, lr, clip)
+    norm, step = _norm_and_step(gradients, lr, clip, longest)
     for weight, gradient, copy in zip(weights, gradients, working, strict=True):
-        _update(weight, gradient, step, weight, copy)
+        _update(weight, gradient, step, weight, copy, guarded=longest is not None)
     return norm
 
 
-def _norm_and_step(gradients: Sequence[Tensor], lr: float | Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-    """Of each sequence, [B]: the norm of its gradient, and what the gradient is multiplied with."""
+def _norm_and_step(
+    gradients: Sequence[Tensor], lr: float | Tensor, clip: float | None, longest: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of each sequence, [B]: the norm of its gradient, and what the gradient is multiplied with; 0 if refused."""
     batch_size, device = len(gradients[0]), gradients[0].device
     norm, step = (torch.empty(batch_size, device=device, dtype=torch.float32) for _ in range(2))
     squares = _dots(gradients, gradients, None, 0.0)
@@ -63,6 +71,7 @@ def _norm_and_step(gradients: Sequence[Tensor], lr: float | Tensor, clip: float 
             norm,
             step,
             lr,
+            longest,
             squares.shape[1],
             0.0 if clip is None else clip,
             SUM_BLOCK=SUM_BLOCK,
@@ -72,7 +81,7 @@ def _norm_and_step(gradients: Sequence[Tensor], lr: float | Tensor, clip: float 
     return norm, step
 
 
-def _update(weight: Tensor, gradient: Tensor, step: Tensor, out: Tensor, copy: Tensor | None) -> None:
+def _update(weight: Tensor, gradient: Tensor, step: Tensor, out: Tensor, copy: Tensor | None, *, guarded: bool) -> None:
     """out = weight − step · gradient, and the same once more in the type of `copy`."""
     flat = _by_sequence(weight)
     if flat.numel():
@@ -86,19 +95,22 @@ def _update(weight: Tensor, gradient: Tensor, step: Tensor, out: Tensor, copy: T
             flat.stride(0),
             gradient.stride(0),
             BLOCK=BLOCK,
+            GUARDED=guarded,
             num_warps=WARPS,
         )
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, lr: float | Tensor, clip: float | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, lr: float | Tensor, clip: float | None, longest: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         weights, gradients = tensors[:count], [_by_sequence(g) for g in tensors[count:]]
-        norm, step = _norm_and_step(gradients, lr, clip)
+        norm, step = _norm_and_step(gradients, lr, clip, longest)
         stepped = [torch.empty(w.shape, device=w.device, dtype=w.dtype) for w in weights]
         for weight, gradient, out in zip(weights, gradients, stepped, strict=True):
-            _update(weight, gradient, step, out, None)
+            _update(weight, gradient, step, out, None, guarded=longest is not None)
         ctx.save_for_backward(norm, step, *gradients)
         ctx.clip = clip
         ctx.mark_non_differentiable(norm)
@@ -109,8 +121,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *adjoints: Tensor) -> tuple[Any, ...]:
         norm, step, *gradients = ctx.saved_tensors
         to_weights = adjoints[:-1]  # the last one belongs to the norm
-        if not any(ctx.needs_input_grad[2 + len(gradients) :]):
-            return None, None, *to_weights, *[None] * len(gradients)
+        if not any(ctx.needs_input_grad[3 + len(gradients) :]):
+            return None, None, None, *to_weights, *[None] * len(gradients)
         flat = [_by_sequence(adjoint) for adjoint in to_weights]
         radial = torch.empty_like(norm)
         clip = float("inf") if ctx.clip is None else ctx.clip
@@ -144,7 +156,7 @@ class _Step(torch.autograd.Function):
                     num_warps=WARPS,
                 )
             to_gradients.append(out)
-        return None, None, *to_weights, *to_gradients
+        return None, None, None, *to_weights, *to_gradients
 
 
 def _grid(flat: Tensor) -> tuple[int, int]:
@@ -229,6 +241,7 @@ def _sgd_norm(
     norm_ptr,
     step_ptr,
     lr,
+    longest_ptr,
     num_partial,
     clip,
     SUM_BLOCK: tl.constexpr,
@@ -244,20 +257,36 @@ def _sgd_norm(
         step = lr
     if CLIPS:
         step = step * (clip / tl.maximum(norm, clip))
+    if longest_ptr is not None:  # what is not a number is not smaller either
+        step = tl.where(step * norm <= tl.load(longest_ptr), step, 0.0)
+        step = tl.where(norm < float("inf"), step, 0.0)
     tl.store(norm_ptr + sequence, norm)
     tl.store(step_ptr + sequence, step)
 
 
 @triton.jit
 def _sgd_update(
-    weight_ptr, gradient_ptr, out_ptr, copy_ptr, step_ptr, size, weight_stride, gradient_stride, BLOCK: tl.constexpr
+    weight_ptr,
+    gradient_ptr,
+    out_ptr,
+    copy_ptr,
+    step_ptr,
+    size,
+    weight_stride,
+    gradient_stride,
+    BLOCK: tl.constexpr,
+    GUARDED: tl.constexpr,
 ):
     sequence = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     weight = tl.load(weight_ptr + sequence * weight_stride + place, mask=inside).to(tl.float32)
-    gradient = tl.load(gradient_ptr + sequence * gradient_stride + place, mask=inside).to(tl.float32)
-    weight -= tl.load(step_ptr + sequence) * gradient
+    step = tl.load(step_ptr + sequence)
+    num_read = size
+    if GUARDED:  # nothing is read for a refused step: 0 times what is not a number would be none either
+        num_read = tl.where(step != 0, size, 0)
+    gradient = tl.load(gradient_ptr + sequence * gradient_stride + place, mask=place < num_read, other=0.0)
+    weight -= step * gradient.to(tl.float32)
     tl.store(out_ptr + sequence * size + place, weight, mask=inside)
     if copy_ptr is not None:
         tl.store(copy_ptr + sequence * size + place, weight, mask=inside)

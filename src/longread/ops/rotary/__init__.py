@@ -17,7 +17,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 
     Args:
         x: [..., T, H], any float type; float16 and bfloat16 are turned in float32.
-        turn: unit complex numbers [T, H/2] from `rotation`; they take no gradient.
+        turn: unit complex numbers [T, H/2] or [B, 1, T, H/2] from `rotation`; they take no gradient.
 
     Returns:
         [..., T, H] of the type of x.

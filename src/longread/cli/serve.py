@@ -1,0 +1,128 @@
+"""Serve a model: OpenAI's routes, sessions, and a page to watch it learn.
+
+Example:
+  longread serve --model runs/toy --directory sessions
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longread.cli.arguments import add_model, positive
+
+if TYPE_CHECKING:
+    from longread.engine import Limits
+    from longread.server import ServerLimits
+
+NAME = "serve"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    add_model(parser)
+    parser.add_argument("--directory", metavar="DIR", help="keep sessions here (default: only while the server runs)")
+    parser.add_argument("--name", help="what the model is called in requests (default: its directory's name)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    parser.add_argument("--keys", metavar="FILE", help="lines of a tenant and an API key")
+    parser.add_argument("--device-memory", type=float, metavar="GIB", help="for sessions where the model computes")
+    parser.add_argument("--host-memory", type=float, metavar="GIB", help="for sessions in the host's memory")
+    parser.add_argument("--disk", type=float, metavar="GIB", help="for sessions on the disk")
+    parser.add_argument("--max-sessions", type=positive, metavar="N", help="of all tenants together")
+    parser.add_argument("--max-batch", type=positive, default=32, metavar="N", help="computed together (default 32)")
+    parser.add_argument("--max-waiting", type=positive, default=256, metavar="N", help="tasks (default 256)")
+    parser.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of each tenant or request, as docs/serving.md lists them; repeatable",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
+    import logging
+
+    from longread.server import Keys, check_installed, read_keys, serve
+
+    check_installed()
+    limits, keys = server_limits(options.limit), read_keys(options.keys) if options.keys else Keys()
+    engine_limits = _engine_limits(options)
+
+    from longread.cli.models import open_model
+    from longread.engine import Engine
+    from longread.server.running import listen
+    from longread.server.service import Service
+
+    listener = listen(options.host, options.port, has_keys=bool(keys))
+    opened = open_model(options.model, options.device)
+    logging.getLogger("longread.server").setLevel(logging.INFO)
+    with _directory(options.directory) as directory:
+        engine = Engine(
+            opened.model, opened.inner, directory=directory, limits=engine_limits, fingerprint=opened.fingerprint
+        )
+        service = Service(
+            engine=engine,
+            tokenizer=opened.tokenizer,
+            config=opened.model.config,
+            name=options.name or opened.name,
+            fingerprint=opened.fingerprint,
+            device=str(opened.model.device),
+            keys=keys,
+            limits=limits,
+            scratch=directory / "passing",
+        )
+        serve(service, listener)
+    return 0
+
+
+@contextlib.contextmanager
+def _directory(given: str | None) -> Iterator[Path]:
+    """Where sessions are kept: for good, or as long as the server runs."""
+    if given is not None:
+        yield Path(given)
+        return
+    with tempfile.TemporaryDirectory(prefix="longread-") as passing:
+        yield Path(passing)
+
+
+def server_limits(settings: list[str]) -> ServerLimits:
+    """The limits of `--limit`. Raises `UserError` for a name that there is not, or a value that is no number."""
+    import dataclasses
+
+    from longread.config import UserError
+    from longread.server import ServerLimits
+
+    names = [field.name for field in dataclasses.fields(ServerLimits)]
+    whole = {field.name for field in dataclasses.fields(ServerLimits) if "int" in str(field.type)}
+    values: dict[str, float] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in names:
+            raise UserError(f"--limit {name}: there is no such limit; there are {', '.join(names)}")
+        try:
+            values[name] = int(value) if name in whole else float(value)
+        except ValueError:
+            raise UserError(f"--limit {setting}: {value!r} is not a number; write {name}=100") from None
+    return ServerLimits(**values)  # type: ignore[arg-type]
+
+
+def _engine_limits(options: argparse.Namespace) -> Limits:
+    from longread.config import UserError
+    from longread.engine import Limits
+
+    found = {}
+    for option, field in (("device_memory", "device_bytes"), ("host_memory", "host_bytes"), ("disk", "disk_bytes")):
+        gibibytes = getattr(options, option)
+        if gibibytes is not None and not 0 < gibibytes < 2**30:
+            raise UserError(f"--{option.replace('_', '-')} is {gibibytes}; it must be positive, in GiB")
+        found[field] = None if gibibytes is None else int(gibibytes * 2**30)
+    return Limits(
+        **found, max_sessions=options.max_sessions, max_batch=options.max_batch, max_waiting=options.max_waiting
+    )

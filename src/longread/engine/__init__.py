@@ -1,0 +1,52 @@
+"""Many sessions on one device: they read and write at once, and none can tell.
+
+engine.py      what other threads may call
+interface.py   settings, facts, events and errors
+task.py        work under way: events, result, cancelling
+worker.py      the thread that does the work, in turns
+reader.py      what is known of a session, and of a piece of work for it
+lanes.py       sessions that write, a token of all of them at a time
+sampling.py    the next tokens of many texts, each with its own settings and seed
+tiers.py       who is on the device, in the host's memory or on the disk
+keeping.py     what lets sessions survive: snapshots and journals, in threads of their own
+store.py       the files of sessions, and what is found in them at the start
+journal.py     a journal: one checked line for each event
+"""
+
+from longread.engine.engine import Engine
+from longread.engine.interface import (
+    Appended,
+    Busy,
+    Finished,
+    Limits,
+    Lost,
+    Progress,
+    Sampling,
+    SessionInfo,
+    Token,
+    TooLarge,
+    TopTokens,
+    UnknownSession,
+    WrongPosition,
+)
+from longread.engine.lanes import largest_session
+from longread.engine.task import Task
+
+__all__ = [
+    "Appended",
+    "Busy",
+    "Engine",
+    "Finished",
+    "Limits",
+    "Lost",
+    "Progress",
+    "Sampling",
+    "SessionInfo",
+    "Task",
+    "Token",
+    "TooLarge",
+    "TopTokens",
+    "UnknownSession",
+    "WrongPosition",
+    "largest_session",
+]

@@ -1,0 +1,182 @@
+"""What goes into an engine and what comes out: settings, facts about sessions, events, errors. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from longread.config import UserError
+
+TopTokens = list[tuple[int, float]]
+"""The likeliest tokens of one place and their log-probabilities, likeliest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to continue a text. Fields as in `longread.session.Session.generate`.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    """Makes the draw repeatable, whatever else the engine does; None: another text each time."""
+    stop_ids: Collection[int] = frozenset()
+    """Ends before one of these, which is neither given nor read."""
+    logprobs: int = 0
+    """How many of the likeliest tokens to report beside each token."""
+
+    def __post_init__(self) -> None:  # comparisons are written so that NaN is refused
+        if self.max_tokens < 0:
+            raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 0")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; it must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must lie above 0 and at most at 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}; it must be at least 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0, and 1 changes nothing"
+            )
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"seed is {self.seed}; it must fit into 64 bits")
+        if self.logprobs < 0:
+            raise UserError(f"logprobs is {self.logprobs}; it must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an engine may use; None: no limit."""
+
+    device_bytes: int | None = None
+    """Of sessions where the model computes; beyond it the least recently used move to the host's memory."""
+    host_bytes: int | None = None
+    """Of sessions in the host's memory; beyond it the least recently used move to the disk."""
+    disk_bytes: int | None = None
+    """Of session files; beyond it no session can be created."""
+    max_sessions: int | None = None
+    max_batch: int = 32
+    """Sequences that are computed together."""
+    max_waiting: int | None = None
+    """Tasks under way or waiting."""
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """Facts about one session at one moment."""
+
+    id: str
+    owner: str
+    label: str
+    position: int
+    """Tokens read."""
+    learn: bool
+    nbytes: int
+    """Of everything it remembers; the same at every length, once windows are full."""
+    drift: float
+    """‖W − W_0‖ / ‖W_0‖ of its fast weights."""
+    steps: int
+    """Inner steps taken."""
+    rolled_back: int
+    """Inner steps that were not taken because they would have done damage."""
+    tier: str
+    """Where it is now: "device", "host" or "disk"."""
+    created: float
+    used: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Event: some more tokens of a text have been read."""
+
+    position: int
+    """Of the session, after them."""
+    nll: list[float]
+    """−log p of each, in nats; NaN for the first token of all, which nothing predicts."""
+    grad_norms: list[float]
+    """Of the inner steps taken with them, before clipping."""
+    seconds: float
+    """That reading them took."""
+    top: list[TopTokens] = field(default_factory=list)
+    """For each token, what was likeliest in its place; empty unless `logprobs` were asked for."""
+
+
+@dataclass(frozen=True)
+class Appended:
+    """Result: a text has been read, or scored."""
+
+    position: int
+    nll: list[float]
+    """As in `Progress`, of all tokens read; empty where a very long append is asked for a second time."""
+    steps: int
+    rolled_back: int
+    cancelled: bool = False
+    """Reading stopped at the end of a mini-batch before all tokens were read."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """Event: a token has been written."""
+
+    id: int
+    logprob: float
+    """log p under the model, before temperature and penalties."""
+    top: TopTokens
+    position: int
+    """Of the session, after it."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Result: a text has been continued."""
+
+    reason: str
+    """"stop", "length" or "cancelled"."""
+    position: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What could not be restored when the engine started, or when a session was wanted."""
+
+    id: str
+    owner: str
+    position: int
+    """Tokens that the session had read, as far as is known."""
+    restored: int
+    """Tokens of these that it still has; 0 where nothing is left and the session is gone."""
+    reason: str
+
+
+class Busy(UserError):
+    """There is no room now; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnknownSession(UserError):
+    """There is no such session, or it belongs to somebody else."""
+
+
+class WrongPosition(UserError):
+    """The session is not where the caller believes it is, but at `position`."""
+
+    def __init__(self, expected: int, position: int) -> None:
+        super().__init__(
+            f"the session is at position {position}, not at {expected}; read its position and go on from there"
+        )
+        self.position = position
+
+
+class TooLarge(UserError):
+    """More was asked for than the engine can ever hold."""

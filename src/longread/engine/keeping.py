@@ -1,0 +1,362 @@
+"""What lets sessions survive: the engine's thread asks, other threads write and read, and answer when it is done.
+
+Journals and snapshots have a thread each, since a snapshot takes seconds and a journal's line must not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from longread.config import InnerConfig, UserError
+from longread.engine.interface import Busy
+from longread.engine.journal import Event
+from longread.engine.lanes import Lanes
+from longread.engine.reader import Job, Reader
+from longread.engine.store import Recovered, Saved, Store, consistent
+from longread.engine.task import Task
+from longread.engine.tiers import beside
+from longread.files import atomic_files
+from longread.inner_loop import ReadingState, begin
+from longread.inner_loop.step import matrices
+from longread.model import Transformer
+from longread.session import Session
+
+SNAPSHOT_AFTER = 65_536
+"""Tokens in a journal after which a snapshot is made; reading them again is what a start after a crash costs."""
+
+Post = Callable[[Callable[[], None]], object]
+
+
+class Keeping:
+    """Sessions and their files. Methods are for the engine's thread, and call back in it."""
+
+    def __init__(
+        self, model: Transformer, inner: InnerConfig, store: Store | None, lanes: Lanes, mover: Executor, post: Post
+    ) -> None:
+        self.model, self.inner, self.store = model, inner, store
+        self._lanes, self._mover, self._post = lanes, mover, post
+        self._writer = ThreadPoolExecutor(1, "longread-journal")
+        self.lose: Callable[[Reader, str], None] = lambda reader, reason: None
+
+    def close(self) -> None:
+        """Waits for all that is being written."""
+        self._writer.shutdown()
+
+    def _in_background(self, pool: Executor, work: Callable[[], Any], done: Callable[[Any], None]) -> Future[Any]:
+        """Runs `work` elsewhere, then `done` here with what it gave, or with the `UserError` it raised."""
+
+        def run() -> Any:
+            try:
+                found: Any = work()
+            except UserError as error:
+                found = error
+            except Exception as error:
+                found = UserError(f"the disk could not be used: {error!r}")
+            self._post(lambda: done(found))
+            return found
+
+        return pool.submit(run)
+
+    def facts(self, reader: Reader) -> dict[str, Any]:
+        """What is known of a session whatever it has read."""
+        return {name: getattr(reader, name) for name in ("owner", "label", "learn", "created", "used")}
+
+    def log(self, reader: Reader, events: list[Event], done: Callable[[UserError | None], None]) -> Future[Any]:
+        """Makes events durable; `done` hears of an error, after which none of them has happened."""
+        store = self.required
+        reader.logged += sum(len(event.get("tokens", ())) for event in events)
+        return self._in_background(self._writer, lambda: store.log(reader.id, events), done)
+
+    def describe(self, reader: Reader) -> Future[Any]:
+        """Makes the facts about a reader durable."""
+        store, facts = self.required, self.facts(reader)
+        return self._mover.submit(lambda: store.describe(reader.id, facts))
+
+    def wants_snapshot(self, reader: Reader) -> bool:
+        return reader.durable and not reader.moving and not reader.deleted and reader.logged >= SNAPSHOT_AFTER
+
+    def keep(self, reader: Reader, done: Callable[[Any], None], *, always: bool = False) -> None:
+        """Makes a snapshot of a reader as it is now; `done` is told True, False or a `UserError`.
+
+        `always`: even if its files hold everything already.
+        """
+        if self.store is None or not reader.durable:
+            done(False)
+            return
+        store, job, tokens, held = self.store, reader.job, reader.unlogged, self.store.saved(reader.id)
+        unchanged = (held.position, held.learn) == (reader.position, reader.learn) and held.generation > 0
+        if not always and unchanged and not reader.logged and not tokens:
+            done(True)
+            return
+        if reader.restoring:
+            done(False)
+            return
+        if job is not None and job.started and not (job.ready or job.closing):
+            # its tokens are on their way into the journal: only after that it is known whether they count
+            self._post(lambda: self.keep(reader, done, always=always))
+            return
+        state = self.state(reader)
+        before: list[Future[Any]] = []
+        if tokens:
+            event = {"at": reader.position - len(tokens), "tokens": tokens, "learn": reader.learn, "wrote": True}
+            reader.unlogged = []
+            before.append(self.log(reader, [event], lambda error: self._unlog(reader, tokens, error)))
+        saved = Saved(
+            generation=0,
+            position=reader.position,
+            steps=reader.steps,
+            rolled_back=reader.rolled_back,
+            nbytes=reader.nbytes,
+            drift=self.drift(reader),
+            learn=reader.learn,
+            answers=tuple(reader.answers),
+        )
+        session = self._session(reader, state)
+        facts, logged = self.facts(reader), reader.logged
+        turned = self._writer.submit(lambda: store.turn(reader.id))
+        if job is not None and job.ready and job.reads and not job.replay:
+            rest = {"at": reader.position, "tokens": list(job.tokens[job.done :]), "learn": job.learns, "carried": True}
+            before.append(self.log(reader, [rest], lambda error: None))
+
+        def work() -> bool:
+            for written in before:
+                if isinstance(written.result(), UserError):
+                    raise written.result()
+            generation = turned.result()
+            with beside(self.model.device):
+                session().save(store.snapshot_path(reader.id, generation))
+            store.commit(reader.id, facts, saved, generation)
+            return True
+
+        def finished(found: Any) -> None:
+            if found is True:
+                reader.logged = max(0, reader.logged - logged)
+            done(found)
+
+        self._in_background(self._mover, work, finished)
+
+    def flush(self, reader: Reader) -> None:
+        """Makes what a reader has written so far durable, as written under its present settings."""
+        if reader.durable and reader.unlogged:
+            tokens, reader.unlogged = reader.unlogged, []
+            event = {"at": reader.position - len(tokens), "tokens": tokens, "learn": reader.learn, "wrote": True}
+            self.log(reader, [event], lambda error: self._unlog(reader, tokens, error))
+
+    def _unlog(self, reader: Reader, tokens: list[int], error: UserError | None) -> None:
+        if error is not None:
+            reader.unlogged = tokens + reader.unlogged
+
+    def fetch(self, reader: Reader) -> None:
+        """Brings a reader's state back from the disk."""
+        store, reader.moving = self.required, True
+
+        def work() -> Session | None:
+            if not store.has_snapshot(reader.id):
+                return None
+            session = Session.restore(store.snapshot_path(reader.id), self.model, fingerprint=store.fingerprint)
+            if session.position != store.saved(reader.id).position:
+                raise UserError(f"its snapshot is at position {session.position}, not where it should be")
+            return session
+
+        def arrived(found: Session | UserError | None) -> None:
+            reader.moving = False
+            if isinstance(found, UserError):
+                self.lose(reader, str(found))
+                return
+            reader.rest(begin(self.model) if found is None else found.state)
+            reader.tier = "device"
+            if found is not None:
+                reader.recent.clear()
+                reader.recent.extend(found.recent)
+
+        self._in_background(self._mover, work, arrived)
+
+    def reopen(self, reader: Reader) -> None:
+        """Forgets what a reader has in memory: it is again what is durable of it."""
+        saved, events = self.required.reopen(reader.id)
+        self.adopt(reader, saved, consistent(events, saved.position)[0])
+
+    def give_back(self, reader: Reader) -> None:
+        """Does what can be done for a reader whose state in memory is gone."""
+        reader.state = None
+        if reader.durable:
+            self.reopen(reader)
+        else:
+            self.lose(reader, "the device failed, and this engine keeps no files")
+
+    def adopt(self, reader: Reader, saved: Saved, events: Sequence[Event]) -> None:
+        """Sets a reader to a snapshot on the disk, and lets it read again what has happened since."""
+        reader.state, reader.tier, reader.lane = None, "disk", None
+        reader.position, reader.steps, reader.rolled_back = saved.position, saved.steps, saved.rolled_back
+        reader.nbytes, reader.drift, reader.unlogged, reader.logged = saved.nbytes, saved.drift, [], 0
+        reader.answers.clear()
+        reader.answers.extend(saved.answers)
+        reader.recent.clear()
+        for tokens, event in reversed(replayed(events, saved.position)):
+            job = Job(Task(), reader, tokens, learn=bool(event["learn"]), replay=True)
+            if len(tokens) == len(event["tokens"]):
+                job.digest, job.key = event.get("digest"), event.get("key")
+            job.task.subscribe(lambda outcome: self._replayed(reader, outcome))
+            reader.jobs.appendleft(job)
+            reader.logged += len(tokens)
+
+    def _replayed(self, reader: Reader, outcome: Any) -> None:
+        if isinstance(outcome, BaseException):
+            self.lose(reader, f"its journal could not be read again: {outcome}")
+
+    def create(self, reader: Reader) -> Future[Any]:
+        """Makes a new reader durable."""
+        store, facts = self.required, self.facts(reader)
+        return self._mover.submit(lambda: store.create(reader.id, facts))
+
+    def fork(self, origin: Reader, fork: Reader) -> Future[Any]:
+        """Makes a fork durable, without writing what its origin has written."""
+        store, facts, tokens = self.required, self.facts(fork), list(origin.unlogged)
+        start = origin.position - len(tokens)
+        events: list[Event] = [{"cut": start}]
+        if tokens:
+            events.append({"at": start, "tokens": tokens, "learn": origin.learn, "wrote": True})
+        fork.logged = origin.logged
+        # the journal's thread first: what has been logged is then in the files that are copied
+        logged = self._writer.submit(lambda: None)
+
+        def work() -> None:
+            logged.result()
+            store.link(origin.id, fork.id, facts, events)
+
+        return self._mover.submit(work)
+
+    def take_in(self, path: Path, reader: Reader) -> Future[Any]:
+        """Makes a copy of a session file the first snapshot of a new reader."""
+        store = self.required
+        self.check_room()
+
+        def work() -> Session:
+            session = Session.restore(path, self.model, fingerprint=store.fingerprint)
+            reader.learn, reader.position = session.learn, session.position
+            saved = Saved(
+                generation=1,
+                position=session.position,
+                steps=session.steps,
+                rolled_back=session.rolled_back,
+                nbytes=session.nbytes,
+                drift=session.drift(),
+                learn=session.learn,
+            )
+            try:
+                store.create(reader.id, self.facts(reader))
+                session.save(store.snapshot_path(reader.id, 1))
+                store.commit(reader.id, self.facts(reader), saved, 1)
+            except UserError:
+                store.remove(reader.id)
+                raise
+            return session
+
+        return self._mover.submit(work)
+
+    def export(self, reader: Reader, path: Path) -> Future[Any]:
+        """Copies the snapshot of a reader to `path`; gives the path."""
+        store = self.required
+
+        def work() -> Path:
+            data = store.snapshot_path(reader.id).read_bytes()
+            with atomic_files(path) as (temporary,):
+                temporary.write_bytes(data)
+            return path
+
+        return self._mover.submit(work)
+
+    def remove(self, reader: Reader) -> None:
+        """Deletes a reader's files."""
+        store = self.required
+        self._writer.submit(lambda: self._mover.submit(lambda: store.remove(reader.id)))
+
+    def check_room(self, largest: int = 0, limit: int | None = None) -> None:
+        """Raises `Busy` where the files of one more session would be too much."""
+        if self.store is not None and limit is not None and self.store.nbytes + largest > limit:
+            raise Busy(
+                f"session files take {self.store.nbytes} bytes of {limit}; delete a session, or try again later", 30
+            )
+
+    def state(self, reader: Reader) -> ReadingState | None:
+        """The state of a reader, wherever in memory it is."""
+        job = reader.job
+        return self._lanes.state(job) if reader.lane is not None and job is not None else reader.state
+
+    def drift(self, reader: Reader) -> float:
+        """‖W − W_0‖ / ‖W_0‖ of a reader's fast weights, measured only if they have changed."""
+        if reader.drift is None:
+            state = self.state(reader)
+            if state is None:
+                return 0.0
+            moved = initial = 0.0
+            for w, w0 in zip(matrices(state.fast), matrices(self.model.initial_fast_weights(1)), strict=True):
+                there = w0.detach().to(w.device)
+                moved += (w - there).norm().item() ** 2
+                initial += there.norm().item() ** 2
+            reader.drift = math.sqrt(moved / initial) if initial else 0.0
+        return reader.drift
+
+    def _session(self, reader: Reader, state: ReadingState | None) -> Callable[[], Session]:
+        """What makes the session of a reader as it is now; for another thread."""
+        store, learn, steps, rolled_back = self.required, reader.learn, reader.steps, reader.rolled_back
+        recent = tuple(reader.recent)
+
+        def make() -> Session:
+            if state is None and store.has_snapshot(reader.id):
+                session = Session.restore(store.snapshot_path(reader.id), self.model, fingerprint=store.fingerprint)
+                session.learn = learn
+                return session
+            return Session.resume(
+                self.model,
+                self.inner,
+                begin(self.model) if state is None else state,
+                learn=learn,
+                recent=recent,
+                steps=steps,
+                rolled_back=rolled_back,
+                fingerprint=store.fingerprint,
+            )
+
+        return make
+
+    @property
+    def required(self) -> Store:
+        """The files. Raises `UserError` for an engine without a directory."""
+        if self.store is None:
+            raise UserError("this engine keeps no files; give it a directory")
+        return self.store
+
+
+def replayed(events: Sequence[Event], position: int) -> list[tuple[list[int], Event]]:
+    """Tokens to read again, in order, each with the event that they belong to."""
+    read: list[tuple[int, list[int], Event]] = []
+    for event in events:
+        if "cut" in event:
+            end = int(event["cut"])
+            read = [(at, tokens[: max(0, end - at)], of) for at, tokens, of in read if at < end]
+            position = min(position, end) if not read else read[-1][0] + len(read[-1][1])
+        elif event["at"] == position:
+            read.append((position, list(event["tokens"]), event))
+            position += len(event["tokens"])
+    return [(tokens, event) for _, tokens, event in read if tokens]
+
+
+def recovered(found: Recovered, window: int) -> Reader:
+    """The reader of a session that was found on the disk."""
+    facts = found.facts
+    return Reader(
+        id=found.id,
+        owner=str(facts["owner"]),
+        label=str(facts["label"]),
+        learn=bool(facts["learn"]),
+        recent=deque(maxlen=window),
+        durable=True,
+        created=float(facts["created"]),
+        used=float(facts["used"]),
+    )

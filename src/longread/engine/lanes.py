@@ -1,0 +1,124 @@
+"""The sessions that write at the moment: those in lanes, a token of all of them at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from longread.engine.reader import Job
+from longread.inner_loop import ReadingState
+from longread.inner_loop.batches import compact, moved_to
+from longread.inner_loop.places import Places
+from longread.model import Transformer
+
+
+class Lanes:
+    """Jobs in lanes 0, 1, … without a gap; places are made as they are needed, at most `most`."""
+
+    def __init__(self, model: Transformer, most: int) -> None:
+        self.model, self.most = model, most
+        self.possible = model.config.mixer == "attention"
+        """Whether this model decodes in lanes; one with recurrent mixers is read token by token instead."""
+        self.jobs: list[Job] = []
+        self._places: Places | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all places, and of the fast weights that their occupants keep beside them."""
+        if self._places is None:
+            return 0
+        return self._places.nbytes + len(self.jobs) * fast_nbytes(self.model)
+
+    @property
+    def lanes(self) -> int:
+        """How many there are, empty ones included."""
+        return 0 if self._places is None else self._places.lanes
+
+    @property
+    def lane_nbytes(self) -> int:
+        """Bytes of one more lane, about."""
+        if self._places is not None:
+            return self._places.nbytes // self._places.lanes
+        return largest_session(self.model) + self.model.config.vocab_size * 8
+
+    def grow(self, lanes: int) -> None:
+        """Makes or adds empty lanes."""
+        if self._places is None:
+            self._places = Places(self.model, lanes, learn=True)
+        else:
+            self._places.grow(lanes)
+
+    def enter(self, job: Job) -> None:
+        """Moves a session, which has read something and is where the model is, into a lane."""
+        reader = job.reader
+        if reader.state is None:
+            raise LookupError(f"session {reader.id} has no state to write from")
+        lane = len(self.jobs)
+        if self._places is None or lane >= self.lanes:
+            raise LookupError("there is no empty lane")
+        self._places.put(lane, reader.state, learn=job.learns)
+        self.jobs.append(job)
+        reader.lane, reader.state = lane, None
+
+    def state(self, job: Job) -> ReadingState:
+        """The state of a session in a lane, as a value."""
+        if self._places is None or job.reader.lane is None:
+            raise LookupError(f"session {job.reader.id} is in no lane")
+        return compact(self._places.take(job.reader.lane))
+
+    def leave(self, job: Job, *, to_host: bool = False) -> None:
+        """Moves a session out of its lane, onto the device or into the host's memory; the last takes its place."""
+        lane, places = job.reader.lane, self._places
+        state = self.state(job)
+        if to_host:
+            state = moved_to(state, torch.device("cpu"))
+        if places is None or lane is None:
+            raise LookupError(f"session {job.reader.id} is in no lane")
+        job.reader.rest(state)
+        job.reader.lane, job.reader.tier = None, "host" if to_host else "device"
+        places.leave(lane)
+        last = self.jobs.pop()
+        if last is not job:
+            places.move(last.reader.lane or 0, lane)
+            last.reader.lane, self.jobs[lane] = lane, last
+
+    def due(self, job: Job) -> bool:
+        """Whether the next token of a job asks for an inner step first."""
+        return self._places is not None and job.reader.lane is not None and self._places.due(job.reader.lane)
+
+    def logits(self) -> torch.Tensor:
+        """Of the next tokens of all jobs, [jobs, V]."""
+        if self._places is None:
+            raise LookupError("nobody is in a lane")
+        return self._places.logits(len(self.jobs))
+
+    def read(self, count: int) -> None:
+        """Reads the drawn tokens of the first jobs; none may be due."""
+        if self._places is not None and count:
+            self._places.read(torch.tensor([job.next for job in self.jobs[:count]], device=self.model.device))
+
+    def clear(self) -> None:
+        """Gives the memory back; all must have left."""
+        if not self.jobs:
+            self._places = None
+
+    def abandon(self) -> list[Job]:
+        """Empties all lanes without looking at what is in them."""
+        jobs, self.jobs, self._places = self.jobs, [], None
+        for job in jobs:
+            job.reader.lane = None
+        return jobs
+
+
+def largest_session(model: Transformer) -> int:
+    """Bytes of a session whose windows are full and whose mini-batch is complete; without windows, of an empty one."""
+    config, itemsize = model.config, model.dtype.itemsize
+    M = config.mini_batch_size if config.num_suffix_blocks else 0
+    above = config.num_blocks - model.num_lower_attentions if config.mixer == "attention" else 0
+    windows = [config.window_of(i) for i in range(config.num_blocks) if "attention" in config.mixers_of(i)]
+    tokens = sum(2 * window for window in windows if window is not None) + 2 * above * M
+    return fast_nbytes(model) + (tokens + M + 1) * config.width * itemsize + max(0, M - 1) * 9
+
+
+def fast_nbytes(model: Transformer) -> int:
+    """Bytes of the fast weights of one session, float32 or wider."""
+    return model.config.num_fast_weights * max(4, model.embedding.weight.dtype.itemsize)

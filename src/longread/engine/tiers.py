@@ -1,0 +1,204 @@
+"""Where sessions are: with the model, in the host's memory, or on the disk; the least recently used move down.
+
+Moves take long, so they are made by a thread of their own, from one value to another; the engine's thread only decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from typing import Protocol
+
+import torch
+
+from longread.config import UserError
+from longread.engine.interface import Limits
+from longread.engine.lanes import Lanes, largest_session
+from longread.engine.reader import Reader
+from longread.inner_loop import ReadingState
+from longread.inner_loop.batches import moved_to
+from longread.model import Transformer
+
+SHARE = 0.7
+"""Of the free memory of a GPU that sessions may take where no limit is given; the rest is for computing."""
+
+
+class Keeper(Protocol):
+    """What moves sessions to the disk and back."""
+
+    def keep(self, reader: Reader, done: Callable[[bool], None]) -> None:
+        """Makes a reader durable as it is, then calls `done` in the engine's thread, and says whether it could."""
+
+    def fetch(self, reader: Reader) -> None:
+        """Brings a reader's state back from the disk."""
+
+
+class Tiers:
+    """The budget of an engine."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        limits: Limits,
+        lanes: Lanes,
+        mover: Executor,
+        post: Callable[[Callable[[], None]], object],
+    ) -> None:
+        self.model, self.limits, self.lanes, self._mover, self._post = model, limits, lanes, mover, post
+        self.largest = largest_session(model)
+        self.device_bytes = limits.device_bytes
+        if self.device_bytes is None and model.device.type == "cuda":
+            self.device_bytes = int(SHARE * torch.cuda.mem_get_info(model.device)[0])
+        if self.device_bytes is not None and self.device_bytes < 2 * self.largest:
+            raise UserError(
+                f"device_bytes is {self.device_bytes}; one session of this model and the place where it writes "
+                f"need {2 * self.largest}, so allow at least that"
+            )
+
+    def usage(self, readers: Iterable[Reader]) -> dict[str, int]:
+        """Bytes of sessions by tier; lanes are on the device."""
+        used = {"device": self.lanes.nbytes, "host": 0, "disk": 0}
+        for reader in readers:
+            if reader.lane is None:
+                used[reader.tier] += reader.nbytes
+        return used
+
+    def bring(self, reader: Reader, readers: Iterable[Reader], keeper: Keeper) -> bool:
+        """Whether the reader is on the device; if not, it is on its way, or room is being made for it."""
+        if reader.moving:
+            return False
+        if reader.tier == "device":
+            return True
+        others = [other for other in readers if other is not reader]
+        limit, used = self.device_bytes, self.usage(others)["device"]
+        if (
+            limit is not None
+            and used + self.largest > limit
+            and (self._relieve(others, used + self.largest - limit) or any(self._in_use(other) for other in others))
+        ):
+            return False
+        if reader.tier == "disk":
+            keeper.fetch(reader)
+        else:
+            self._carry(reader, self.model.device, "device")
+        return False
+
+    def admits(self, readers: Iterable[Reader]) -> bool:
+        """Whether work for one more session can begin: all that is under way must fit on the device when it is done."""
+        if self.device_bytes is None:
+            return True
+        started = sum(reader.lane is None and any(job.started for job in reader.jobs) for reader in readers)
+        return not started or self.lanes.nbytes + (started + 1) * self.largest <= self.device_bytes
+
+    def has_room(self, readers: Iterable[Reader]) -> bool:
+        """Whether one more session can lie on the device."""
+        return self.device_bytes is None or self.usage(readers)["device"] + self.largest <= self.device_bytes
+
+    def make_lane(self, readers: Iterable[Reader]) -> bool:
+        """Whether there is an empty lane; if not, room may be being made for one."""
+        lanes, readers = self.lanes, list(readers)
+        count = len(lanes.jobs)
+        if count < lanes.lanes:
+            return True
+        if count >= lanes.most:
+            return False
+        used = self.usage(readers)["device"]
+        for more in (max(1, min(count, lanes.most - count)), 1):
+            too_much = 0 if self.device_bytes is None else used + more * lanes.lane_nbytes - self.device_bytes
+            if too_much <= 0 or (count == 0 and more == 1 and not self._relieve(readers, too_much)):
+                lanes.grow(lanes.lanes + more)
+                return True
+        self._relieve(readers, too_much)
+        return False
+
+    def balance(self, readers: Iterable[Reader], keeper: Keeper) -> None:
+        """Moves down what is too much."""
+        readers = list(readers)
+        used = self.usage(readers)
+        if self.device_bytes is not None and used["device"] > self.device_bytes:
+            self._relieve(readers, used["device"] - self.device_bytes)
+        if self.limits.host_bytes is not None and used["host"] > self.limits.host_bytes:
+            too_much = used["host"] - self.limits.host_bytes
+            for reader in sorted(readers, key=lambda reader: reader.used):
+                if too_much <= 0:
+                    break
+                if reader.tier == "host" and reader.durable and not reader.moving and not reader.jobs:
+                    too_much -= reader.nbytes
+                    self._drop(reader, keeper)
+                elif reader.tier == "host" and reader.moving:
+                    too_much -= reader.nbytes
+
+    def _in_use(self, reader: Reader) -> bool:
+        return reader.tier == "device" and (reader.moving or reader.lane is not None or bool(reader.jobs))
+
+    def _relieve(self, readers: Iterable[Reader], too_much: int) -> bool:
+        """Moves idle readers to the host, or those whose work has waited longest; says whether any is on its way."""
+        on_the_way = False
+        for reader in sorted(readers, key=lambda reader: (bool(reader.jobs), reader.used)):
+            if too_much <= 0:
+                break
+            if reader.tier != "device" or reader.lane is not None:
+                continue
+            if not reader.moving:
+                if reader.state is None or any(job.started for job in reader.jobs):
+                    continue
+                self._carry(reader, torch.device("cpu"), "host")
+            on_the_way = True
+            too_much -= reader.nbytes
+        if too_much > 0 and not self.lanes.jobs and self.lanes.nbytes:
+            self.lanes.clear()
+            return True
+        return on_the_way
+
+    def _carry(self, reader: Reader, device: torch.device, tier: str) -> None:
+        """Between the device and the host."""
+        state, reader.moving = reader.state, True
+        if state is None:
+            raise LookupError(f"session {reader.id} has no state to move")
+
+        def work() -> None:
+            moved: ReadingState | None = None
+            try:
+                moved = self._copy(state, device)
+            finally:
+                self._post(lambda: arrived(moved))
+
+        def arrived(moved: ReadingState | None) -> None:
+            reader.moving = False
+            if moved is not None and reader.state is state:
+                reader.rest(moved)
+                reader.tier = "host" if tier == "host" else "device"
+
+        self._mover.submit(work)
+
+    def _copy(self, state: ReadingState, device: torch.device) -> ReadingState:
+        with beside(self.model.device):
+            moved = moved_to(state, device)
+            if device.type == "cuda":  # the memory belongs to this stream and is read by another
+                for x in moved.tensors:
+                    x.record_stream(torch.cuda.default_stream(device))
+        return moved
+
+    def _drop(self, reader: Reader, keeper: Keeper) -> None:
+        state, reader.moving = reader.state, True
+
+        def done(kept: bool) -> None:
+            reader.moving = False
+            if kept and reader.state is state and not reader.jobs:
+                reader.state, reader.tier = None, "disk"
+
+        keeper.keep(reader, done)
+
+
+@contextlib.contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """On a GPU: a stream of its own, so that large copies do not wait for what is computed, nor the other way round."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

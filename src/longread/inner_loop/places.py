@@ -1,0 +1,261 @@
+"""Where sequences are decoded together: each has a lane, and a token changes it in place.
+
+Sequences come and go, and are at positions of their own. New keys and values go into rings, the fast weights lie there
+in the type of the products, and on a GPU the pass for one token of every lane is one replay of a CUDA graph.
+
+The inner step is not taken here: a sequence whose mini-batch is complete leaves, `read` takes the step with the next
+token, and it may come back.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longread.inner_loop.state import ReadingState
+from longread.inner_loop.step import from_matrices, matrices
+from longread.model import FastWeights, Ring, Transformer
+
+SPARE = 1024
+"""Tokens for which attention without a window gets room, or a 32nd of what it holds; then room is made anew."""
+TOLERANCE = 0.05
+"""Difference of logits, as a share of their spread, at which a captured pass is not used."""
+
+
+@dataclass
+class _Occupant:
+    """What is known of the sequences in some lanes without asking the device."""
+
+    position: int
+    waiting: int
+    """Tokens of the unfinished mini-batch."""
+    learn: bool
+    fast: FastWeights
+    """As they came; float32 or wider."""
+
+
+class Places:
+    """Lanes for `lanes` sequences; everything that a CUDA graph reads or writes has a fixed address.
+
+    Args:
+        learn: whether sequences may come that learn; they look back further.
+    """
+
+    def __init__(self, model: Transformer, lanes: int, *, learn: bool) -> None:
+        config, device, dtype = model.config, model.device, model.dtype
+        self._model = weakref.ref(model)  # who keeps places would keep the model alive otherwise
+        self.lanes = lanes
+        learn = learn and config.num_suffix_blocks > 0
+        self._extra = config.mini_batch_size if learn else 0  # how much more than a window the inner step looks back
+        self._captures = device.type == "cuda"
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._occupants: list[_Occupant | None] = [None] * lanes
+        room = self._extra + 1  # a lane that nobody is in writes into the last column
+        self._tokens = torch.zeros(lanes, 1, dtype=torch.long, device=device)
+        self._position = torch.zeros(lanes, dtype=torch.long, device=device)
+        self._slot = torch.zeros(lanes, dtype=torch.long, device=device)
+        self._learning = torch.zeros(lanes, dtype=torch.long, device=device)
+        self._hidden = torch.zeros(lanes, room, config.width, device=device, dtype=dtype)
+        self._read = torch.zeros(lanes, room, dtype=torch.long, device=device)
+        self._counts = torch.zeros(lanes, room, dtype=torch.bool, device=device)
+        self._output = torch.zeros(lanes, config.width, device=device, dtype=dtype)
+        self._logits = model.logits(self._output)
+        initial = matrices(model.initial_fast_weights(lanes))
+        self._working = [torch.empty(w.shape, device=device, dtype=dtype) for w in initial]
+        self._rings: list[Ring] = []
+        self._make_room(0)
+
+    @property
+    def model(self) -> Transformer:
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of these places is gone")
+        return model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all lanes."""
+        rings = [x for ring in self._rings for x in ring[:2]]
+        return sum(x.nbytes for x in (*rings, *self._working, self._hidden, self._logits))
+
+    def logits(self, count: int) -> Tensor:
+        """Of the next token of the first `count` lanes, [count, V], float32 or wider; later calls overwrite them."""
+        return self._logits[:count]
+
+    def due(self, lane: int) -> bool:
+        """Whether the sequence's mini-batch is complete: it must leave before its next token is read."""
+        occupant = self._occupants[lane]
+        return occupant is not None and occupant.learn and occupant.waiting == self._extra
+
+    def put(self, lane: int, state: ReadingState, *, learn: bool) -> None:
+        """Lets the B sequences of `state`, which have read something, go on in lanes lane … lane + B − 1."""
+        learn = learn and self._extra > 0
+        B, m = state.output.shape[0], state.hidden.shape[1] if learn else 0
+        here = slice(lane, lane + B)
+        self._make_room(state.position)
+        for ring, past in zip(self._rings, (*state.lower_pasts, *state.upper_pasts), strict=True):
+            _part(ring, here).put(past.last(ring.key.shape[2]), state.position)
+        for place, w in zip(self._working, matrices(state.fast), strict=True):
+            place[here].copy_(w)
+        if m:
+            self._hidden[here, :m].copy_(state.hidden)
+            self._read[here, 1:m].copy_(state.targets)
+            self._counts[here, 1:m].copy_(state.targets_mask)
+        self._counts[here, m:] = True
+        self._slot[here] = m
+        self._learning[here] = int(learn)
+        self._position[here] = state.position
+        self._output[here].copy_(state.output)
+        self._logits[here].copy_(self.model.logits(state.output))
+        self._occupants[lane] = _Occupant(state.position, m, learn, state.fast)
+
+    def take(self, lane: int, count: int = 1) -> ReadingState:
+        """The state, as a value, of the `count` sequences that came together into the lanes from `lane` on."""
+        occupant = self._occupants[lane]
+        if occupant is None:
+            raise LookupError(f"nobody is in lane {lane}")
+        here, m, position, split = slice(lane, lane + count), occupant.waiting, occupant.position, self._split
+        pasts = []
+        for ring, (window, extra) in zip(self._rings, self._windows(), strict=True):
+            kept = position if window is None else min(position, window + min(m, extra))
+            pasts.append(_part(ring, here).take(kept, position))
+        return ReadingState(
+            position=position,
+            fast=occupant.fast,
+            lower_pasts=tuple(pasts[:split]),
+            upper_pasts=tuple(pasts[split:]),
+            hidden=self._hidden[here, :m].clone(),
+            targets=self._read[here, 1 : max(1, m)].clone(),
+            targets_mask=self._counts[here, 1 : max(1, m)].clone(),
+            output=self._output[here].clone(),
+        )
+
+    def leave(self, lane: int) -> None:
+        """Makes a lane empty."""
+        self._occupants[lane] = None
+
+    def move(self, origin: int, lane: int) -> None:
+        """Moves one sequence into another lane."""
+        rings = [x for ring in self._rings for x in ring[:2]]
+        for x in (*rings, *self._working, self._hidden, self._read, self._counts, self._output, self._logits):
+            x[lane].copy_(x[origin])
+        for x in (self._position, self._slot, self._learning):
+            x[lane] = x[origin]
+        self._occupants[lane], self._occupants[origin] = self._occupants[origin], None
+
+    def grow(self, lanes: int) -> None:
+        """Adds empty lanes. Tensor by tensor, so it takes little more memory than there is afterwards."""
+        for name in _PER_LANE:
+            setattr(self, name, _longer(getattr(self, name), lanes))
+        for i in range(len(self._working)):
+            self._working[i] = _longer(self._working[i], lanes)
+        for i in range(len(self._rings)):
+            key = _longer(self._rings[i].key, lanes)
+            self._rings[i] = Ring(key, self._rings[i].value, self._position)
+            self._rings[i] = Ring(key, _longer(self._rings[i].value, lanes), self._position)
+        self._occupants += [None] * (lanes - self.lanes)
+        self.lanes = lanes
+        self._graphs.clear()
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> None:
+        """Reads one token of each of the first lanes, int64 [lanes]; none of them may be due."""
+        count = len(tokens)
+        present = [occupant for occupant in self._occupants[:count] if occupant is not None]
+        self._make_room(max(occupant.position for occupant in present))
+        self._tokens[:count, 0].copy_(tokens)
+        width = min(self.lanes, 1 << (count - 1).bit_length()) if self._captures else count
+        if not self._captures:
+            self._pass(width)
+        elif width not in self._graphs:
+            self._capture(width)
+        else:
+            self._graphs[width].replay()
+        for occupant in present:
+            occupant.position += 1
+            occupant.waiting += occupant.learn
+
+    @property
+    def _split(self) -> int:
+        return self.model.num_lower_attentions
+
+    def _windows(self) -> list[tuple[int | None, int]]:
+        """Of each attention: its window, and what must be kept beyond it."""
+        config, split = self.model.config, self._split
+        return [(config.window_of(i), 0 if i < split else self._extra) for i in range(config.num_blocks)]
+
+    def _pass(self, count: int) -> None:
+        here = slice(count)
+        model, split, tokens, slot = self.model, self._split, self._tokens[here], self._slot[here]
+        rings, start = [_part(ring, here) for ring in self._rings], self._position[here]
+        hidden, _ = model.lower(tokens, rings[:split], start=start)
+        if self._extra:
+            self._hidden[here].scatter_(1, slot[:, None, None].expand_as(hidden), hidden)
+            self._read[here].scatter_(1, slot[:, None], tokens)
+        fast = from_matrices([w[here] for w in self._working])
+        output, _ = model.upper(hidden, fast, rings[split:], start=start, order=0)
+        self._output[here].copy_(output[:, -1])
+        self._logits[here].copy_(model.logits(self._output[here]))
+        start += 1
+        slot.add_(self._learning[here]).clamp_(max=self._extra)
+
+    def _capture(self, count: int) -> None:
+        """Reads the tokens in place with and without a graph, and compares."""
+        before = self._position.clone(), self._slot.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._pass(count)
+            plain = self._logits[:count].clone()
+        torch.cuda.current_stream().wait_stream(side)
+        self._position.copy_(before[0])
+        self._slot.copy_(before[1])
+        graph = torch.cuda.CUDAGraph()
+        pool = next((g.pool() for g in self._graphs.values()), None)
+        # other threads may move sessions meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            self._pass(count)
+        graph.replay()
+        worst = ((self._logits[:count] - plain).abs().max() / plain.std()).item()
+        if worst <= TOLERANCE:
+            self._graphs[count] = graph
+        else:
+            self._captures = False
+            self._graphs.clear()
+            self._logits[:count].copy_(plain)
+            warnings.warn(f"a captured pass gives logits {worst:.2g} off; decoding goes on without", stacklevel=2)
+
+    def _make_room(self, position: int) -> None:
+        """Makes the rings, or larger ones where attention without a window has no room for a token at `position`."""
+        config, like = self.model.config, self._output
+        for i, (window, extra) in enumerate(self._windows()):
+            older = self._rings[i] if i < len(self._rings) else None
+            if older is not None and (window is not None or older.key.shape[2] > position):
+                continue
+            slots = position + max(SPARE, position // 32) if window is None else window + extra
+            shape = like.shape[0], config.num_heads, slots, config.head_dim
+            ring = Ring(like.new_zeros(shape), like.new_zeros(shape), self._position)
+            if older is None:
+                self._rings.append(ring)
+                continue
+            for place, x in zip(ring[:2], older[:2], strict=True):  # without a window, token p lies in slot p
+                place[:, :, : x.shape[2]].copy_(x)
+            self._rings[i] = ring
+            self._graphs.clear()
+
+
+_PER_LANE = ("_tokens", "_position", "_slot", "_learning", "_hidden", "_read", "_counts", "_output", "_logits")
+
+
+def _longer(x: Tensor, lanes: int) -> Tensor:
+    longer = x.new_zeros(lanes, *x.shape[1:])
+    longer[: len(x)] = x
+    return longer
+
+
+def _part(ring: Ring, lanes: slice) -> Ring:
+    return Ring(*(x[lanes] for x in ring))

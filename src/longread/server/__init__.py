@@ -1,0 +1,44 @@
+"""HTTP: OpenAI's routes, sessions, and a page that shows a model learning.
+
+app.py         the application: all routes behind one gate
+gate.py        keys, rate, size and time of every request
+service.py     what all routes share
+sessions.py    /v1/sessions; readings.py appends and scores, continuing.py generates, transfer.py moves files
+completions.py /v1/completions; chat.py /v1/chat/completions
+about.py       health, version, models, tokenizer, metrics
+running.py     the process: binding, signals, slow clients
+
+The packages that this needs are an extra of their own; `serve` says so if they are missing.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from longread.config import UserError
+from longread.server.keys import Keys, read_keys
+from longread.server.limits import ServerLimits
+
+if TYPE_CHECKING:
+    from longread.server.service import Service
+
+__all__ = ["Keys", "ServerLimits", "check_installed", "read_keys", "serve"]
+
+
+def check_installed() -> None:
+    """Raises `UserError` if a package that serving needs is missing."""
+    try:
+        import longread.server.app
+        import longread.server.running  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("longread"):
+            raise
+        raise UserError(f'serving needs {error.name}; run pip install "longread[serve]"') from None
+
+
+def serve(service: Service, listener: socket.socket) -> None:
+    """Serves on a socket of `running.listen` until SIGINT or SIGTERM, then lets requests end and saves all sessions."""
+    from longread.server.running import run
+
+    run(service, listener)

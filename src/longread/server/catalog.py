@@ -1,0 +1,206 @@
+"""Sessions as tenants see them: with labels, with frozen twins that read along, and never anybody else's.
+
+A twin is a session of its own that does not learn. Which session it belongs to is kept in the labels that the engine
+stores, as JSON, so that it survives whatever the sessions survive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import weakref
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longread.engine import SessionInfo, Task, UnknownSession
+from longread.server.errors import ApiError, without_paths
+from longread.server.service import Service, number
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One session, and its twin if it has one."""
+
+    info: SessionInfo
+    label: str
+    twin: str | None
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON."""
+        info = self.info
+        return {
+            "id": info.id,
+            "object": "session",
+            "label": self.label,
+            "position": info.position,
+            "learn": info.learn,
+            "compare": self.twin is not None,
+            "nbytes": info.nbytes,
+            "drift": number(info.drift),
+            "steps": info.steps,
+            "rolled_back": info.rolled_back,
+            "tier": info.tier,
+            "created": info.created,
+            "used": info.used,
+        }
+
+
+class Catalog:
+    """The sessions of all tenants; every call names the tenant, and a foreign session is one that does not exist."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._engine = service, service.engine
+        self._making: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._tasks: dict[str, Task] = {}
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    def turn(self, session: str) -> asyncio.Lock:
+        """Held by whoever reads or writes with a session: where it begins is then where it stands."""
+        return self._turns.setdefault(session, asyncio.Lock())
+
+    def under_way(self, session: str, task: Task) -> None:
+        """Remembers what a session is doing, for `cancel`."""
+        self._tasks = {known: old for known, old in self._tasks.items() if not old.done} | {session: task}
+
+    def cancel(self, session: str) -> None:
+        """Ends what a session is doing, at the next mini-batch or token."""
+        if session in self._tasks:
+            self._tasks[session].cancel()
+
+    def remove_orphans(self) -> None:
+        """Deletes what a crash left: twins and forks that no session knows."""
+        entries = [_entry(info) for info in self._engine.sessions()]
+        wanted = {entry.twin for entry in entries if entry is not None}
+        for info in self._engine.sessions():
+            if _entry(info) is None and info.id not in wanted:
+                self._engine.delete(info.id)
+
+    async def all(self, tenant: str) -> list[Entry]:
+        """The tenant's sessions, the most recently used first."""
+        infos = await self._service.run(self._engine.sessions, tenant)
+        entries = [entry for info in infos if (entry := _entry(info)) is not None]
+        return sorted(entries, key=lambda entry: entry.info.used, reverse=True)
+
+    def lost(self, tenant: str) -> list[dict[str, Any]]:
+        """What the engine could not restore of the tenant's sessions."""
+        return [
+            {"id": lost.id, "position": lost.position, "restored": lost.restored, "reason": without_paths(lost.reason)}
+            for lost in self._engine.lost
+            if lost.owner == tenant
+        ]
+
+    async def get(self, tenant: str, session: str) -> Entry:
+        """One session. Raises `UnknownSession`."""
+        entry = _entry(await self._service.run(self._engine.info, session, tenant))
+        if entry is None:
+            raise UnknownSession("a twin is no session of its own")
+        return entry
+
+    async def create(self, tenant: str, *, label: str, learn: bool, compare: bool) -> Entry:
+        """A new session. Raises `ApiError` when the tenant has as many as it may, `Busy` when there is no room."""
+        async with self._room(tenant, 1 + compare):
+            return await self._service.run(self._create, tenant, label, learn, compare)
+
+    def _create(self, tenant: str, label: str, learn: bool, compare: bool) -> Entry:
+        twin = self._engine.create(tenant, learn=False, label=_written("", hidden=True)).id if compare else None
+        with self._or_delete(twin):
+            return _known(self._engine.create(tenant, learn=learn, label=_written(label, twin)))
+
+    async def fork(self, tenant: str, session: str, label: str | None) -> Entry:
+        """Another session that has read the same, its twin included."""
+        entry = await self.get(tenant, session)
+        async with self._room(tenant, 1 + (entry.twin is not None)):
+            return await self._service.run(self._fork, entry, entry.label if label is None else label)
+
+    def _fork(self, entry: Entry, label: str) -> Entry:
+        twin = None
+        if entry.twin is not None:
+            with contextlib.suppress(UnknownSession):
+                twin = self._engine.fork(entry.twin, _written("", hidden=True)).id
+        with self._or_delete(twin):
+            return _known(self._engine.fork(entry.info.id, _written(label, twin)))
+
+    async def restore(self, tenant: str, path: Path, label: str) -> Entry:
+        """The session in a file. Raises `UserError` if the file holds none that fits."""
+        async with self._room(tenant, 1):
+            return _known(await self._service.run(self._engine.restore, path, tenant, _written(label)))
+
+    async def update(self, tenant: str, session: str, *, label: str | None, learn: bool | None) -> Entry:
+        """Changes what is given."""
+        entry = await self.get(tenant, session)
+        written = None if label is None else _written(label, entry.twin)
+        return _known(await self._service.run(self._engine.update, session, label=written, learn=learn))
+
+    async def delete(self, tenant: str, session: str) -> None:
+        """Forgets a session and its twin."""
+        entry = await self.get(tenant, session)
+        await self._service.run(self._engine.delete, session)
+        if entry.twin is not None:
+            with contextlib.suppress(UnknownSession):
+                await self._service.run(self._engine.delete, entry.twin)
+
+    @contextlib.asynccontextmanager
+    async def aside(self, session: str) -> AsyncIterator[str]:
+        """A fork that nobody sees, for as long as it is needed."""
+        fork = (await self._service.run(self._engine.fork, session, _written("", hidden=True))).id
+        try:
+            yield fork
+        finally:
+            await self._service.run(self._engine.delete, fork)
+
+    async def drop_twin(self, entry: Entry) -> None:
+        """Gives up a twin that has not read the same."""
+        if entry.twin is None:
+            return
+        await self._service.run(self._engine.update, entry.info.id, label=_written(entry.label))
+        with contextlib.suppress(UnknownSession):
+            await self._service.run(self._engine.delete, entry.twin)
+
+    @contextlib.asynccontextmanager
+    async def _room(self, tenant: str, count: int) -> AsyncIterator[None]:
+        """Holds the tenant's other new sessions back while one is made, so that they cannot exceed a limit together."""
+        limits = self._service.limits
+        async with self._making[tenant]:
+            infos = await self._service.run(self._engine.sessions, tenant)
+            if len(infos) + count > limits.sessions:
+                message = f"there are {len(infos)} sessions, and {limits.sessions} may be; delete some"
+                raise ApiError(429, message, code="insufficient_quota", retry_after=60)
+            taken = sum(info.nbytes for info in infos)
+            if limits.tenant_bytes is not None and taken >= limits.tenant_bytes:
+                message = f"the sessions hold {taken} bytes, and {limits.tenant_bytes} may be; delete some"
+                raise ApiError(429, message, code="insufficient_quota", retry_after=60)
+            yield
+
+    @contextlib.contextmanager
+    def _or_delete(self, twin: str | None) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if twin is not None:
+                self._engine.delete(twin)
+            raise
+
+
+def _written(label: str, twin: str | None = None, *, hidden: bool = False) -> str:
+    return json.dumps({"label": label, "twin": twin, "hidden": hidden})
+
+
+def _entry(info: SessionInfo) -> Entry | None:
+    """None for a twin. A label that this server did not write, a library's for instance, is a label."""
+    try:
+        found = json.loads(info.label)
+        label, twin, hidden = str(found["label"]), found["twin"], found["hidden"] is True
+    except (ValueError, TypeError, KeyError):
+        return Entry(info, info.label, None)
+    return None if hidden else Entry(info, label, twin if isinstance(twin, str) else None)
+
+
+def _known(info: SessionInfo) -> Entry:
+    entry = _entry(info)
+    if entry is None:
+        raise UnknownSession("a twin is no session of its own")
+    return entry

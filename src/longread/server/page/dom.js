@@ -1,0 +1,89 @@
+// The page's elements. Text goes in as text, never as markup.
+
+/** The element of an id that index.html has. */
+export const $ = (id) => document.getElementById(id);
+
+/** An element with properties and children; a child that is a string becomes text. */
+export function make(name, properties = {}, ...children) {
+  const { class: className, ...rest } = properties;
+  const element = document.createElement(name);
+  if (className) element.className = className;
+  for (const [key, value] of Object.entries(rest)) {
+    if (key.includes("-") || key === "role" || key === "scope") element.setAttribute(key, value);
+    else element[key] = value;
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+/** Sets text only where it differs, so that nothing is announced or laid out for no reason. */
+export function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** Tells screen readers, politely. */
+export function announce(text) {
+  $("announcer").textContent = "";
+  setTimeout(() => say($("announcer"), text), 50);
+}
+
+/** Shows what went wrong until it is dismissed. */
+export function alarm(error) {
+  if (error?.name === "AbortError") return;
+  const text = error.message;
+  if (error.name !== "ApiError" && error.constructor !== Error) console.error(error); // a fault of the page itself
+  const close = make("button", { class: "quiet", type: "button", "aria-label": "Dismiss this message" }, "Dismiss");
+  const note = make("div", { class: "note" }, make("p", {}, text), close);
+  close.addEventListener("click", () => note.remove());
+  const notes = $("alerts");
+  for (const other of notes.querySelectorAll("p")) if (other.textContent === text) other.parentElement.remove();
+  notes.append(note);
+  while (notes.childElementCount > 3) notes.firstElementChild.remove();
+}
+
+export const clearAlarms = () => $("alerts").replaceChildren();
+
+/** Runs `draw` at most once a frame, and about ten times a second. */
+export function calmly(draw) {
+  let [asked, last] = [false, 0];
+  return () => {
+    if (asked) return;
+    asked = true;
+    const wait = Math.max(0, last + 90 - performance.now());
+    setTimeout(
+      () =>
+        requestAnimationFrame(() => {
+          asked = false;
+          last = performance.now();
+          draw();
+        }),
+      wait,
+    );
+  };
+}
+
+/** Opens a dialog; resolves to whether it was confirmed. Escape is a no, and focus goes back where it was. */
+export function confirmed(dialog, cancel) {
+  const form = dialog.querySelector("form");
+  return new Promise((resolve) => {
+    let answer = false;
+    const yes = (event) => {
+      event.preventDefault();
+      answer = true;
+      dialog.close();
+    };
+    const no = () => dialog.close();
+    form.addEventListener("submit", yes);
+    cancel.addEventListener("click", no);
+    dialog.addEventListener(
+      "close",
+      () => {
+        form.removeEventListener("submit", yes);
+        cancel.removeEventListener("click", no);
+        resolve(answer);
+      },
+      { once: true },
+    );
+    dialog.showModal();
+  });
+}

@@ -1,0 +1,122 @@
+"""What all routes share: the engine, the tokenizer, the limits, and who is asking."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+
+from fastapi import Depends, Request
+
+from longread.config import ModelConfig
+from longread.engine import Engine
+from longread.server.errors import ApiError
+from longread.server.keys import Keys
+from longread.server.limits import ServerLimits
+from longread.server.metrics import Meters
+from longread.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from longread.server.work import Work
+
+THREADS = 32
+"""For calls that wait; more requests than this may be under way, only not wait for a disk at the same time."""
+CLOSE_SECONDS = 120.0
+"""That the engine may take to save all sessions when the server stops."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass
+class Service:
+    """One model being served."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    config: ModelConfig
+    name: str
+    """Of the model, in requests and answers."""
+    fingerprint: str
+    device: str
+    scratch: Path
+    """Where files lie on their way in and out; it belongs to this server alone."""
+    keys: Keys = field(default_factory=Keys)
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    created: int = field(default_factory=lambda: int(time.time()))
+    stopping: bool = False
+    meters: Meters = field(default_factory=Meters)
+    works: set[Work] = field(default_factory=set)
+    """What is under way."""
+
+    def __post_init__(self) -> None:
+        self.meters.follow(self.engine.stats)
+        self._threads = ThreadPoolExecutor(THREADS, "longread-server")
+
+    def tidy(self) -> None:
+        """Removes what a killed server left of files on their way."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        for path in self.scratch.iterdir():
+            path.unlink()
+
+    async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Calls something that waits, for a disk or for the engine, without holding up other requests."""
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def close(self) -> None:
+        """Stops the engine, which saves all sessions."""
+        self.stopping = True
+        self.engine.close(CLOSE_SECONDS)
+        self._threads.shutdown(wait=False)
+
+    def encode(self, text: str, *, bos: bool) -> tuple[list[int], list[int]]:
+        """Token ids of `text` and the UTF-8 bytes of each; BOS, if it is wanted and there is one, covers none."""
+        ids, lengths = self.tokenizer.encode_with_bytes(text)
+        if bos and self.tokenizer.bos_id is not None:
+            return [self.tokenizer.bos_id, *ids], [0, *lengths]
+        return ids, lengths
+
+    def check_tokens(self, ids: list[int], param: str) -> None:
+        """Refuses ids that the model does not know, before anything else is done with them."""
+        if ids and (min(ids) < 0 or max(ids) >= self.config.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.config.vocab_size)
+            raise ApiError(400, f"token id {wrong} is not in the vocabulary of {self.config.vocab_size}", param=param)
+
+    def check_amount(self, tokens: int) -> None:
+        """Refuses a request that makes the model read and write too much."""
+        if tokens > self.limits.tokens:
+            raise ApiError(
+                413,
+                f"{tokens} tokens are more than {self.limits.tokens}, which one request may cost; send several",
+            )
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a text: the beginning of another."""
+        return frozenset() if self.tokenizer.bos_id is None else frozenset((self.tokenizer.bos_id,))
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _tenant(request: Request) -> str:
+    tenant: str = request.scope["longread.tenant"]
+    return tenant
+
+
+TheService = Annotated[Service, Depends(_service)]
+Tenant = Annotated[str, Depends(_tenant)]
+
+
+def number(value: float) -> float | None:
+    """A number for JSON, which has no NaN: the first token of all has no log-probability."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,212 @@
+"""/v1/sessions: texts that are read once and asked many times."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import Response
+
+from longread.server import continuing, readings
+from longread.server.catalog import Catalog
+from longread.server.choices import sampling_of
+from longread.server.continuing import Continuing
+from longread.server.errors import ApiError
+from longread.server.readings import STREAM_BIN, Reading
+from longread.server.replies import REPLIES, STREAM
+from longread.server.service import Service, Tenant, TheService
+from longread.server.session_models import (
+    AppendRequest,
+    Bin,
+    CompareRequest,
+    Comparison,
+    ContinuationObject,
+    CreateRequest,
+    Deleted,
+    ForkRequest,
+    GenerateRequest,
+    Passage,
+    Position,
+    ReadingObject,
+    ScoreRequest,
+    SessionList,
+    SessionObject,
+    UpdateRequest,
+)
+from longread.server.stream import streamed
+from longread.server.text import stops_of
+from longread.server.work import Work
+
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=REPLIES)
+
+
+def _catalog(request: Request) -> Catalog:
+    catalog: Catalog = request.app.state.catalog
+    return catalog
+
+
+TheCatalog = Annotated[Catalog, Depends(_catalog)]
+
+
+@router.post("", status_code=201, response_model=SessionObject)
+async def create(catalog: TheCatalog, tenant: Tenant, body: CreateRequest | None = None) -> dict[str, Any]:
+    """A new session that has read nothing."""
+    body = body or CreateRequest()
+    entry = await catalog.create(tenant, label=body.label, learn=body.learn, compare=body.compare)
+    return entry.shown()
+
+
+@router.get("", response_model=SessionList)
+async def list_all(catalog: TheCatalog, tenant: Tenant) -> dict[str, Any]:
+    """All sessions of the tenant, the most recently used first."""
+    return {"data": [entry.shown() for entry in await catalog.all(tenant)], "lost": catalog.lost(tenant)}
+
+
+@router.post("/compare", response_model=Comparison)
+async def compare(
+    body: CompareRequest, request: Request, service: TheService, catalog: TheCatalog, tenant: Tenant
+) -> dict[str, Any]:
+    """What two sessions make of the same text; neither is changed."""
+    first, second = (_reading(service, catalog, tenant, session, body, keep=False) for session in body.sessions)
+    async with Work(service, request) as work:
+        found = [await readings.whole(first, work), await readings.whole(second, work)]
+    a, b = found[0]["nll"], found[1]["nll"]
+    return {"readings": found, "difference": None if a is None or b is None else a - b}
+
+
+@router.get("/{session}", response_model=SessionObject)
+async def get(session: str, catalog: TheCatalog, tenant: Tenant) -> dict[str, Any]:
+    """One session."""
+    return (await catalog.get(tenant, session)).shown()
+
+
+@router.patch("/{session}", response_model=SessionObject)
+async def update(session: str, body: UpdateRequest, catalog: TheCatalog, tenant: Tenant) -> dict[str, Any]:
+    """Renames a session, or lets it learn or not."""
+    return (await catalog.update(tenant, session, label=body.label, learn=body.learn)).shown()
+
+
+@router.delete("/{session}", response_model=Deleted)
+async def delete(session: str, catalog: TheCatalog, tenant: Tenant) -> dict[str, Any]:
+    """Forgets a session and removes its files."""
+    await catalog.delete(tenant, session)
+    return {"id": session, "object": "session", "deleted": True}
+
+
+@router.post("/{session}/fork", status_code=201, response_model=SessionObject)
+async def fork(session: str, catalog: TheCatalog, tenant: Tenant, body: ForkRequest | None = None) -> dict[str, Any]:
+    """Another session that has read the same."""
+    return (await catalog.fork(tenant, session, None if body is None else body.label)).shown()
+
+
+@router.post("/{session}/save", response_model=SessionObject)
+async def save(session: str, service: TheService, catalog: TheCatalog, tenant: Tenant) -> dict[str, Any]:
+    """Writes the whole session to the server's disk now."""
+    await catalog.get(tenant, session)
+    await service.run(service.engine.save, session)
+    return (await catalog.get(tenant, session)).shown()
+
+
+@router.post("/{session}/cancel", response_model=SessionObject)
+async def cancel(session: str, catalog: TheCatalog, tenant: Tenant) -> dict[str, Any]:
+    """Ends what the session is reading or writing, at the next mini-batch or token."""
+    await catalog.get(tenant, session)
+    catalog.cancel(session)
+    return (await catalog.get(tenant, session)).shown()
+
+
+@router.post("/{session}/append", response_model=ReadingObject, responses={200: STREAM})
+async def append(
+    session: str, body: AppendRequest, request: Request, service: TheService, catalog: TheCatalog, tenant: Tenant
+) -> Any:
+    """Reads more of the text. Unless it streams it is finished even if the client goes away."""
+    reading = _reading(service, catalog, tenant, session, body, keep=True, expected=body.expected_position)
+    return await _answer(service, request, reading, stream=body.stream)
+
+
+@router.post(
+    "/{session}/append/file",
+    response_model=ReadingObject,
+    responses={200: STREAM},
+    openapi_extra={"requestBody": {"required": True, "content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def append_file(
+    session: str,
+    request: Request,
+    service: TheService,
+    catalog: TheCatalog,
+    tenant: Tenant,
+    expected_position: Annotated[Position | None, Query(strict=False)] = None,
+    bin_size: Annotated[Bin | None, Query(alias="bin")] = None,
+    stream: bool = False,
+) -> Any:
+    """Reads a file, which is the body: text in UTF-8."""
+    kind = request.headers.get("content-type", "")
+    if kind.startswith(("multipart/", "application/x-www-form-urlencoded", "application/json")):
+        raise ApiError(415, f"{kind.partition(';')[0]} is not read here; send the text itself as text/plain")
+    data = await request.body()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"byte {error.start} of the file is not UTF-8; convert it to a text file first") from None
+    if "\0" in text:
+        raise ApiError(400, "the file holds zero bytes and is no text; convert it to a text file first")
+    body = AppendRequest(text=text, bin=bin_size)
+    reading = _reading(service, catalog, tenant, session, body, keep=True, expected=expected_position, stream=stream)
+    return await _answer(service, request, reading, stream=stream)
+
+
+@router.post("/{session}/score", response_model=ReadingObject, responses={200: STREAM})
+async def score(
+    session: str, body: ScoreRequest, request: Request, service: TheService, catalog: TheCatalog, tenant: Tenant
+) -> Any:
+    """What the session would make of a text; it stays as it is."""
+    reading = _reading(service, catalog, tenant, session, body, keep=False)
+    return await _answer(service, request, reading, stream=body.stream)
+
+
+@router.post("/{session}/generate", response_model=ContinuationObject, responses={200: STREAM})
+async def generate(
+    session: str, body: GenerateRequest, request: Request, service: TheService, catalog: TheCatalog, tenant: Tenant
+) -> Any:
+    """Continues the text; what the session writes it has also read."""
+    service.check_amount(body.max_tokens)
+    sampling = sampling_of(service, body, body.max_tokens, body.logprobs or 0)
+    stops = stops_of(body.stop)
+    one = Continuing(service, catalog, tenant, session, sampling, stops, logprobs=body.logprobs is not None)
+    work = Work(service, request)
+    if body.stream:
+        return await streamed(continuing.watched(one, work))
+    return await continuing.whole(one, work)
+
+
+def _reading(
+    service: Service,
+    catalog: Catalog,
+    tenant: str,
+    session: str,
+    body: Passage,
+    *,
+    keep: bool,
+    expected: int | None = None,
+    stream: bool = False,
+) -> Reading:
+    stream = stream or (isinstance(body, ScoreRequest) and body.stream)
+    return Reading(
+        service,
+        catalog,
+        tenant,
+        session,
+        text=body.text,
+        tokens=body.tokens,
+        keep=keep,
+        expected_position=expected,
+        bin_size=STREAM_BIN if stream and body.bin is None else body.bin,
+    )
+
+
+async def _answer(service: Service, request: Request, reading: Reading, *, stream: bool) -> Response | dict[str, Any]:
+    if stream:
+        return await streamed(readings.watched(reading, Work(service, request)))
+    async with Work(service, request, survives=reading.keep) as work:
+        return await readings.whole(reading, work)

@@ -1,0 +1,391 @@
+"""One reader: it reads, learns, continues a text, forks, and is kept in a file.
+
+A session is a model, the state of what it has read (`longread.inner_loop.reading`), and the newest tokens, which
+the repetition penalty looks at. Its size does not depend on how much it has read.
+
+Learning cannot break it: an inner step that is no number or far too long is refused (`read(..., guard=True)`), and
+where many steps have led astray they are taken back (`longread.inner_loop.rescue`). Both are counted as rolled back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longread.config import InnerConfig, UserError
+from longread.files import Layout, read_tensors, write_tensors_atomically
+from longread.inner_loop import Decoder, ReadingState, begin, read, rescue
+from longread.inner_loop.step import matrices
+from longread.model import Transformer, fingerprint_of
+from longread.session.sampling import check_sampling, draw, penalised, seeded
+from longread.session.storage import STORAGES, Storage, check_layout, packed, unpacked
+
+KIND = "session"
+PIECE = 65_536
+"""Tokens after which it is looked whether learning has gone astray, in one call of `read`."""
+_MOST = 2**53
+_DIGITS = 20
+"""Counts have a fixed width in a file, so that its size does not depend on them."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """Facts about a session at one moment."""
+
+    position: int
+    """Tokens read."""
+    waiting: int
+    """Of these, the tokens of the unfinished mini-batch, from which nothing has been learned yet."""
+    learn: bool
+    nbytes: int
+    """Of everything it remembers."""
+    fast_nbytes: int
+    """Of the fast weights alone."""
+    drift: float
+    """‖W − W_0‖ / ‖W_0‖ of the fast weights."""
+    steps: int
+    """Inner steps that reading and writing came to, those rolled back included."""
+    rolled_back: int
+    """Inner steps that were refused or taken back because they did damage."""
+    device: str
+    dtype: str
+    """Of the products; fast weights are at least float32."""
+
+
+class Session:
+    """A text being read by a model that learns from it.
+
+    Args:
+        model: its parameters are shared between sessions and never changed.
+        inner: rate and clip of the steps.
+        learn: False reads with the weights as they are.
+        fingerprint: of the model, where it is already known; it is computed otherwise, when the session is saved.
+    """
+
+    def __init__(
+        self, model: Transformer, inner: InnerConfig, *, learn: bool = True, fingerprint: str | None = None
+    ) -> None:
+        self.model, self.inner = model, inner
+        self._learn = learn
+        self._fingerprint = fingerprint
+        self._at_rest: ReadingState | None = begin(model)  # None while a decoder has it
+        self._decoder: Decoder | None = None
+        self._recent: list[int] = []
+        self._steps = 0
+        self._rolled_back: int | Tensor = 0  # a tensor until it is asked for: a GPU is not waited for
+        self.inner_grad_norms = torch.empty(0)
+        """Norms, before clipping, of the gradients of the steps that the newest call of `read` came to, [steps]."""
+
+    @classmethod
+    def resume(
+        cls,
+        model: Transformer,
+        inner: InnerConfig,
+        state: ReadingState,
+        *,
+        learn: bool = True,
+        recent: Sequence[int] = (),
+        steps: int = 0,
+        rolled_back: int = 0,
+        fingerprint: str | None = None,
+    ) -> Session:
+        """A session that goes on from a state of one text, with what else there is to know of it."""
+        session = cls(model, inner, learn=learn, fingerprint=fingerprint)
+        session._state, session._recent = state, list(recent)
+        session._counted(steps, rolled_back)
+        return session
+
+    @property
+    def recent(self) -> list[int]:
+        """The newest tokens, at most a window of them, oldest first."""
+        return list(self._recent)
+
+    @property
+    def learn(self) -> bool:
+        """Whether it learns from what it reads, and from what it writes; can be changed at any time."""
+        return self._learn
+
+    @learn.setter
+    def learn(self, learn: bool) -> None:
+        self._state, self._learn = self._state, learn
+
+    @property
+    def position(self) -> int:
+        """Tokens read."""
+        return self._decoder.position if self._decoder is not None else self._state.position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything the session remembers."""
+        return self._state.nbytes
+
+    @property
+    def steps(self) -> int:
+        """Inner steps that reading and writing came to, those rolled back included."""
+        return self._steps + (self._decoder.steps if self._decoder is not None else 0)
+
+    @property
+    def rolled_back(self) -> int:
+        """Inner steps that were refused or taken back because they did damage: what they were about is only read."""
+        if self._decoder is not None:
+            return int(self._rolled_back) + int(self._decoder.rolled_back)
+        self._rolled_back = int(self._rolled_back)
+        return self._rolled_back
+
+    @property
+    def state(self) -> ReadingState:
+        """What is left of the text; a value that later reading does not change."""
+        return self._state
+
+    @property
+    def _state(self) -> ReadingState:
+        if self._decoder is not None:
+            self._at_rest = self._decoder.state()
+            self._counted(self._decoder.steps, self._decoder.rolled_back)
+            self._decoder = None
+        if self._at_rest is None:
+            raise RuntimeError("a session without a state")
+        return self._at_rest
+
+    @_state.setter
+    def _state(self, state: ReadingState) -> None:
+        self._at_rest, self._decoder = state, None
+
+    def _counted(self, steps: int, rolled_back: int | Tensor) -> None:
+        self._steps += steps
+        self._rolled_back = self._rolled_back + rolled_back
+
+    def _decoding(self) -> Decoder:
+        """The decoder that has the state from now on, until something else is wanted of the session."""
+        if self._decoder is None:
+            self._decoder = Decoder(self.model, self._state, self.inner, learn=self.learn)
+            self._at_rest = None
+        return self._decoder
+
+    def drift(self) -> float:
+        """How far reading has moved the fast weights: ‖W − W_0‖ / ‖W_0‖; 0 for a model without any."""
+        pairs = list(zip(matrices(self._state.fast), matrices(self.model.initial_fast_weights(1)), strict=True))
+        if not pairs:
+            return 0.0
+        moved, initial = (torch.stack([x.detach().norm() for x in xs]).norm() for xs in _split(pairs))
+        return (moved / initial).item()
+
+    def read(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """Reads more of the text, and learns from each mini-batch once it is complete.
+
+        Returns:
+            −log p of each token given everything before it, [n], in nats; NaN for the first token of all.
+
+        Raises:
+            UserError: a token id is not in the vocabulary; nothing has been read then.
+        """
+        tokens = self._checked(token_ids)
+        pieces = [self._read(part) for part in tokens.split(PIECE)]
+        self.inner_grad_norms = torch.cat([norms for _, norms in pieces])
+        window = self.model.config.window_size
+        self._recent = (self._recent + tokens[-window:].tolist())[-window:]
+        return torch.cat([nll for nll, _ in pieces])
+
+    def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """One piece: its losses [n] and the norms of its steps."""
+        before, rows = self._state, tokens.to(self.model.device).unsqueeze(0)
+        found = read(self.model, before, rows, inner=self.inner, learn=self.learn, guard=True)
+        rescued = rescue(self.model, before, rows, found, inner=self.inner) if self.learn else None
+        steps = found.rolled_back.shape[1]
+        self._state = found.state if rescued is None else rescued
+        self._counted(steps, found.rolled_back.sum() if rescued is None else steps)
+        return found.nll[0], found.inner_grad_norm[0]
+
+    def score(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """What `read` would give for these tokens; the session stays as it is."""
+        return self.fork().read(token_ids)
+
+    def generate(
+        self,
+        max_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop_ids: Collection[int] = (),
+        learn: bool | None = None,
+    ) -> Generator[int, None, None]:
+        """Continues the text, token by token; what it writes it has also read, and learned from.
+
+        Args:
+            max_tokens: how many at most.
+            temperature: 0 always takes the likeliest token.
+            top_p: sample from the smallest set of likeliest tokens that holds this much probability.
+            top_k: sample from this many of the likeliest.
+            repetition_penalty: divides positive and multiplies negative logits of tokens in the last window
+                (arXiv 1909.05858); 1 changes nothing.
+            seed: makes the draw repeatable.
+            stop_ids: ends before one of these, which is neither given nor read.
+            learn: False does not learn from what it writes, nor from the mini-batch that this interrupts; afterwards
+                `self.learn` is what it was. None: as `self.learn` says.
+
+        Raises:
+            UserError: a setting is out of range, or nothing has been read yet.
+        """
+        check_sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        if not self.position:
+            raise UserError("there is nothing to continue; give a prompt, or read a text first")
+        sampled = self._generate(max_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop_ids)
+        return sampled if learn is None else self._learning(learn, sampled)
+
+    def _learning(self, learn: bool, written: Generator[int, None, None]) -> Generator[int, None, None]:
+        """The same tokens, written with `learn` as given."""
+        before, self.learn = self.learn, learn
+        try:
+            yield from written
+        finally:
+            self.learn = before
+
+    def _generate(
+        self,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int | None,
+        repetition_penalty: float,
+        seed: int | None,
+        stop_ids: Collection[int],
+    ) -> Generator[int, None, None]:
+        generator = seeded(seed, self.model.device)
+        window = self.model.config.window_size
+        for _ in range(max_tokens):
+            decoder = self._decoding()
+            logits = decoder.logits()[0]
+            if repetition_penalty != 1.0:
+                logits = penalised(logits, self._recent, repetition_penalty)
+            token = draw(logits, temperature, top_p, top_k, generator)
+            if token in stop_ids:
+                return
+            decoder.read(torch.tensor([token], device=self.model.device))
+            self._recent = [*self._recent, token][-window:]
+            yield token
+
+    def fork(self) -> Session:
+        """Another reader of the same text up to here. It shares all memory until one of the two reads on."""
+        state = self._state  # out of a decoder, which only one session can have
+        twin = Session.__new__(Session)
+        twin.__dict__.update(self.__dict__ | {"_at_rest": state, "_recent": list(self._recent)})
+        return twin
+
+    def describe(self) -> Description:
+        """Position, size, drift and health, as facts that can be shown."""
+        state = self._state
+        return Description(
+            position=state.position,
+            waiting=state.hidden.shape[1],
+            learn=self.learn,
+            nbytes=state.nbytes,
+            fast_nbytes=sum(w.nbytes for w in matrices(state.fast)),
+            drift=self.drift(),
+            steps=self.steps,
+            rolled_back=self.rolled_back,
+            device=str(self.model.device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+        )
+
+    def save(self, path: str | Path, *, storage: Storage = "exact") -> None:
+        """Writes the session to a file: afterwards it is there whole, or what was there before is unchanged.
+
+        Args:
+            storage: "exact"; or rounded to bfloat16, "delta" with less loss for the fast weights than "bfloat16"
+                (see `longread.session.storage`).
+
+        Raises:
+            UserError: the file cannot be written, the storage is unknown, or the session is not finite.
+        """
+        state = self._state
+        counts = {"position": state.position, "steps": self.steps, "rolled_back": self.rolled_back}
+        metadata = {
+            "model_fingerprint": self._model_fingerprint(),
+            "learn": self.learn,
+            "inner": dataclasses.asdict(self.inner),
+            "storage": storage,
+            **{name: f"{count:{_DIGITS}}" for name, count in counts.items()},
+        }
+        write_tensors_atomically(path, packed(state, self._recent, self.model, storage), metadata, kind=KIND)
+
+    @classmethod
+    def restore(cls, path: str | Path, model: Transformer, *, fingerprint: str | None = None) -> Session:
+        """The session that was saved at `path`, on the device and in the types of `model`.
+
+        Saved exactly, and restored in the same types, it goes on as if it had never been saved. The file may come from
+        anywhere: its names, types and shapes are checked before its contents are read, and these before they are used.
+
+        Raises:
+            UserError: the file is damaged, no session, no valid one, or of another model.
+        """
+        made: list[tuple[Session, int]] = []
+
+        def check(layout: Layout, metadata: dict[str, Any]) -> None:
+            made.append(cls._of_header(path, metadata, model, fingerprint))
+            check_layout(path, layout, model, made[0][1])
+
+        tensors, metadata = read_tensors(path, kind=KIND, check=check)
+        ((session, position),) = made
+        session._state, session._recent = unpacked(path, tensors, model, position, metadata["storage"])
+        return session
+
+    @classmethod
+    def _of_header(
+        cls, path: str | Path, metadata: dict[str, Any], model: Transformer, fingerprint: str | None
+    ) -> tuple[Session, int]:
+        """A session that has read nothing yet, with the settings of a saved one, and the position of that one."""
+        try:
+            inner, learn = InnerConfig.from_dict(metadata["inner"]), metadata["learn"]
+            if not isinstance(learn, bool) or metadata["storage"] not in STORAGES:
+                raise ValueError(f"learn is {learn!r:.60} and storage {metadata['storage']!r:.60}")
+            counts = [_count(metadata, name) for name in ("position", "steps", "rolled_back")]
+        except UserError as error:
+            raise UserError(f"{path} is no valid session: {error!s:.200}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a complete session: {error!s:.200}; restore it from a copy") from None
+        session = cls(model, inner, learn=learn, fingerprint=fingerprint)
+        if metadata.get("model_fingerprint") != session._model_fingerprint():
+            raise UserError(f"{path} belongs to another model; give the model that read it")
+        session._counted(*counts[1:])
+        return session, counts[0]
+
+    def _model_fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_of(self.model)
+        return self._fingerprint
+
+    def _checked(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """The tokens, int64 [n], all in the vocabulary."""
+        tokens, V = torch.as_tensor(token_ids, dtype=torch.long).reshape(-1), self.model.config.vocab_size
+        wrong = tokens[(tokens < 0) | (tokens >= V)]
+        if wrong.numel():
+            raise UserError(f"token id {wrong[0].item()} is not in the vocabulary of {V}; use the model's tokenizer")
+        return tokens
+
+
+def _split(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """What was added to each weight, and the initial weights."""
+    return [w - w0 for w, w0 in pairs], [w0 for _, w0 in pairs]
+
+
+def _count(metadata: dict[str, Any], name: str) -> int:
+    text = metadata[name]
+    if not isinstance(text, str) or len(text) != _DIGITS or not text.strip().isdecimal() or int(text) > _MOST:
+        raise ValueError(f"{name} is {text!r:.60}, not a number")
+    return int(text)

@@ -1,0 +1,559 @@
+"""What survives: closing, crashes, full disks, damaged and hostile files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from longread.config import InnerConfig, UserError
+from longread.engine import Busy, Engine, Limits, Sampling, keeping
+from longread.engine.journal import DamagedJournal, add_events, read_events
+from longread.engine.keeping import replayed
+from longread.engine.lanes import largest_session
+from longread.engine.store import consistent
+from longread.files import read_tensors, write_safetensors, write_tensors_atomically
+from longread.session import Session
+from tests.test_engine_batches import INNER, M, make, text
+
+ROOT = Path(__file__).parent.parent
+
+
+def opened(directory: Path, **changes: Any) -> Engine:
+    return Engine(make(**changes), INNER, directory=directory)
+
+
+def crash(engine: Engine) -> None:
+    """Leaves the engine as a killed process would leave it: nothing is saved."""
+    engine._closed = True
+    engine._worker.call(lambda: engine._worker.readers.clear())
+    engine._worker.stop()
+    engine._worker.join()
+
+
+def write(engine: Engine, sid: str, count: int = 9) -> list[int]:
+    return [token.id for token in engine.generate(sid, Sampling(max_tokens=count, seed=1))]
+
+
+def reread(engine: Engine, *texts: list[int]) -> list[int]:
+    """What a session writes that has read the texts."""
+    session = Session(engine.model, INNER)
+    for tokens in texts:
+        session.read(tokens)
+    return list(session.generate(9, seed=1))
+
+
+def files(directory: Path, kind: str) -> list[Path]:
+    return sorted(directory.glob(f"sessions/*/{kind}*"))
+
+
+@pytest.mark.parametrize("end", [Engine.close, crash], ids=["closed", "killed"])
+def test_sessions_go_on_after_a_restart(end: Callable[[Engine], None], tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    one, other, empty = engine.create("ann", label="x").id, engine.create(learn=False).id, engine.create().id
+    engine.append(one, text(30)).result()
+    written = write(engine, one)
+    engine.append(one, text(3, 1)).result()
+    engine.append(other, text(11)).result()
+    fork = engine.fork(one).id
+    engine.update(other, label="y")
+    before = {info.id: info for info in engine.sessions()}
+    end(engine)
+
+    engine = opened(tmp_path)
+    assert engine.lost == []
+    for info in engine.sessions():
+        known = before[info.id]
+        assert (info.position, info.owner, info.label, info.learn) == (
+            (known.position, known.owner, known.label, known.learn)
+        )
+    assert write(engine, one) == write(engine, fork) == reread(engine, text(30), written, text(3, 1))
+    assert engine.info(one).steps == engine.info(fork).steps
+    assert engine.info(empty).position == 0
+    assert engine.append(empty, text(5)).result().position == 5
+    assert engine.info(other).drift == 0
+    engine.close()
+
+
+@pytest.mark.parametrize("end", [Engine.close, crash], ids=["closed", "killed"])
+def test_answers_survive(end: Callable[[Engine], None], tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    first = engine.append(sid, text(10), expected_position=0).result()
+    second = engine.append(sid, text(10, 1), expected_position=10, key="k").result()
+    end(engine)
+    engine = opened(tmp_path)
+    again = engine.append(sid, text(10), expected_position=0).result()
+    assert (again.position, again.steps) == (first.position, first.steps)
+    assert again.nll[1:] == pytest.approx(first.nll[1:])
+    assert engine.append(sid, text(10, 1), key="k").result().nll == pytest.approx(second.nll)
+    assert engine.info(sid).position == 20
+    engine.close()
+
+
+def test_saving_while_writing_and_reading(tmp_path: Path) -> None:
+    """A snapshot in the midst of a task, then a crash: nothing is there twice, and nothing is missing."""
+    engine = opened(tmp_path)
+    one, other = engine.create().id, engine.create().id
+    engine.append(one, text(5)).result()
+    task = engine.generate(one, Sampling(max_tokens=200, seed=1))
+    next(iter(task))
+    engine.save(one)
+    long = engine.append(other, text(60 * M))
+    next(iter(long))
+    path = engine.save(other)
+    position = Session.restore(path, engine.model).position
+    assert 0 < position < 60 * M
+    task.result()
+    long.result()
+    crash(engine)
+    engine = opened(tmp_path)
+    assert engine.info(one).position == 205
+    assert engine.info(other).position == 60 * M
+    session = Session(engine.model, INNER)
+    session.read(text(5))
+    list(session.generate(200, seed=1))
+    assert write(engine, one) == list(session.generate(9, seed=1))
+    assert write(engine, other) == reread(engine, text(60 * M))
+    engine.close()
+
+
+def test_saving_while_an_append_is_on_its_way_into_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, slowly = os.fsync, threading.Event()
+
+    def fsync(descriptor: int) -> None:
+        slowly.wait(0.05)
+        real(descriptor)
+
+    monkeypatch.setattr("longread.engine.journal.os.fsync", fsync)
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    for seed in range(5):
+        task = engine.append(sid, text(3, seed))
+        engine.save(sid)
+        task.result()
+    crash(engine)
+    engine = opened(tmp_path)
+    assert engine.lost == []
+    assert engine.info(sid).position == 15
+    assert write(engine, sid) == reread(engine, *(text(3, seed) for seed in range(5)))
+    engine.close()
+
+
+def test_a_cancelled_append_stays_cancelled(tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    task = engine.append(sid, text(3000 * M))
+    next(iter(task))
+    task.cancel()
+    position = task.result().position
+    crash(engine)
+    engine = opened(tmp_path)
+    assert engine.info(sid).position == position < 3000 * M
+    assert write(engine, sid) == reread(engine, text(3000 * M)[:position])
+    engine.close()
+
+
+def test_journals_end_in_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "SNAPSHOT_AFTER", 50)
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    for seed in range(8):
+        engine.append(sid, text(30, seed)).result()
+    engine.save(sid)
+    assert len(files(tmp_path, "snapshot")) == 1
+    assert sum(len(read_events(path)) for path in files(tmp_path, "journal")) <= 2
+    crash(engine)
+    engine = opened(tmp_path)
+    assert write(engine, sid) == reread(engine, *(text(30, seed) for seed in range(8)))
+    engine.close()
+
+
+def test_a_file_is_as_large_for_any_text(tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    sizes = set()
+    for n in (16, 64, 256):
+        sid = engine.create().id
+        engine.append(sid, text(n * M)).result()
+        sizes.add(engine.save(sid).stat().st_size)
+        assert engine.export(sid).stat().st_size in sizes
+    assert len(sizes) == 1
+    engine.close()
+
+
+def test_an_exported_session_can_be_restored_anywhere(tmp_path: Path) -> None:
+    engine = opened(tmp_path / "a")
+    sid = engine.create().id
+    engine.append(sid, text(30)).result()
+    path = engine.export(sid)
+    engine.append(sid, text(5)).result()
+    other = opened(tmp_path / "b")
+    for there in (engine, other):
+        restored = there.restore(path, "ann", "copy")
+        assert (restored.position, restored.owner, restored.label, restored.steps) == (30, "ann", "copy", 7)
+        assert write(there, restored.id) == reread(engine, text(30))
+    crash(other)
+    other = opened(tmp_path / "b")
+    assert [info.position for info in other.sessions()] == [39]
+    with Engine(make(), INNER) as in_memory:
+        assert write(in_memory, in_memory.restore(path).id) == reread(engine, text(30))
+    engine.close()
+    other.close()
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_file_says_whether_the_session_learns(idle: bool, tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    engine.append(sid, text(9)).result()
+    engine.save(sid)
+    if idle:  # on the disk, where nothing was loaded yet
+        engine.close()
+        engine = opened(tmp_path)
+    engine.update(sid, learn=False)
+    assert not Session.restore(engine.export(sid), engine.model).learn
+    assert not Session.restore(engine.save(sid), engine.model).learn
+    assert write(engine, engine.restore(engine.export(sid)).id) == write(engine, engine.fork(sid).id)
+    engine.close()
+
+
+def test_sessions_travel_through_shared_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "memory://sessions/one.safetensors"
+    with opened(tmp_path / "a") as engine, opened(tmp_path / "b") as other:
+        sid = engine.create().id
+        engine.append(sid, text(30)).result()
+        engine.export(sid, to=address)
+        restored = other.restore(address, "ann")
+        assert (restored.position, restored.owner) == (30, "ann")
+        assert write(other, restored.id) == reread(engine, text(30))
+        with pytest.raises(UserError, match="cannot read memory://sessions/none"):
+            other.restore("memory://sessions/none")
+        with pytest.raises(UserError, match="nowhere://x cannot be used"):
+            engine.export(sid, to="nowhere://x")
+        monkeypatch.setitem(sys.modules, "fsspec", None)
+        with pytest.raises(UserError, match=r'pip install "longread\[fsspec\]"'):
+            other.restore(address)
+
+
+def test_deleted_sessions_leave_nothing(tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    engine.append(sid, text(30)).result()
+    fork = engine.fork(sid).id
+    engine.save(sid)
+    engine.delete(sid)
+    engine.close()
+    assert [path.name for path in (tmp_path / "sessions").iterdir()] == [fork]
+    engine = opened(tmp_path)
+    assert write(engine, fork) == reread(engine, text(30))
+    engine.close()
+
+
+def test_forks_share_their_file(tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    engine.append(sid, text(30)).result()
+    path = engine.save(sid)
+    engine.append(sid, text(4, 1)).result()
+    forks = [engine.fork(sid).id for _ in range(3)]
+    assert path.stat().st_nlink == 4
+    engine.append(sid, text(30, 2)).result()
+    engine.save(sid)
+    crash(engine)
+    engine = opened(tmp_path)
+    assert {engine.info(fork).position for fork in forks} == {34}
+    assert write(engine, forks[1]) == reread(engine, text(30), text(4, 1))
+    engine.close()
+
+
+def damage(how: str, path: Path) -> None:
+    data = path.read_bytes()
+    if how == "cut off":
+        path.write_bytes(data[:-1])
+    elif how == "half":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "flipped":
+        path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    elif how == "gone":
+        path.unlink()
+    elif how == "huge header":
+        path.write_bytes((2**62).to_bytes(8, "little") + data[8:])
+    elif how == "not a number":
+        tensors, metadata = read_tensors(path)
+        write_tensors_atomically(path, tensors | {"output": tensors["output"] * torch.nan}, metadata, kind="session")
+    elif how == "wrong shape":
+        tensors, metadata = read_tensors(path)
+        write_tensors_atomically(path, tensors | {"output": tensors["output"][:, :3]}, metadata, kind="session")
+    elif how == "path traversal":
+        write_safetensors(path, {"../../x": torch.zeros(3)})
+    elif how == "pickle":
+        path.write_bytes(b"\x80\x04N.")
+
+
+DAMAGE = ("cut off", "half", "empty", "flipped", "gone", "huge header", "not a number", "wrong shape")
+
+
+@pytest.mark.parametrize("how", [*DAMAGE, "path traversal", "pickle"])
+def test_damaged_snapshots_are_reported_and_others_go_on(how: str, tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    broken, good = engine.create("ann").id, engine.create().id
+    for sid in (broken, good):
+        engine.append(sid, text(30)).result()
+    path = engine.save(broken)
+    engine.append(broken, text(3)).result()
+    crash(engine)
+    damage(how, path)
+    engine = opened(tmp_path)
+    if not engine.lost:  # found when it is wanted, by then at the latest
+        with pytest.raises(UserError, match=r"is lost at position 33|there is no session"):
+            engine.append(broken, text(5)).result()
+    (lost,) = engine.lost
+    assert (lost.id, lost.owner, lost.position, lost.restored) == (broken, "ann", 33, 0)
+    assert [info.id for info in engine.sessions()] == [good]
+    assert write(engine, good) == reread(engine, text(30))
+    engine.close()
+    assert opened(tmp_path).lost == []  # it was said once, and the files are kept aside
+    assert (tmp_path / "sessions" / f"{broken}.lost").is_dir()
+
+
+@pytest.mark.parametrize("how", ["half", "empty", "flipped", "gone"])
+def test_damaged_facts_are_reported(how: str, tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    engine.append(sid, text(30)).result()
+    crash(engine)
+    damage(how, tmp_path / "sessions" / sid / "session.json")
+    engine = opened(tmp_path)
+    if how == "flipped":  # within the text of a number, perhaps: it need not matter
+        assert len(engine.sessions()) + len(engine.lost) == 1
+    elif how == "gone":  # as if it had been deleted
+        assert (engine.sessions(), engine.lost) == ([], [])
+    else:
+        assert [(lost.id, lost.position) for lost in engine.lost] == [(sid, 30)]
+    engine.close()
+
+
+def test_a_damaged_journal_is_restored_up_to_the_damage(tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    for seed in range(3):
+        engine.append(sid, text(10, seed)).result()
+    crash(engine)
+    (journal,) = files(tmp_path, "journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + lines[1].replace(b"[", b"(") + lines[2])
+    engine = opened(tmp_path)
+    (lost,) = engine.lost
+    assert (lost.id, lost.position, lost.restored) == (sid, 30, 10)
+    assert engine.append(sid, text(10, 5)).result().position == 20
+    crash(engine)
+    engine = opened(tmp_path)
+    assert engine.lost == []
+    assert write(engine, sid) == reread(engine, text(10), text(10, 5))
+    engine.close()
+
+
+def test_what_was_never_acknowledged_may_be_missing(tmp_path: Path) -> None:
+    """The last line of a journal, cut off by a crash while it was written."""
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    for seed in range(2):
+        engine.append(sid, text(10, seed)).result()
+    crash(engine)
+    (journal,) = files(tmp_path, "journal")
+    journal.write_bytes(journal.read_bytes()[:-5])
+    engine = opened(tmp_path)
+    assert engine.lost == []
+    assert engine.info(sid).position == 10
+    engine.append(sid, text(10, 1)).result()
+    crash(engine)
+    engine = opened(tmp_path)
+    assert engine.lost == []
+    assert engine.info(sid).position == 20
+    engine.close()
+
+
+def test_sessions_of_another_model_are_reported(tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    engine.append(sid, text(9)).result()
+    engine.close()
+    engine = opened(tmp_path, num_heads=4)
+    assert [(lost.id, lost.position) for lost in engine.lost] == [(sid, 9)]
+    assert "another model" in engine.lost[0].reason
+    engine.close()
+
+
+class Disk:
+    """A disk that is full when it shall be."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.full = False
+        real = os.write
+
+        def write(descriptor: int, data: Any) -> int:
+            if self.full:
+                real(descriptor, bytes(data)[:3])  # as much as there was room for
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(descriptor, data)
+
+        monkeypatch.setattr("longread.engine.journal.os.write", write)
+
+
+def test_a_full_disk_loses_nothing_that_was_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    engine.append(sid, text(30)).result()
+    disk.full = True
+    with pytest.raises(UserError, match="No space left on device"):
+        engine.append(sid, text(5)).result()
+    assert engine.info(sid).position == 30
+    task = engine.generate(sid, Sampling(max_tokens=5, seed=0))
+    assert len(list(task)) == 5
+    with pytest.raises(UserError, match="No space left on device"):
+        task.result()
+    assert engine.info(sid).position == 30  # what nobody can keep has not happened
+    assert engine.score(sid, text(3)).result().position == 33
+    disk.full = False
+    assert write(engine, sid) == reread(engine, text(30))
+    crash(engine)
+    engine = opened(tmp_path)
+    assert engine.lost == []
+    assert engine.info(sid).position == 39
+    engine.close()
+
+
+def test_a_snapshot_that_finds_no_room_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = opened(tmp_path)
+    sid = engine.create().id
+    engine.append(sid, text(30)).result()
+    engine.save(sid)
+    engine.append(sid, text(9, 1)).result()
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise UserError("cannot write it: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save", full)
+        with pytest.raises(UserError, match="No space left"):
+            engine.save(sid)
+        with pytest.raises(UserError, match="No space left"):
+            engine.export(sid)
+    engine.append(sid, text(9, 2)).result()
+    crash(engine)
+    engine = opened(tmp_path)
+    assert engine.lost == []
+    assert write(engine, sid) == reread(engine, text(30), text(9, 1), text(9, 2))
+    engine.close()
+
+
+def test_a_disk_budget_refuses_new_sessions(tmp_path: Path) -> None:
+    model = make()
+    limits = Limits(disk_bytes=3 * largest_session(model))
+    with Engine(model, INNER, directory=tmp_path, limits=limits) as engine:
+        ids = []
+        for seed in range(2):
+            ids.append(engine.create().id)
+            engine.append(ids[-1], text(9 * M, seed)).result()
+            engine.save(ids[-1])
+        with pytest.raises(Busy, match="session files take"):
+            engine.create()
+        engine.delete(ids[0])
+        for _ in range(100):
+            if engine.stats()["bytes_disk"] < largest_session(model):
+                break
+            threading.Event().wait(0.01)
+        engine.create()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=6), st.integers(0, 400), st.binary(max_size=6))
+def test_a_journal_gives_what_was_written_or_says_so(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[list[int]], at: int, noise: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "j"
+    events = [{"at": 0, "tokens": tokens} for tokens in texts]
+    for event in events:
+        add_events(path, [event])
+    assert read_events(path) == events
+    if events:
+        data = path.read_bytes()
+        at = min(at, len(data))
+        path.write_bytes(data[:at] + noise + data[at + len(noise) :])
+        try:
+            found = read_events(path)
+        except DamagedJournal as error:
+            found = error.events
+        assert found == events[: len(found)]
+
+
+def test_cuts_and_carried_texts() -> None:
+    def read(at: int, tokens: list[int], **more: Any) -> dict[str, Any]:
+        return {"at": at, "tokens": tokens, "learn": True} | more
+
+    events = [read(3, [1, 2, 3, 4]), {"cut": 5}, read(5, [9]), read(5, [9], carried=True), read(6, [8])]
+    assert consistent(events, 3) == (events, 7)
+    assert [tokens for tokens, _ in replayed(events, 3)] == [[1, 2], [9], [8]]
+    assert consistent([read(0, [1]), read(5, [2])], 0) == ([read(0, [1])], 1)
+    assert consistent([read(0, [1]), {"tokens": 3}], 0) == ([read(0, [1])], 1)
+    assert consistent([read(0, [True])], 0) == ([], 0)
+
+
+def crashes(directory: Path, rounds: int, seed: int) -> dict[str, int]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "tests.crashing", str(directory), str(rounds), str(seed)]
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+def test_killed_a_few_times(tmp_path: Path) -> None:
+    assert crashes(tmp_path, rounds=3, seed=0)["rounds"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_often(tmp_path: Path, seed: int) -> None:
+    assert crashes(tmp_path, rounds=30, seed=seed)["rounds"] == 30
+
+
+def test_an_engine_takes_over_inner_settings_only_for_new_sessions(tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    assert engine.inner == INNER
+    engine.close()
+    other = Engine(make(), InnerConfig(lr=0.1), directory=tmp_path)
+    assert other.sessions() == []
+    other.close()
+
+
+@pytest.mark.slow
+def test_a_session_of_a_million_tokens_is_as_large_as_one_of_16k(tmp_path: Path) -> None:
+    """To the byte, in memory and on the disk, and its journal does not grow for ever."""
+    shape = {"width": 8, "num_blocks": 2, "num_suffix_blocks": 1, "mini_batch_size": 256, "window_size": 128}
+    engine = opened(tmp_path, **shape)
+    sizes, piece = set(), 1 << 14
+    for pieces in (1, 64):
+        sid = engine.create().id
+        for seed in range(pieces):
+            engine.append(sid, text(piece, seed)).result()
+            assert sum(path.stat().st_size for path in files(tmp_path, "journal")) < 2_000_000
+        info = engine.info(sid)
+        assert info.position == pieces * piece
+        sizes.add((info.nbytes, engine.export(sid).stat().st_size))
+    assert len(sizes) == 1
+    engine.close()

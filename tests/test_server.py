@@ -1,0 +1,199 @@
+"""What the server is, and OpenAI's routes: what they answer is what the library finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from longread.session import Session
+from tests.server import BOS, INNER, TEXT, M, direct, events, make_model, post, serving
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with serving(tmp_path_factory.mktemp("sessions")) as client:
+        yield client
+
+
+def complete(client: TestClient, status: int = 200, **body: Any) -> Any:
+    return post(client, "/v1/completions", status, model="tiny", **body)
+
+
+def test_what_it_is(client: TestClient) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json() == {"status": "ready"}
+    assert client.get("/version").json()["model"] == "tiny"
+    model = client.get("/v1/models").json()["data"][0]
+    assert (model["id"], model["mini_batch_size"], model["bos_id"]) == ("tiny", M, BOS)
+    assert client.get("/v1/models/tiny").json() == model
+    assert client.get("/v1/models/other").status_code == 404
+
+
+def test_metrics_count(client: TestClient) -> None:
+    def value(name: str) -> float:
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+    read = 'longread_tokens_total{work="read"}'
+    before = value(read)
+    complete(client, prompt=TEXT, max_tokens=3)
+    assert value(read) == before + 1 + len(TEXT)
+    assert value('longread_requests_total{method="POST",route="/v1/completions",status="200"}') >= 1
+    assert value("longread_request_seconds_count") > 0
+    assert "longread_engine_" in client.get("/metrics").text
+
+
+def test_the_tokenizer(client: TestClient) -> None:
+    found = post(client, "/tokenize", text="né", bos=True)
+    assert found == {"tokens": [BOS, *"né".encode()], "bytes": [0, 1, 1, 1], "count": 4}
+    assert post(client, "/tokenize", prompt="a", add_special_tokens=False)["tokens"] == [97]
+    assert post(client, "/detokenize", tokens=found["tokens"])["text"] == "né"
+
+
+def test_a_completion_is_what_the_library_writes(client: TestClient) -> None:
+    reader = Session(make_model(), INNER)
+    reader.read([BOS, *TEXT.encode()])
+    expected = list(reader.generate(9, temperature=0))
+    found = complete(client, prompt=TEXT, max_tokens=9, temperature=0)
+    assert found["choices"][0]["text"] == bytes(expected).decode(errors="replace")
+    assert found["choices"][0]["finish_reason"] == "length"
+    assert found["usage"] == {"prompt_tokens": len(TEXT) + 1, "completion_tokens": 9, "total_tokens": len(TEXT) + 10}
+
+
+def test_a_seed_repeats_and_choices_differ(client: TestClient) -> None:
+    first, again = (complete(client, prompt="ab", n=3, seed=7, max_tokens=12)["choices"] for _ in range(2))
+    assert first == again
+    assert len({choice["text"] for choice in first}) == 3
+    assert [choice["index"] for choice in first] == [0, 1, 2]
+    alone = complete(client, prompt="ab", seed=8, max_tokens=12)["choices"][0]
+    assert alone["text"] == first[1]["text"]
+
+
+def test_prompts_in_every_form(client: TestClient) -> None:
+    ids = [BOS, *b"ab"]
+    forms: list[Any] = ["ab", ["ab"], ids, [ids], ["ab", "ab"], [ids, ids]]
+    texts = [[c["text"] for c in complete(client, prompt=p, seed=3, max_tokens=8)["choices"]] for p in forms]
+    assert len({text for found in texts for text in found}) == 1
+    assert list(map(len, texts)) == [1, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_echo_scores_the_prompt(client: TestClient, learn: bool) -> None:
+    found = complete(client, prompt=TEXT, echo=True, logprobs=2, max_tokens=0, learn=learn)["choices"][0]
+    assert found["text"] == TEXT
+    logprobs = found["logprobs"]
+    assert logprobs["tokens"] == list(TEXT)
+    assert logprobs["text_offset"] == list(range(len(TEXT)))
+    assert logprobs["token_logprobs"] == pytest.approx([-x for x in direct(TEXT, learn=learn)], abs=1e-5)
+    for token, logprob, top in zip(TEXT, logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
+        assert top[token] == logprob
+        assert 2 <= len(top) <= 3
+
+
+def test_what_is_likeliest_is_so(client: TestClient) -> None:
+    """The likeliest tokens of a prompt's places, against the library's own logits."""
+    from longread.inner_loop import next_token_logits
+
+    reader, likeliest = Session(make_model(), INNER), []
+    for token in [BOS, *TEXT[:40].encode()]:
+        reader.read([token])
+        likeliest.append(next_token_logits(reader.model, reader.state)[0].log_softmax(-1).topk(2))
+    ids = [BOS, *TEXT[:40].encode()]
+    found = complete(client, prompt=ids, echo=True, logprobs=2, max_tokens=1, temperature=0)["choices"][0]["logprobs"]
+    assert found["token_logprobs"][0] is None
+    assert found["top_logprobs"][0] is None
+    for top, expected in zip(found["top_logprobs"][1:], likeliest, strict=True):
+        assert sorted(top.values(), reverse=True)[:2] == pytest.approx(expected.values.tolist(), abs=1e-5)
+    assert found["token_logprobs"][-1] == max(found["top_logprobs"][-1].values())
+
+
+def test_a_streamed_completion_is_the_same(client: TestClient) -> None:
+    body = {"model": "tiny", "prompt": ["ab", "cd"], "n": 2, "seed": 5, "max_tokens": 10, "logprobs": 1, "echo": True}
+    whole = client.post("/v1/completions", json=body).json()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    found = events(client.post("/v1/completions", json=body | options))
+    assert found.pop() == ("", "[DONE]")
+    assert found.pop()[1]["usage"] == whole["usage"]
+    chunks = [chunk["choices"][0] for _, chunk in found]
+    for choice in whole["choices"]:
+        mine = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
+        assert "".join(chunk["text"] for chunk in mine) == choice["text"]
+        joined = {name: [x for chunk in mine for x in chunk["logprobs"][name]] for name in choice["logprobs"]}
+        for name in ("tokens", "text_offset"):
+            assert joined[name] == choice["logprobs"][name]
+        for name in ("token_logprobs", "top_logprobs"):  # other requests in the batch move the last bits
+            assert joined[name] == [pytest.approx(x, abs=1e-5) for x in choice["logprobs"][name]]
+        assert [chunk["finish_reason"] for chunk in mine] == [None] * (len(mine) - 1) + ["length"]
+
+
+def test_a_stop_text_ends_and_is_left_out(client: TestClient) -> None:
+    whole = complete(client, prompt="ab", seed=1, max_tokens=60)["choices"][0]["text"]
+    stop = next(whole[i : i + 2] for i in range(20, 58) if whole[i : i + 2].isascii())
+    ended = complete(client, prompt="ab", seed=1, max_tokens=60, stop=["never there", stop])["choices"][0]
+    assert ended["text"] == whole[: whole.index(stop)]
+    assert ended["finish_reason"] == "stop"
+    body = {"model": "tiny", "prompt": "ab", "seed": 1, "max_tokens": 60, "stop": stop, "stream": True}
+    chunks = [chunk["choices"][0] for _, chunk in events(client.post("/v1/completions", json=body))[:-1]]
+    assert "".join(chunk["text"] for chunk in chunks) == ended["text"]
+
+
+def test_a_chat_is_a_text_with_names(client: TestClient) -> None:
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "text", "text": "?"}]},
+    ]
+    body = {"messages": messages, "seed": 2, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    found = post(client, "/v1/chat/completions", model="tiny", **body)
+    text = complete(client, prompt="Be kind.\n\nUser: Hello?\n\nAssistant:", seed=2, max_tokens=12, stop="\n\nUser:")
+    assert found["choices"][0]["message"]["content"] == text["choices"][0]["text"]
+    entries = found["choices"][0]["logprobs"]["content"]
+    assert len(entries) == found["usage"]["completion_tokens"] == 12
+    assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
+    stream = client.post("/v1/chat/completions", json={"model": "tiny", "stream": True, **body})
+    deltas = [chunk["choices"][0]["delta"] for _, chunk in events(stream)[:-1]]
+    assert "".join(delta["content"] for delta in deltas) == found["choices"][0]["message"]["content"]
+    assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"prompt": "x", "temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"prompt": "x", "max_tokens": "many"}, "max_tokens", "integer"),
+        ({"prompt": "x", "colour": 1}, "colour", "there is no argument colour"),
+        ({"prompt": "x", "presence_penalty": 1}, "presence_penalty", "repetition_penalty"),
+        ({"prompt": "x", "suffix": "y"}, "suffix", "left to right"),
+        ({"prompt": [3, 257]}, "prompt", "token id 257 is not in the vocabulary of 257"),
+        ({"prompt": []}, "prompt", "empty"),
+        ({"prompt": [[]]}, "prompt", "empty"),
+        ({"prompt": "x", "n": 1000}, "n", "1000 choices are more than 128"),
+        ({"prompt": "x", "stop": [""]}, "stop", "empty"),
+        ({"prompt": "x", "stop": ["a"] * 5}, "stop", "up to 4"),
+    ],
+)
+def test_a_wrong_completion_says_what_is_wrong(
+    client: TestClient, body: dict[str, Any], param: str, words: str
+) -> None:
+    error = complete(client, 400, **body)["error"]
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert str(error["param"]).startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "no valid JSON"),
+        (b"[" * 100_000, "JSON"),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', "surrogate"),
+        (b'{"model": "tiny", "prompt": "x", "temperature": NaN}', "temperature"),
+        (b"\xff\xfe", ""),
+    ],
+)
+def test_hostile_json(client: TestClient, content: bytes, words: str) -> None:
+    answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]

@@ -1,0 +1,72 @@
+"""The OpenAPI document, and schemathesis, which sends what the document allows and what it forbids."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from tests.server import TEXT, Process, serving
+
+LIMITS = (
+    "--limit",
+    "tokens=300",
+    "--limit",
+    "per_minute=1000000",
+    "--limit",
+    "sessions=100000",
+    "--limit",
+    "seconds=20",
+)
+EXAMPLES = 40
+
+
+def test_the_document_says_what_every_route_may_answer(tmp_path: Path) -> None:
+    with serving(tmp_path) as client:
+        document = client.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            assert operation["summary"], f"{method} {path}"
+            assert operation["description"], f"{method} {path}"
+            assert {"401", "429", "503"} <= set(operation["responses"])
+            for status, answer in operation["responses"].items():
+                if status >= "400":
+                    assert "ErrorReply" in str(answer["content"]["application/json"]["schema"]), f"{method} {path}"
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
+    """The document of a server that runs, and a session there."""
+    with Process(tmp_path_factory.mktemp("home"), *LIMITS) as server:
+        session = server.client.post("/v1/sessions").json()["id"]
+        server.client.post(f"/v1/sessions/{session}/append", json={"text": TEXT}).raise_for_status()
+        yield schemathesis.openapi.from_url(f"{server.url}/openapi.json"), session
+        assert "Traceback" not in "".join(server.log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=str)
+def test_every_answer_is_one_that_the_document_promises(document: tuple[Any, str], mode: GenerationMode) -> None:
+    """What the document allows is understood, what it forbids is refused, and no answer is unheard of."""
+    schema, session = document
+    turns = itertools.count()
+
+    def check(case: Any) -> None:
+        if "{session}" in case.path and case.method != "DELETE" and next(turns) % 2:
+            case.path_parameters["session"] = session
+        # a schema cannot say that a token id must be in the vocabulary, or that it is text or tokens
+        case.call_and_validate(timeout=60, excluded_checks=[positive_data_acceptance])
+
+    quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    for operation in schema.get_all_operations():
+        with contextlib.suppress(Unsatisfiable):  # nothing is wrong input for a route without any
+            quick(given(case=operation.ok().as_strategy(generation_mode=mode))(check))()
