@@ -58,14 +58,14 @@ def demo(path: Path, texts: Sequence[Path], tokens: int, device: str) -> int:
     ids = ids[:tokens]
     console.print(
         f"{opened.model.config.num_parameters:,} parameters, {opened.model.config.num_fast_weights:,} of them learn "
-        f"while reading. The text: {len(ids):,} tokens, {len(opened.tokenizer.decode(ids)):,} characters.\n"
+        f"while reading.\nThe text: {len(ids):,} tokens, {len(opened.tokenizer.decode(ids)):,} characters.\n"
     )
     learning, frozen = (Session(opened.model, opened.inner, learn=learn) for learn in (True, False))
     losses = read_both(learning, frozen, ids, console)
     gain = [(b - a).nanmean().item() for a, b in zip(*(x.split(len(ids) // 2) for x in losses), strict=False)][:2]
     console.print(
         f"\nLearning gains {gain[0]:.3f} nats per token over the first half of the text and {gain[1]:.3f} over the "
-        f"second; the session holds {learning.nbytes / 2**20:.0f} MiB, as it would after a million tokens.\n"
+        f"second.\nThe session holds {learning.nbytes / 2**20:.0f} MiB, as it would after a million tokens.\n"
     )
     console.print("[bold]It goes on:[/bold]")
     console.print(written(learning, opened), markup=False, highlight=False)
@@ -93,11 +93,9 @@ def table(losses: list[torch.Tensor], seconds: list[float]) -> Table:
     edges = [0, PIECE]
     while edges[-1] < read:
         edges.append(edges[-1] * 2)
-    shown = Table(
-        "nats per token, positions",
-        *(f"{a:,}–{min(b, read):,}" for a, b in itertools.pairwise(edges)),
-        "tokens/s",
-    )
+    shown = Table("", title="Nats per token, by position", title_justify="left")
+    for name in (*(f"{a:,}–{min(b, read):,}" for a, b in itertools.pairwise(edges)), "tokens/s"):
+        shown.add_column(name, justify="right")
     for name, loss, spent in zip(("learning", "frozen"), losses, seconds, strict=True):
         means = [loss[a:b].nanmean().item() for a, b in itertools.pairwise(edges)]
         shown.add_row(name, *(f"{mean:.3f}" for mean in means), f"{read / max(spent, 1e-9):,.0f}")
@@ -105,7 +103,7 @@ def table(losses: list[torch.Tensor], seconds: list[float]) -> Table:
 
 
 def written(session: Session, opened: OpenModel) -> str:
-    tokens = session.fork().generate(CONTINUATION, temperature=0.7, top_p=0.9, seed=0)
+    tokens = session.fork().generate(CONTINUATION, temperature=0.9, top_p=0.95, seed=0)
     return opened.tokenizer.decode(tokens)
 
 

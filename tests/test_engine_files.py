@@ -128,9 +128,7 @@ def test_saving_while_writing_and_reading(tmp_path: Path) -> None:
     engine.close()
 
 
-def test_saving_while_an_append_is_on_its_way_into_the_journal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_while_an_append_is_on_its_way_into_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, slowly = os.fsync, threading.Event()
 
     def fsync(descriptor: int) -> None:
@@ -258,6 +256,19 @@ def test_deleted_sessions_leave_nothing(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "sessions").iterdir()] == [fork]
     engine = opened(tmp_path)
     assert write(engine, fork) == reread(engine, text(30))
+    engine.close()
+
+
+def test_what_was_deleted_does_not_come_back_after_a_crash(tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+    for seed in range(5):
+        sid = engine.create().id
+        engine.append(sid, text(30, seed)).result()
+        engine.delete(sid)
+        assert not (tmp_path / "sessions" / sid).exists()
+    crash(engine)
+    engine = opened(tmp_path)
+    assert engine.sessions() == []
     engine.close()
 
 

@@ -169,4 +169,4 @@ def test_any_order_of_operations() -> None:
 
 @pytest.mark.slow
 def test_many_orders_of_operations() -> None:
-    run(examples=300, steps=40)
+    run(examples=120, steps=40)

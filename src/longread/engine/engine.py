@@ -212,9 +212,9 @@ class Engine:
         return self._info(reader)
 
     def delete(self, session_id: str) -> None:
-        """Stops what is under way, forgets the session and removes its files."""
+        """Stops what is under way, forgets the session and removes its files; when it returns, they are gone."""
 
-        def work() -> None:
+        def work() -> Any:
             reader = self._members.find(session_id)
             reader.deleted = True
             for job in list(reader.jobs)[1:]:
@@ -222,11 +222,10 @@ class Engine:
                 job.task._finish(unknown(session_id))
             for job in reader.jobs:
                 job.task.cancel()
-            if reader.durable:
-                reader.durable = False
-                self._keeping.remove(reader)
             if not reader.jobs:
                 self._worker.readers.pop(session_id, None)
+            durable, reader.durable = reader.durable, False
+            return self._keeping.remove(reader) if durable else None
 
         self._worker.call(work)
 

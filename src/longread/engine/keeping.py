@@ -271,10 +271,10 @@ class Keeping:
 
         return self._mover.submit(work)
 
-    def remove(self, reader: Reader) -> None:
-        """Deletes a reader's files."""
+    def remove(self, reader: Reader) -> Future[Any]:
+        """Deletes a reader's files, after all that is still being written to them."""
         store = self.required
-        self._writer.submit(lambda: self._mover.submit(lambda: store.remove(reader.id)))
+        return self._writer.submit(lambda: self._mover.submit(lambda: store.remove(reader.id)))
 
     def check_room(self, largest: int = 0, limit: int | None = None) -> None:
         """Raises `Busy` where the files of one more session would be too much."""
