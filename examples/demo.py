@@ -1,6 +1,6 @@
 """The main job in ten minutes on a laptop: train three small models on this machine's own text and let them read.
 
-    make demo        or: python examples/demo.py [--out runs/demo] [--seed 0] [--steps 250]
+    make demo-train  or: python examples/demo.py [--out runs/demo] [--seed 0] [--steps 250]
 
 The text is the running Python's standard library, source and documentation: real text that every machine has. TTT-E2E,
 sliding-window attention and full attention get equal parameters and equal tokens. Then each reads files that none was

@@ -67,8 +67,9 @@ def demo(path: Path, texts: Sequence[Path], tokens: int, device: str) -> int:
         f"\nLearning gains {gain[0]:.3f} nats per token over the first half of the text and {gain[1]:.3f} over the "
         f"second.\nThe session holds {learning.nbytes / 2**20:.0f} MiB, as it would after a million tokens.\n"
     )
-    console.print("[bold]It goes on:[/bold]")
-    console.print(written(learning, opened), markup=False, highlight=False)
+    for name, session in (("learning", learning), ("frozen", frozen)):
+        console.print(f"[bold]How it goes on, {name}:[/bold]")
+        console.print(written(session, opened), "\n", markup=False, highlight=False)
     return 0
 
 
@@ -103,7 +104,7 @@ def table(losses: list[torch.Tensor], seconds: list[float]) -> Table:
 
 
 def written(session: Session, opened: OpenModel) -> str:
-    tokens = session.fork().generate(CONTINUATION, temperature=0.9, top_p=0.95, seed=0)
+    tokens = session.fork().generate(CONTINUATION, temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=0)
     return opened.tokenizer.decode(tokens)
 
 

@@ -3,12 +3,14 @@
     python -m experiments.box OUT/box-32.safetensors --results OUT/results.tar.xz
 
 Writes model.safetensors (bfloat16), config.json, tokenizer.json and the model card, all in one directory that
-`load_model`, `longread read` and `make demo` take.
+`load_model`, `longread read` and `make demo` take. With --packed and --manifest (lines of JSON: file, title, author,
+year, source, sha256) also books.tsv, which says what each book is and where it comes from.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tarfile
@@ -35,6 +37,8 @@ def main() -> int:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=MODEL)
+    parser.add_argument("--packed", type=Path, help="what `experiments.corpus pack` left")
+    parser.add_argument("--manifest", type=Path, help="of the archives of books")
     options = parser.parse_args()
     found = Results()
     found.load(options.results)
@@ -61,8 +65,22 @@ def main() -> int:
     (options.out / "README.md").write_text(
         card(found, box(found), loaded.model.config.num_parameters), encoding="utf-8"
     )
+    if options.packed and options.manifest:
+        (options.out / "books.tsv").write_text(table_of_books(options.packed, options.manifest), encoding="utf-8")
     print(f"{options.out}: {size:,} bytes")
     return 0
+
+
+def table_of_books(packed: Path, manifest: Path) -> str:
+    """The books of a corpus, a line each."""
+    known = {Path(row["file"]).name: row for row in map(json.loads, manifest.read_text(encoding="utf-8").splitlines())}
+    columns = ("author", "title", "year", "source", "sha256")
+    lines = ["\t".join(("split", *columns))]
+    with tarfile.open(packed / "books.tar.xz") as tar:
+        for name in sorted(tar.getnames()):
+            row = known[Path(name).name]
+            lines.append("\t".join((Path(name).parent.name, *(str(row.get(column) or "") for column in columns))))
+    return "\n".join(lines) + "\n"
 
 
 def card(found: Results, page: Page, parameters: int) -> str:
@@ -91,7 +109,10 @@ something real within seconds, not to know or to do anything.
 
 ## Data
 
-{sizes.get("books", 0) / 1e6:.0f} MB of {books} whole books in the public domain in the United States, and
+{sizes.get("books", 0) / 1e6:.0f} MB of {books} whole books in the public domain in the United States, listed with
+source and checksum in [books.tsv](books.tsv): from collections by Project Gutenberg, Standard Ebooks (CC0), ELTeC (COST
+Action CA16204, ed. Lou Burnard; its mark-up, which was removed, is CC BY 4.0) and others. Licence headers, notes and
+mark-up were removed. Some authors died after 1954, so their books may be protected outside the United States. And
 {sizes.get("code", 0) / 1e6:.0f} MB of permissively licensed Python source: {source}.
 Held out and never trained on: seven books by authors that no training book has, the standard library's modules
 {held_out}, and the packages click, jinja2 and werkzeug.

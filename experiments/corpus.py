@@ -1,10 +1,10 @@
 """The corpus of the small experiments: books and Python source, from archives to token shards.
 
-    python -m experiments.corpus pack --books books-train.tar.xz --validation books-validation.tar.xz --out .carry
-    python -m experiments.corpus unpack --packed .carry --out runs/small/data
+    python -m experiments.corpus pack --books books-train.tar.xz --validation books-validation.tar.xz --out packed
+    python -m experiments.corpus unpack --packed packed --out work/data
 
 `pack` needs only a CPU: it trains a byte-level BPE on both kinds of text, gathers permissively licensed Python source
-from the Python that runs it, decides how held-out text is cut, and leaves archives that fit one transfer. `unpack`
+from the Python that runs it, decides how held-out text is cut, and leaves archives. `unpack`
 makes from them
 
     train/              training tokens: all books and all source, one data set for every method

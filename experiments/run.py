@@ -1,6 +1,6 @@
 """Runs the plan of `experiments.plan` on all GPUs of a machine, unattended, until a deadline; run again, it goes on.
 
-    python -m experiments.run --packed .carry/small --work /tmp/small --out "$OUT" --seconds 570
+    python -m experiments.run --packed packed --work work --out out --seconds 3600
 
 Every job is a process of its own, some beside each other on each GPU. A job that fails is logged and the rest goes on;
 what needs it is left out. At the deadline training runs are asked to stop: they leave a checkpoint, and the next call
