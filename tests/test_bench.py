@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from longread.bench import Case, Machine, Outcome, markdown, merged, plan, read_rows, run_cases, save_bench_plots
+from longread.bench.cases import SIZE_NAMES
 from longread.bench.flops import decoding_bytes, reading_flops, training_flops, visible_keys
 from longread.bench.gate import GateFailed, Verdict, check_gradients, judged, refusing_fallbacks
 from longread.bench.profile import covered, describe, kind_of
@@ -25,7 +26,7 @@ from longread.config import InnerConfig, ModelConfig, UserError
 from longread.inner_loop import begin, read, step
 from longread.model import Transformer
 from longread.outer_loop import end_to_end_loss, static_loss
-from longread.recipes import recipe
+from longread.recipes import RECIPES, recipe
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(
@@ -286,6 +287,15 @@ def test_a_first_step_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) 
             "context_length 100 is not a multiple of mini_batch_size",
         ),
         (["train", "--sizes", "3b", "--methods", "full", "--contexts", "4096"], "full attention has a rotary base"),
+        (
+            ["prefill", "--sizes", "toy", "--contexts", "99999999999"],
+            "a context of 99999999999 tokens is more than 16777216; lower --contexts",
+        ),
+        (
+            ["train", "--sizes", "toy", "--contexts", "1024", "--sequences", "99999999999"],
+            "99999999999 sequences of 1024 tokens are more than 16777216 tokens a step; lower --sequences",
+        ),
+        (["--repeats", "99999999"], "--repeats 99999999 is more than 1000 measurements; lower it"),
         (["--device", "banana"], "device banana cannot be used"),
         (["--json", "/"], "cannot write /: it is a directory"),
         (["--from", "missing.json"], "there is no file missing.json"),
@@ -331,6 +341,20 @@ def test_plans_have_defaults_and_no_doubles() -> None:
     assert Case("train", "e2e", "3b", 32768, 2).config.batch_size == 2
     with pytest.raises(UserError, match="no size"):
         Case("train", "e2e", "banana", 8192)
+
+
+def test_every_recipe_of_pretraining_can_be_measured() -> None:
+    sizes = [name for name in RECIPES if not name.endswith("-extend")]
+    cases = plan(["train", "prefill", "decode"], gpu=True, sizes=sizes, contexts=[8192])
+    assert {case.size for case in cases} == set(sizes)
+    assert {case.config.model.width for case in cases} == {recipe(name).model.width for name in sizes}
+
+
+def test_help_names_every_size(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "--help"])
+    page = capsys.readouterr().out.replace(",", " ").replace(";", " ").split()
+    assert set(SIZE_NAMES) <= set(page)
 
 
 def test_rows_about_the_same_thing_replace_each_other(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import pytest
 import longread
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("docs", "models", "experiments", "benchmarks")
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *(page for folder in ("docs", "models", "experiments", "benchmarks") for page in sorted(ROOT.glob(f"{folder}/**/*.md"))),
+    *(page for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/**/*.md"))),
 ]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from longread.checkpoint import save_model
-from longread.cli import main
+from longread.cli import estimate, main
 from longread.cli.estimate import session_bytes
+from longread.model import Transformer
 from longread.session import Session
 from longread.tokenizer import ByteTokenizer
 from tests.server import INNER, M, make_model
@@ -29,15 +33,68 @@ def test_no_session_is_larger_and_some_are_as_large() -> None:
 
 
 def test_a_3b_session_is_small_beside_full_attention(capsys: pytest.CaptureFixture[str]) -> None:
-    found = figures(capsys, "3b", "--memory", "141")
+    found = figures(capsys, "3b", "--precision", "bfloat16", "--memory", "139")
     assert found["one session, at any length"] == "3.86 GiB"
     assert found["keys and values of full attention at 131,072 tokens"] == "40.00 GiB"
-    sessions = found["sessions that write at once in 141 GiB"]
-    assert int(sessions) > 5 * int(found["texts of full attention that write at once in 141 GiB"])
+    assert found["sessions that write at once in 139 GiB"] == "29"
+    assert found["texts of full attention that write at once in 139 GiB"] == "3"
+
+
+def test_the_documentation_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    (command,) = re.findall(r"^longread (estimate .*)$", text, re.MULTILINE)
+    assert main(command.split()) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert f"\n    {line}\n" in text
+    assert command in str(estimate.__doc__)
 
 
 def test_a_model_on_disk_can_be_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path, make_model(), INNER, ByteTokenizer.fingerprint)
     found = figures(capsys, str(tmp_path), "--precision", "float32")
     assert found["one session, at any length"] == f"{session_bytes(make_model()) / 2**20:.2f} MiB"
-    assert main(["estimate", str(tmp_path), "--memory", "-1"]) == 2
+
+
+def test_figures_are_of_this_machine_unless_asked_otherwise(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for found, precision in (("cpu", "float32"), ("cuda", "bfloat16")):
+        monkeypatch.setattr("longread.model.find_device", lambda name, found=found: torch.device(found))
+        asked = figures(capsys, "small", "--precision", precision)
+        assert figures(capsys, "small") == asked
+        assert precision in next(iter(asked))
+
+
+def test_too_little_memory_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    for memory, words in (
+        ("1", "The parameters alone take 5.40 GiB; give more --memory."),
+        ("9", "The parameters leave 3.60 GiB, and a session that writes takes 4.51 GiB; give more --memory."),
+    ):
+        assert main(["estimate", "3b", "--precision", "bfloat16", "--memory", memory]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-3].split()[-1] == "0"
+        assert lines[-1] == words
+
+
+def test_rows_that_say_nothing_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataclasses.replace(make_model().config, num_suffix_blocks=0, attention="full")
+    save_model(tmp_path, Transformer(config), INNER, ByteTokenizer.fingerprint)
+    found = figures(capsys, str(tmp_path), "--memory", "1")
+    assert [words.split(",")[0] for words in found] == [
+        "parameters",
+        "one session at 131",
+        "sessions that write at once in 1 GiB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["3B"], "there is no model at 3B; give a directory, or one of the recipes toy, small, "),
+        (["3b", "--memory", "-1"], "--memory is -1; give GiB, above 0 and below 1073741824"),
+        (["3b", "--memory", "inf"], "--memory is inf; give GiB, above 0"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *arguments]) == 2
+    assert words in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,30 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
 def test_noise_is_rulers() -> None:
     tokens = noise(TOKENIZERS["bytes"], 200).tokens
     assert TOKENIZERS["bytes"].decode(tokens).startswith(f"\n{NOISE}\n{NOISE}")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("longest", [1, 90, 1000])
+def test_noise_of_any_length_is_made_from_four_lines(name: str, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and gaps are those of the whole text, of which no more than four lines are encoded."""
+    tokenizer, encoded = TOKENIZERS[name], []
+    for method in ("encode", "encode_with_bytes"):
+        real = getattr(tokenizer, method)
+
+        def noting(text: str, real: Callable[[str], object] = real) -> object:
+            encoded.append(len(text))
+            return real(text)
+
+        monkeypatch.setattr(tokenizer, method, noting)
+    made = noise(tokenizer, longest)
+    assert max(encoded) == 4 * len(f"\n{NOISE}")
+    monkeypatch.undo()
+    assert len(made.tokens) >= longest
+    text = tokenizer.decode(made.tokens)
+    assert text == f"\n{NOISE}" * (len(text) // len(f"\n{NOISE}"))
+    assert made.tokens.tolist() == tokenizer.encode(text)
+    ends = [0, *(len(tokenizer.encode(text[: match.end()])) for match in re.finditer(r"\.(?=\n|$)", text))]
+    assert made.gaps.tolist() == ends
 
 
 def test_haystacks_too_short_are_refused_or_repeated() -> None:

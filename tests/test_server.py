@@ -43,7 +43,19 @@ def test_metrics_count(client: TestClient) -> None:
     assert value(read) == before + 1 + len(TEXT)
     assert value('longread_requests_total{method="POST",route="/v1/completions",status="200"}') >= 1
     assert value("longread_request_seconds_count") > 0
-    assert "longread_engine_" in client.get("/metrics").text
+    text = client.get("/metrics").text
+    for name in ("tokens_read", "tokens_written", "steps", "rolled_back"):
+        assert f"# TYPE longread_engine_{name}_total counter" in text
+    assert "# HELP longread_engine_sessions Sessions, frozen twins included." in text
+    assert "# TYPE longread_engine_tasks gauge" in text
+    assert "_created" not in text
+
+
+def test_every_number_of_the_engine_is_explained(client: TestClient) -> None:
+    lines = client.get("/metrics").text.splitlines()
+    helped = {line.split()[2] for line in lines if line.startswith("# HELP longread_engine_")}
+    stats = client.app.state.service.engine.stats()  # type: ignore[attr-defined]
+    assert {name.removeprefix("longread_engine_").removesuffix("_total") for name in helped} == set(stats)
 
 
 def test_the_tokenizer(client: TestClient) -> None:
@@ -161,15 +173,32 @@ def test_a_chat_is_a_text_with_names(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        ({"prompt": "x", "temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"prompt": "x", "max_tokens": "many"}, "max_tokens", "integer"),
+        ({"prompt": "x", "temperature": -1}, "temperature", "temperature is -1; it must be at least 0"),
+        ({"prompt": "x", "temperature": 1000}, "temperature", "temperature is 1000; it must be at most 100"),
+        ({"prompt": "x", "max_tokens": "many"}, "max_tokens", 'max_tokens is "many"; it must be a whole number'),
+        ({"prompt": "x", "max_tokens": True}, "max_tokens", "max_tokens is true; it must be a whole number"),
+        ({"prompt": "x", "logprobs": False}, "logprobs", "logprobs is false; it must be a whole number"),
+        ({"prompt": "x", "temperature": "1"}, "temperature", 'temperature is "1"; it must be a number'),
+        ({"prompt": "x", "max_tokens": -1}, "max_tokens", "max_tokens is -1; it must be at least 0"),
+        ({"prompt": "x", "top_p": 0}, "top_p", "top_p is 0; it must be above 0"),
+        ({"prompt": "x", "stream": "perhaps"}, "stream", 'stream is "perhaps"; it must be true or false'),
+        ({"prompt": "x", "stream_options": 5}, "stream_options", "stream_options is 5; it must be an object"),
+        ({"prompt": 5}, "prompt", "prompt is 5; it must be a text, a list of texts, a list of token ids, or"),
+        ({"prompt": [1, -1]}, "prompt[1]", "prompt[1] is -1; it must be at least 0"),
+        ({"prompt": [[1], ["a"]]}, "prompt[1][0]", 'prompt[1][0] is "a"; it must be a whole number'),
+        ({"prompt": "x", "stop": 7}, "stop", "stop is 7; it must be a text, or a list of texts"),
+        ({"prompt": "x", "n": 0}, "n", "n is 0; it must be at least 1"),
         ({"prompt": "x", "colour": 1}, "colour", "there is no argument colour"),
-        ({"prompt": "x", "presence_penalty": 1}, "presence_penalty", "repetition_penalty"),
+        (
+            {"prompt": "x", "presence_penalty": 1},
+            "presence_penalty",
+            "presence_penalty is 1; it must be 0, and",
+        ),
         ({"prompt": "x", "suffix": "y"}, "suffix", "left to right"),
         ({"prompt": [3, 257]}, "prompt", "token id 257 is not in the vocabulary of 257"),
-        ({"prompt": []}, "prompt", "empty"),
-        ({"prompt": [[]]}, "prompt", "empty"),
-        ({"prompt": "x", "n": 1000}, "n", "1000 choices are more than 128"),
+        ({"prompt": []}, "prompt", "a prompt has no tokens; give at least one"),
+        ({"prompt": [[]]}, "prompt", "a prompt has no tokens; give at least one"),
+        ({"prompt": "x", "n": 1_000_000}, "n", "1000000 choices, n of each prompt, are more than 128; send several"),
         ({"prompt": "x", "stop": [""]}, "stop", "empty"),
         ({"prompt": "x", "stop": ["a"] * 5}, "stop", "up to 4"),
     ],
@@ -184,6 +213,20 @@ def test_a_wrong_completion_says_what_is_wrong(
 
 
 @pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "messages has 0 entries; it must have at least 1"),
+        ([{"role": "x", "content": "y"}], "messages[0].role is \"x\"; it must be 'system', 'developer', 'user' or"),
+        ([{"role": "user"}], "messages[0].content is missing; this request needs it"),
+        ([{"role": "user", "content": 5}], "messages[0].content is 5; it must be a text, or a list of text parts"),
+    ],
+)
+def test_a_wrong_chat_says_what_is_wrong(client: TestClient, messages: list[Any], words: str) -> None:
+    error = post(client, "/v1/chat/completions", 400, model="tiny", messages=messages)["error"]
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"{", "no valid JSON"),
@@ -191,6 +234,10 @@ def test_a_wrong_completion_says_what_is_wrong(
         (b'{"model": "tiny", "prompt": "\\ud800"}', "surrogate"),
         (b'{"model": "tiny", "prompt": "x", "temperature": NaN}', "temperature"),
         (b"\xff\xfe", ""),
+        (b"", "the body is missing; send a JSON object"),
+        (b"[]", "the body is a list of 0; it must be an object"),
+        (b'{"prompt": "x"}', "model is missing; this request needs it"),
+        (b'{"model": "tiny", "\\ud800": 1}', "there is no argument"),
     ],
 )
 def test_hostile_json(client: TestClient, content: bytes, words: str) -> None:

@@ -135,9 +135,10 @@ def test_keys_come_from_a_private_file(tmp_path: Path) -> None:
         ("alice short\n", "not usable"),
         ("a/b " + ALICE, "no name"),
         ("", "has no keys"),
+        ("\udcff", "is not UTF-8 text; write lines of a tenant and a key"),
         (f"a {ALICE}\nb {ALICE}", "twice"),
     ):
-        file.write_text(text)
+        file.write_text(text, errors="surrogateescape")
         with pytest.raises(UserError, match=words):
             read_keys(file)
     file.chmod(0o644)
@@ -303,10 +304,44 @@ def test_hostile_session_files_are_refused(tmp_path: Path) -> None:
         for name, content in hostile_files(good, tmp_path):
             answer = client.post("/v1/sessions/restore", content=content)
             assert answer.status_code == 400, name
-            assert str(tmp_path) not in answer.text
+            message = answer.json()["error"]["message"]
+            assert message.startswith("the file "), message
+            assert message.endswith("; send one that GET /v1/sessions/{id}/file of a server with this model gave")
+            assert message.count(";") == 1
+            assert not any(word in message for word in (str(tmp_path), "passing", "upload")), message
         assert [s["id"] for s in client.get("/v1/sessions").json()["data"]] == [one]
         assert list((tmp_path / "server" / "passing").iterdir()) == []
         assert client.post("/v1/sessions/restore", content=good).status_code == 201
+
+
+def test_no_answer_says_where_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even of a directory that was given as a relative path, and whose name has a space in it."""
+    monkeypatch.chdir(tmp_path)
+    place = Path("my sessions")
+    with serving(place) as client:
+        one = session(client, TEXT)
+        engine = client.app.state.service.engine  # type: ignore[attr-defined]
+        where = engine.directory / "sessions" / one / "snapshot-1.safetensors"
+        for error in (UserError(f"{where} is damaged: x; restore it"), UserError(f"cannot read {where}: Input/output")):
+
+            def fail(*_: object, error: UserError = error, **__: object) -> None:
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "fork", fail)
+                answer = client.post(f"/v1/sessions/{one}/fork").text
+                patch.setattr(engine, "score", fail)
+                stream = client.post(f"/v1/sessions/{one}/score", json={"text": "x", "stream": True}).text
+            for text in (answer, stream):
+                assert not any(word in text for word in ("my ", one, "snapshot", str(tmp_path))), text
+                assert "the file is damaged: x" in text or "cannot read the file: Input/output" in text
+        content = client.get(f"/v1/sessions/{one}/file").content
+        assert "my " not in client.post("/v1/sessions/restore", content=content[:-1]).text
+    for path in place.glob("sessions/*/snapshot-*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with serving(place) as client:
+        (lost,) = client.get("/v1/sessions").json()["lost"]
+        assert lost["reason"].startswith("the file is truncated: ")
 
 
 def test_ids_are_looked_up_and_are_no_paths(guarded: TestClient) -> None:

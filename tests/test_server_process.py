@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
 import itertools
 import json
+import os
 import random
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
 import psutil
 import pytest
 
+from longread.checkpoint import save_model
 from longread.cli import main
 from longread.session import Session
+from longread.tokenizer import ByteTokenizer
 from tests.server import ALICE, BOB, BOS, INNER, TEXT, Process, bearer, direct, make_model, until
 
 SHORT_LIMITS = ("--limit", "stall_seconds=1", "--limit", "concurrent=8")
@@ -360,13 +368,89 @@ def test_wrong_options_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         (["--keys", str(tmp_path / "keys")], "has no keys"),
         (["--limit", "colour=1"], "there is no such limit"),
         (["--limit", "tokens=many"], "is not a number"),
-        (["--device-memory", "-1"], "must be positive"),
+        (["--device-memory", "-1"], "--device-memory is -1; give GiB, above 0"),
+        (["--port", "99999"], "--port is 99999; give 1 to 65535, or 0 for a free one"),
+        (["--port", "-1"], "--port is -1; give 1 to 65535"),
+        (["--name", ""], "--name is ''; give 1 to 200 printable characters"),
+        (["--name", "a\n"], "printable"),
+        (["--directory", str(tmp_path / "keys")], "keys is no directory; give a new name"),
+        (["--directory", str(tmp_path)], "holds other things, keys for one; give a new name"),
         ([], "there is no model"),
     ):
         assert main(["serve", "--model", str(tmp_path / "none"), "--port", "0", *options]) == 2
         errors = capsys.readouterr().err
         assert len(errors.splitlines()) == 1
         assert words in errors
+
+
+def test_a_budget_that_is_too_small_is_said_in_the_words_of_the_option(
+    server: Process, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "tiny"
+    model.mkdir()
+    save_model(model, make_model(), INNER, ByteTokenizer.fingerprint)
+    ByteTokenizer().save(model)
+    options = ["--model", str(model), "--port", "0", "--device", "cpu", "--device-memory", "0.000001"]
+    assert main(["serve", *options]) == 2
+    error = capsys.readouterr().err
+    assert "--device-memory is 1e-06 GiB; one session of this model and the place where it writes need 0.001," in error
+
+
+def test_without_the_packages_it_says_how_to_install_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "longread.server.app", None)
+    monkeypatch.delitem(sys.modules, "longread.server.running", raising=False)
+    error = ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
+    real = builtins.__import__
+
+    def missing(name: str, *more: Any) -> Any:
+        if name == "longread.server.app":
+            raise error
+        return real(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    assert main(["serve", "--model", "none"]) == 2
+    assert 'serving needs fastapi; run pip install ".[serve]" in Longread\'s folder' in capsys.readouterr().err
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    assert 'pip install ".[serve]"' in text
+    assert "longread[" not in text  # there is no such package in an index
+
+
+def second(home: Path) -> subprocess.CompletedProcess[str]:
+    """Another server for the directory of sessions of a `Process`."""
+    arguments = ["--model", str(home / "tiny"), "--directory", str(home / "sessions"), "--port", "0", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "longread", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_two_servers_cannot_share_a_directory(tmp_path: Path) -> None:
+    with Process(tmp_path) as server:
+        one = server.client.post("/v1/sessions").json()["id"]
+        refused = second(tmp_path)
+        assert refused.returncode == 2
+        (error,) = refused.stderr.splitlines()
+        assert re.fullmatch(
+            "longread: error: .*/sessions is in use by another server; stop that one, or give another directory", error
+        )
+        answer = server.client.post(f"/v1/sessions/{one}/append", json={"text": TEXT, "expected_position": 0})
+        assert answer.json()["position"] == 1 + len(TEXT)
+        server.process.kill()
+        server.process.wait()
+    with Process(tmp_path) as server:  # nothing of the lock outlives the process
+        found = server.client.get("/v1/sessions").json()
+        assert [(entry["id"], entry["position"]) for entry in found["data"]] == [(one, 1 + len(TEXT))]
+        assert found["lost"] == []
+        assert server.stop() == 0
+    with Process(tmp_path):
+        pass
 
 
 def test_a_key_of_the_other_tenant_opens_only_its_own(server: Process) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from longread.server.errors import _CODES
 from tests.server import TEXT, Process, serving
 
 LIMITS = (
@@ -41,6 +43,17 @@ def test_the_document_says_what_every_route_may_answer(tmp_path: Path) -> None:
             for status, answer in operation["responses"].items():
                 if status >= "400":
                     assert "ErrorReply" in str(answer["content"]["application/json"]["schema"]), f"{method} {path}"
+
+
+def test_the_page_of_documentation_lists_every_route_and_every_status(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    routes, errors = text.partition("## Endpoints")[2].partition("**Errors**")[::2]
+    with serving(tmp_path) as client:
+        paths = client.get("/openapi.json").json()["paths"]
+    for path in [*paths, "/openapi.json"]:
+        assert path.replace("{session}", "{id}") + "`" in routes
+    statuses = errors.partition("with status ")[2].partition(". ")[0]
+    assert sorted(map(int, re.findall(r"\d+", statuses))) == sorted(_CODES)
 
 
 @pytest.fixture(scope="module")

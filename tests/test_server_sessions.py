@@ -230,14 +230,14 @@ def test_losses_are_finite_json(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
-        ("append", {}, "give either text or tokens"),
-        ("append", {"text": "a", "tokens": [1]}, "give either text or tokens"),
+        ("append", {}, "neither text nor tokens is given; give one of the two"),
+        ("append", {"text": "a", "tokens": [1]}, "text and tokens are both given; give one of the two"),
         ("append", {"tokens": [1.5]}, "tokens"),
         ("append", {"tokens": [True]}, "tokens"),
         ("append", {"tokens": [-1]}, "tokens"),
         ("append", {"tokens": [300]}, "token id 300"),
         ("append", {"text": "a", "expected_position": -1}, "expected_position"),
-        ("append", {"text": "a", "bin": 0}, "bin"),
+        ("append", {"text": "a", "bin": 0}, "bin is 0; it must be at least 1"),
         ("generate", {"max_tokens": -1}, "max_tokens"),
         ("generate", {"seed": 2**70}, "seed"),
         ("generate", {"top_p": 0}, "top_p"),

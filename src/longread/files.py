@@ -9,6 +9,7 @@ files. Nothing here reads or writes pickle.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -65,9 +66,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
-        raise UserError(
-            f"cannot write {path}: {reason}; nothing there was changed, so free some space or choose another place"
-        ) from error
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space or choose another place" if full else "choose another place"
+        raise UserError(f"cannot write {path}: {reason}; nothing there was changed, so {remedy}") from error
 
 
 def temporary_sibling(path: Path) -> Path:

@@ -1,4 +1,9 @@
-"""Runs as functions: the paper's Table 3, and one for a laptop. Two dials, size and context; the rest follows.
+"""Runs as functions: the paper's Table 3, and two smaller ones. Two dials, size and context; the rest follows.
+
+    toy                             0.8M parameters, for a laptop
+    small                           7M parameters, for one GPU
+    125m, 350m, 760m, 1.3b, 3b      the paper's
+    a size other than toy, -extend  a trained model's extension to a longer context
 
 A method is a network, a loss, and the way it is read:
 

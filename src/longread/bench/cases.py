@@ -24,10 +24,12 @@ UNITS = {
     "decode_tokens_per_s": "tokens/s",
 }
 METHODS = ("e2e", "swa", "full")
-SIZE_NAMES = ("toy", *SIZES)
+SIZE_NAMES = ("toy", "small", *SIZES)
+LONGEST = 2**24
+"""Tokens of a context, and of a training step."""
 LONGEST_CACHE = 131_072
 """Tokens that full attention reads; beyond, its cache would not fit any more."""
-_TOKENS_A_STEP = {"toy": 8192, "125m": 32_768}
+_TOKENS_A_STEP = {"toy": 8192, "small": 8192, "125m": 32_768}
 """Of one training step; one sequence where it is not given, or is shorter than that."""
 _ON_A_GPU = {
     "train": (8192, 32_768),
@@ -56,6 +58,13 @@ class Case:
         ):
             if value not in known:
                 raise UserError(f"there is no {what} {value!r} to measure; choose from {', '.join(known)}")
+        if self.context > LONGEST:
+            raise UserError(f"a context of {self.context} tokens is more than {LONGEST}; lower --contexts")
+        if self.context * self.sequences > LONGEST:
+            raise UserError(
+                f"{self.sequences} sequences of {self.context} tokens are more than {LONGEST} tokens a step; "
+                "lower --sequences"
+            )
         if self.work in ("train", "first-step") and self.fits_cache:
             _ = self.config  # refuses a context that is no multiple of the mini-batch
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from longread.config import RunConfig, UserError
 
+MOST_TOKENS = 2**24
+"""That an evaluation holds in memory at once: 128 times the paper's longest context."""
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The options of a command that runs one model."""
@@ -38,6 +41,12 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return number
+
+
+def check_at_most(option: str, value: int, limit: int = MOST_TOKENS, unit: str = "tokens") -> None:
+    """Raises `UserError` for a number that can only be a slip, before the machine's memory is asked for it."""
+    if value > limit:
+        raise UserError(f"{option} {value} is more than {limit} {unit}; lower it")
 
 
 def changed(config: RunConfig, settings: Iterable[str]) -> RunConfig:

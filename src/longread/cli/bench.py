@@ -13,21 +13,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_device, positive
+from longread.cli.arguments import add_device, check_at_most, positive
 
 if TYPE_CHECKING:
     from longread.bench import Outcome
 
 NAME = "bench"
+MOST_REPEATS = 1000
+PLOTS = ("prefill.svg", "training.svg", "decoding.svg")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument("works", nargs="*", metavar="WORK", help="train, first-step, prefill, decode (default all)")
-    parser.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="toy; 125m, 350m, 760m, 1.3b, 3b")
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="toy, small; 125m, 350m, 760m, 1.3b, 3b")
     parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="e2e, swa, full (default all)")
     parser.add_argument("--contexts", nargs="+", type=positive, default=[], metavar="T", help="tokens of context")
-    parser.add_argument("--sequences", type=positive, metavar="B", help="of one training step")
+    parser.add_argument("--sequences", type=positive, metavar="B", help="of one training step (default by size)")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="measurements of each (default 5)")
     parser.add_argument("--profile", action="store_true", help="also tell where the time goes")
     parser.add_argument("--from", dest="source", metavar="FILE", help="measure nothing; take the rows of a --json FILE")
@@ -41,11 +43,13 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status: 1 if a result was wrong."""
     from longread import record
     from longread.bench import Outcome, markdown, merged, read_rows, save_bench_plots
-    from longread.cli.outputs import check_writable, write_text
+    from longread.cli.outputs import BENCH_PAGE, BENCH_PLOT, BENCH_ROWS, Output, check_outputs, write_text
 
-    check_writable(options.json, options.report)
-    if options.plots:
-        save_bench_plots([], Path(options.plots))  # says now if it cannot
+    check_at_most("--repeats", options.repeats, MOST_REPEATS, "measurements")
+    outputs = [Output("--report", options.report, BENCH_PAGE)]
+    outputs += [Output("--json", options.json, BENCH_ROWS)] if not options.source else []
+    outputs += [Output("--plots", str(Path(options.plots, name)), BENCH_PLOT) for name in PLOTS if options.plots]
+    check_outputs(outputs, inputs=[options.source])
     before = read_rows(options.json, missing_ok=True) if options.json else []
     outcome = Outcome(rows=read_rows(options.source)) if options.source else _measured(options, before)
     command = shlex.join(["longread", *sys.argv[1:]])

@@ -1,7 +1,7 @@
 """Memory of sessions: what one takes, and how many fit, before anything is trained or served.
 
 Example:
-  longread estimate 3b --memory 141 --context-length 131072
+  longread estimate 3b --precision bfloat16 --memory 139 --context-length 131072
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument("model", metavar="MODEL", help="a recipe, a model directory, a run, or a checkpoint")
     parser.add_argument("--context-length", type=positive, default=131_072, help="for full attention (default 131072)")
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of the model's numbers; auto (default): as on this machine, bfloat16 on a GPU and float32 on a CPU",
+    )
     parser.add_argument("--memory", type=float, metavar="GIB", help="of the device: say how many sessions fit")
 
 
@@ -32,30 +37,45 @@ def run(options: argparse.Namespace) -> int:
     from longread.config import UserError
 
     if options.memory is not None and not 0 < options.memory < 2**30:
-        raise UserError(f"--memory is {options.memory}; it must be positive, in GiB")
-    config = _config(options.model)
-    model = _on_no_device(config, options.precision)
+        raise UserError(f"--memory is {options.memory:g}; give GiB, above 0 and below {2**30}")
+    config, precision = _config(options.model), _precision(options.precision)
+    model = _on_no_device(config, precision)
     item = model.dtype.itemsize
     weights = config.num_parameters * item
-    full = [i for i in range(config.num_blocks) if config.window_of(i) is None]
-    growing = 2 * len(full) * options.context_length * config.width * item
+    full = sum(config.window_of(i) is None for i in range(config.num_blocks))
+    growing = 2 * full * options.context_length * config.width * item
     session = session_bytes(model) + growing
     dense = 2 * config.num_blocks * options.context_length * config.width * item
     writing = config.num_fast_weights * item
     rows = [
-        (f"parameters, {config.num_parameters / 1e6:,.1f} million in {options.precision}", weights),
+        (f"parameters, {config.num_parameters / 1e6:,.1f} million in {precision}", weights),
         ("one session" + (f" at {options.context_length:,} tokens" if full else ", at any length"), session),
-        ("  of that fast weights, in float32", config.num_fast_weights * 4),
-        ("more while it writes: its fast weights once more", writing),
-        (f"keys and values of full attention at {options.context_length:,} tokens", dense),
     ]
+    if writing:
+        rows.append(("  of that fast weights, in float32", config.num_fast_weights * 4))
+        rows.append(("more while it writes: its fast weights once more", writing))
+    if growing < dense:
+        rows.append((f"keys and values of full attention at {options.context_length:,} tokens", dense))
     for what, size in rows:
         print(f"{what:60} {_shown(size):>12}")
-    if options.memory is not None:
-        room = int(options.memory * 2**30) - weights
-        for what, size in (("sessions", session + writing), ("texts of full attention", dense)):
-            print(f"{f'{what} that write at once in {options.memory:g} GiB':60} {max(0, room // size):>12,}")
+    if options.memory is None:
+        return 0
+    room = int(options.memory * 2**30) - weights
+    fitting = [("sessions", session + writing)] + [("texts of full attention", dense)] * (growing < dense)
+    for what, size in fitting:
+        print(f"{f'{what} that write at once in {options.memory:g} GiB':60} {max(0, room // size):>12,}")
+    if room < session + writing:
+        print(_too_small(room, weights, session + writing))
     return 0
+
+
+def _too_small(room: int, weights: int, session: int) -> str:
+    """Why not even one session fits."""
+    if room <= 0:
+        return f"The parameters alone take {_shown(weights)}; give more --memory."
+    return (
+        f"The parameters leave {_shown(room)}, and a session that writes takes {_shown(session)}; give more --memory."
+    )
 
 
 def session_bytes(model: Transformer) -> int:
@@ -67,11 +87,23 @@ def session_bytes(model: Transformer) -> int:
 
 def _config(name: str) -> ModelConfig:
     from longread.checkpoint import load_model
+    from longread.config import UserError
     from longread.recipes import RECIPES, recipe
 
-    if name in RECIPES and not Path(name).exists():
-        return recipe(name).model
-    return load_model(name).model.config
+    if Path(name).exists():
+        return load_model(name).model.config
+    if name not in RECIPES:
+        raise UserError(f"there is no model at {name}; give a directory, or one of the recipes {', '.join(RECIPES)}")
+    return recipe(name).model
+
+
+def _precision(asked: str) -> str:
+    """What models compute in on this machine, where nothing else is asked for."""
+    from longread.model import find_device
+
+    if asked != "auto":
+        return asked
+    return "bfloat16" if find_device("auto").type == "cuda" else "float32"
 
 
 def _on_no_device(config: ModelConfig, precision: str) -> Transformer:

@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from longread.cli.arguments import add_device, add_outputs, positive
+from longread.cli.arguments import add_device, add_outputs, check_at_most, positive
 
 NAME = "evaluate"
 
@@ -47,8 +47,8 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from longread.cli.documents import read_documents
-    from longread.cli.models import open_model, read_otherwise, table_name
-    from longread.cli.outputs import check_writable, stdout, write_report, write_text
+    from longread.cli.models import open_model, read_otherwise, table_names
+    from longread.cli.outputs import check_outputs, figure_outputs, stdout, write_report, write_text
     from longread.evaluate import (
         bin_edges,
         default_lengths,
@@ -60,11 +60,21 @@ def run(options: argparse.Namespace) -> int:
         save_plots,
         summarize,
     )
+    from longread.evaluate.positions import LONGEST
+    from longread.evaluate.summary import FORMAT
 
-    check_writable(options.json, options.report)
+    for option, values in (("--lengths", options.lengths or ()), ("--indices", options.indices)):
+        for value in values:
+            check_at_most(option, value, LONGEST)
+    for option, values in (("--window", options.window or ()), ("--mini-batch", options.mini_batch or ())):
+        for value in values:
+            check_at_most(option, value)
+    charts = ["loss_by_position", "loss_by_context_length"]
+    charts += ["inner_gradient_norm", "drift"] if options.health else []
+    check_outputs(figure_outputs(options, FORMAT, charts), inputs=options.data)
     measurements, lengths, console = [], options.lengths, Console(stderr=True)
-    for path in options.models:
-        opened = open_model(path, options.device)._replace(name=table_name(path, options.models))
+    for path, name in zip(options.models, table_names(options.models), strict=True):
+        opened = open_model(path, options.device)._replace(name=name)
         documents = read_documents(
             options.data, opened, first=options.documents, min_tokens=options.min_tokens, max_tokens=options.max_tokens
         )

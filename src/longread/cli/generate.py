@@ -27,13 +27,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     add_model(parser)
     parser.add_argument("--session", metavar="FILE", help="go on with this saved session")
-    parser.add_argument("--prompt", default="", help="read first")
-    parser.add_argument("--max-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="read this first")
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="write at most N (default 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest token (default 1)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the fewest likeliest tokens that hold this much probability (default 1: from all)",
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: from all)")
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1, tokens of the last window become less likely (default 1: nothing changes)",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="the same seed draws the same text (default: another each time)"
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
     parser.add_argument("--frozen", action="store_true", help="do not learn from prompt and continuation")
     parser.add_argument("--save", metavar="FILE", help="keep the session here afterwards")
@@ -41,20 +57,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--draft", metavar="MODEL", help="a faster model that guesses what --model writes, and learns from it"
     )
     parser.add_argument("--draft-session", metavar="FILE", help="let the guessing one go on with this saved session")
-    parser.add_argument("--draft-tokens", type=int, default=4, help="guesses at a time (default 4)")
+    parser.add_argument("--draft-tokens", type=int, metavar="N", help="guesses at a time (default 4)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.models import open_model
-    from longread.cli.outputs import check_writable
+    from longread.cli.outputs import SESSION, Output, check_outputs
     from longread.config import UserError
 
-    check_writable(options.save)
+    check_outputs([Output("--save", options.save, SESSION)], inputs=[options.draft_session])
     if "" in options.stop:
         raise UserError("--stop is empty; give the text before which to end")
     if options.draft_session and not options.draft:
         raise UserError("--draft-session belongs to --draft; give the model that read it")
+    if options.draft_tokens is not None and not options.draft:
+        raise UserError("--draft-tokens belongs to --draft; give the model that guesses")
     opened = open_model(options.model, options.device)
     session = _session(opened, options.session)
     learns = session.learn
@@ -105,6 +123,7 @@ def _with_draft(options: argparse.Namespace, opened: OpenModel, session: Session
     from longread.cli.models import open_model
     from longread.config import UserError
     from longread.speculative import Speculation
+    from longread.speculative.speculation import DRAFT_TOKENS
 
     drafter = open_model(options.draft, options.device)
     if drafter.tokenizer.fingerprint != opened.tokenizer.fingerprint:
@@ -113,7 +132,8 @@ def _with_draft(options: argparse.Namespace, opened: OpenModel, session: Session
         raise UserError(f"{options.model} learns while it writes, so nobody can look ahead for it; add --frozen")
     guessing = _session(drafter, options.draft_session)
     guessing.learn = guessing.learn and not options.frozen
-    return Speculation(session, guessing, draft_tokens=options.draft_tokens)
+    count = DRAFT_TOKENS if options.draft_tokens is None else options.draft_tokens
+    return Speculation(session, guessing, draft_tokens=count)
 
 
 def decoded(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:

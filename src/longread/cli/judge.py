@@ -11,7 +11,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_device, add_outputs, positive
+from longread.cli.arguments import add_device, add_outputs, check_at_most, positive
 
 if TYPE_CHECKING:
     from longread.evaluate import Judge
@@ -24,13 +24,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the writers: model directories, runs, checkpoints")
     parser.add_argument("--judge", required=True, metavar="MODEL", help="a Longread or Hugging Face model directory")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="a data set, or texts and directories")
-    parser.add_argument("--context", type=positive, default=2048, metavar="T", help="tokens, half read, half written")
+    parser.add_argument(
+        "--context", type=positive, default=2048, metavar="T", help="tokens, half read, half written (default 2048)"
+    )
     parser.add_argument("--documents", type=positive, default=8, metavar="N", help="continue the first N (default 8)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
     parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
     parser.add_argument("--repetition-penalty", type=float, default=1.1, help="default 1.1; 1 changes nothing")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bins", type=positive, default=8, metavar="N", help="of positions, half of them prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument(
+        "--bins", type=positive, default=8, metavar="N", help="of positions, half of them prompt (default 8)"
+    )
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="B", help="documents side by side (default 8)"
     )
@@ -44,8 +48,8 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from longread.cli.documents import read_documents
-    from longread.cli.models import open_model, table_name
-    from longread.cli.outputs import check_writable, show_figures, write_text
+    from longread.cli.models import open_model, table_names
+    from longread.cli.outputs import check_outputs, figure_outputs, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import (
         HUMAN,
@@ -59,13 +63,17 @@ def run(options: argparse.Namespace) -> int:
         verdicts,
         write,
     )
+    from longread.evaluate.decoding import FORMAT
 
-    check_writable(options.json, options.report)
+    check_at_most("--context", options.context)
+    check_outputs(figure_outputs(options, FORMAT, ["judged_loss_by_position"]), inputs=options.data)
     sampling = Sampling(options.temperature, options.top_p, options.repetition_penalty)
     sampling.check()
-    T = options.context
-    if T % options.bins or options.bins % 2:
-        raise UserError(f"--context {T} does not divide into --bins {options.bins}, half of them prompt; change one")
+    T, bins = options.context, options.bins
+    if bins % 2:
+        raise UserError(f"--bins {bins} is odd, but half of the bins are prompt; give {bins + 1}")
+    if T % bins:
+        raise UserError(f"--context {T} does not divide into --bins {bins}; give a multiple, {T + bins - T % bins}")
     judge = _judge(options.judge, options.device)
     console = Console(stderr=True)
     opened = [open_model(path, options.device) for path in options.models]
@@ -80,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         options.data, opened[0], first=options.documents, min_tokens=T, max_tokens=T, asked_by="--context"
     )
     human = prompts(documents, T)
-    names = [table_name(path, options.models) for path in options.models]
+    names = table_names(options.models)
     prints = [model.fingerprint for model in opened]
     check_judge(judge, tokenizer, human, list(zip(names, prints, strict=True)))
     writings = [Writing(HUMAN, "human", human)]
@@ -102,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
                     )
                 )
     with console.status(f"{judge.name} judges"):
-        found = verdicts(judge, tokenizer, writings, bins=options.bins, batch_size=options.batch_size)
+        found = verdicts(judge, tokenizer, writings, bins=bins, batch_size=options.batch_size)
     same = judge.tokenizer.fingerprint == tokenizer.fingerprint
     notes = decoding_notes(writings, tokenizer, judge)
     quality = DecodingQuality(judge.name, same, len(human), T // 2, sampling, options.seed, found, notes)
@@ -116,11 +124,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _judge(path: str, device: str) -> Judge:
+    from pathlib import Path
+
     from longread.cli.models import open_model
+    from longread.config import UserError
     from longread.evaluate import HuggingFaceJudge, LongreadJudge, is_hugging_face
     from longread.model import find_device
 
     if is_hugging_face(path):
+        if not (Path(path) / "tokenizer.json").is_file():
+            raise UserError(f"{path} has no tokenizer.json beside it; copy there the one it was trained with")
         return HuggingFaceJudge(path, find_device(device))
     opened = open_model(path, device)
     return LongreadJudge(opened.name, opened.model, opened.inner, opened.tokenizer, opened.fingerprint)

@@ -27,10 +27,10 @@ class OpenModel(NamedTuple):
     fingerprint: str
 
 
-def table_name(path: str, paths: Sequence[str]) -> str:
-    """What a model is called in tables: its directory's name, or the whole path where several end alike."""
-    name = Path(path).name or path
-    return name if [Path(other).name or other for other in paths].count(name) == 1 else path
+def table_names(paths: Sequence[str]) -> list[str]:
+    """What models are called in tables: their directories' names, with a number where several are named alike."""
+    names = [Path(path).name or path for path in paths]
+    return [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
 
 
 def open_model(path: str, device: str) -> OpenModel:

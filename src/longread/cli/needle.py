@@ -12,13 +12,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_device, add_outputs, positive
+from longread.cli.arguments import MOST_TOKENS, add_device, add_outputs, check_at_most, positive
 
 if TYPE_CHECKING:
     from longread.cli.models import OpenModel
     from longread.evaluate import Sample
 
 NAME = "needle"
+MOST_ANSWER = 2**16
+MOST_PROMPT_TOKENS = 16 * MOST_TOKENS
+"""2 GiB."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +31,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--variants", type=int, nargs="+", choices=(1, 2, 3), default=[1], metavar="V", help="1, 2, 3 (default 1)"
     )
     parser.add_argument(
-        "--contexts", type=positive, nargs="+", default=[1024, 2048, 4096], metavar="T", help="tokens of a prompt"
+        "--contexts",
+        type=positive,
+        nargs="+",
+        default=[1024, 2048, 4096],
+        metavar="T",
+        help="tokens of a prompt (default 1024 2048 4096)",
     )
     parser.add_argument(
         "--depths",
@@ -36,10 +44,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
         metavar="D",
-        help="where the needle lies, 0 (first) to 1 (last)",
+        help="where the needle lies, 0 (first) to 1 (last) (default 0 0.25 0.5 0.75 1)",
     )
     parser.add_argument("--samples", type=positive, default=10, metavar="N", help="prompts for each depth (default 10)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default 0)")
     parser.add_argument("--haystack", nargs="+", default=[], metavar="PATH", help="texts for variants 2 and 3")
     parser.add_argument("--repeat-haystack", action="store_true", help="repeat texts that are too short")
     parser.add_argument(
@@ -55,21 +63,23 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from rich.console import Console
 
-    from longread.cli.models import open_model, table_name
-    from longread.cli.outputs import check_writable, show_figures, write_text
+    from longread.cli.models import open_model, table_names
+    from longread.cli.outputs import check_outputs, figure_outputs, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import Needles, needle_figures, search
+    from longread.evaluate.needle import FORMAT, chart_name
 
-    check_writable(options.json, options.report)
+    _check_size(options)
+    charts = [chart_name(f"S-NIAH-{number}") for number in options.variants]
+    check_outputs(figure_outputs(options, FORMAT, dict.fromkeys(charts)), inputs=[*options.haystack])
     wrong = next((depth for depth in options.depths if not 0 <= depth <= 1), None)
     if wrong is not None:
         raise UserError(f"--depths {wrong} is not between 0 (the needle first) and 1 (the needle last)")
     if not options.haystack and set(options.variants) & {2, 3}:
         raise UserError("S-NIAH-2 and 3 hide the needle in essays; name texts with --haystack, or use --variants 1")
     searches, console = [], Console(stderr=True)
-    for path in options.models:
+    for path, name in zip(options.models, table_names(options.models), strict=True):
         opened = open_model(path, options.device)
-        name = table_name(path, options.models)
         samples = _samples(options, opened)
         learns = opened.model.config.num_suffix_blocks > 0
         for learn in (True, False) if learns and not options.no_control else (learns,):
@@ -101,6 +111,21 @@ def run(options: argparse.Namespace) -> int:
     title, lead = "Needle in a haystack", ", ".join(map(str, options.models)) + "."
     show_figures(needle_figures(needles), options.plots, options.report, title=title, lead=lead)
     return 0
+
+
+def _check_size(options: argparse.Namespace) -> None:
+    """Raises `UserError` if prompts or answers would not fit into memory; all prompts of a model are made at once."""
+    from longread.config import UserError
+
+    check_at_most("--contexts", max(options.contexts))
+    check_at_most("--max-tokens", options.max_tokens, MOST_ANSWER)
+    prompts = options.samples * len(set(options.depths)) * len(set(options.variants))
+    tokens = prompts * sum(set(options.contexts))
+    if tokens > MOST_PROMPT_TOKENS:
+        raise UserError(
+            f"--samples {options.samples} at every depth and context makes prompts of {tokens} tokens in all, more "
+            f"than {MOST_PROMPT_TOKENS}; lower it, or give fewer depths or shorter contexts"
+        )
 
 
 def _samples(options: argparse.Namespace, opened: OpenModel) -> list[Sample]:

@@ -1,12 +1,20 @@
-"""Files that commands write beside what they print: checked before the work, written whole or not at all."""
+"""Files that commands write beside what they print: checked before the work, written whole or not at all.
+
+A file of the user is never replaced: not one that the command reads, and none but an earlier output of the same kind.
+"""
 
 from __future__ import annotations
 
+import argparse
+import glob
+import json
 import os
+import re
 import stat
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from longread.config import UserError
 
@@ -14,6 +22,23 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from longread.evaluate import Evaluation, Figures
+
+_OF_A_DATA_SET = re.compile(r"validation|(validation/)?(index\.json|tokenizer\.json|tokens-\d+\.bin)")
+
+
+class Kind(NamedTuple):
+    """What an output is. Only a file that `holds` the same may be in its place, or an empty one."""
+
+    name: str
+    holds: Callable[[BinaryIO], bool]
+
+
+class Output(NamedTuple):
+    """A file that a command will write: the option that asks for it, and what it will be."""
+
+    option: str
+    path: str | None
+    kind: Kind
 
 
 def stdout() -> Console:
@@ -24,24 +49,123 @@ def stdout() -> Console:
     return console if console.is_terminal else Console(width=160, soft_wrap=True)
 
 
-def check_writable(*paths: str | None) -> None:
-    """Raises `UserError` before an hour of reading if one of the files could not be written after it."""
-    for path in paths:
+def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | None] = ()) -> None:
+    """Refuses, before an hour of reading, what could not be written after it or would replace a file of the user.
+
+    Args:
+        inputs: what the command reads; a glob stands for what it matches, "-" and None for nothing.
+
+    Raises:
+        UserError: a file cannot be written, two are one, one is an input, or one exists and is of another kind.
+    """
+    read = {os.path.realpath(file) for given in inputs if given not in (None, "-") for file in _behind(str(given))}
+    options: dict[str, str] = {}
+    for option, path, kind in outputs:
         if path is None:
             continue
-        try:
-            mode = os.stat(path).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            mode = stat.S_IFREG
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
-        if Path(path) == Path() or stat.S_ISDIR(mode):
-            raise UserError(f"cannot write {path}: it is a directory; give the name of a file in it")
-        if not stat.S_ISREG(mode):  # it would be replaced: /dev/null by a file of that name
-            raise UserError(f"cannot write {path}: it is no ordinary file; give the name of a new one")
-        parent = next(p for p in Path(path).absolute().parents if os.path.exists(p))  # Path.exists may raise
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"cannot write {path}: {parent} is not a directory that may be written to; choose another")
+        place = _checked_place(path)
+        if place in read:
+            raise UserError(f"{option} would replace {path}, which is read; give another name")
+        if place in options:
+            raise UserError(f"{options[place]} and {option} are both {path}; give each a file of its own")
+        options[place] = option
+        if not _may_replace(path, kind):
+            raise UserError(f"{option} would replace {path}, which is no {kind.name}; give another name")
+
+
+def check_data_set(directory: str) -> None:
+    """Raises `UserError` if a data set that will be replaced as a whole has a file of the user in its directory."""
+    top = Path(directory).expanduser()
+    if not (top / "index.json").is_file():
+        return  # no data set, and `prepare` refuses to replace it
+    for path in sorted(top.rglob("*")):
+        if not _OF_A_DATA_SET.fullmatch(path.relative_to(top).as_posix()):
+            raise UserError(f"--overwrite would replace {path}, which is no part of the data set; move it")
+
+
+def figure_outputs(options: argparse.Namespace, figures_format: str, charts: Iterable[str]) -> list[Output]:
+    """What `add_outputs` lets the user ask for; `charts` are the names of the plots that may be written."""
+    plots = [Output("--plots", os.path.join(options.plots, f"{name}.png"), PLOT) for name in charts if options.plots]
+    return [
+        Output("--json", options.json, figures_of(figures_format)),
+        Output("--report", options.report, PAGE),
+        *plots,
+    ]
+
+
+def _behind(given: str) -> list[str]:
+    path = os.path.expanduser(given)
+    return [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+
+
+def _checked_place(path: str) -> str:
+    """Where `path` leads to, links followed. Raises `UserError` if no file can be put there."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = stat.S_IFREG
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
+    if Path(path) == Path() or stat.S_ISDIR(mode):
+        raise UserError(f"cannot write {path}: it is a directory; give the name of a file in it")
+    if not stat.S_ISREG(mode):  # it would be replaced: /dev/null by a file of that name
+        raise UserError(f"cannot write {path}: it is no ordinary file; give the name of a new one")
+    parent = next(p for p in Path(path).absolute().parents if os.path.exists(p))  # Path.exists may raise
+    refused = UserError(f"cannot write {path}: {parent} is not a directory that may be written to; choose another")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise refused
+    try:
+        tempfile.TemporaryFile(dir=parent).close()  # permissions alone do not tell: root, /proc, a read-only disk
+    except OSError:
+        raise refused from None
+    return os.path.realpath(path)
+
+
+def _may_replace(path: str, kind: Kind) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size == 0 or kind.holds(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
+
+
+def _holds_session(file: BinaryIO) -> bool:
+    from longread.files import FORMAT, MOST_HEADER_BYTES
+    from longread.session import KIND
+
+    size = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(size)) if size <= MOST_HEADER_BYTES else {}
+        return bool(json.loads(header["__metadata__"][FORMAT])["kind"] == KIND)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _holds_page(file: BinaryIO) -> bool:
+    begins = file.read(15).lower() == b"<!doctype html>"
+    file.seek(max(0, os.fstat(file.fileno()).st_size - 100))
+    return begins and b"<footer>Written by Longread.</footer>" in file.read()
+
+
+def _begins(start: bytes, first: bytes, then: bytes = b"") -> bool:
+    return start.startswith(first) and then in start
+
+
+def figures_of(figures_format: str) -> Kind:
+    """JSON of one format ("longread-needle/1"), of whatever version."""
+    name = figures_format.partition("/")[0]
+    begins = re.compile(rb'\s*\{\s*"format":\s*"' + re.escape(name.encode()) + rb"/")
+    return Kind(f"file of figures ({name})", lambda file: begins.match(file.read(256)) is not None)
+
+
+SESSION = Kind("session", _holds_session)
+PAGE = Kind("page of Longread", _holds_page)
+PLOT = Kind("plot of Longread", lambda file: _begins(file.read(1024), b"\x89PNG", b"Matplotlib"))
+BENCH_ROWS = Kind("list of rows", lambda file: True)  # the command adds to it, and first reads what it holds
+BENCH_PAGE = Kind("page of `longread bench`", lambda file: _begins(file.read(64), b"# Speed and memory, "))
+BENCH_PLOT = Kind("plot of `longread bench`", lambda file: _begins(file.read(1024), b"<svg ", b'role="img">'))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from longread.cli.arguments import positive
+from longread.cli.arguments import check_at_most, positive
 
 NAME = "prepare"
+MOST_ENTRIES = 2**20
+"""Of a tokenizer; four times the largest in use."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="text files, directories, globs, .jsonl and .parquet (a document a row), hf:NAME[:CONFIGURATION][:SPLIT], "
         "Zarr token arrays",
     )
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", default="bytes", help="bytes (default), a tokenizer.json, a directory with one")
     which.add_argument("--train-tokenizer", type=positive, metavar="SIZE", help="train a byte-level BPE on the sources")
@@ -45,11 +47,15 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from rich.console import Console
 
+    from longread.cli.outputs import check_data_set
     from longread.data import Progress, prepare, read_texts
     from longread.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
+    if options.overwrite:
+        check_data_set(options.out)
     tokenizer: Tokenizer | None = None
     if options.train_tokenizer:
+        check_at_most("--train-tokenizer", options.train_tokenizer, MOST_ENTRIES, "entries")
         texts = read_texts(options.sources, text_field=options.field, exclude=options.exclude)
         tokenizer = train_bpe(texts, options.train_tokenizer)
     elif not options.vocab_size:

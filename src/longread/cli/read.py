@@ -42,10 +42,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.models import open_model
-    from longread.cli.outputs import check_writable, stdout, write_report, write_text
+    from longread.cli.outputs import PAGE, SESSION, Output, check_outputs, figures_of, stdout, write_report, write_text
     from longread.evaluate import print_tables
+    from longread.evaluate.summary import FORMAT
 
-    check_writable(options.save, options.json, options.report)
+    outputs = [
+        Output("--save", options.save, SESSION),
+        Output("--json", options.json, figures_of(FORMAT)),
+        Output("--report", options.report, PAGE),
+    ]
+    check_outputs(outputs, inputs=[options.text])
     opened = open_model(options.model, options.device)
     readers = _readers(opened, options)
     interrupted = _read(opened, readers, options.text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from longread.cli.arguments import add_model, positive
 
 if TYPE_CHECKING:
     from longread.engine import Limits
+    from longread.model import Transformer
     from longread.server import ServerLimits
 
 NAME = "serve"
@@ -52,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
     from longread.server import Keys, check_installed, read_keys, serve
 
     check_installed()
+    _check_address(options.port, options.name)
+    _check_directory(options.directory)
     limits, keys = server_limits(options.limit), read_keys(options.keys) if options.keys else Keys()
     engine_limits = _engine_limits(options)
 
@@ -62,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
     listener = listen(options.host, options.port, has_keys=bool(keys))
     opened = open_model(options.model, options.device)
+    _check_room(options.device_memory, engine_limits, opened.model)
     logging.getLogger("longread.server").setLevel(logging.INFO)
     with _directory(options.directory) as directory:
         engine = Engine(
@@ -90,6 +95,49 @@ def _directory(given: str | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="longread-") as passing:
         yield Path(passing)
+
+
+def _check_address(port: int, name: str | None) -> None:
+    """Refuses what the operating system would make another port of, and a name that no request could give."""
+    from longread.config import UserError
+
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port is {port}; give 1 to 65535, or 0 for a free one")
+    if name is not None and not (name.strip() == name and name.isprintable() and 0 < len(name) <= 200):
+        raise UserError(f"--name is {name!r}; give 1 to 200 printable characters, with no space at either end")
+
+
+def _check_directory(given: str | None) -> None:
+    """Refuses a directory that holds other things: a server would put its files among them."""
+    from longread.config import UserError
+
+    if given is None:
+        return
+    try:
+        names = {path.name for path in Path(given).iterdir()}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise UserError(f"--directory {given} is no directory; give a new name, or a server's directory") from None
+    except OSError as error:
+        raise UserError(f"cannot read --directory {given}: {error.strerror}; give another") from None
+    others = sorted(name for name in names if not name.startswith(".") and name != "lost+found")
+    if others and "sessions" not in names:
+        raise UserError(
+            f"--directory {given} holds other things, {others[0]} for one; give a new name, or a server's directory"
+        )
+
+
+def _check_room(gibibytes: float | None, limits: Limits, model: Transformer) -> None:
+    from longread.config import UserError
+    from longread.engine import least_device_bytes
+
+    least = least_device_bytes(model)
+    if limits.device_bytes is not None and limits.device_bytes < least:
+        raise UserError(
+            f"--device-memory is {gibibytes:g} GiB; one session of this model and the place where it writes "
+            f"need {math.ceil(least / 2**30 * 1000) / 1000:g}, so allow at least that"
+        )
 
 
 def server_limits(settings: list[str]) -> ServerLimits:
@@ -121,7 +169,7 @@ def _engine_limits(options: argparse.Namespace) -> Limits:
     for option, field in (("device_memory", "device_bytes"), ("host_memory", "host_bytes"), ("disk", "disk_bytes")):
         gibibytes = getattr(options, option)
         if gibibytes is not None and not 0 < gibibytes < 2**30:
-            raise UserError(f"--{option.replace('_', '-')} is {gibibytes}; it must be positive, in GiB")
+            raise UserError(f"--{option.replace('_', '-')} is {gibibytes:g}; give GiB, above 0 and below {2**30}")
         found[field] = None if gibibytes is None else int(gibibytes * 2**30)
     return Limits(
         **found, max_sessions=options.max_sessions, max_batch=options.max_batch, max_waiting=options.max_waiting

@@ -8,23 +8,27 @@ Example:
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from longread.cli.arguments import add_device, changed, positive
+from longread.recipes import RECIPES, Method
 
 NAME = "train"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
-    parser.add_argument("recipe", metavar="RECIPE", help="toy; 125m, 350m, 760m, 1.3b, 3b; or a size and -extend")
+    parser.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
     parser.add_argument("--data", required=True, metavar="DIR", help="what `longread prepare` wrote")
-    parser.add_argument("--out", required=True, metavar="RUN")
-    parser.add_argument("--method", default="e2e", help="e2e (default), naive, swa, full, hybrid")
-    parser.add_argument("--context-length", type=positive, metavar="T", help="tokens of a training sequence")
+    parser.add_argument("--out", required=True, metavar="RUN", help="a new directory")
+    parser.add_argument("--method", default="e2e", help=", ".join(get_args(Method)) + " (default e2e)")
+    parser.add_argument(
+        "--context-length", type=positive, metavar="T", help="tokens of a training sequence (default: the recipe's)"
+    )
     parser.add_argument("--validation", metavar="DIR", help="held-out data; by default the data set's own")
     parser.add_argument("--init", metavar="MODEL", help="begin with these weights")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change one field of the recipe; repeatable"
     )

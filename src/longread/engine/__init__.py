@@ -31,6 +31,7 @@ from longread.engine.interface import (
 )
 from longread.engine.lanes import largest_session
 from longread.engine.task import Task
+from longread.engine.tiers import least_device_bytes
 
 __all__ = [
     "Appended",
@@ -49,4 +50,5 @@ __all__ = [
     "UnknownSession",
     "WrongPosition",
     "largest_session",
+    "least_device_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 import time
@@ -40,12 +41,13 @@ class Engine:
     Args:
         model: on the device and in the types that it shall compute in.
         inner: rate and clip of the steps, for new sessions.
-        directory: where sessions are kept; it must belong to this engine alone. None: they end with the engine.
+        directory: where sessions are kept; it belongs to this engine alone, until it is closed or the process ends.
+            None: sessions end with the engine.
         limits: of memory and numbers.
         fingerprint: of the model, where it is known; computed otherwise.
 
     Raises:
-        UserError: the directory cannot be used, or the limits hold not even one session.
+        UserError: the directory cannot be used, or another engine uses it; the limits hold not even one session.
     """
 
     def __init__(
@@ -59,19 +61,23 @@ class Engine:
     ) -> None:
         self.model, self.inner, self.limits = model, inner, limits
         self.fingerprint = fingerprint or fingerprint_of(model)
-        self.directory = None if directory is None else Path(directory)
+        self.directory = None if directory is None else Path(directory).absolute()
         store = None if self.directory is None else Store(self.directory / "sessions", self.fingerprint)
-        worker = self._worker = Worker(model, inner, limits)
-        self._keeping = Keeping(model, inner, store, worker.lanes, worker.mover, worker.post)
-        self._members = Members(worker, self._keeping, limits)
-        self._keeping.lose = self._members.lose
-        worker.files = self._keeping
-        self._started = time.time()
-        for found in store.recover() if store is not None else ():
-            reader = recovered(found, model.config.window_size)
-            worker.readers[reader.id] = reader
-            self._keeping.adopt(reader, found.saved, found.events)
-        worker.start()
+        with contextlib.ExitStack() as undo:
+            if store is not None:
+                undo.callback(store.release)
+            worker = self._worker = Worker(model, inner, limits)
+            self._keeping = Keeping(model, inner, store, worker.lanes, worker.mover, worker.post)
+            self._members = Members(worker, self._keeping, limits)
+            self._keeping.lose = self._members.lose
+            worker.files = self._keeping
+            self._started = time.time()
+            for found in store.recover() if store is not None else ():
+                reader = recovered(found, model.config.window_size)
+                worker.readers[reader.id] = reader
+                self._keeping.adopt(reader, found.saved, found.events)
+            worker.start()
+            undo.pop_all()
 
     @property
     def lost(self) -> list[Lost]:
@@ -377,6 +383,8 @@ class Engine:
             raise TimeoutError(f"the engine is still busy after {timeout} seconds")
         self._keeping.close()
         worker.mover.shutdown()
+        if self._keeping.store is not None:
+            self._keeping.store.release()
 
     def __enter__(self) -> Engine:
         return self

@@ -3,6 +3,7 @@
     <directory>/<id>/session.json             who it belongs to, and which snapshot counts
     <directory>/<id>/snapshot-<n>.safetensors  a session file, as `longread.session.Session.save` writes it
     <directory>/<id>/journal-<n>.jsonl         what has happened since snapshot n
+    <directory>/lock                           locked as long as somebody uses the directory
 
 A snapshot counts from the moment in which `session.json` names it; the files before it are removed after that. What
 happens while a snapshot is written goes into the journal of the new one, so no moment loses anything. A session that
@@ -12,6 +13,7 @@ has no snapshot yet begins with its journal.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import math
 import os
 import re
@@ -66,17 +68,47 @@ class _Files:
 
 @dataclass
 class Store:
-    """One directory, used by one engine at a time. Its methods may be called from any thread."""
+    """One directory, which belongs to this store alone. Its methods may be called from any thread.
+
+    The lock is the operating system's, on an open file: it ends with `release` or with the process, however that ends,
+    and leaves nothing to clean up.
+
+    Raises:
+        UserError: another store, of this process or of another, uses the directory; or it cannot be used at all.
+    """
 
     directory: Path
     fingerprint: str
     lost: list[Lost] = field(default_factory=list)
     _files: dict[str, _Files] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _claim: int | None = None
+    """Descriptor of the locked file."""
 
     def __post_init__(self) -> None:
-        with writing(self.directory):
+        try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            claim = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(claim)
+                raise
+        except BlockingIOError:
+            raise UserError(
+                f"{self.directory} is in use by another server; stop that one, or give another directory"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"cannot keep sessions in {self.directory}: {error.strerror}; give another directory"
+            ) from None
+        self._claim = claim
+
+    def release(self) -> None:
+        """Lets others use the directory. Nothing may be called after this."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            os.close(claim)
 
     @property
     def nbytes(self) -> int:
@@ -277,7 +309,7 @@ def _storage(url: str) -> tuple[Any, str]:
     try:
         import fsspec  # type: ignore[import-untyped]
     except ImportError:
-        raise UserError(f'{url} needs the package fsspec; pip install "longread[fsspec]"') from None
+        raise UserError(f'{url} needs fsspec; run pip install ".[fsspec]" in Longread\'s folder') from None
     try:
         filesystem, there = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:

@@ -24,6 +24,11 @@ SHARE = 0.7
 """Of the free memory of a GPU that sessions may take where no limit is given; the rest is for computing."""
 
 
+def least_device_bytes(model: Transformer) -> int:
+    """Bytes without which an engine cannot work: a session, and the place where it writes."""
+    return 2 * largest_session(model)
+
+
 class Keeper(Protocol):
     """What moves sessions to the disk and back."""
 
@@ -50,10 +55,11 @@ class Tiers:
         self.device_bytes = limits.device_bytes
         if self.device_bytes is None and model.device.type == "cuda":
             self.device_bytes = int(SHARE * torch.cuda.mem_get_info(model.device)[0])
-        if self.device_bytes is not None and self.device_bytes < 2 * self.largest:
+        least = least_device_bytes(model)
+        if self.device_bytes is not None and self.device_bytes < least:
             raise UserError(
                 f"device_bytes is {self.device_bytes}; one session of this model and the place where it writes "
-                f"need {2 * self.largest}, so allow at least that"
+                f"need {least}, so allow at least that"
             )
 
     def usage(self, readers: Iterable[Reader]) -> dict[str, int]:

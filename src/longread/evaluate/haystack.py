@@ -101,12 +101,20 @@ class Sample:
 
 
 def noise(tokenizer: Tokenizer, longest: int) -> Haystack:
-    """RULER's noise, at least `longest` tokens of it. Raises `UserError` if the tokenizer makes no tokens of it."""
+    """RULER's noise, at least `longest` tokens of it. Raises `UserError` if the tokenizer makes no tokens of it.
+
+    Four lines are encoded, and the tokens of one of the inner lines are repeated: all inner lines are alike.
+    """
     line = "\n" + NOISE
-    per_line = len(tokenizer.encode(line * 2)) - len(tokenizer.encode(line))
-    if per_line < 1:
+    n = len(tokenizer.encode(line * 4)) - len(tokenizer.encode(line * 3))
+    if n < 1:
         raise UserError("the tokenizer makes no tokens of an English sentence; it cannot be tested with S-NIAH-1")
-    return _haystack(tokenizer, line * (longest // per_line + 2), r"\.(?=\n|$)", varied=False)
+    four, copies = _haystack(tokenizer, line * 4, r"\.(?=\n|$)", varied=False), longest // n
+    inner = four.gaps[(four.gaps > n) & (four.gaps <= 2 * n)]
+    repeated = (inner + n * np.arange(1, copies + 1)[:, None]).ravel()
+    gaps = (four.gaps[four.gaps <= 2 * n], repeated, four.gaps[four.gaps > 2 * n] + n * copies)
+    tokens = (four.tokens[: 2 * n], np.tile(four.tokens[n : 2 * n], copies), four.tokens[2 * n :])
+    return Haystack(np.concatenate(tokens), np.concatenate(gaps), varied=False)
 
 
 def essays(texts: Iterable[str], tokenizer: Tokenizer, longest: int, *, repeat: bool = False) -> Haystack:

@@ -213,9 +213,14 @@ def needle_figures(needles: Needles) -> Figures:
             )
             for (search, _), column in zip(scores, columns, strict=True)
         ]
-        name = variant.lower().replace("-", "_")
+        name = chart_name(variant)
         charts.append(Chart(name, f"{variant} by context length", "context length T, tokens", "needles found", lines))
     return Figures(grids, charts, [*needles.notes, *_remarks(needles.searches)])
+
+
+def chart_name(variant: str) -> str:
+    """Of the file that a variant's chart becomes."""
+    return variant.lower().replace("-", "_")
 
 
 def _remarks(searches: Sequence[Search]) -> list[str]:

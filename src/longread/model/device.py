@@ -15,5 +15,7 @@ def find_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=name).cpu()  # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise UserError(f"device {name} cannot be used ({reason}); use cpu") from None
+        if "device string" in reason:  # a list of all that torch has ever known
+            reason = "there is no such device"
+        raise UserError(f"device {name} cannot be used ({reason}); give auto, cpu, cuda or cuda:1") from None
     return torch.device(name)

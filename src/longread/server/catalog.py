@@ -88,7 +88,12 @@ class Catalog:
     def lost(self, tenant: str) -> list[dict[str, Any]]:
         """What the engine could not restore of the tenant's sessions."""
         return [
-            {"id": lost.id, "position": lost.position, "restored": lost.restored, "reason": without_paths(lost.reason)}
+            {
+                "id": lost.id,
+                "position": lost.position,
+                "restored": lost.restored,
+                "reason": without_paths(lost.reason, self._service.directories),
+            }
             for lost in self._engine.lost
             if lost.owner == tenant
         ]

@@ -125,11 +125,10 @@ def top_of(token: Token) -> list[tuple[int, float]]:
 def limited(service: Service, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, logprobs: int) -> None:
     """Refuses a request that is too large before any of it is begun."""
     if not prompts or not all(prompts):
-        raise ApiError(
-            400, "a prompt is empty and the tokenizer has no BOS to begin with; give a prompt", param="prompt"
-        )
-    if len(prompts) * n > service.limits.choices:
-        message = f"{len(prompts) * n} choices are more than {service.limits.choices}; send several requests"
+        raise ApiError(400, "a prompt has no tokens; give at least one", param="prompt")
+    most = service.limits.choices
+    if len(prompts) * n > most:
+        message = f"{len(prompts) * n} choices, n of each prompt, are more than {most}; send several requests"
         raise ApiError(400, message, param="n")
     # the likeliest tokens of a place are kept until the answer goes out, so each counts like a token
     service.check_amount(sum(len(prompt) + max_tokens for prompt in prompts) * n * (1 + logprobs))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from longread.config import UserError
 from longread.engine import Busy, TooLarge, UnknownSession, WrongPosition
+from longread.server.validation import explained, unknown_argument
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {
@@ -63,9 +65,11 @@ class ApiError(HTTPException):
         return JSONResponse(self.body, self.status_code, dict(self.headers or {}))
 
 
-def without_paths(text: str) -> str:
-    """A sentence that does not say where the server keeps its files."""
-    return re.sub(r"(?<!\S)/\S+", "the file", text)
+def without_paths(text: str, directories: Iterable[Path]) -> str:
+    """A sentence that does not say where the server keeps its files, neither in `directories` nor elsewhere."""
+    for directory in directories:
+        text = re.sub(rf"{re.escape(str(directory))}(/[^\s:;,]*)?", "the file", text)
+    return re.sub(r"(?<![\w.])/[^\s:;,'\")]+", "the file", text)
 
 
 def _headers(status: int, retry_after: float | None) -> dict[str, str]:
@@ -73,7 +77,7 @@ def _headers(status: int, retry_after: float | None) -> dict[str, str]:
     return headers | ({"WWW-Authenticate": "Bearer"} if status == 401 else {})
 
 
-def as_api_error(error: BaseException) -> ApiError:
+def as_api_error(error: BaseException, directories: Iterable[Path] = ()) -> ApiError:
     """Any exception as an answer. What was not foreseen says nothing about the inside of the server."""
     match error:
         case ApiError():
@@ -89,7 +93,7 @@ def as_api_error(error: BaseException) -> ApiError:
         case UserError(__cause__=OSError()):
             return ApiError(503, "the server's disk cannot be written; try again later", code="storage", retry_after=60)
         case UserError():
-            return ApiError(400, without_paths(str(error)))
+            return ApiError(400, without_paths(str(error), directories))
         case RequestValidationError():
             return _invalid(error)
         case HTTPException(status_code=404):
@@ -104,23 +108,22 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a request, in the words of the checker."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    if first["type"] == "json_invalid":
-        return ApiError(400, "the body is no valid JSON")
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"there is no argument {place[-1][:100]}", param=place[-1][:100], code="unknown_parameter")
-    message = first["msg"].removeprefix("Value error, ")
-    name = ".".join(place)[:100]
-    return ApiError(400, f"{name}: {message}" if name else message, param=name or None)
+    """The first thing that is wrong with a request."""
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        return ApiError(400, "the body is no valid JSON; send a JSON object")
+    unknown = unknown_argument(errors)
+    if unknown is not None:
+        return ApiError(400, f"there is no argument {unknown}; leave it out", param=unknown, code="unknown_parameter")
+    message, name = explained(errors)
+    return ApiError(400, message, param=name)
 
 
 def install(app: FastAPI) -> None:
     """Makes the application answer in this shape whatever goes wrong."""
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error, request.app.state.service.directories).response()
 
     for kind in (UserError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)

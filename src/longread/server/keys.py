@@ -62,8 +62,10 @@ def read_keys(path: str | Path) -> Keys:
     try:
         mode = path.stat().st_mode
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the keys in {path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the keys in {path}: {error.strerror}; give another file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; write lines of a tenant and a key") from None
     if mode & 0o077:
         raise UserError(f"other users may read or change {path}; run chmod 600 on it")
     pairs = []

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+
+_COUNTERS = {
+    "tokens_read": "Tokens that sessions have read, those they wrote left out.",
+    "tokens_written": "Tokens that sessions have written.",
+    "steps": "Inner steps, those rolled back included.",
+    "rolled_back": "Inner steps not taken because they would have done damage.",
+    "groups": "Groups of sessions that read a piece together.",
+    "rounds": "Rounds of one token for every session that writes.",
+}
+_GAUGES = {
+    "sessions": "Sessions, frozen twins included.",
+    "sessions_device": "Sessions where the model computes.",
+    "sessions_host": "Sessions in the host's memory.",
+    "sessions_disk": "Sessions on the disk only.",
+    "bytes_device": "Bytes of sessions where the model computes, places for writing included.",
+    "bytes_host": "Bytes of sessions in the host's memory.",
+    "bytes_disk": "Bytes of session files.",
+    "tasks": "Tasks under way or waiting.",
+    "writing": "Sessions that are writing.",
+    "restoring": "Sessions whose journals are being read again after a crash.",
+    "lost": "Sessions that could not be restored, or not all of them.",
+    "uptime_seconds": "Since the engine started.",
+}
+"""The engine's numbers and what they mean; those that only grow are counters."""
+disable_created_metrics()  # a second series beside every counter, which nobody asks for
 
 
 class Meters:
@@ -35,7 +66,7 @@ class Meters:
         )
 
     def follow(self, stats: Callable[[], Mapping[str, float]]) -> None:
-        """Shows what `stats` says at the moment of asking, each number as longread_engine_<name>."""
+        """Shows what `stats` says at the moment of asking: longread_engine_<name>, and of counters <name>_total."""
         self._registry.register(_Numbers(stats))
 
     def text(self) -> bytes:
@@ -52,6 +83,7 @@ class _Numbers(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for name, value in self._stats().items():
-            if isinstance(value, int | float):
-                clean = re.sub(r"\W", "_", name)
-                yield GaugeMetricFamily(f"longread_engine_{clean}", "As the engine counts it.", value=float(value))
+            if name in _COUNTERS:
+                yield CounterMetricFamily(f"longread_engine_{name}", _COUNTERS[name], value=value)
+            else:
+                yield GaugeMetricFamily(f"longread_engine_{name}", _GAUGES[name], value=value)

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Stop = str | list[str] | None
 
@@ -15,7 +15,7 @@ Stop = str | list[str] | None
 class Request(BaseModel):
     """What every request body has in common: no argument goes unseen, no number is NaN."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 class StreamOptions(Request):
@@ -40,7 +40,8 @@ class OpenAIRequest(Writing):
     """What completions and chats share. `user`, `metadata` and `store` change nothing here and are accepted."""
 
     model: Annotated[str, Field(max_length=1000)]
-    n: Annotated[int, Field(ge=1, le=1000)] | None = 1
+    n: Annotated[int, Field(ge=1)] | None = 1
+    """At most the server's limit `choices`, divided by the number of prompts."""
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     learn: bool = True
@@ -56,14 +57,14 @@ class OpenAIRequest(Writing):
     @classmethod
     def _zero(cls, value: float | None) -> float | None:
         if value:
-            raise ValueError("only 0 is possible here; use repetition_penalty")
+            raise ValueError("it must be 0, and repetition_penalty can be used instead")
         return value
 
     @field_validator("logit_bias")
     @classmethod
     def _empty(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         if value:
-            raise ValueError("biases are not possible here; leave it out")
+            raise ValueError("it must be empty or left out, as there are no biases here")
         return value
 
 
@@ -81,14 +82,14 @@ class CompletionRequest(OpenAIRequest):
     @classmethod
     def _one(cls, value: int | None) -> int | None:
         if value not in (None, 1):
-            raise ValueError("only 1 is possible here; ask for n and choose")
+            raise ValueError("it must be 1, so ask for n and choose")
         return value
 
     @field_validator("suffix")
     @classmethod
     def _none(cls, value: str | None) -> str | None:
         if value:
-            raise ValueError("the model writes from left to right only; leave it out")
+            raise ValueError("it must be left out, as the model writes from left to right only")
         return value
 
 

@@ -56,8 +56,14 @@ class Service:
     """What is under way."""
 
     def __post_init__(self) -> None:
+        self.scratch = self.scratch.absolute()
         self.meters.follow(self.engine.stats)
         self._threads = ThreadPoolExecutor(THREADS, "longread-server")
+
+    @property
+    def directories(self) -> list[Path]:
+        """Where files are, of which no client shall hear."""
+        return [self.scratch] if self.engine.directory is None else [self.scratch, self.engine.directory]
 
     def tidy(self) -> None:
         """Removes what a killed server left of files on their way."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 from longread.server.openai_models import Request, TokenId, Writing
 
 Label = Annotated[str, Field(max_length=200)]
-Position = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+Position = Annotated[int, Field(ge=0, lt=2**53)]
 Bin = Annotated[int, Field(ge=1, le=2**20)]
 SessionId = Annotated[str, Field(max_length=64)]
 
@@ -46,7 +46,8 @@ class Passage(Request):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.text is None) == (self.tokens is None):
-            raise ValueError("give either text or tokens")
+            given = "neither text nor tokens is" if self.text is None else "text and tokens are both"
+            raise ValueError(f"{given} given; give one of the two")
         return self
 
 

@@ -44,7 +44,7 @@ class EventStream(Response):
             except OSError:  # the client takes nothing any more, or has gone
                 return
             except Exception as error:
-                answer = as_api_error(error)
+                answer = as_api_error(error, scope["app"].state.service.directories)
                 if answer.status_code == 500:
                     logger.exception("a stream failed")
                 await put(_written(("error" if self._named else None, answer.body)))

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 
-from longread.server.errors import ApiError
+from longread.config import UserError
+from longread.engine import Busy, TooLarge
+from longread.server.errors import ApiError, without_paths
 from longread.server.replies import REPLIES
 from longread.server.service import Service, Tenant, TheService
 from longread.server.session_models import Label, SessionObject
@@ -59,7 +61,16 @@ async def restore(
 ) -> dict[str, Any]:
     """A new session from a file that was downloaded before, here or elsewhere."""
     async with _received(service, request) as path:
-        return (await catalog.restore(tenant, path, label)).shown()
+        try:
+            return (await catalog.restore(tenant, path, label)).shown()
+        except (Busy, TooLarge):
+            raise
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            reason = without_paths(str(error).partition("; ")[0], service.directories)
+            remedy = "send one that GET /v1/sessions/{id}/file of a server with this model gave"
+            raise ApiError(400, f"{reason}; {remedy}") from None
 
 
 @contextlib.asynccontextmanager
