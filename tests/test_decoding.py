@@ -10,31 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.config import InnerConfig, ModelConfig
 from longread.inner_loop import Decoder, begin, next_token_logits, places, read
-from longread.model import Past, Ring, Transformer, initialize
+from longread.model import Past, Ring, Transformer
 from longread.ops.attention.reference import reference_attention
 from longread.ops.attention.ring import plain_ring_attention, ring_attention
 from longread.session import Session
-
-M = 4
-INNER = InnerConfig(lr=0.7, clip=0.5)
+from tests.tiny import INNER, M, make
 
 
-def make(**changes: object) -> Transformer:
-    fields = {
-        "vocab_size": 19,
-        "width": 16,
-        "num_blocks": 4,
-        "num_heads": 2,
-        "mlp_hidden": 24,
-        "window_size": 6,
-        "mini_batch_size": M,
-        "num_suffix_blocks": 2,
-    }
-    model = Transformer(ModelConfig(**fields | changes)).double()  # type: ignore[arg-type]
-    initialize(model, seed=3)
-    return model
+def make_wide(**changes: object) -> Transformer:
+    return make(3, torch.float64, **changes)
 
 
 def tokens(n: int, B: int = 2, seed: int = 0) -> Tensor:
@@ -89,7 +74,7 @@ def test_float64_is_never_left_to_a_kernel() -> None:
 )
 def test_decoding_is_reading_token_by_token(changes: dict, learn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "SPARE", 5)  # so that room runs out
-    model, text = make(**changes), tokens(5 * M + 3)
+    model, text = make_wide(**changes), tokens(5 * M + 3)
     for begun in (1, M - 1, M, M + 1, 2 * M + 2):
         state = read(model, begin(model, 2), text[:, :begun], inner=INNER, learn=learn).state
         decoder = Decoder(model, state, INNER, learn=learn)
@@ -103,7 +88,7 @@ def test_decoding_is_reading_token_by_token(changes: dict, learn: bool, monkeypa
 
 
 def test_writers_of_one_model_take_turns() -> None:
-    model = make()
+    model = make_wide()
     alone = []
     for seed in (1, 2):
         session = Session(model, INNER)
@@ -118,7 +103,7 @@ def test_writers_of_one_model_take_turns() -> None:
 
 
 def test_a_session_can_be_used_while_it_writes() -> None:
-    plain, disturbed = (Session(make(), INNER) for _ in range(2))
+    plain, disturbed = (Session(make_wide(), INNER) for _ in range(2))
     for session in (plain, disturbed):
         session.read(tokens(9, 1)[0])
     expected = list(plain.generate(12, seed=0))
@@ -140,13 +125,13 @@ def test_places_follow_a_model_that_is_cast() -> None:
         session.read(tokens(9, 1)[0])
         return list(session.generate(6, temperature=0))
 
-    model = make()
+    model = make_wide()
     written(model)
-    assert written(model.float()) == written(make().float())
+    assert written(model.float()) == written(make_wide().float())
 
 
 def test_places_do_not_keep_their_model() -> None:
-    model = make()
+    model = make_wide()
     state = read(model, begin(model, 1), tokens(3, 1), inner=INNER).state
     Decoder(model, state, INNER).read(torch.tensor([1]))
     gone = weakref.ref(model)
@@ -159,7 +144,7 @@ def test_places_do_not_keep_their_model() -> None:
 @pytest.mark.parametrize("changes", [{}, {"attention": "full"}], ids=str)
 def test_captured_decoding_is_reading(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "SPARE", 16)
-    model, text = make(width=32, mini_batch_size=8, window_size=24, **changes), tokens(50)
+    model, text = make_wide(width=32, mini_batch_size=8, window_size=24, **changes), tokens(50)
     state = read(model, begin(model, 2), text, inner=INNER).state
     expected = next_token_logits(model, state)
     model = model.float().cuda()

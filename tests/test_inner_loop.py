@@ -10,28 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.config import InnerConfig, ModelConfig
 from longread.inner_loop import ReadingState, begin, captured, next_token_logits, read, reading
-from longread.model import Transformer, initialize
+from longread.model import Transformer
 from longread.outer_loop import end_to_end_loss, static_loss
-
-M = 4
-INNER = InnerConfig(lr=0.7, clip=0.5)
+from tests.tiny import INNER, M, make
 
 
-def make(**changes: object) -> Transformer:
-    fields = {
-        "vocab_size": 19,
-        "width": 16,
-        "num_blocks": 4,
-        "num_heads": 2,
-        "mlp_hidden": 24,
-        "window_size": 6,
-        "mini_batch_size": M,
-        "num_suffix_blocks": 2,
-    }
-    model = Transformer(ModelConfig(**fields | changes)).double()  # type: ignore[arg-type]
-    initialize(model, seed=3)
+def make_wide(**changes: object) -> Transformer:
+    model = make(3, torch.float64, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 1.5
@@ -62,7 +48,7 @@ def equal_states(a: ReadingState, b: ReadingState) -> None:
 @pytest.mark.parametrize("window", [1, 3, 6, 40])
 @pytest.mark.parametrize("attention", ["window", "full"])
 def test_reading_scores_what_training_scores(window: int, attention: str) -> None:
-    model = make(window_size=window, attention=attention)
+    model = make_wide(window_size=window, attention=attention)
     text = tokens(5 * M + 1)
     _, nll, norms = read_in(model, text, [5 * M + 1])
     mask = torch.ones_like(text[:, 1:], dtype=torch.bool)
@@ -80,7 +66,7 @@ def test_reading_scores_what_training_scores(window: int, attention: str) -> Non
 @pytest.mark.parametrize("stretch", [M, 2 * M, 2048])
 def test_every_split_is_the_same_reading(length: int, stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "STRETCH", stretch)
-    model = make()
+    model = make_wide()
     text = tokens(length)
     whole = read_in(model, text, [length])
     splits = [[1] * length, [length - 1, 1], [1, length - 1]]
@@ -98,7 +84,7 @@ def test_every_split_is_the_same_reading(length: int, stretch: int, monkeypatch:
     "options", [{"attention": "full"}, {"num_suffix_blocks": 0}, {"num_suffix_blocks": 1}], ids=str
 )
 def test_other_networks_read_in_pieces_too(options: dict, learn: bool) -> None:
-    model = make(**options)
+    model = make_wide(**options)
     text = tokens(3 * M + 2)
     whole, pieces = (read_in(model, text, sizes, learn) for sizes in ([14], [1, 3, 5, 4, 1]))
     torch.testing.assert_close(pieces[1], whole[1], rtol=1e-10, atol=1e-12, equal_nan=True)
@@ -107,7 +93,7 @@ def test_other_networks_read_in_pieces_too(options: dict, learn: bool) -> None:
 
 def test_the_step_waits_for_the_first_token_of_the_next_mini_batch() -> None:
     """Token M − 1 is the last input of the first mini-batch, and token M its last target."""
-    model = make()
+    model = make_wide()
     text = tokens(M + 1)
     at_m = read(model, begin(model, 2), text[:, :M], inner=INNER)
     assert at_m.inner_grad_norm.shape[1] == 0
@@ -121,7 +107,7 @@ def test_the_step_waits_for_the_first_token_of_the_next_mini_batch() -> None:
 
 
 def test_masked_tokens_teach_nothing() -> None:
-    model = make()
+    model = make_wide()
     text = tokens(2 * M + 1)
     mask = torch.ones_like(text, dtype=torch.bool)
     mask[:, 2] = False
@@ -131,7 +117,7 @@ def test_masked_tokens_teach_nothing() -> None:
 
 
 def test_a_frozen_stretch_is_never_learned_from() -> None:
-    model = make()
+    model = make_wide()
     text = tokens(3 * M + 1)
     learned = read(model, begin(model, 2), text[:, : M + 2], inner=INNER)
     frozen = read(model, learned.state, text[:, M + 2 : M + 4], inner=INNER, learn=False)
@@ -144,7 +130,7 @@ def test_a_frozen_stretch_is_never_learned_from() -> None:
 
 def test_a_state_is_a_value() -> None:
     """Two futures of one past do not disturb each other."""
-    model = make()
+    model = make_wide()
     start = read(model, begin(model, 2), tokens(M + 2), inner=INNER).state
     copy = [x.clone() for x in start.tensors]
     one = read(model, start, tokens(9, seed=1), inner=INNER)
@@ -155,7 +141,7 @@ def test_a_state_is_a_value() -> None:
 
 
 def test_reading_keeps_no_graph() -> None:
-    model = make()
+    model = make_wide()
     result = read(model, begin(model, 2), tokens(5 * M + 2), inner=INNER)
     for tensor in (*result.state.tensors, result.nll, result.inner_grad_norm):
         assert tensor.grad_fn is None
@@ -164,7 +150,7 @@ def test_reading_keeps_no_graph() -> None:
 
 
 def test_the_state_has_one_size_at_any_length() -> None:
-    model = make(mini_batch_size=32, window_size=48).float()
+    model = make_wide(mini_batch_size=32, window_size=48).float()
     state = begin(model)
     sizes = {}
     for n in (1024, 4096, 16384):
@@ -181,7 +167,7 @@ def live_bytes() -> int:
 
 def test_memory_is_flat_from_1k_to_64k_tokens() -> None:
     """Tensors alive after reading 1K tokens and after 64K: the same bytes."""
-    model = make(mini_batch_size=64, window_size=64).float()
+    model = make_wide(mini_batch_size=64, window_size=64).float()
     state = read(model, begin(model), tokens(1025, B=1), inner=INNER).state
     after_1k = live_bytes()
     for i in range(63):
@@ -191,7 +177,7 @@ def test_memory_is_flat_from_1k_to_64k_tokens() -> None:
 
 
 def test_nothing_read_predicts_nothing() -> None:
-    model = make()
+    model = make_wide()
     with pytest.raises(ValueError, match="nothing has been read"):
         next_token_logits(model, begin(model))
     empty = read(model, begin(model, 3), torch.empty(3, 0, dtype=torch.long), inner=INNER)
@@ -200,7 +186,7 @@ def test_nothing_read_predicts_nothing() -> None:
 
 
 def test_float32_reading_agrees_with_float64() -> None:
-    model = make()
+    model = make_wide()
     text = tokens(6 * M + 1)
     wide = read(model, begin(model, 2), text, inner=INNER).nll
     narrow = read(model.float(), begin(model, 2), text, inner=INNER).nll
@@ -210,7 +196,7 @@ def test_float32_reading_agrees_with_float64() -> None:
 
 def test_fast_weights_are_float32_under_a_half_precision_model() -> None:
     """A step of η g is far below the rounding of bfloat16 weights."""
-    model = make()
+    model = make_wide()
     text = tokens(6 * M + 1)
     wide = read(model, begin(model, 2), text, inner=INNER).nll
     half = read(model.bfloat16(), begin(model, 2), text, inner=INNER)
@@ -220,7 +206,7 @@ def test_fast_weights_are_float32_under_a_half_precision_model() -> None:
 
 
 def test_a_reader_that_is_kept_does_not_keep_its_model() -> None:
-    model = make()
+    model = make_wide()
     reader, gone = captured.CapturedReader(model, 1, INNER), weakref.ref(model)
     assert reader.model is model
     del model
@@ -229,7 +215,7 @@ def test_a_reader_that_is_kept_does_not_keep_its_model() -> None:
 
 
 def test_states_can_be_replaced_field_by_field() -> None:
-    state = begin(make())
+    state = begin(make_wide())
     assert dataclasses.replace(state, position=7).position == 7
 
 
@@ -237,7 +223,7 @@ def test_states_can_be_replaced_field_by_field() -> None:
 @pytest.mark.parametrize("window", [16, 24, 40])
 def test_replaying_graphs_is_reading(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long text on a GPU, captured, against float64 on a CPU; strips wrap several times, and pieces end anywhere."""
-    model = make(window_size=window, mini_batch_size=8, width=32, mlp_hidden=32)
+    model = make_wide(window_size=window, mini_batch_size=8, width=32, mlp_hidden=32)
     text = tokens(40 * 8 + 5)
     expected = read_in(model, text, [text.shape[1]])
     model = model.float().cuda()

@@ -8,32 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from longread.config import InnerConfig, ModelConfig, UserError
-from longread.model import Transformer, initialize
+from longread.config import UserError
 from longread.session import Session
-
-M = 4
-INNER = InnerConfig(lr=0.7, clip=0.5)
-
-
-def make(seed: int = 0, **changes: object) -> Transformer:
-    fields = {
-        "vocab_size": 19,
-        "width": 16,
-        "num_blocks": 4,
-        "num_heads": 2,
-        "mlp_hidden": 24,
-        "window_size": 6,
-        "mini_batch_size": M,
-        "num_suffix_blocks": 2,
-    }
-    model = Transformer(ModelConfig(**fields | changes))  # type: ignore[arg-type]
-    initialize(model, seed=seed)
-    return model
-
-
-def text(n: int, seed: int = 0) -> list[int]:
-    return torch.randint(19, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+from tests.tiny import INNER, M, make, text
 
 
 def after(n: int, **changes: object) -> Session:

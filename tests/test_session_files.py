@@ -16,34 +16,12 @@ import torch
 from torch import Tensor
 
 from longread import files
-from longread.config import InnerConfig, ModelConfig, UserError
+from longread.config import UserError
 from longread.files import FORMAT, digest, read_tensors, write_tensors
 from longread.inner_loop.step import matrices
-from longread.model import Transformer, initialize
+from longread.model import Transformer
 from longread.session import KIND, STORAGES, Session
-
-M = 4
-INNER = InnerConfig(lr=0.7, clip=0.5)
-
-
-def make(seed: int = 0, **changes: object) -> Transformer:
-    fields = {
-        "vocab_size": 19,
-        "width": 16,
-        "num_blocks": 4,
-        "num_heads": 2,
-        "mlp_hidden": 24,
-        "window_size": 6,
-        "mini_batch_size": M,
-        "num_suffix_blocks": 2,
-    }
-    model = Transformer(ModelConfig(**fields | changes))  # type: ignore[arg-type]
-    initialize(model, seed=seed)
-    return model
-
-
-def text(n: int, seed: int = 0) -> list[int]:
-    return torch.randint(19, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+from tests.tiny import INNER, M, make, text
 
 
 def after(n: int, model: Transformer | None = None) -> Session:

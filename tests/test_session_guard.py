@@ -10,30 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.config import InnerConfig, ModelConfig
+from longread.config import InnerConfig
 from longread.inner_loop import begin, read, step
 from longread.inner_loop.step import longest_step, matrices
-from longread.model import Transformer, initialize
+from longread.model import Transformer
 from longread.session import Session
-
-M = 4
-INNER = InnerConfig(lr=0.7, clip=0.5)
-
-
-def make(seed: int = 0, **changes: object) -> Transformer:
-    fields = {
-        "vocab_size": 19,
-        "width": 16,
-        "num_blocks": 4,
-        "num_heads": 2,
-        "mlp_hidden": 24,
-        "window_size": 6,
-        "mini_batch_size": M,
-        "num_suffix_blocks": 2,
-    }
-    model = Transformer(ModelConfig(**fields | changes))  # type: ignore[arg-type]
-    initialize(model, seed=seed)
-    return model
+from tests.tiny import INNER, M, make
 
 
 def text(n: int, seed: int = 0) -> Tensor:

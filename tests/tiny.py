@@ -1,0 +1,33 @@
+"""The smallest network in which nothing is trivial, and texts for it; shared by the tests of readers."""
+
+from __future__ import annotations
+
+import torch
+
+from longread.config import InnerConfig, ModelConfig
+from longread.model import Transformer, initialize
+
+M = 4
+INNER = InnerConfig(lr=0.7, clip=0.5)
+
+
+def make(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
+    """Four blocks, two of which learn; `changes` are fields of its config."""
+    fields = {
+        "vocab_size": 19,
+        "width": 16,
+        "num_blocks": 4,
+        "num_heads": 2,
+        "mlp_hidden": 24,
+        "window_size": 6,
+        "mini_batch_size": M,
+        "num_suffix_blocks": 2,
+    }
+    model = Transformer(ModelConfig(**fields | changes)).to(dtype)  # type: ignore[arg-type]
+    initialize(model, seed=seed)
+    return model
+
+
+def text(n: int, seed: int = 0) -> list[int]:
+    """Token ids."""
+    return torch.randint(19, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
