@@ -19,8 +19,13 @@ UNIT = 1024
 PRETRAINING_STEPS = 1000
 """Of 64 units of tokens each: 65.5M tokens."""
 BOX_STEPS = 4000
-EXTENSION_STEPS = 50
-"""Of 128 units: 10 % of the tokens of pre-training."""
+BOX_EXTENSIONS = {8: 150, 32: 100}
+"""Context length in units -> steps of 128 units."""
+EXTENSION_STEPS = 200
+"""Of 128 units: 40 % of the tokens of pre-training. With 10 % full attention does not recover from its new rotary
+base."""
+RATE_STEPS = 200
+"""Of pre-training, to compare rates."""
 LADDER = (2, 4, 8, 16, 32)
 """Context lengths of extension, in units."""
 BOXED = "box-32"
@@ -28,6 +33,8 @@ BOXED = "box-32"
 METHODS = ("e2e", "swa", "full", "hybrid", "naive", "gdn", "mamba2", "kvb")
 SPEEDS = dict.fromkeys(METHODS, 3.5e6) | {"e2e": 1.1e6, "kvb": 0.7e6, "mamba2": 1e6, "gdn": 1e6}
 """Tokens a second of training at one unit on an H200; of the recurrences without kernels a guess."""
+WEIGHTS = {"e2e": 3, "kvb": 3, "mamba2": 3, "gdn": 3}
+"""Share of a GPU's room that a job takes, of memory mostly: up to 60 GiB; others take 1."""
 OVERHEAD = 20.0
 """Seconds of a job beside its training: start, capture, evaluation."""
 
@@ -50,6 +57,10 @@ class Job:
     tokens: int = 0
     context: int = 0
     experiment: str = ""
+
+    @property
+    def weight(self) -> int:
+        return WEIGHTS.get(self.method, 1)
 
 
 @dataclass
@@ -139,6 +150,8 @@ class Plan:
         if method not in get_args(Method):
             return name
         steps = self.steps(steps)
+        if experiment not in ("rates", "stability", "toy"):
+            sets = (*CHOSEN.get(method, ()), *sets)
         commands = [self.train(name, method, context, steps, seed, init, sets)]
         commands += self.evaluations(name, [context] if contexts is None else contexts, kinds)
         tokens = steps * (64 if init is None else 128) * self.unit
@@ -169,10 +182,21 @@ def jobs(plan: Plan) -> list[Job]:
     """All jobs, the most important first. Methods that this Longread does not have are left out."""
     unit = plan.unit
 
-    # e: the model in the box
-    plan.model("box", 0, "e2e", 1, BOX_STEPS, experiment="box")
-    plan.model("box-8", 0, "e2e", 8, 3 * EXTENSION_STEPS, init="box", experiment="box")
-    plan.model(BOXED, 0, "e2e", 32, 2 * EXTENSION_STEPS, init="box-8", contexts=(1, 8, 32, 64), experiment="box")
+    # the model in the box, and its twins: equal tokens
+    for name, method, tier in (("box", "e2e", 0), ("twin-swa", "swa", 6), ("twin-full", "full", 6)):
+        plan.model(name, tier, method, 1, BOX_STEPS, experiment="box")
+        plan.model(f"{name}-8", tier, method, 8, BOX_EXTENSIONS[8], init=name, experiment="box")
+        plan.model(
+            f"{name}-32", tier, method, 32, BOX_EXTENSIONS[32], init=f"{name}-8", contexts=(1, 8, 32, 64),
+            experiment="box",
+        )  # fmt: skip
+
+    # the rates of each method, before anything else is said of it
+    for method, table in RATES.items():
+        for name, settings in table.items():
+            plan.model(
+                f"rate-{method}-{name}", 1, method, 1, RATE_STEPS, sets=settings, kinds=("books",), experiment="rates"
+            )
 
     # b, c: loss by context length and by token index
     for method in ("e2e", "full", "swa"):
@@ -183,22 +207,20 @@ def jobs(plan: Plan) -> list[Job]:
     # f, g: needles, and how well models continue a text
     probes(plan, 3)
 
-    # h: meta-gradients at equal tokens; their logs give equal time
-    for name, setting in META_GRADIENTS.items():
-        plan.model(f"meta-{name}", 2, "e2e", 1, PRETRAINING_STEPS, sets=(setting,), contexts=(1,), experiment="meta")
-        plan.model(
-            f"meta-{name}-8", 2, "e2e", 8, EXTENSION_STEPS, sets=(setting,), init=f"meta-{name}", experiment="meta"
-        )
+    # h: meta-gradients at equal tokens, and first-order at equal time
+    for name, (settings, share, seeds) in META_GRADIENTS.items():
+        for seed in seeds:
+            run, steps = f"meta-{name}-s{seed}", round(PRETRAINING_STEPS * share)
+            plan.model(run, 2, "e2e", 1, steps, seed=seed, sets=settings, experiment="meta")
+            steps = round(EXTENSION_STEPS * share)
+            plan.model(f"{run}-8", 2, "e2e", 8, steps, seed=seed, init=run, sets=settings, experiment="meta")
 
     # two more seeds of what is claimed
     for seed in (1, 2):
         for method in ("e2e", "full", "swa"):
             plan.ladder(3, method, seed, (32, 8, 2, 16, 4))
-    # is full attention only short of steps?
-    plan.model(
-        "full-s1-32-more", 3, "full", 32, 4 * EXTENSION_STEPS, seed=1, init="full-s1", contexts=(1, 32),
-        experiment="context",
-    )  # fmt: skip
+        for method in ("hybrid", "gdn", "mamba2", "naive", "kvb"):
+            plan.ladder(4, method, seed, (32, 8))
 
     # 4: what makes training diverge or stall
     for name, settings in STABILITY.items():
@@ -219,23 +241,18 @@ def jobs(plan: Plan) -> list[Job]:
     for name in ("suffix-1", "suffix-4", "e2e"):
         settings = ablations(unit)[name][1]
         plan.model(
-            f"ablate-{name}-8", 5, "e2e", 8, EXTENSION_STEPS, sets=settings, init=f"ablate-{name}", kinds=("books",),
-            experiment="ablation",
-        )  # fmt: skip
-
-    # the boxed model's twins: equal tokens
-    for method in ("swa", "full"):
-        plan.model(f"twin-{method}", 6, method, 1, BOX_STEPS, experiment="box")
-        plan.model(f"twin-{method}-8", 6, method, 8, 3 * EXTENSION_STEPS, init=f"twin-{method}", experiment="box")
-        plan.model(
-            f"twin-{method}-32", 6, method, 32, 2 * EXTENSION_STEPS, init=f"twin-{method}-8", contexts=(1, 8, 32, 64),
-            experiment="box",
+            f"ablate-{name}-8", 5, "e2e", 8, PRETRAINING_STEPS // 20, sets=settings, init=f"ablate-{name}",
+            kinds=("books",), experiment="ablation",
         )  # fmt: skip
 
     # e: from key-value binding to the end-to-end loss
     plan.model("kvb-simplified", 6, "kvb", 1, PRETRAINING_STEPS, sets=("model.binding.output=key",), experiment="kvb")
     every = (f"model.num_suffix_blocks={BLOCKS}", f"model.mlp_hidden={equal_hidden(BLOCKS)}")
     plan.model("e2e-every-block", 6, "e2e", 1, PRETRAINING_STEPS, sets=every, experiment="kvb")
+
+    # a larger model that a small one can draft for
+    plan.model("verifier", 6, "full", 1, VERIFIER_STEPS, sets=VERIFIER, experiment="speculative")
+    plan.model("verifier-8", 6, "full", 8, EXTENSION_STEPS, init="verifier", sets=VERIFIER, experiment="speculative")
 
     # a: the toy of Figure 2
     for name, (method, settings) in TOYS.items():
@@ -247,10 +264,35 @@ BLOCKS, HIDDEN = 8, 640
 """Of the small recipe, before F makes room for fast MLPs."""
 
 META_GRADIENTS = {
-    "first-order": "meta_gradient=first-order",
-    "cut-2": "truncate_after=2",
-    "cut-4": "truncate_after=4",
+    "first-order": (("meta_gradient=first-order",), 1.0, (0, 1, 2)),
+    "first-order-longer": (("meta_gradient=first-order",), 1.35, (0,)),
+    "cut-2": (("truncate_after=2",), 1.0, (0,)),
+    "cut-4": (("truncate_after=4",), 1.0, (0,)),
 }
+"""Name -> settings, steps as a share of those of the exact gradient, seeds. 1.35: equal operations, see
+`experiments.flops`."""
+
+VERIFIER_STEPS = 3000
+VERIFIER = ("model.width=512", "model.num_heads=8", "model.mlp_hidden=1280")
+"""27M parameters."""
+
+OUTER_RATES = {"1e-3": ("optimizer.lr=1e-3",), "3e-3": (), "1e-2": ("optimizer.lr=1e-2",)}
+RATES: dict[str, dict[str, tuple[str, ...]]] = {
+    "swa": OUTER_RATES,
+    "full": OUTER_RATES,
+    "gdn": OUTER_RATES,
+    "mamba2": OUTER_RATES,
+    "kvb": OUTER_RATES
+    | {
+        "inner-0.1": ("model.binding.lr=0.1",),
+        "inner-0.3": ("model.binding.lr=0.3",),
+        "inner-3": ("model.binding.lr=3",),
+        "inner-no-clip": ("model.binding.clip=null",),
+    },
+}
+"""Of the baselines; those of TTT-E2E are in `STABILITY`."""
+CHOSEN: dict[str, tuple[str, ...]] = {}
+"""Method -> settings of its runs where the search found better ones than the recipe's."""
 
 STABILITY = {
     "base": (),
@@ -292,14 +334,14 @@ def probes(plan: Plan, tier: int) -> None:
     essays = ["--haystack", str(plan.data / "text" / "books" / "validation")]
     for name in (*models, BOXED):
         result = plan.result_of(f"needle-{name}", "needle")
-        arguments = ["needle", str(plan.run_of(name)), "--variants", "1", "2", *essays, "--contexts", *contexts]
+        arguments = ["needle", str(plan.run_of(name)), "--variants", "1", "2", "3", *essays, "--contexts", *contexts]
         arguments += [
             "--samples",
             str(min(10, plan.documents or 10)),
             "--batch-size",
             "50",
             "--max-tokens",
-            "24",
+            "48",
             "--json",
             str(result),
         ]

@@ -53,8 +53,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="where results go")
     parser.add_argument("--seconds", type=float, required=True, help="of this call, packing included")
     parser.add_argument("--gpus", type=int, help="default: all; 0: run on the CPU")
-    parser.add_argument("--per-gpu", type=int, default=3, help="processes on each GPU")
-    parser.add_argument("--first-gpu", type=int, help="processes on the first one, where the first job goes")
+    parser.add_argument("--per-gpu", type=int, default=7, help="room on each GPU; a job takes 3 if it learns, else 1")
+    parser.add_argument("--first-gpu", type=int, help="room on the first one, where the first job goes")
     parser.add_argument("--scale", type=float, help="of all numbers of steps (default 1)")
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="jobs, and what they need, in this order"
@@ -92,6 +92,7 @@ class Runner:
             self.state = json.loads((self.work / "state.json").read_text(encoding="utf-8"))
         self.forks = True
         self.running: list[Running] = []
+        self.waiting: list[Job] = []
         self.packing: int | None = None
 
     def run(self) -> int:
@@ -192,19 +193,19 @@ class Runner:
 
     def schedule(self, jobs_: list[Job]) -> None:
         packed = time.monotonic()
-        waiting = [job for job in jobs_ if self.status(job.name) not in ("done", "failed")]
-        while (waiting or self.running) and time.monotonic() < self.deadline:
+        self.waiting = [job for job in jobs_ if self.status(job.name) not in ("done", "failed")]
+        while (self.waiting or self.running) and time.monotonic() < self.deadline:
             self.reap()
             names = {job.name for job in jobs_}
-            for job in list(waiting):
-                gpu = self.free_gpu()
-                if gpu is None:
-                    break
+            for job in list(self.waiting):
                 if any(need not in names or self.status(need) in ("failed", "left out") for need in job.needs):
                     self.finished(job, "left out", 0, -1, 0.0)
-                    waiting.remove(job)
+                    self.waiting.remove(job)
                 elif all(self.status(need) == "done" for need in job.needs) and self.fits(job):
-                    waiting.remove(job)
+                    gpu = self.free_gpu(job.weight)
+                    if gpu is None:
+                        break  # a lighter one behind it might fit, again and again
+                    self.waiting.remove(job)
                     self.start(job, gpu)
             if time.monotonic() - packed > PACK_EVERY and self.packing is None:
                 packed, self.packing = time.monotonic(), self.launch("pack", "")
@@ -219,13 +220,15 @@ class Runner:
             return False
         return not self.options.last or estimated_seconds(job) * 1.3 < left
 
-    def free_gpu(self) -> int | None:
-        """The GPU with the fewest jobs that has room; 0 without a GPU, for one job at a time."""
-        counts = [sum(r.gpu == gpu for r in self.running) for gpu in range(max(1, self.gpus))]
-        room = [self.options.per_gpu if self.gpus else 1] * len(counts)
+    def free_gpu(self, weight: int) -> int | None:
+        """The GPU with the least work that has room for such a job; 0 without a GPU, for one job at a time."""
+        if not self.gpus:
+            return None if self.running else 0
+        taken = [sum(r.job.weight for r in self.running if r.gpu == gpu) for gpu in range(self.gpus)]
+        room = [self.options.per_gpu] * self.gpus
         room[0] = self.options.first_gpu or room[0]
-        free = [gpu for gpu in range(len(counts)) if counts[gpu] < room[gpu]]
-        return min(free, key=lambda gpu: (counts[gpu], room[gpu], gpu)) if free else None
+        free = [gpu for gpu in range(self.gpus) if taken[gpu] + weight <= max(room[gpu], weight * (not taken[gpu]))]
+        return min(free, key=lambda gpu: (taken[gpu], room[gpu], gpu)) if free else None
 
     def start(self, job: Job, gpu: int) -> None:
         pid = self.launch(job.name, str(gpu) if self.gpus else "")
@@ -242,7 +245,17 @@ class Runner:
                 word = {0: "done", INTERRUPTED: "interrupted"}.get(
                     code, "interrupted" if self.late and code < 0 else "failed"
                 )
+                if word == "failed" and self.once_more(running.job):
+                    word = "once more"
                 self.finished(running.job, word, code, running.gpu, time.monotonic() - running.started)
+
+    def once_more(self, job: Job) -> bool:
+        """Whether a job that has failed should come again: once, if only its neighbours left it no memory."""
+        crowded = "out of memory" in tail(self.work / "logs" / f"{job.name}.log")
+        if crowded and self.status(job.name) != "once more":
+            self.waiting.append(job)
+            return True
+        return False
 
     @property
     def late(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from longread.bench.cases import Case
 from longread.bench.gate import GateFailed, refusing_fallbacks, relative
 from longread.bench.machine import free_memory, peak_gib, precision_on, seconds
-from longread.bench.prefill import INNER, LOGITS_OFF, PIECE, reading_model
+from longread.bench.prefill import INNER, LOGITS_OFF, reading_model
 from longread.bench.profile import profiled
 from longread.bench.rows import Row, make_row
 from longread.inner_loop import next_token_logits, read
@@ -71,7 +71,5 @@ def check_writing(session: Session, count: int) -> None:
 
 def _session(model: Transformer, tokens: int) -> Session:
     session = Session(model, INNER)
-    text = torch.randint(model.config.vocab_size, (tokens,))
-    for first in range(0, tokens, PIECE):
-        session.read(text[first : first + PIECE])
+    session.read(torch.randint(model.config.vocab_size, (tokens,)))
     return session

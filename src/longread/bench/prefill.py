@@ -1,4 +1,4 @@
-"""The time of reading a context: in pieces and constant memory, or for full attention in one pass."""
+"""The time of reading a context: in constant memory, or for full attention in one pass."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from longread.bench.machine import free_memory, peak_gib, precision_on, seconds
 from longread.bench.profile import profiled
 from longread.bench.rows import Row, make_row
 from longread.config import InnerConfig
-from longread.inner_loop import Reading, ReadingState, begin, next_token_logits, read
+from longread.inner_loop import Reading, begin, next_token_logits, read
 from longread.model import Transformer, initialize
 
 INNER = InnerConfig()
-PIECE = 1 << 17
-"""Tokens handed to `read` at a time."""
+WARMING = 1 << 17
+"""Tokens of the first reading, which compiles and captures and is not timed, and of a profiled one; at most."""
 COMPARED = 9
 """Mini-batches at the start of the text that are also read one by one, without graphs."""
 SCORES_OFF = {"bfloat16": 0.05, "float32": 1e-3}
@@ -44,18 +44,11 @@ def read_whole(model: Transformer, text: Tensor) -> tuple[Tensor, object]:
     return model.logits(output[:, -1]), kept
 
 
-def read_in_pieces(model: Transformer, text: Tensor, piece: int = PIECE) -> ReadingState:
-    """The state after a text of any length."""
-    state = begin(model, text.shape[0])
-    for first in range(0, text.shape[1], piece):
-        state = read(model, state, text[:, first : first + piece], inner=INNER).state
-    return state
-
-
 def measure_prefill(case: Case, device: torch.device, *, repeats: int, profile: bool = False) -> tuple[Row, str | None]:
-    """Milliseconds per 1024 tokens of a context; the profile of one reading of at most a piece, if wanted.
+    """Milliseconds per 1024 tokens of a context; the profile of a reading of at most `WARMING` tokens, if wanted.
 
-    A context of more than a piece is read once.
+    What learns reads one token more: it is the target of the last one, without which the last mini-batch would teach
+    nothing. A context of more than `WARMING` tokens is read once.
 
     Raises:
         GateFailed: the text is scored differently than mini-batch by mini-batch.
@@ -63,22 +56,23 @@ def measure_prefill(case: Case, device: torch.device, *, repeats: int, profile: 
     """
     free_memory(device)
     model = reading_model(case, device)
-    text = torch.randint(case.config.model.vocab_size, (1, case.context), device=device)
+    target = 1 if model.config.num_suffix_blocks else 0
+    text = torch.randint(case.config.model.vocab_size, (1, case.context + target), device=device)
     work: Callable[[Tensor], object]
     if case.method == "full":
         work = lambda part: read_whole(model, part)  # noqa: E731 - one line says it
     else:
-        work = lambda part: read_in_pieces(model, part)  # noqa: E731
+        work = lambda part: read(model, begin(model), part, inner=INNER)  # noqa: E731
     check_text(case, model, text[:, : COMPARED * model.config.mini_batch_size + 1])
     free_memory(device)
+    warming = text[:, : WARMING + target]
     with refusing_fallbacks():
-        work(text[:, :PIECE])
-    times = [seconds(device, lambda: work(text)) for _ in range(repeats if case.context <= PIECE else 1)]
+        work(warming)
+    times = [seconds(device, lambda: work(text)) for _ in range(repeats if case.context <= WARMING else 1)]
     per_1k = [s * 1e3 / case.context * 1024 for s in times]
     row = make_row(case, per_1k, peak_gib(device))
-    part = text[:, :PIECE]
-    wall = row["value"] * part.shape[1] / 1024
-    return row, profiled(device, lambda: work(part), wall) if profile else None
+    wall = row["value"] * warming.shape[1] / 1024
+    return row, profiled(device, lambda: work(warming), wall) if profile else None
 
 
 def check_text(case: Case, model: Transformer, text: Tensor) -> None:

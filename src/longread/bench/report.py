@@ -9,7 +9,6 @@ from datetime import date
 from longread.bench.cases import MEASURES, METHODS, Case
 from longread.bench.flops import decoding_bytes, reading_flops, training_flops
 from longread.bench.machine import Machine
-from longread.bench.prefill import PIECE
 from longread.bench.rows import Row
 from longread.bench.run import Outcome
 
@@ -107,8 +106,8 @@ def _notes(work: str, outcome: Outcome) -> str:
         return "With no compiled kernel on the disk; PyTorch, the device and the weights are there already."
     if work == "prefill":
         return (
-            f"{floor} TTT-E2E and SWA read in pieces of {PIECE // 1024}K tokens and score every token; full attention "
-            "reads in one pass and gives the logits of the last."
+            f"{floor} TTT-E2E and SWA score every token in constant memory, TTT-E2E reads one more, the last target; "
+            "full attention reads in one pass and gives the logits of the last."
         )
     return (
         "Through `Session.generate`, inner steps included. × floor is the time over that of reading weights, fast "

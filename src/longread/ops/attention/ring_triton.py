@@ -1,7 +1,8 @@
 """Attention over a ring for NVIDIA GPUs: bound by memory, so the ring is split among enough programs to keep it busy.
 
 Each program takes the softmax over its share of the slots; a second kernel puts the shares together. The program whose
-share holds the new token's slot writes it down before it looks.
+share holds the new token's slot writes it down before it looks. In a share every row of a block runs a softmax of its
+own, over each BLOCK-th slot, and the rows are put together at the end: nothing in the loop waits for another row.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -10,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128
+BLOCK = 32
 """Slots that a program looks at together."""
 SHARE = 256
 """Slots of a program; more where the ring would have more than `MOST_SHARES`."""
 MOST_SHARES = 256
+WARPS, STAGES = 4, 3
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -41,7 +43,7 @@ def triton_ring_attention(
             query, key, value, *ring, position, mixed, statistics,
             R, share, R if window is None else min(window, R), H**-0.5,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-            H=H, WIDTH=width, BLOCK=BLOCK, num_warps=4,
+            H=H, WIDTH=width, BLOCK=BLOCK, STAGES=STAGES, num_warps=WARPS,
         )  # fmt: skip
         padded = triton.next_power_of_2(shares)
         warps = 4 if padded <= 64 else 8
@@ -52,7 +54,8 @@ def triton_ring_attention(
 @triton.jit(do_not_specialize=["R", "share", "window"])
 def _share_kernel(
     query, key, value, ring_key, ring_value, positions, mixed, statistics, R, share, window, scale,
-    query_b, query_n, key_b, key_n, value_b, value_n, H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    query_b, query_n, key_b, key_n, value_b, value_n,
+    H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     b, n, index = tl.program_id(2), tl.program_id(1), tl.program_id(0)
     position = tl.load(positions + b)
@@ -73,9 +76,10 @@ def _share_kernel(
         tl.store(ring_key + new, tl.load(key + b * key_b + n * key_n + column, inside, 0.0), inside)
         tl.store(ring_value + new, tl.load(value + b * value_b + n * value_n + column, inside, 0.0), inside)
         tl.debug_barrier()
-    highest, total = -1e30, 0.0
-    out = tl.zeros([WIDTH], tl.float32)
-    for first in range(begin, end, BLOCK):
+    highest = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    out = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for first in tl.range(begin, end, BLOCK, num_stages=STAGES):
         slot = first + tl.arange(0, BLOCK)
         back = here - slot
         token = position - tl.where(back < 0, back + R, back)
@@ -85,16 +89,18 @@ def _share_kernel(
         k = tl.load(ring_key + at, read, 0.0)
         v = tl.load(ring_value + at, read, 0.0)
         s = tl.where(visible, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
-        higher = tl.maximum(highest, tl.max(s, 0))
+        higher = tl.maximum(highest, s)
         p = tl.exp2(s - higher)
         shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(p, 0)
-        out = out * shrink + tl.sum(p[:, None] * v.to(tl.float32), 0)
+        total = total * shrink + p
+        out = out * shrink[:, None] + p[:, None] * v.to(tl.float32)
         highest = higher
+    most = tl.max(highest, 0)
+    weight = tl.exp2(highest - most)
     at = head * tl.num_programs(0) + index
-    tl.store(statistics + at * 2, highest)
-    tl.store(statistics + at * 2 + 1, total)
-    tl.store(mixed + at * H + column, out, inside)
+    tl.store(statistics + at * 2, most)
+    tl.store(statistics + at * 2 + 1, tl.sum(total * weight, 0))
+    tl.store(mixed + at * H + column, tl.sum(out * weight[:, None], 0), inside)
 
 
 @triton.jit(do_not_specialize=["shares"])
