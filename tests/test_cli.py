@@ -212,7 +212,14 @@ def test_an_interrupted_training_goes_on(home: Path, tmp_path: Path, capsys: pyt
     assert main(arguments) == 0
     assert "already holds a run; resume it" in fails(capsys, *arguments)
     assert main([*arguments, "--resume"]) == 0
-    assert main([*arguments[:5], str(tmp_path / "more"), *arguments[6:], "--init", str(tmp_path / "run")]) == 0
+    more = [*arguments[:5], str(tmp_path / "more"), *arguments[6:]]
+    assert main([*more, "--init", str(tmp_path / "run")]) == 0
+    assert main([*more, "--init", str(tmp_path / "run"), "--resume"]) == 0
+    assert main([*more, "--resume"]) == 0
+    assert main([*arguments[:5], str(tmp_path / "other"), *arguments[6:], "--set", "seed=1"]) == 0
+    assert f"began with the weights of {tmp_path / 'run'}" in fails(
+        capsys, *more, "--init", tmp_path / "other", "--resume"
+    )
 
 
 def test_stdin_that_is_interrupted_keeps_what_was_read(home: Path, tmp_path: Path) -> None:
@@ -255,6 +262,8 @@ def test_stdin_that_is_interrupted_keeps_what_was_read(home: Path, tmp_path: Pat
     ("content", "reason"),
     [
         (b"", "is empty; give a text"),
+        (b"\xef\xbb\xbf", "is empty; give a text"),
+        (b"\xef\xbb", "is not UTF-8 text"),
         (b"text\0text", "is not UTF-8 text"),
         (b"caf\xe9 au lait", "is not UTF-8 text"),
         (None, "cannot read .*: No such file"),
@@ -338,6 +347,24 @@ def test_a_text_without_spaces_is_read_in_pieces(tmp_path: Path) -> None:
     assert len(pieces) > 3
     assert max(len(ids) for ids, _ in pieces) <= 2 * (LONGEST + BLOCK)
     assert ByteTokenizer().decode([i for ids, _ in pieces for i in ids]) == path.read_text()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n \xef\xbb\xbftwo")
+    expected = list(b"one\r\n \xef\xbb\xbftwo")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    for name in (str(path), "-"):
+        pieces = list(read_tokens(name, ByteTokenizer()))
+        assert [i for ids, _ in pieces for i in ids] == expected
+        assert sum(sum(lengths) for _, lengths in pieces) == len(expected)
+
+
+def test_data_whose_replacement_was_killed_are_evaluated(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "data", tmp_path / ".data.0123abcd.new")
+    shutil.copytree(home / "data", tmp_path / ".data.0123abcd.old")
+    assert main(["evaluate", str(home / "run"), "--data", str(tmp_path / "data"), "--documents", "1"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_frozen_is_about_one_command(home: Path, tmp_path: Path) -> None:

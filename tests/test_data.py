@@ -113,6 +113,24 @@ def test_gzip(tmp_path: Path) -> None:
     assert texts_of(prepare([tmp_path], tmp_path / "out", BYTES)) == ["packed text", "packed row"]
 
 
+@pytest.mark.parametrize("block", [1, 2, 1 << 20])
+def test_a_byte_order_mark_is_no_text(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources_module, "BLOCK_BYTES", block)
+    mark = b"\xef\xbb\xbf"
+    text = b"first\r\n" + mark + b"second"
+    (tmp_path / "a.txt").write_bytes(mark + text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(mark + mark + text))
+    (tmp_path / "c.jsonl").write_bytes(mark + b'{"text": "a row"}\n')
+    (tmp_path / "d.txt").write_bytes(mark)
+    dataset = prepare([tmp_path], tmp_path / "out", BYTES)
+    assert dataset.document(0).tolist() == [BOS, *text]
+    assert dataset.document_bytes(0) == len(text)
+    assert dataset.document(1).tolist() == [BOS, *mark, *text]
+    assert texts_of(dataset)[2] == "a row"
+    assert dataset.index["skipped"] == {"empty": 1}
+    assert next(read_texts([tmp_path / "a.txt"])) == text.decode()
+
+
 def test_jsonl(tmp_path: Path) -> None:
     rows = [{"body": "ein Text\n"}, {"body": ""}, {"body": None}, {"body": "half \ud83e pair", "more": 1}]
     (tmp_path / "x.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
@@ -327,6 +345,8 @@ def bad_jsonl(line: str) -> dict[str, bytes]:
         ({"x.txt": b"a\0b"}, "x.txt", "is binary: it holds a NUL byte"),
         ({"x.txt": b"caf\xe9"}, "x.txt", "is binary: it is not valid UTF-8"),
         ({"x.txt": b"caf\xc3"}, "x.txt", "is binary: it is not valid UTF-8"),
+        ({"x.txt": b"\xef\xbb"}, "x.txt", "is binary: it is not valid UTF-8"),
+        ({"x.txt": b"\xef\xbb\xbf"}, "x.txt", "x.txt is empty"),
         ({"x.txt.gz": b"plain"}, "x.txt.gz", "is damaged: it ends in .gz"),
         ({"x.txt.gz": gzip.compress(b"text" * 99)[:-9]}, "x.txt.gz", "is damaged: it ends in .gz"),
         ({"x.txt": b"", "y.txt": b"\0"}, "", r"no text in the sources \(1 binary, 1 empty\)"),

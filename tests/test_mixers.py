@@ -377,22 +377,44 @@ def test_a_model_with_another_mixer_is_no_beginning(data: TokenDataset, tmp_path
     assert not (tmp_path / "second").exists()
 
 
+def wide(changes: dict) -> Transformer:
+    return make(**changes, width=64, num_heads=2, mlp_hidden=64, window_size=32, mini_batch_size=32)
+
+
+def gradients_of(model: Transformer, text: Tensor) -> Tensor:
+    """Of the static loss, all in one vector."""
+    text = text.to(model.device)
+    static_loss(model, text[:, :-1], text[:, 1:], torch.ones_like(text[:, 1:], dtype=torch.bool)).loss.backward()
+    return torch.cat([p.grad.flatten().cpu().double() for p in model.parameters()])
+
+
 @pytest.mark.gpu
 @each_mixer
 def test_a_gpu_reads_what_a_cpu_reads(changes: dict) -> None:
-    """bf16 with kernels, in pieces, against float64 without; and a gradient."""
-    model = make(**changes, width=64, num_heads=2, mlp_hidden=64, window_size=32, mini_batch_size=32)
+    """bf16 with kernels, in pieces, against float64 without."""
     text = tokens(1000)
-    expected = read_in(model, text, [1000])[1]
-    arguments = text[:, :-8], text[:, 1:-7], torch.ones_like(text[:, 8:], dtype=torch.bool)
-    static_loss(model, *arguments).loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    model = make(**changes, width=64, num_heads=2, mlp_hidden=64, window_size=32, mini_batch_size=32).float().cuda()
+    expected = read_in(wide(changes), text, [1000])[1]
+    model = wide(changes).float().cuda()
     model.compute_dtype = torch.bfloat16
     for sizes in ([1000], [333, 1, 1, 600, 65]):
         nll = read_in(model, text.cuda(), sizes)[1].cpu().double()
         assert (nll[:, 1:] - expected[:, 1:]).abs().mean().item() < 0.02
-    static_loss(model, *(x.cuda() for x in arguments)).loss.backward()
-    for name, p in model.named_parameters():
-        off = (p.grad.cpu().double() - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-6)
-        assert off.item() < 0.15, name
+
+
+@pytest.mark.gpu
+@each_mixer
+def test_gradients_on_a_gpu_are_those_of_a_cpu(changes: dict) -> None:
+    """float32 against float64; bf16 may be twice as far off as plain bf16 on a CPU.
+
+    How far that is depends on the network: these weights multiply a rounding error by a thousand.
+    """
+    text = tokens(1000)
+    expected = gradients_of(wide(changes), text)
+
+    def off(model: Transformer) -> float:
+        return ((gradients_of(model, text) - expected).norm() / expected.norm()).item()
+
+    assert off(wide(changes).float().cuda()) < 2e-3
+    plain, narrow = wide(changes).float(), wide(changes).float().cuda()
+    plain.compute_dtype = narrow.compute_dtype = torch.bfloat16
+    assert off(narrow) < 2 * off(plain)

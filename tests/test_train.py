@@ -329,6 +329,37 @@ def test_a_run_begins_with_the_weights_of_a_model_it_extends(tmp_path: Path, dat
         torch.testing.assert_close(begun[name], weights, rtol=0, atol=1e-9)
 
 
+def test_a_run_goes_on_with_or_without_the_weights_that_it_began_with(tmp_path: Path, data: TokenDataset) -> None:
+    train(change(steps=3), data, tmp_path / "short")
+    train(change(steps=4), data, tmp_path / "whole", initial=tmp_path / "short")
+    train(change(steps=2), data, tmp_path / "run", initial=tmp_path / "short", resume=True)
+    (tmp_path / "short").rename(tmp_path / "moved")
+    train(change(steps=3), data, tmp_path / "run", resume=True)
+    train(change(steps=4), data, tmp_path / "run", initial=tmp_path / "moved" / "model", resume=True)
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    run = files.read_json(tmp_path / "run" / "run.json", kind="run")
+    fingerprint = checkpoint.load_model(tmp_path / "moved").fingerprint
+    assert run["initial"] == {"path": str(tmp_path / "short"), "fingerprint": fingerprint}
+    assert files.read_json(tmp_path / "moved" / "run.json", kind="run")["initial"] is None
+
+
+def test_a_run_without_a_checkpoint_begins_again_with_the_same_weights(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(row: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    train(change(steps=3), data, tmp_path / "short")
+    train(CONFIG, data, tmp_path / "whole", initial=tmp_path / "short")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(CONFIG, data, tmp_path / "run", initial="short", on_step=die)
+    assert checkpoint.newest_checkpoint(tmp_path / "run") is None
+    monkeypatch.chdir("/")
+    train(CONFIG, data, tmp_path / "run", resume=True)
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_captured_gradient_is_the_plain_one(tmp_path: Path, data: TokenDataset) -> None:
     """Rates that change from step to step reach the graph, and its gradients the optimizer."""

@@ -141,6 +141,47 @@ def test_other_data_are_refused_on_resume(tmp_path: Path, data: TokenDataset) ->
         train(CONFIG, data, tmp_path / "other", validation=same)
 
 
+@pytest.mark.parametrize("checkpoint_every", [1, None])
+def test_other_initial_weights_are_refused_on_resume(
+    tmp_path: Path, data: TokenDataset, checkpoint_every: int | None
+) -> None:
+    def die(row: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    config = change(checkpoint_every=checkpoint_every)
+    a, b, extended, new = (tmp_path / name for name in ("a", "b", "extended", "new"))
+    for seed, path in enumerate((a, b)):
+        train(change(steps=1, seed=seed), data, path)
+    for path, initial in ((extended, a), (new, None)):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, data, path, initial=initial, on_step=die)
+    before = (extended / "metrics.jsonl").read_bytes()
+    remedy = r"resume without it, or train into another directory"
+    began = rf"^{extended} began with the weights of {a} \(\w{{8}}\), and {b} holds others \(\w{{8}}\); {remedy}$"
+    with pytest.raises(UserError, match=began):
+        train(config, data, extended, initial=b, resume=True)
+    with pytest.raises(UserError, match=rf"^{new} began with new weights, and {a} holds others \(\w{{8}}\); {remedy}$"):
+        train(config, data, new, initial=a, resume=True)
+    assert (extended / "metrics.jsonl").read_bytes() == before
+    train(change(steps=2, seed=0), data, a, resume=True)
+    with pytest.raises(UserError, match=rf"began with the weights of {a} .* and {a} holds others"):
+        train(config, data, extended, initial=a, resume=True)
+    if checkpoint_every is None:  # then there is nothing to go on from but the weights it began with
+        with pytest.raises(UserError, match=rf"{a} holds others \(\w{{8}}\); train into another directory$"):
+            train(config, data, extended, resume=True)
+
+
+def test_what_a_run_began_with_is_not_made_up(tmp_path: Path, data: TokenDataset) -> None:
+    """Runs of earlier revisions do not say it, and a run.json may be lost."""
+    a, run = tmp_path / "a", tmp_path / "run"
+    train(change(steps=1), data, a)
+    train(change(steps=1), data, run, initial=a)
+    (run / "run.json").unlink()
+    for steps, initial in ((2, None), (3, a), (4, None)):
+        train(change(steps=steps), data, run, initial=initial, resume=True)
+        assert "initial" not in files.read_json(run / "run.json", kind="run")
+
+
 def test_a_model_whose_checkpoints_are_gone_is_not_overwritten(tmp_path: Path, data: TokenDataset) -> None:
     train(CONFIG, data, tmp_path / "run")
     files.remove_tree(tmp_path / "run" / "checkpoints")

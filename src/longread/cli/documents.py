@@ -9,7 +9,7 @@ import numpy as np
 
 from longread.cli.models import OpenModel
 from longread.config import UserError
-from longread.data import TokenDataset, read_texts
+from longread.data import TokenDataset, finish_replacement, read_texts
 from longread.evaluate import Document
 from longread.tokenizer import Tokenizer
 
@@ -42,6 +42,7 @@ def read_documents(
 
 def _of_dataset(path: str, opened: OpenModel) -> list[Document] | None:
     """The documents of a data set; None if there is none at `path`."""
+    finish_replacement(Path(path))
     if not (Path(path) / "index.json").is_file():
         return None
     dataset = TokenDataset.open(path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from longread.config import UserError
+from longread.data import NotText, decode_text
 from longread.tokenizer import Tokenizer
 
 BLOCK = 1 << 16
@@ -18,6 +18,8 @@ LONGEST = 1 << 16
 
 def read_tokens(name: str, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
     """Token ids of the text in file `name` ("-": stdin), piece by piece, with the UTF-8 bytes that each covers.
+
+    A byte order mark at the beginning of the file is no text, as in `prepare`.
 
     Raises:
         UserError: the file cannot be read, is no text, or is empty.
@@ -51,17 +53,8 @@ def _encoded(file: BinaryIO, name: str, tokenizer: Tokenizer) -> Iterator[tuple[
 
 
 def _decoded(file: BinaryIO, name: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    refused = UserError(f"{name} is not UTF-8 text; convert it to a text file first")
-    while True:
-        block = file.read1(BLOCK) if hasattr(file, "read1") else file.read(BLOCK)
-        if b"\0" in block:
-            raise refused
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError:
-            raise refused from None
-        if text:
-            yield text
-        if not block:
-            return
+    read = file.read1 if hasattr(file, "read1") else file.read
+    try:
+        yield from decode_text(iter(lambda: read(BLOCK), b""))
+    except NotText:
+        raise UserError(f"{name} is not UTF-8 text; convert it to a text file first") from None

@@ -67,9 +67,10 @@ def prepare(
 ) -> TokenDataset:
     """Writes the documents of `sources` to the directory `out`, in order, and opens it.
 
-    `sources`: UTF-8 text files (a document each), directories, globs, `.jsonl` and `.parquet` (a document per row, in
-    `text_field`), each also as `.gz` where it is text, `hf:NAME[:CONFIGURATION][:SPLIT]`, and Zarr token arrays (cut
-    into documents at BOS). Every text starts with BOS if the tokenizer has one.
+    `sources`: UTF-8 text files (a document each, without a byte order mark), directories, globs, `.jsonl` and
+    `.parquet` (a document per row, in `text_field`), each also as `.gz` where it is text,
+    `hf:NAME[:CONFIGURATION][:SPLIT]`, and Zarr token arrays (cut into documents at BOS). Every text starts with BOS if
+    the tokenizer has one.
 
     `documents`: "reset", windows keep inside documents; "join", they run across them. It is recorded with the data.
     `validation_fraction`: about this share of the documents goes to `out/validation` instead (`.validation`), chosen
@@ -79,7 +80,8 @@ def prepare(
 
     Files in directories and globs that are binary, empty, unreadable or shorter than 2 tokens, and rows without text,
     are counted in `.index["skipped"]`; a file that was named itself is an error. Raises `UserError`; then nothing is
-    left behind and what was at `out` is untouched.
+    left behind and what was at `out` is untouched. After a kill at any moment the old dataset or the new one is found
+    at `out`.
     """
     if documents not in get_args(Documents):
         raise UserError(f"documents is {documents!r}; it must be reset or join")

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Literal, Self, get_args
 import numpy as np
 
 from longread.config import UserError
+from longread.data.staging import finish_replacement
 
 Documents = Literal["reset", "join"]
 FORMAT = "longread-tokens"
@@ -153,9 +154,10 @@ class TokenDataset:
     def open(cls, directory: str | Path) -> Self:
         """Opens what `prepare` made. Raises `UserError` with the reason when it is none, damaged or of another format.
 
-        Sizes are checked here, checksums in `verify`.
+        Sizes are checked here, checksums in `verify`. What a killed `prepare` was replacing is put in its place first.
         """
         directory = Path(directory).expanduser()
+        finish_replacement(directory)
         index = read_index(directory)
         try:
             columns = index.pop("document_table")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import itertools
 import json
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longread.config import UserError
+from longread.data.decoding import NotText, decode_text
 from longread.data.locate import HUB_PREFIX, Source
 
 BLOCK_BYTES = 1 << 20
@@ -125,16 +125,10 @@ def _blocks(path: str) -> Iterator[bytes]:
 
 
 def _decoded(path: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    remedy = "give UTF-8 text"
     try:
-        for block in _blocks(path):
-            if b"\0" in block:
-                raise _Unusable(path, "binary: it holds a NUL byte", remedy)
-            yield decoder.decode(block)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        raise _Unusable(path, "binary: it is not valid UTF-8", remedy) from None
+        yield from decode_text(_blocks(path))
+    except NotText as error:
+        raise _Unusable(path, f"binary: {error}", "give UTF-8 text") from None
 
 
 def _lines(path: str) -> Iterator[bytes]:

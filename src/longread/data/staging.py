@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
@@ -18,9 +19,11 @@ def staged_directory(out: Path, may_replace: Callable[[Path], bool] | None = Non
     """Yields a new directory beside `out` and renames it to `out` at the end.
 
     An `out` that exists and is not empty is refused unless `may_replace(out)`; then it stays until the new one is
-    complete. On any error nothing is left behind and `out` is as it was; an `OSError` becomes a `UserError`.
+    complete. On any error nothing is left behind and `out` is as it was; an `OSError` becomes a `UserError`. A kill
+    leaves `out` as it was, or as `finish_replacement` makes it, or replaced.
     """
     out = Path(os.path.realpath(out))  # a link stays, what it leads to is replaced
+    finish_replacement(out)
     missing_parents = [parent for parent in out.parents if not parent.exists()]
     token = secrets.token_hex(4)
     staging, previous = (out.with_name(f".{out.name}.{token}.{suffix}") for suffix in ("new", "old"))
@@ -34,18 +37,47 @@ def staged_directory(out: Path, may_replace: Callable[[Path], bool] | None = Non
         _flush(staging)
         if out.exists():
             out.rename(previous)
-        staging.rename(out)
+        try:
+            staging.rename(out)
+        except FileNotFoundError:
+            if not out.exists():
+                raise  # else a process that wanted to open `out` just now has finished the replacement
         complete = True
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; nothing was changed there") from None
     finally:
-        if previous.exists() and not complete:
+        if previous.exists() and not complete and not out.exists():
             previous.rename(out)
         shutil.rmtree(previous if complete else staging, ignore_errors=True)
         if not complete:
             with contextlib.suppress(OSError):
                 for parent in missing_parents:
                     parent.rmdir()
+
+
+def finish_replacement(out: Path) -> None:
+    """Takes the second rename of `staged_directory` for a process that was killed before it: of `out`, or around `out`.
+
+    Only between the two renames are both hidden directories there, the new one complete, and `out` is not. A process
+    that is alive after all finds its work done. Raises `UserError` when the place refuses.
+    """
+    out = Path(os.path.realpath(out))
+    for place in (out.parent, out):
+        pattern = f".{glob.escape(place.name)}.{'[0-9a-f]' * 8}.old"
+        for previous in [] if os.path.exists(place) else place.parent.glob(pattern):  # Path.exists may raise
+            staging = previous.with_suffix(".new")
+            if os.path.exists(place) or not os.path.exists(staging):
+                continue
+            try:
+                staging.rename(place)
+            except OSError as error:
+                if not os.path.exists(place):  # else another process was faster
+                    raise UserError(
+                        f"replacing {place} was interrupted and cannot be finished: {error.strerror}; "
+                        f"rename {staging} to it"
+                    ) from None
+            else:
+                shutil.rmtree(previous, ignore_errors=True)
 
 
 def _occupied(path: Path) -> bool:

@@ -45,6 +45,8 @@ Row = dict[str, Any]
 RUN_FILE, METRICS_FILE, MODEL_DIRECTORY = "run.json", "metrics.jsonl", "model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _VALIDATION_SEED = 0
+_UNKNOWN: dict[str, Any] = {}
+"""What a run without a record of it began with."""
 _MAY_CHANGE = (
     "rope_base",
     "init_std",
@@ -90,7 +92,8 @@ def train(
         initial: a trained model whose weights the run begins with, to extend it to a longer context for instance; its
             network must be that of `config`, but for the rotary base.
         device: "auto" is a GPU if there is one.
-        resume: go on from the newest checkpoint in `out`; from the beginning if there is none.
+        resume: go on from the newest checkpoint in `out`; from the beginning if there is none. `initial` may then be
+            left out, and must not be other weights than the run began with.
         trackers: names from `longread.record.TRACKERS`.
         on_step: called with each row of metrics.jsonl once it is written.
 
@@ -152,13 +155,13 @@ class _Run:
         self.last_checkpoint: Path | None = None
         self._next_batch: Batch | None = None
         self._refuse_or_clear(resume)
+        newest = self._newest_checkpoint() if resume else None
         self.model = self._new_model()
-        if initial is not None:
-            self._begin_with(checkpoint.load_model(initial), initial)
+        self.initial = self._begin(initial, has_checkpoint=newest is not None)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.exact = self._settled()
         if resume:
-            self._restore()
+            self._restore(newest)
         self.gradient = (
             CapturedGradient(self.model, self.exact)
             if device.type == "cuda"
@@ -178,6 +181,12 @@ class _Run:
             for directory in (self.out, self.out / MODEL_DIRECTORY, self.out / checkpoint.CHECKPOINTS):
                 files.remove_temporaries(directory)
 
+    def _newest_checkpoint(self) -> Path | None:
+        path = checkpoint.newest_checkpoint(self.out)
+        if path is None and (self.out / MODEL_DIRECTORY).exists():
+            raise UserError(f"{self.out} holds a model but no checkpoint to resume from; train into another directory")
+        return path
+
     def _new_model(self) -> Transformer:
         model = Transformer(self.config.model)
         initialize(model, self.config.seed)
@@ -185,6 +194,31 @@ class _Run:
         if precision == "bfloat16":
             model.compute_dtype = torch.bfloat16
         return model.to(self.device, torch.float64 if precision == "float64" else torch.float32)
+
+    def _begin(self, given: str | Path | None, *, has_checkpoint: bool) -> dict[str, Any] | None:
+        """Fills the model with the weights that the run begins with, and says for run.json which they are.
+
+        A run that was begun keeps to them: given others, it is refused; given none, it reads those that run.json names
+        if there is no checkpoint yet.
+        """
+        begun = _UNKNOWN
+        if os.path.exists(self.out / RUN_FILE):
+            begun = files.read_json(self.out / RUN_FILE, kind="run").get("initial", _UNKNOWN)
+        path = given
+        if given is None and begun and not has_checkpoint:
+            path = begun["path"]
+        if path is None:
+            return None
+        loaded = checkpoint.load_model(path)
+        if begun is not _UNKNOWN and (begun is None or begun["fingerprint"] != loaded.fingerprint):
+            weights = "new weights" if begun is None else f"the weights of {begun['path']} ({begun['fingerprint'][:8]})"
+            remedy = "" if given is None else "resume without it, or "
+            raise UserError(
+                f"{self.out} began with {weights}, and {path} holds others ({loaded.fingerprint[:8]}); "
+                f"{remedy}train into another directory"
+            )
+        self._begin_with(loaded, path)
+        return {"path": os.path.realpath(path), "fingerprint": loaded.fingerprint}
 
     def _begin_with(self, loaded: checkpoint.LoadedModel, path: str | Path) -> None:
         mixers = loaded.model.config.mixer, self.config.model.mixer
@@ -221,10 +255,7 @@ class _Run:
             )
         return dataclasses.replace(config, recompute=recompute, precision=self._precision())
 
-    def _restore(self) -> None:
-        path = checkpoint.newest_checkpoint(self.out)
-        if path is None and (self.out / MODEL_DIRECTORY).exists():
-            raise UserError(f"{self.out} holds a model but no checkpoint to resume from; train into another directory")
+    def _restore(self, path: Path | None) -> None:
         size = 0
         if path is not None:
             found = checkpoint.read_checkpoint(path)
@@ -279,6 +310,8 @@ class _Run:
             run["resumed"] = [*run["resumed"], now | {"step": self.step}]
         else:
             run = {"id": uuid.uuid4().hex[:8], **now, "resumed": []}
+            if self.last_checkpoint is None:  # else run.json was lost, and with it what the run began with
+                run["initial"] = self.initial
         with contextlib.ExitStack() as stack:
             self._trackers = []
             for name in dict.fromkeys(trackers):

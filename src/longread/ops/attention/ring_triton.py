@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 32
+BLOCK = 16
 """Slots that a program looks at together."""
 SHARE = 256
 """Slots of a program; more where the ring would have more than `MOST_SHARES`."""
 MOST_SHARES = 256
-WARPS, STAGES = 4, 3
+WARPS, STAGES = 2, 3
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
