@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from experiments.corpus import HELD_OUT_MODULES, HELD_OUT_PACKAGES
 from experiments.page import Page
-from experiments.pages import box
+from experiments.pages import boxed
 from experiments.results import Results
 
 from longread.checkpoint import load_model, save_model
@@ -28,33 +28,27 @@ from longread.checkpoint import load_model, save_model
 LARGEST = 16_000_000
 MODEL = Path(__file__).resolve().parents[1] / "models" / "longread-small"
 RETRAIN = """python -m experiments.corpus pack --books BOOKS.tar.xz --validation HELD_OUT.tar.xz --out packed
-python -m experiments.run --packed packed --work work --out out --seconds 3600 --only 'box*'
+python -m experiments.run --packed packed --work work --out out --seconds 3600 --only 'box*' 'twin*'
 python -m experiments.box out/box-32.safetensors --results out/results.tar.xz"""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=Path, nargs="+", required=True, help="results.tar.xz, later ones win")
     parser.add_argument("--out", type=Path, default=MODEL)
     parser.add_argument("--packed", type=Path, help="what `experiments.corpus pack` left")
     parser.add_argument("--manifest", type=Path, help="of the archives of books")
     options = parser.parse_args()
     found = Results()
-    found.load(options.results)
-    name = options.weights.stem
+    for archive in options.results:
+        found.load(archive)
     options.out.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (options.out / name).write_bytes(member(options.results, name))
     with tempfile.TemporaryDirectory() as staging:
-        for member, place in (
-            (f"models/{name}/config.json", "config.json"),
-            ("tokenizer.json", ""),
-            ("tokenizer_config.json", ""),
-        ):
-            with tarfile.open(options.results) as tar:
-                source = tar.extractfile(member)
-                ((Path(staging) if place else options.out) / (place or member)).write_bytes(
-                    source.read() if source else b""
-                )
+        config = member(options.results, f"models/{options.weights.stem}/config.json")
+        (Path(staging) / "config.json").write_bytes(config)
         shutil.copyfile(options.weights, Path(staging) / "model.safetensors")
         loaded = load_model(staging, dtype=torch.bfloat16)
     provenance = loaded.metadata["provenance"] | {"held_out_modules": list(HELD_OUT_MODULES)}
@@ -62,13 +56,22 @@ def main() -> int:
     size = (options.out / "model.safetensors").stat().st_size
     if size > LARGEST:
         raise SystemExit(f"the weights have {size:,} bytes; the box holds {LARGEST:,}")
-    (options.out / "README.md").write_text(
-        card(found, box(found), loaded.model.config.num_parameters), encoding="utf-8"
-    )
+    page = boxed.make(found)
+    (options.out / "README.md").write_text(card(found, page, loaded.model.config.num_parameters), encoding="utf-8")
     if options.packed and options.manifest:
         (options.out / "books.tsv").write_text(table_of_books(options.packed, options.manifest), encoding="utf-8")
     print(f"{options.out}: {size:,} bytes")
     return 0
+
+
+def member(archives: list[Path], name: str) -> bytes:
+    """A file out of the last archive that has it."""
+    for archive in reversed(archives):
+        with tarfile.open(archive) as tar:
+            if name in tar.getnames():
+                file = tar.extractfile(name)
+                return file.read() if file else b""
+    raise SystemExit(f"none of the results has {name}")
 
 
 def table_of_books(packed: Path, manifest: Path) -> str:
@@ -129,7 +132,8 @@ again, given archives of books:
 
 ## Loss
 
-Nats per token on held-out text. "Frozen" are the same weights, read without learning.
+Nats per token on held-out text. "Frozen" are the same weights, read without learning; twins have as many parameters and
+were trained on the same tokens.
 
 {tables}
 

@@ -25,8 +25,8 @@ COLORS = {
 }
 OTHERS = ("#d6455a", "#2f86d1", "#2f9e62", "#c08a16", "#9a6bd0", "#1f9aa5", "#c2703a", "#8a8a8a")
 """Of lines that are not methods."""
-ALIASES = {"full": "full attention", "static loss (TTT-naive)": "TTT-naive"}
-DASHES = {"frozen": (0, (4, 2)), "200 steps": (0, (1, 1.5))}
+ALIASES = {"exact": "TTT-E2E", "static loss (TTT-naive)": "TTT-naive"}
+DASHES = {"frozen": (0, (4, 2)), "b = 16": (0, (1, 1.5))}
 
 
 @dataclass
@@ -76,7 +76,7 @@ def fill(axes: Any, panel: Panel, labels: float) -> None:
     ends = []
     for i, line in enumerate(line for line in panel.lines if line.points):
         base, _, variant = line.name.partition(", ")
-        color = COLORS.get(ALIASES.get(base, base), OTHERS[i % len(OTHERS)])
+        color = color_of(base, OTHERS[i % len(OTHERS)])
         xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
         dots = {"marker": "o", "markersize": 4} if panel.markers or len(xs) == 1 else {}
         if line.faint:
@@ -86,10 +86,11 @@ def fill(axes: Any, panel: Panel, labels: float) -> None:
         if line.low:
             axes.fill_between(xs, line.low, line.high, color=color, alpha=0.18, linewidth=0)
         ends.append((ys[-1], xs[-1], line.name, color))
-    if panel.zero:
+    if panel.zero and ends:
         xs = [x for line in panel.lines for x, _ in line.points]
-        axes.plot([min(xs), max(xs)], [0.0, 0.0], color=COLORS["SWA"], linewidth=1.4)
-        ends.append((0.0, max(xs), panel.zero, COLORS["SWA"]))
+        color = color_of(panel.zero, COLORS["SWA"])
+        axes.plot([min(xs), max(xs)], [0.0, 0.0], color=color, linewidth=1.4)
+        ends.append((0.0, max(xs), panel.zero, color))
     if panel.log:
         axes.set_xscale("log", base=2)
     if panel.limits:
@@ -97,6 +98,10 @@ def fill(axes: Any, panel: Panel, labels: float) -> None:
     style(axes, panel)
     room(axes, labels, panel.log)
     label(axes, ends)
+
+
+def color_of(name: str, other: str) -> str:
+    return COLORS.get(ALIASES.get(name, name), other)
 
 
 def style(axes: Any, panel: Panel) -> None:

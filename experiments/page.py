@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,16 +49,6 @@ class Page:
             readme.write_text(text + "\n", encoding="utf-8")
 
 
-def paired(a: dict[int, Any], b: dict[int, Any], length: int) -> tuple[list[float], str]:
-    """Differences of the seeds that have both, and how a table says it."""
-    pairs = [(a[s][length], b[s][length]) for s in a if s in b]
-    found = [x - y for x, y in pairs if x is not None and y is not None]
-    if not found:
-        return found, ""
-    several = f" ({min(found):+.3f} … {max(found):+.3f}; {len(found)})" if len(found) > 1 else " (1)"
-    return found, f"{statistics.mean(found):+.3f}{several}".replace("-", "−")
-
-
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
@@ -70,6 +59,10 @@ def mean(estimate: dict[str, Any] | None) -> str:
 
 def interval(estimate: dict[str, Any]) -> str:
     return f"{estimate['mean']:.2f} ({estimate['low']:.2f}–{estimate['high']:.2f})"
+
+
+def signed(estimate: dict[str, Any]) -> str:
+    return f"{estimate['mean']:+.3f} ({estimate['low']:+.3f} … {estimate['high']:+.3f})".replace("-", "−")
 
 
 def rounded(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,10 @@ class Results:
         rows = self.metrics.get(job, [])
         return int(rows[-1]["step"]) if rows else 0
 
+    def status(self, job: str) -> str:
+        """`done`, `failed`, `interrupted`, or nothing of a job that never started."""
+        return str(self.state.get("jobs", {}).get(job, {}).get("status", ""))
+
     def reading(self, job: str, what: str, reading: str | None = None) -> dict[str, Any] | None:
         """One result of an evaluation: `reading` learning, frozen, static; None: static or learning."""
         found = self.evaluations.get(job, {}).get(what, {}).get("results", [])
@@ -80,6 +85,16 @@ class Results:
     def training(self, job: str) -> Curve:
         """(tokens, training loss), thinned and averaged between."""
         return [(row["tokens"], row["loss"]) for row in self.metrics.get(job, [])]
+
+
+def lag(curve: Curve, reference: Curve, window: float = 3.3e6) -> Curve:
+    """(million tokens, how far a training loss lies above that of another run; running means), to where it stopped."""
+
+    def running(points: Curve, end: float) -> float:
+        return statistics.mean(y for x, y in points if end - window < x <= end)
+
+    ends = [x for x, _ in reference if curve and window <= x <= curve[-1][0]]
+    return [(x / 1e6, running(curve, x) - running(reference, x)) for x in ends]
 
 
 def between(start: int, end: int) -> str:

@@ -408,7 +408,7 @@ def test_gradients_on_a_gpu_are_those_of_a_cpu(changes: dict) -> None:
 
     How far that is depends on the network: these weights multiply a rounding error by a thousand.
     """
-    text = tokens(1000)
+    text = tokens(31 * 32 + 1)
     expected = gradients_of(wide(changes), text)
 
     def off(model: Transformer) -> float:

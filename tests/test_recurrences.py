@@ -56,11 +56,12 @@ def with_gradients(f: Recurrence, arguments: Sequence[Tensor]) -> list[Tensor]:
 
 
 @each_recurrence
-@pytest.mark.parametrize("T", [1, 2, 7, 15, 16, 17, 32, 45])
+@pytest.mark.parametrize("T", [1, 2, 7, 15, 16, 17, 32, 45, 70, 96])
 def test_chunks_are_the_recurrence(name: str, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients in float64, at the borders of chunks too, from a state that is not zero."""
+    """Values and gradients in float64, at the borders of chunks and of groups too, from a state that is not zero."""
     for module in (delta_op.chunked, ssd_op.chunked):
         monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(ssd_op.chunked, "GROUP", 2)
     reference, chunked, op = RECURRENCES[name]
     expected = with_gradients(reference, inputs(name, T))
     for found in (with_gradients(chunked, inputs(name, T)), with_gradients(op, inputs(name, T))):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
+from longread.inner_loop.capture import capturing
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import from_matrices, inner_gradient, matrices
 from longread.model import Past, Transformer
@@ -238,7 +239,7 @@ class CapturedReader:
                 put_back()
             torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with capturing(graph, self._pool):
             found = self._compute(place)
         self._pool = self._pool or graph.pool()
         if plain is not None:

@@ -169,10 +169,10 @@ def scan(
     M = model.config.mini_batch_size
     count = hidden.shape[1] // M
     nll, loss, grad_norm = [], [], []
+    # cut at once: the gradient of a slice is as large as all that it was cut from
+    parts = zip(*(x.split(M, dim=1) for x in (hidden, target_ids, loss_mask)), strict=True)
     with model.sharing_weights():
-        for i in range(count):
-            part = slice(i * M, (i + 1) * M)
-            inputs = hidden[:, part], target_ids[:, part], loss_mask[:, part]
+        for i, inputs in enumerate(parts):
             if i == count - 1 and not last_step:
                 output, _ = model.upper(inputs[0], carry.fast, carry.pasts, start=start + i * M, order=min(order, 1))
                 nll.append(model.token_losses(output, inputs[1]))

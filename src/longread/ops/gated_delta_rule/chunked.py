@@ -5,7 +5,8 @@ Let u_i be what token i writes, S_i = S' + k_i u_iᵀ, and g the sum of a up to 
     u_i = β_i (v_i − exp(g_i) Sᵀ k_i − Σ_{j<i} exp(g_i − g_j) (k_i·k_j) u_j)
 
 which is a triangular system, (I + A) u = β v − β exp(g) k S. Its solution is linear in the state S before the chunk, so
-all chunks are solved at once, for both terms; only the state goes from one chunk to the next.
+all chunks are solved at once, for both terms. So is the state after it, S ← M S + N: one product for each chunk, and
+everything else is done for all chunks together.
 """
 
 import torch
@@ -36,10 +37,12 @@ def chunked_gated_delta_rule(
     scores = (q @ k.mT) * between
     asked = from_before * q
     kept = (total[..., -1:] - total).exp().unsqueeze(-1) * k
-    found = []
-    for c in range(v.shape[1]):
-        u = written[:, c] - erased[:, c] @ state
-        found.append(asked[:, c] @ state + scores[:, c] @ u)
-        state = from_before[:, c, :, -1:] * state + kept[:, c].mT @ u
-    out = torch.stack(found, 1).transpose(2, 3).flatten(1, 2)[:, :T]
-    return out.to(value.dtype), state
+    decayed = from_before[:, :, :, -1:] * torch.eye(k.shape[-1], device=k.device, dtype=wide)
+    moving, adding = decayed - kept.mT @ erased, kept.mT @ written
+    states = [state]
+    for move, add in zip(moving.unbind(1), adding.unbind(1), strict=True):  # the gradient of x[:, c] is as large as x
+        states.append(add + move @ states[-1])
+    before = torch.stack(states[:-1], 1)
+    out = asked @ before + scores @ (written - erased @ before)
+    out = out.transpose(2, 3).flatten(1, 2)[:, :T]
+    return out.to(value.dtype), states[-1]

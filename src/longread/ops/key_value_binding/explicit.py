@@ -22,17 +22,21 @@ def explicit_key_value_binding(
     clip: float | None,
 ) -> tuple[Tensor, Tensors, Tensors]:
     """The contract of `longread.ops.key_value_binding.key_value_binding`."""
-    key, done, T = new[0], 0, new[0].shape[2]
+    key, M = new[0], mini_batch_size
     asked = key if query is None else query
     weights, held, found = tuple(memory), tuple(waiting), []
-    while done < T:
+    first = min(key.shape[2], M - held[0].shape[2])
+    lengths = [first, *[M] * ((key.shape[2] - first) // M), (key.shape[2] - first) % M]
+    # cut at once: the gradient of a slice is as large as all that it was cut from
+    for question, *part in zip(*(x.split(lengths, dim=2) for x in (asked, *new)), strict=True):
+        if not question.shape[2]:
+            continue
         working = tuple(w.to(key.dtype) for w in weights)  # the products' type; steps keep that of the weights
-        end = min(T, done + mini_batch_size - held[0].shape[2])
-        found.append(_answer(asked[:, :, done:end], *working)[0])
-        part = tuple(x[:, :, done:end] for x in new)
-        held = tuple(torch.cat(pair, dim=2) for pair in zip(held, part, strict=True)) if held[0].shape[2] else part
-        done = end
-        if held[0].shape[2] == mini_batch_size:
+        found.append(_answer(question, *working)[0])
+        held = (
+            tuple(torch.cat(pair, dim=2) for pair in zip(held, part, strict=True)) if held[0].shape[2] else tuple(part)
+        )
+        if held[0].shape[2] == M:
             weights, _ = clipped_sgd(weights, _gradient(working, *held), lr=lr, clip=clip)
             held = tuple(x[:, :, :0] for x in held)
     return (torch.cat(found, dim=2) if found else torch.empty_like(asked)), weights, held

@@ -1,0 +1,69 @@
+"""The model in the box, read in stretches of 64K tokens, and its twins of equal size and training."""
+
+from __future__ import annotations
+
+from experiments.figures import Line, Panel, plot
+from experiments.page import Page, number, signed
+from experiments.pages import KINDS, TITLES, unit_of
+from experiments.plan import BOXED
+from experiments.results import Curve, Results, short
+
+NEEDS = (BOXED,)
+READINGS = {
+    "TTT-E2E (boxed), learning": (BOXED, "learning"),
+    "TTT-E2E (boxed), frozen": (BOXED, "frozen"),
+    "SWA twin": ("twin-swa-32", "static"),
+    "full-attention twin": ("twin-full-32", "static"),
+}
+HEALTH = ("steps", "mean_gradient_norm", "largest_gradient_norm", "clipped_share", "drift")
+TICKS = [64, 256, 1024, 4096, 16384, 65536]
+
+
+def make(found: Results) -> Page:
+    page = Page("boxed-model", "The model in the box", "What does it gain by learning while it reads, and how far?")
+    gains = {}
+    for kind in KINDS:
+        bins = {name: found.bins(job, f"{kind}-64", reading) for name, (job, reading) in READINGS.items()}
+        page.results |= {f"{name}, {kind}": row for name, row in bins.items() if row}
+        positions = list(bins["TTT-E2E (boxed), learning"])
+        page.table(
+            f"{kind.capitalize()}, by position in stretches of 64K tokens:",
+            ["", *positions],
+            ([name, *(number(row.get(position)) for position in positions)] for name, row in bins.items() if row),
+        )
+        read = found.reading(BOXED, f"{kind}-64", "learning")
+        if read:
+            gains[kind] = {row["context_length"]: row["gain_over_frozen"] for row in read["by_context_length"]}
+            page.results[f"gain by context length, {kind}"] = gains[kind]
+            page.results[f"health, {kind}"] = {key: read["health"][key] for key in HEALTH}
+    if gains:
+        page.table(
+            "Gain over frozen, mean over the first T tokens, 95 % interval over stretches:",
+            ["", *map(short, gains["books"])],
+            [[kind, *(signed(gain) for gain in row.values())] for kind, row in gains.items()],
+        )
+    panel = Panel(
+        "What learning while reading adds",
+        [Line(TITLES[kind], against(found, kind, (BOXED, "frozen"), (BOXED, "learning"))) for kind in KINDS],
+        "nats per token gained over frozen", "token index", zero="frozen", ticks=TICKS,
+    )  # fmt: skip
+    page.plot("gain", "Gain of learning over frozen reading by token index", plot(panel, width=7, labels=0.16))
+    if "twin-swa-32" in found.evaluations:
+        page.plot("twins", "Loss minus that of the SWA twin by token index", plot(*(twins(found, k) for k in KINDS)))
+    return page
+
+
+def twins(found: Results, kind: str) -> Panel:
+    names = {"TTT-E2E": "TTT-E2E (boxed), learning", "TTT-E2E, frozen": "TTT-E2E (boxed), frozen"}
+    names["full attention"] = "full-attention twin"
+    curves = {name: against(found, kind, READINGS[row], READINGS["SWA twin"]) for name, row in names.items()}
+    lines = [Line(name, [(x, y) for x, y in curve if x >= 128]) for name, curve in curves.items()]
+    title = f"{TITLES[kind]}: loss minus the SWA twin's"
+    return Panel(title, lines, unit_of(kind), "token index", zero="SWA", ticks=TICKS[1:])
+
+
+def against(found: Results, kind: str, this: tuple[str, str], other: tuple[str, str]) -> Curve:
+    """Loss by token index in stretches of 64K tokens, of one reading minus another."""
+    reference = dict(found.curve(other[0], f"{kind}-64", other[1]))
+    curve = found.curve(this[0], f"{kind}-64", this[1])
+    return [(x, y - reference[x]) for x, y in curve if x >= 64 and x in reference]
