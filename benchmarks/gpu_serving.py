@@ -24,7 +24,7 @@ import torch
 
 from longread.bench.machine import free_memory, measure_machine, peak_gib, precision_on, versions
 from longread.config import InnerConfig
-from longread.engine import Engine, Limits, Sampling, Token
+from longread.engine import Engine, Limits, Sampling, Task, Token
 from longread.inner_loop import ReadingState, begin, read
 from longread.inner_loop.places import Places
 from longread.model import Past, Transformer, find_device, initialize
@@ -152,20 +152,36 @@ def writing_speeds(
 
             worker.call(plant)
             count = tokens if repeat else min(8, tokens)  # the first round captures graphs
-            begun, ended = time.perf_counter(), [0.0]
-
-            def note(event: object, ended: list[float] = ended) -> None:
-                if isinstance(event, Token):
-                    ended[0] = time.perf_counter()
-
             tasks = [engine.generate(session, Sampling(max_tokens=count, temperature=0)) for session in ids]
-            for task in tasks:
-                task.subscribe(note)
+            times = [note_tokens(task) for task in tasks]
             for task in tasks:
                 task.result()
-            if repeat:  # to the last token: that sessions leave their lanes then is not writing
-                speeds.append(sessions * count / (ended[0] - begun))
+            if repeat:
+                speeds.append(speed_together(times))
     return speeds
+
+
+def note_tokens(task: Task) -> list[float]:
+    """The list to which the time of each token of a task is appended."""
+    times: list[float] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, Token):
+            times.append(time.perf_counter())
+
+    task.subscribe(note)
+    return times
+
+
+def speed_together(times: list[list[float]]) -> float:
+    """Tokens per second while all sessions write: moving into lanes and out of them is not writing.
+
+    Raises `ValueError` if they never did.
+    """
+    begun, ended = max(own[0] for own in times), min(own[-1] for own in times)
+    if ended <= begun:
+        raise ValueError("they take turns, for want of memory")
+    return sum(sum(begun < at <= ended for at in own) for own in times) / (ended - begun)
 
 
 def sweep(
@@ -203,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="3b")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24])
+    parser.add_argument("--sessions", type=int, nargs="*", default=[1, 2, 4, 8, 16, 24])
     parser.add_argument("--full-sessions", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--full-context", type=int, default=FULL_CONTEXT)
     parser.add_argument("--tokens", type=int, default=128)

@@ -56,7 +56,7 @@ COMMAND_LINE = {
     "bench": "WORK --sizes --methods --contexts --sequences --repeats --profile --from --json --report --plots "
     "--device",
     "serve": "--model --device --directory --name --host --port --keys --device-memory --host-memory --disk "
-    "--max-sessions --max-batch --max-waiting --limit",
+    "--max-sessions --max-batch --max-waiting --batch-invariant --limit",
     "estimate": "MODEL --context-length --precision --memory",
 }
 

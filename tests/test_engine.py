@@ -375,10 +375,11 @@ def test_idle_sessions_move_down_and_come_back(host: int | None, tmp_path: Any) 
     engine.close()
 
 
-def test_no_more_is_begun_than_fits() -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_no_more_is_begun_than_fits(apart: bool) -> None:
     model = make()
     size = largest_session(model)
-    with Engine(model, INNER, limits=Limits(device_bytes=4 * size, max_batch=2)) as engine:
+    with Engine(model, INNER, limits=Limits(device_bytes=4 * size, max_batch=2, batch_invariant=apart)) as engine:
         tasks = [engine.complete(text(40 * M, i), Sampling(max_tokens=9, seed=i)) for i in range(12)]
         most = 0.0
         while not all(task.done for task in tasks):
@@ -431,7 +432,8 @@ def test_memory_does_not_grow_with_the_text() -> None:
         assert len(sizes) == 1
 
 
-def test_a_secret_stays_where_it_was_read() -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_secret_stays_where_it_was_read(apart: bool) -> None:
     """One session reads a secret again and again; whatever others do beside it, it changes nothing of theirs."""
     model, secret = make(), [17, 3, 11, 5, 13, 2]
 
@@ -447,10 +449,11 @@ def test_a_secret_stays_where_it_was_read() -> None:
         written = [[token.id for token in task] for task in tasks]
         for task in busy if beside else ():
             task.result()
-        scored = [[round(x, 9) for x in engine.score(sid, secret).result().nll] for sid in ids]
-        return [*written, *scored]  # type: ignore[list-item]
+        scored = [engine.score(sid, secret).result().nll for sid in ids]
+        return [*written, *(row if apart else [round(x, 9) for x in row] for row in scored)]  # type: ignore[list-item]
 
-    with Engine(model, INNER, limits=Limits(max_batch=4)) as alone, Engine(model, INNER) as crowded:
+    few, many = Limits(max_batch=4, batch_invariant=apart), Limits(batch_invariant=apart)
+    with Engine(model, INNER, limits=few) as alone, Engine(model, INNER, limits=many) as crowded:
         assert others(alone, beside=False) == others(crowded, beside=True)
 
 

@@ -29,11 +29,13 @@ def opened(directory: Path, **changes: Any) -> Engine:
 
 
 def crash(engine: Engine) -> None:
-    """Leaves the engine as a killed process would leave it: nothing is saved."""
-    engine._closed = True
+    """Leaves the engine as a killed process would leave it: nothing is saved, and no thread writes any more."""
+    engine._members.closed = True
     engine._worker.call(lambda: engine._worker.readers.clear())
     engine._worker.stop()
     engine._worker.join()
+    for threads in (engine._worker.mover, engine._keeping._writer):
+        threads.shutdown(cancel_futures=True)
     if engine._keeping.store is not None:
         engine._keeping.store.release()  # as the end of a process does
 

@@ -40,10 +40,11 @@ class Engines(RuleBasedStateMachine):
         self.running: list[tuple[Any, Any]] = []
         self.exports = 0
 
-    @initialize(tight=st.booleans())
-    def open(self, tight: bool) -> None:
+    @initialize(tight=st.booleans(), alone=st.booleans())
+    def open(self, tight: bool, alone: bool) -> None:
         size = largest_session(MODEL)
-        self.limits = Limits(max_batch=2, **({"device_bytes": 3 * size, "host_bytes": size} if tight else {}))
+        memory = {"device_bytes": 3 * size, "host_bytes": size} if tight else {}
+        self.limits = Limits(max_batch=2, batch_invariant=alone, **memory)
         self.engine = self.opened()
 
     def opened(self) -> Engine:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from longread.cli import serve as command
+from longread.engine import Limits
 from longread.session import Session
 from tests.server import BOS, INNER, TEXT, M, direct, events, make_model, post, serving
 
@@ -30,6 +33,15 @@ def test_what_it_is(client: TestClient) -> None:
     assert (model["id"], model["mini_batch_size"], model["bos_id"]) == ("tiny", M, BOS)
     assert client.get("/v1/models/tiny").json() == model
     assert client.get("/v1/models/other").status_code == 404
+
+
+def test_the_options_of_the_command_are_the_limits_of_the_engine() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    model = ["--model", "toy"]
+    assert command._engine_limits(parser.parse_args(model)).batch_invariant is None
+    given = command._engine_limits(parser.parse_args([*model, "--batch-invariant", "--max-batch", "3", "--disk", "2"]))
+    assert given == Limits(batch_invariant=True, max_batch=3, max_waiting=256, disk_bytes=2**31)
 
 
 def test_metrics_count(client: TestClient) -> None:

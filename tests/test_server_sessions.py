@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,30 @@ def test_a_frozen_twin_reads_along(client: TestClient) -> None:
     assert scored["start"] == written["position"]
     twin = post(client, f"/v1/sessions/{one}/fork", 201)
     assert post(client, f"/v1/sessions/{twin['id']}/append", text="x")["frozen_nll"] is not None
+
+
+def test_a_slow_twin_reads_in_the_same_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what it finds does not depend, not in the last bit, on how far behind it was."""
+    with serving(tmp_path) as client:
+        one = session(client, TEXT[:4], compare=True)
+        engine = client.app.state.service.engine  # type: ignore[attr-defined]
+        append, read = engine.append, []
+
+        def slow(sid: str, tokens: list[int], **options: Any) -> Any:
+            if sid != one:
+                time.sleep(0.1)
+                read.append(len(tokens))
+            return append(sid, tokens, **options)
+
+        monkeypatch.setattr(engine, "append", slow)
+        found = post(client, f"/v1/sessions/{one}/append", text=TEXT[4:], bin=1)
+    twin, ids, pieces = Session(make_model(), INNER, learn=False), list(TEXT[4:].encode()), [M - 5, 64, 64]
+    pieces.append(len(ids) - sum(pieces))
+    twin.read([BOS, *TEXT[:4].encode()])
+    assert read == pieces
+    assert found["bins"]["frozen_nll"] == [
+        x for part in torch.tensor(ids).split(pieces) for x in twin.read(part).tolist()
+    ]
 
 
 def test_a_streamed_append_shows_its_progress(client: TestClient) -> None:

@@ -39,6 +39,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch", type=positive, default=32, metavar="N", help="computed together (default 32)")
     parser.add_argument("--max-waiting", type=positive, default=256, metavar="N", help="tasks (default 256)")
     parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="compute each session by itself: it gets bit for bit what it would get alone, slower",
+    )
+    parser.add_argument(
         "--limit",
         action="append",
         default=[],
@@ -172,5 +177,9 @@ def _engine_limits(options: argparse.Namespace) -> Limits:
             raise UserError(f"--{option.replace('_', '-')} is {gibibytes:g}; give GiB, above 0 and below {2**30}")
         found[field] = None if gibibytes is None else int(gibibytes * 2**30)
     return Limits(
-        **found, max_sessions=options.max_sessions, max_batch=options.max_batch, max_waiting=options.max_waiting
+        **found,
+        max_sessions=options.max_sessions,
+        max_batch=options.max_batch,
+        max_waiting=options.max_waiting,
+        batch_invariant=options.batch_invariant or None,
     )

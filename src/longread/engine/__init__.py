@@ -6,6 +6,7 @@ task.py        work under way: events, result, cancelling
 worker.py      the thread that does the work, in turns
 reader.py      what is known of a session, and of a piece of work for it
 lanes.py       sessions that write, a token of all of them at a time
+cells.py       the same one by one, where a batch must change no bit
 sampling.py    the next tokens of many texts, each with its own settings and seed
 tiers.py       who is on the device, in the host's memory or on the disk
 keeping.py     what lets sessions survive: snapshots and journals, in threads of their own

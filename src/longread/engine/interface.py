@@ -66,6 +66,10 @@ class Limits:
     """Sequences that are computed together."""
     max_waiting: int | None = None
     """Tasks under way or waiting."""
+    batch_invariant: bool | None = None
+    """Computes every sequence by itself, at the cost of speed: what a session gives is then bit for bit what it gives
+    alone. None: where the model computes in float64. Otherwise products of several sequences may sum in another order
+    than those of one."""
 
 
 @dataclass(frozen=True)

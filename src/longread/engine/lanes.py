@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from longread.engine.cells import Cells
 from longread.engine.reader import Job
 from longread.inner_loop import ReadingState
 from longread.inner_loop.batches import compact, moved_to
@@ -12,14 +13,18 @@ from longread.model import Transformer
 
 
 class Lanes:
-    """Jobs in lanes 0, 1, … without a gap; places are made as they are needed, at most `most`."""
+    """Jobs in lanes 0, 1, … without a gap; places are made as they are needed, at most `most`.
 
-    def __init__(self, model: Transformer, most: int) -> None:
-        self.model, self.most = model, most
+    Args:
+        apart: whether each lane is computed by itself (`Limits.batch_invariant`).
+    """
+
+    def __init__(self, model: Transformer, most: int, *, apart: bool = False) -> None:
+        self.model, self.most, self._apart = model, most, apart
         self.possible = model.config.mixer == "attention"
         """Whether this model decodes in lanes; one with recurrent mixers is read token by token instead."""
         self.jobs: list[Job] = []
-        self._places: Places | None = None
+        self._places: Places | Cells | None = None
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +48,7 @@ class Lanes:
     def grow(self, lanes: int) -> None:
         """Makes or adds empty lanes."""
         if self._places is None:
-            self._places = Places(self.model, lanes, learn=True)
+            self._places = Cells(self.model, lanes) if self._apart else Places(self.model, lanes, learn=True)
         else:
             self._places.grow(lanes)
 
@@ -80,6 +85,22 @@ class Lanes:
         if last is not job:
             places.move(last.reader.lane or 0, lane)
             last.reader.lane, self.jobs[lane] = lane, last
+
+    def first(self, jobs: list[Job]) -> None:
+        """Moves some of the jobs into the first lanes."""
+        wanted, places = set(jobs), self._places
+        ahead = [job for job in self.jobs[: len(jobs)] if job not in wanted]
+        behind = [job for job in self.jobs[len(jobs) :] if job in wanted]
+        for one, other in zip(ahead, behind, strict=True):
+            lane, origin = one.reader.lane, other.reader.lane
+            if places is None or lane is None or origin is None:
+                raise LookupError(f"session {one.reader.id} or {other.reader.id} is in no lane")
+            state = places.take(lane)
+            places.leave(lane)
+            places.move(origin, lane)
+            places.put(origin, state, learn=one.learns)
+            one.reader.lane, other.reader.lane = origin, lane
+            self.jobs[origin], self.jobs[lane] = one, other
 
     def due(self, job: Job) -> bool:
         """Whether the next token of a job asks for an inner step first."""

@@ -18,6 +18,7 @@ from longread.engine.lanes import Lanes, largest_session
 from longread.engine.reader import Reader
 from longread.inner_loop import ReadingState
 from longread.inner_loop.batches import moved_to
+from longread.inner_loop.capture import undisturbed
 from longread.model import Transformer
 
 SHARE = 0.7
@@ -203,8 +204,9 @@ def beside(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.default_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+    with undisturbed():
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.default_stream(device))
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()

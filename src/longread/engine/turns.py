@@ -11,7 +11,7 @@ import torch
 
 from longread.engine.interface import Progress, Sampling, Token
 from longread.engine.reader import Job, Reader
-from longread.engine.sampling import draw
+from longread.engine.sampling import Drawn, draw
 from longread.inner_loop import Reading, ReadingState, read, rescue
 from longread.inner_loop.batches import apart, together
 from longread.session.sampling import seeded
@@ -67,39 +67,51 @@ class Turns:
     def _round(self, loose: list[Job]) -> None:
         worker = self._worker
         drawing = [*worker.lanes.jobs, *loose]
-        rows = [worker.lanes.logits()] if worker.lanes.jobs else []
-        if loose:
-            rows.append(worker.model.logits(torch.cat([state_of(job.reader).output for job in loose])))
-        for job in drawing:
-            if job.generator is None:
-                job.generator = seeded(sampling_of(job).seed, worker.model.device)
-        found = draw(
-            torch.cat(rows) if len(rows) > 1 else rows[0],
-            [sampling_of(job) for job in drawing],
-            [job.reader.recent for job in drawing],
-            [job.generator for job in drawing if job.generator is not None],
-        )
-        for job, drawn in zip(drawing, found, strict=True):
+        for job, drawn in zip(drawing, self._drawn(loose), strict=True):
             if drawn.id in sampling_of(job).stop_ids:
                 worker.end_writing(job, "stop")
                 continue
             job.next = drawn.id
             job.task._emit(Token(drawn.id, drawn.logprob, drawn.top, job.reader.position + 1))
-        due = [job for job in worker.lanes.jobs if worker.lanes.due(job)]
-        self._step(due)
-        others = worker.lanes.jobs[: len(worker.lanes.jobs) - len(due)]
+        self._step([job for job in worker.lanes.jobs if worker.lanes.due(job)])
+        others = [job for job in worker.lanes.jobs if job.next is not None]
+        worker.lanes.first(others)
         worker.lanes.read(len(others))
         for job in others:
             self._written(job)
 
+    def _drawn(self, loose: list[Job]) -> list[Drawn]:
+        """The next token of each job in a lane, and of each of `loose`."""
+        worker = self._worker
+        rows = [worker.lanes.logits()] if worker.lanes.jobs else []
+        outputs = [state_of(job.reader).output for job in loose]
+        if outputs:
+            rows += map(worker.model.logits, outputs if worker.alone else [torch.cat(outputs)])
+        logits, jobs = torch.cat(rows) if len(rows) > 1 else rows[0], [*worker.lanes.jobs, *loose]
+        size, found = 1 if worker.alone else len(jobs), []
+        for first in range(0, len(jobs), size):
+            here = slice(first, first + size)
+            found += draw(
+                logits[here],
+                [sampling_of(job) for job in jobs[here]],
+                [job.reader.recent for job in jobs[here]],
+                [self._generator(job) for job in jobs[here]],
+            )
+        return found
+
+    def _generator(self, job: Job) -> torch.Generator:
+        if job.generator is None:
+            job.generator = seeded(sampling_of(job).seed, self._worker.model.device)
+        return job.generator
+
     def _step(self, due: list[Job]) -> None:
         """Takes the inner steps that the next tokens of some jobs ask for, and reads these tokens.
 
-        They leave their lanes for it, a group at a time since they need room twice, and come back behind the others.
+        They leave their lanes for it, a group at a time since they need room twice, and come back.
         """
         worker = self._worker
         while due:
-            for job in due[: max(1, GROUP // self._M)]:
+            for job in due[: self._most(self._M)]:
                 worker.lanes.leave(job)
             group = self._group([job for job in due if job.reader.lane is None])
             for job in due:
@@ -168,15 +180,18 @@ class Turns:
 
     def _group(self, jobs: list[Job]) -> list[Job]:
         """The first job, and those that can be read together with it."""
-        worker = self._worker
         if not jobs:
             return []
         first = len(self._tokens(jobs[0]))
         if jobs[0].learns and state_of(jobs[0].reader).hidden.shape[1] == self._M:
             first = max(first, self._M)  # a step is due
         key = self._key(jobs[0])
-        most = max(1, min(worker.limits.max_batch, GROUP // max(1, first)))
-        return [job for job in jobs if self._key(job) == key][:most]
+        return [job for job in jobs if self._key(job) == key][: self._most(first)]
+
+    def _most(self, tokens: int) -> int:
+        """Sessions that may read so many tokens each as one group."""
+        worker = self._worker
+        return 1 if worker.alone else max(1, min(worker.limits.max_batch, GROUP // max(1, tokens)))
 
     def _key(self, job: Job) -> tuple[Any, ...]:
         return job.reader.shapes, len(self._tokens(job)), job.learns, job.logprobs if job.reads else 0

@@ -2,7 +2,8 @@
 
 A turn is: one token of every session that writes, with the inner step where one is due, then some mini-batches of one
 group of sessions that read. Sessions are a group when what they are about to read has the same length and what they
-remember the same shapes. While somebody writes, reading gets half of the time.
+remember the same shapes; with `Limits.batch_invariant`, each is a group of its own. While somebody writes, reading gets
+half of the time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class Worker(threading.Thread):
         super().__init__(name="longread-engine", daemon=True)
         self.model, self.inner, self.limits = model, inner, limits
         self.readers: dict[str, Reader] = {}
-        self.lanes = Lanes(model, limits.max_batch)
+        alone = limits.batch_invariant
+        self.alone = model.dtype == torch.float64 if alone is None else alone
+        """Whether every sequence is computed by itself."""
+        self.lanes = Lanes(model, limits.max_batch, apart=self.alone)
         self.mover = ThreadPoolExecutor(1, "longread-mover")
         self.tiers = Tiers(model, limits, self.lanes, self.mover, self.post)
         self.counts = dict.fromkeys(("tokens_read", "tokens_written", "steps", "rolled_back", "groups", "rounds"), 0)

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longread.inner_loop.capture import capturing
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import from_matrices, matrices
 from longread.model import FastWeights, Ring, Transformer
 
 SPARE = 1024
-"""Tokens for which attention without a window gets room, or a 32nd of what it holds; then room is made anew."""
+"""Tokens for which attention without a window gets room, a power of 2, or about a 48th of what it holds."""
 TOLERANCE = 0.05
 """Difference of logits, as a share of their spread, at which a captured pass is not used."""
 
@@ -96,9 +97,12 @@ class Places:
         learn = learn and self._extra > 0
         B, m = state.output.shape[0], state.hidden.shape[1] if learn else 0
         here = slice(lane, lane + B)
-        self._make_room(state.position)
+        self._make_room(state.position, anew=self.lanes == B)
         for ring, past in zip(self._rings, (*state.lower_pasts, *state.upper_pasts), strict=True):
-            _part(ring, here).put(past.last(ring.key.shape[2]), state.position)
+            own = _part(ring, here)
+            for x in own[:2]:  # what is not visible is multiplied by 0, and 0 times another's infinity is no number
+                x.zero_()
+            own.put(past.last(ring.key.shape[2]), state.position)
         for place, w in zip(self._working, matrices(state.fast), strict=True):
             place[here].copy_(w)
         if m:
@@ -216,8 +220,7 @@ class Places:
         self._slot.copy_(before[1])
         graph = torch.cuda.CUDAGraph()
         pool = next((g.pool() for g in self._graphs.values()), None)
-        # other threads may move sessions meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with capturing(graph, pool):
             self._pass(count)
         graph.replay()
         worst = ((self._logits[:count] - plain).abs().max() / plain.std()).item()
@@ -229,23 +232,38 @@ class Places:
             self._logits[:count].copy_(plain)
             warnings.warn(f"a captured pass gives logits {worst:.2g} off; decoding goes on without", stacklevel=2)
 
-    def _make_room(self, position: int) -> None:
-        """Makes the rings, or larger ones where attention without a window has no room for a token at `position`."""
+    def _make_room(self, position: int, *, anew: bool = False) -> None:
+        """Makes the rings, or larger ones where attention without a window has no room for a token at `position`.
+
+        With `anew` what they hold is of no use any more, and they get the room of a token at `position`, no more: what
+        sequences that have all lanes give does not depend on those that were there before.
+        """
         config, like = self.model.config, self._output
         for i, (window, extra) in enumerate(self._windows()):
             older = self._rings[i] if i < len(self._rings) else None
-            if older is not None and (window is not None or older.key.shape[2] > position):
+            slots = room(position) if window is None else window + extra
+            held = 0 if older is None else older.key.shape[2]
+            if held == slots or (held > slots and not anew):
                 continue
-            slots = position + max(SPARE, position // 32) if window is None else window + extra
             shape = like.shape[0], config.num_heads, slots, config.head_dim
             ring = Ring(like.new_zeros(shape), like.new_zeros(shape), self._position)
             if older is None:
                 self._rings.append(ring)
                 continue
-            for place, x in zip(ring[:2], older[:2], strict=True):  # without a window, token p lies in slot p
-                place[:, :, : x.shape[2]].copy_(x)
+            if not anew:
+                for place, x in zip(ring[:2], older[:2], strict=True):  # without a window, token p lies in slot p
+                    place[:, :, :held].copy_(x)
             self._rings[i] = ring
             self._graphs.clear()
+
+
+def room(position: int) -> int:
+    """Slots of attention without a window for a token at `position`, more than that.
+
+    The same however a sequence came there: softmax and products over more slots, even empty ones, sum in another order.
+    """
+    step = max(SPARE, (1 << position.bit_length()) // 64)
+    return (position // step + 1) * step
 
 
 _PER_LANE = ("_tokens", "_position", "_slot", "_learning", "_hidden", "_read", "_counts", "_output", "_logits")

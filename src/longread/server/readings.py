@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ class Reading:
         self._text, self._tokens, self.keep, self._expected, self._bin = text, tokens, keep, expected_position, bin_size
         self._begun = time.perf_counter()
         self._reached, self._more, self._over = 0, asyncio.Event(), False
+        self._pieces: deque[int] = deque()
         self._norms: list[float] = []
         self._entry: Entry
         self._ids: Sequence[int]
@@ -116,13 +118,17 @@ class Reading:
     async def _read(self, running: Running) -> AsyncGenerator[Progress, None]:
         async for event in running:
             self._reached += len(event.nll)
+            self._pieces.append(len(event.nll))
             self._more.set()
             yield event
         self._over = True
         self._more.set()
 
     async def _read_along(self, work: Work, twin: str) -> AsyncGenerator[Progress, None]:
-        """What the session has read its twin reads too, and no more, wherever the session stops."""
+        """What the session has read its twin reads too, and no more, wherever the session stops.
+
+        In the same pieces, whoever of the two is faster: other pieces would change the last bits of its losses.
+        """
         engine, start = self._service.engine, self._losses.start
         try:
             if not self.keep:
@@ -136,7 +142,7 @@ class Reading:
                 await self._more.wait()
                 self._more.clear()
                 while done < self._reached:
-                    new = self._ids[done : self._reached]
+                    new = self._ids[done : done + self._pieces.popleft()]
                     running = Running(await self._service.run(engine.append, twin, new, expected_position=start + done))
                     async for event in running:
                         yield event
