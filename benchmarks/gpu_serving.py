@@ -134,23 +134,22 @@ def measure(
 def writing_speeds(
     model: Transformer, states: list[ReadingState], sessions: int, tokens: int, repeats: int
 ) -> list[float]:
-    """Tokens per second of all sessions, which begin with the one state; the list is emptied for the last time."""
+    """Tokens per second of all sessions, which begin with the one state and go on; the list is emptied."""
     speeds = []
     with Engine(model, INNER, limits=Limits(max_batch=sessions), fingerprint="benchmark") as engine:
         worker = engine._worker
         worker.call(lambda: worker.lanes.grow(sessions))
         ids = [engine.create().id for _ in range(sessions)]
+
+        def plant() -> None:
+            for session in ids:
+                reader = worker.readers[session]
+                reader.rest(states[0])
+                reader.position, reader.tier = states[0].position, "device"
+            states.clear()
+
+        worker.call(plant)
         for repeat in range(repeats + 1):
-
-            def plant(last: bool = repeat == repeats) -> None:
-                for session in ids:
-                    reader = worker.readers[session]
-                    reader.rest(states[0])
-                    reader.position, reader.tier = states[0].position, "device"
-                if last:
-                    states.clear()
-
-            worker.call(plant)
             count = tokens if repeat else min(8, tokens)  # the first round captures graphs
             tasks = [engine.generate(session, Sampling(max_tokens=count, temperature=0)) for session in ids]
             times = [note_tokens(task) for task in tasks]

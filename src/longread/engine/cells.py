@@ -45,9 +45,9 @@ class Cells:
             self._cells[lane], self._learning[lane] = Places(self._model, 1, learn=learn), learn
         self._cells[lane].put(0, state, learn=learn)
 
-    def take(self, lane: int) -> ReadingState:
-        """The state, as a value, of the sequence in a lane."""
-        return self._cells[lane].take(0)
+    def take(self, lane: int, device: torch.device | None = None) -> ReadingState:
+        """The state, as a value, of the sequence in a lane, on another device if one is given."""
+        return self._cells[lane].take(0, device=device)
 
     def leave(self, lane: int) -> None:
         """Makes a lane empty."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from longread.engine.cells import Cells
 from longread.engine.reader import Job
 from longread.inner_loop import ReadingState
-from longread.inner_loop.batches import compact, moved_to
+from longread.inner_loop.batches import compact
 from longread.inner_loop.places import Places
 from longread.model import Transformer
 
@@ -64,18 +66,23 @@ class Lanes:
         self.jobs.append(job)
         reader.lane, reader.state = lane, None
 
-    def state(self, job: Job) -> ReadingState:
-        """The state of a session in a lane, as a value."""
+    def state(self, job: Job, device: torch.device | None = None) -> ReadingState:
+        """The state of a session in a lane, as a value, on another device if one is given."""
         if self._places is None or job.reader.lane is None:
             raise LookupError(f"session {job.reader.id} is in no lane")
-        return compact(self._places.take(job.reader.lane))
+        return compact(self._places.take(job.reader.lane, device=device))
 
     def leave(self, job: Job, *, to_host: bool = False) -> None:
-        """Moves a session out of its lane, onto the device or into the host's memory; the last takes its place."""
-        lane, places = job.reader.lane, self._places
-        state = self.state(job)
-        if to_host:
-            state = moved_to(state, torch.device("cpu"))
+        """Moves a session out of its lane, onto the device or into the host's memory; the last takes its place.
+
+        Into the host's memory too where the device turns out to have none left.
+        """
+        lane, places, state = job.reader.lane, self._places, None
+        if not to_host:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                state = self.state(job)
+        to_host = state is None
+        state = self.state(job, torch.device("cpu")) if state is None else state
         if places is None or lane is None:
             raise LookupError(f"session {job.reader.id} is in no lane")
         job.reader.rest(state)

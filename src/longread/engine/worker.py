@@ -225,6 +225,8 @@ class Worker(threading.Thread):
                 LOG.exception("lanes are given up")
                 for other in self.lanes.abandon():
                     self.files.give_back(other.reader)
+                if job not in reader.jobs:  # it was lost with its reader
+                    return
         if reader.state is None and reader.tier == "device":
             self._end(job, error)
         elif job.ready and reader.durable and not job.replay and job.reads:

@@ -19,7 +19,7 @@ from torch import Tensor
 from longread.inner_loop.capture import capturing
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import from_matrices, matrices
-from longread.model import FastWeights, Ring, Transformer
+from longread.model import FastWeights, Past, Ring, Transformer
 
 SPARE = 1024
 """Tokens for which attention without a window gets room, a power of 2, or about a 48th of what it holds."""
@@ -117,8 +117,11 @@ class Places:
         self._logits[here].copy_(self.model.logits(state.output))
         self._occupants[lane] = _Occupant(state.position, m, learn, state.fast)
 
-    def take(self, lane: int, count: int = 1) -> ReadingState:
-        """The state, as a value, of the `count` sequences that came together into the lanes from `lane` on."""
+    def take(self, lane: int, count: int = 1, device: torch.device | None = None) -> ReadingState:
+        """The state, as a value, of the `count` sequences that came together into the lanes from `lane` on.
+
+        On another `device` it arrives tensor by tensor, and takes no more than one of them where it comes from.
+        """
         occupant = self._occupants[lane]
         if occupant is None:
             raise LookupError(f"nobody is in lane {lane}")
@@ -126,16 +129,16 @@ class Places:
         pasts = []
         for ring, (window, extra) in zip(self._rings, self._windows(), strict=True):
             kept = position if window is None else min(position, window + min(m, extra))
-            pasts.append(_part(ring, here).take(kept, position))
+            pasts.append(Past(*(x.to(device) for x in _part(ring, here).take(kept, position))))
         return ReadingState(
             position=position,
-            fast=occupant.fast,
+            fast=from_matrices([w.to(device) for w in matrices(occupant.fast)]),
             lower_pasts=tuple(pasts[:split]),
             upper_pasts=tuple(pasts[split:]),
-            hidden=self._hidden[here, :m].clone(),
-            targets=self._read[here, 1 : max(1, m)].clone(),
-            targets_mask=self._counts[here, 1 : max(1, m)].clone(),
-            output=self._output[here].clone(),
+            hidden=self._hidden[here, :m].clone().to(device),
+            targets=self._read[here, 1 : max(1, m)].clone().to(device),
+            targets_mask=self._counts[here, 1 : max(1, m)].clone().to(device),
+            output=self._output[here].clone().to(device),
         )
 
     def leave(self, lane: int) -> None:
