@@ -215,6 +215,10 @@ def jobs(plan: Plan) -> list[Job]:
             steps = round(EXTENSION_STEPS * share)
             plan.model(f"{run}-8", 2, "e2e", 8, steps, seed=seed, init=run, sets=settings, experiment="meta")
 
+    # what the operations of TTT-E2E buy when they are spent on tokens
+    plan.model("swa-longer-s0", 2, "swa", 1, round(1.54 * PRETRAINING_STEPS), experiment="meta")
+    plan.model("swa-longer-s0-8", 2, "swa", 8, round(1.54 * EXTENSION_STEPS), init="swa-longer-s0", experiment="meta")
+
     # two more seeds of what is claimed
     for seed in (1, 2):
         for method in ("e2e", "full", "swa"):
@@ -274,7 +278,7 @@ META_GRADIENTS = {
 
 VERIFIER_STEPS = 3000
 VERIFIER = ("model.width=512", "model.num_heads=8", "model.mlp_hidden=1280")
-"""27M parameters."""
+"""26M parameters."""
 
 OUTER_RATES = {"1e-3": ("optimizer.lr=1e-3",), "3e-3": (), "1e-2": ("optimizer.lr=1e-2",)}
 RATES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -17,6 +17,8 @@ READINGS = {
 }
 HEALTH = ("steps", "mean_gradient_norm", "largest_gradient_norm", "clipped_share", "drift")
 TICKS = [64, 256, 1024, 4096, 16384, 65536]
+STAGES = {"after 4000 steps at 1K": "", "extended to 8K": "-8", "extended to 32K": "-32"}
+LENGTHS = (1, 8, 32, 64)
 
 
 def make(found: Results) -> Page:
@@ -27,7 +29,7 @@ def make(found: Results) -> Page:
         page.results |= {f"{name}, {kind}": row for name, row in bins.items() if row}
         positions = list(bins["TTT-E2E (boxed), learning"])
         page.table(
-            f"{kind.capitalize()}, by position in stretches of 64K tokens:",
+            f"{kind.capitalize()}, by position in stretches of 64K tokens, twice the longest of training:",
             ["", *positions],
             ([name, *(number(row.get(position)) for position in positions)] for name, row in bins.items() if row),
         )
@@ -42,6 +44,7 @@ def make(found: Results) -> Page:
             ["", *map(short, gains["books"])],
             [[kind, *(signed(gain) for gain in row.values())] for kind, row in gains.items()],
         )
+    by_length(found, page)
     panel = Panel(
         "What learning while reading adds",
         [Line(TITLES[kind], against(found, kind, (BOXED, "frozen"), (BOXED, "learning"))) for kind in KINDS],
@@ -51,6 +54,21 @@ def make(found: Results) -> Page:
     if "twin-swa-32" in found.evaluations:
         page.plot("twins", "Loss minus that of the SWA twin by token index", plot(*(twins(found, k) for k in KINDS)))
     return page
+
+
+def by_length(found: Results, page: Page) -> None:
+    """Means over stretches of each length, of the finished models; of those before the extensions in results.json."""
+    rows = []
+    for name, (job, reading) in READINGS.items():
+        for stage, suffix in STAGES.items():
+            at = job.removesuffix("-32") + suffix
+            losses = {f"{kind} {L}K": found.loss(at, f"{kind}-{L}", reading) for kind in KINDS for L in LENGTHS}
+            if any(losses.values()):
+                page.results[f"{name}, {stage}"] = losses
+        if any(losses.values()):
+            rows.append([name, *map(number, losses.values())])
+    head = (f"{kind} {L}K" for kind in KINDS for L in LENGTHS)
+    page.table("Mean over stretches of each length (64K is beyond all training):", ["", *head], rows)
 
 
 def twins(found: Results, kind: str) -> Panel:

@@ -96,12 +96,14 @@ def forgotten(found: Results, page: Page) -> None:
 
 
 def absolute_panel(kind: str, losses: dict[str, BySeed]) -> Panel:
-    """TTT-E2E, full attention and SWA: each seed, and the mean."""
+    """TTT-E2E, full attention and SWA: each seed, and the mean at the lengths that all seeds of all three have."""
+    shown = {method: losses.get(method, {}) for method in ("e2e", "full", "swa")}
+    common = set(LENGTHS).intersection(*(row for rows in shown.values() for row in rows.values()))
     lines = []
-    for method in ("e2e", "full", "swa"):
-        rows = losses.get(method, {})
+    for method, rows in shown.items():
         lines += [Line(NAMES[method], [(L * UNIT, y) for L, y in row.items()], faint=True) for row in rows.values()]
-        lines.append(Line(NAMES[method], line(NAMES[method], rows).points))
+        mean = line(NAMES[method], {seed: {L: row[L] for L in sorted(common)} for seed, row in rows.items()})
+        lines.append(Line(mean.name, mean.points))
     return Panel(TITLES[kind], lines, unit_of(kind), "context length, tokens", markers=True, ticks=TICKS)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from experiments.figures import Line, Panel, plot
 from experiments.page import Page, number
-from experiments.results import Results
+from experiments.results import Curve, Results
 
 NEEDS = ("toy-none", "toy-full", "toy-e2e-16", "toy-naive")
 TITLES = {
@@ -35,6 +36,13 @@ def make(found: Results) -> Page:
                 page.results[this] = {"at": at, "curve": curve}
                 rows.append([this, *(number(loss) for loss in at.values()), number(curve_mean(result["curve"][8:]))])
     page.table("Loss at a token, and the mean over tokens 23 to 128:", ["", *head, "23–128"], rows)
+    losses = {title: trained(found.training(f"toy-{name}")) for name, title in TITLES.items()}
+    page.results["training loss"] = losses
+    page.table(
+        "Training loss, mean over 50 steps of equal batches:",
+        ["", "in the middle", "at the end"],
+        [[title, *map(number, pair)] for title, pair in losses.items()],
+    )
     none = dict(found.curve("toy-none", "books-index"))
     lines = [
         Line(title, [(x, y - none[x]) for x, y in found.curve(f"toy-{name}", "books-index") if x > 3])
@@ -47,6 +55,14 @@ def make(found: Results) -> Page:
     )  # fmt: skip
     page.plot("toy", "Loss minus that without attention, by token index", plot(panel, width=7.5, labels=0.3))
     return page
+
+
+def trained(curve: Curve) -> tuple[float, float]:
+    """Means of the training loss around the middle and at the end, over an eighth of the steps."""
+    eighth = len(curve) // 8
+    starts = (len(curve) - eighth) // 2, len(curve) - eighth
+    middle, end = (statistics.mean(loss for _, loss in curve[i : i + eighth]) for i in starts)
+    return middle, end
 
 
 def curve_mean(rows: Sequence[dict[str, Any]]) -> float:
