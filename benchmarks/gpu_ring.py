@@ -13,6 +13,7 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -57,12 +58,9 @@ def measure(shape: tuple[int, int, int, int], device: torch.device, bandwidth: f
         settings = dict(zip(SWEEP, values, strict=True))
         if settings["SHARE"] % settings["BLOCK"]:
             continue
-        for name, value in settings.items():
-            setattr(ring_triton, name, value)
-        check(new, rings[0], position, R)
-        found.append((time_of(lambda: [attend(new, ring, position, R) for ring in rings]), settings))
-    for name, value in chosen.items():
-        setattr(ring_triton, name, value)
+        with mock.patch.multiple(ring_triton, **settings):
+            check(new, rings[0], position, R)
+            found.append((time_of(lambda: [attend(new, ring, position, R) for ring in rings]), settings))
     for took, settings in sorted(found, key=lambda pair: -pair[0])[-8:]:
         of_one = took / RINGS
         print(f"batch {B} {settings} {1e6 * of_one:.1f} us, {of_one / floor:.2f} x floor", flush=True)

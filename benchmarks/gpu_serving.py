@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -160,6 +162,10 @@ def writing_speeds(
     return speeds
 
 
+class TakingTurns(Exception):
+    """There was no room for all sessions to write at once."""
+
+
 def note_tokens(task: Task) -> list[float]:
     """The list to which the time of each token of a task is appended."""
     times: list[float] = []
@@ -175,11 +181,11 @@ def note_tokens(task: Task) -> list[float]:
 def speed_together(times: list[list[float]]) -> float:
     """Tokens per second while all sessions write: moving into lanes and out of them is not writing.
 
-    Raises `ValueError` if they never did.
+    Raises `TakingTurns` if they never did.
     """
     begun, ended = max(own[0] for own in times), min(own[-1] for own in times)
     if ended <= begun:
-        raise ValueError("they take turns, for want of memory")
+        raise TakingTurns("they take turns, for want of memory")
     return sum(sum(begun < at <= ended for at in own) for own in times) / (ended - begun)
 
 
@@ -191,7 +197,7 @@ def sweep(
     for sessions in counts:
         try:
             rows.append(measure(model, method, context, sessions, tokens, repeats, bandwidth))
-        except (torch.OutOfMemoryError, ValueError) as error:
+        except (torch.OutOfMemoryError, TakingTurns) as error:
             print(f"{method}: {sessions} sessions do not fit: {str(error)[:100]}", flush=True)
             break
         print(f"{method} {sessions} sessions, {tokens} tokens each: {rows[-1].median:.0f} tokens/s", flush=True)
@@ -247,13 +253,13 @@ def main() -> None:
             options.repeats,
             machine.bandwidth,
         )
-    arguments = f"--size {options.size} --sessions {' '.join(map(str, options.sessions))} --tokens {options.tokens}"
     page = f"""# Writing with many sessions, {options.size}, {date.today()}
 
-`python -m benchmarks.gpu_serving {arguments} --repeats {options.repeats}`
+`{shlex.join(["python", "-m", "benchmarks.gpu_serving", *sys.argv[1:]])}`
 
 {json.dumps(versions())}; {machine.name}, copying {machine.bandwidth / 1e9:.0f} GB/s.
-Gate: logits of sessions in a batch are at most {worst:.2g} off those of reading alone; two texts differ by above 1.
+Gate: logits of sessions in a batch are at most {worst:.2g} off those of reading alone; those of two
+unrelated texts would be above 1.
 
 {table(rows)}
 

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
@@ -41,8 +42,8 @@ class Load:
 
     def __init__(self, engine: Engine, end: float) -> None:
         self.engine, self.end = engine, end
-        self.times: dict[str, list[float]] = defaultdict(list)
-        """Seconds, by what they were taken of."""
+        self.times: dict[str, array[float]] = defaultdict(lambda: array("d"))
+        """Seconds, by what they were taken of; as Python's numbers they would be most of what memory grows by."""
         self.errors: list[str] = []
         self.busy = 0
         self.resident: list[float] = []

@@ -43,6 +43,8 @@ class Results:
                     self.corpus = content
 
     def evaluated(self, job: str, what: str, content: dict[str, Any]) -> None:
+        if self.evaluations.get(job, {}).get(what) == content:
+            return  # the same archive, or a later one of the same work
         before = self.loss(job, what)
         self.evaluations.setdefault(job, {})[what] = content
         after = self.loss(job, what)

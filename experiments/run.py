@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="where results go")
     parser.add_argument("--seconds", type=float, required=True, help="of this call, packing included")
     parser.add_argument("--gpus", type=int, help="default: all; 0: run on the CPU")
-    parser.add_argument("--per-gpu", type=int, default=7, help="room on each GPU; a job takes 3 if it learns, else 1")
+    parser.add_argument("--per-gpu", type=int, default=7, help="room on each GPU, of which a job takes its weight")
     parser.add_argument("--first-gpu", type=int, help="room on the first one, where the first job goes")
     parser.add_argument("--scale", type=float, help="of all numbers of steps (default 1)")
     parser.add_argument(
@@ -310,7 +310,8 @@ class Runner:
             source, halved = self.work / "runs" / name, self.work / "models" / name
             if (source / "model" / "config.json").is_file() and not (self.out / f"{name}.safetensors").exists():
                 save_halved(source, halved)
-                shutil.copyfile(halved / "model.safetensors", self.out / f"{name}.safetensors")
+                shutil.copyfile(halved / "model.safetensors", self.out / ".weights")
+                (self.out / ".weights").replace(self.out / f"{name}.safetensors")
             kept += [halved / "config.json"] if (halved / "config.json").is_file() else []
         temporary = self.out / ".results"
         with tarfile.open(temporary, "w:xz", preset=2) as tar:

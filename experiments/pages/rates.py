@@ -31,7 +31,9 @@ def make(found: Results) -> Page:
             failed = {rate for rate in rates if found.status(names[rate]) == "failed"}
             page.results[f"{title}, {NAMES[method]}"] = losses | dict.fromkeys(failed, "failed")
             best = min((loss for loss in losses.values() if loss is not None), default=None)
-            cells = {rate: f"**{number(loss)}**" if loss == best else number(loss) for rate, loss in losses.items()}
+            cells = {
+                rate: f"**{number(loss)}**" if loss and loss == best else number(loss) for rate, loss in losses.items()
+            }
             rows.append([NAMES[method], *(cells[rate] or ("failed" if rate in failed else "") for rate in rates)])
             points = [(float(rate), loss) for rate, loss in losses.items() if loss is not None and rate != "no clip"]
             lines.append(Line(NAMES[method], points))

@@ -67,7 +67,6 @@ class Cells:
         """Of the next token of the first `count` lanes, [count, V]."""
         return torch.cat([cell.logits(1) for cell in self._cells[:count]])
 
-    def read(self, tokens: Tensor) -> None:
-        """Reads one token of each of the first lanes, int64 [lanes]; none of them may be due."""
-        for cell, token in zip(self._cells, tokens.split(1)):  # noqa: B905 - empty lanes follow
-            cell.read(token)
+    def read_one(self, lane: int, token: int) -> None:
+        """Reads one token in a lane; it may not be due."""
+        self._cells[lane].read(torch.tensor([token], device=self._model.device))

@@ -19,6 +19,7 @@ from longread.engine.interface import (
     SessionInfo,
 )
 from longread.engine.keeping import Keeping, recovered
+from longread.engine.lanes import HOST
 from longread.engine.members import Members, closing, unknown
 from longread.engine.reader import Job, Reader
 from longread.engine.store import Store, copy_in, copy_out, is_remote
@@ -35,8 +36,8 @@ class Engine:
     """Many sessions of one model on one device.
 
     Tasks of different sessions run at once, in batches; those of one session run one after the other. What a session
-    gives does not depend on the others. With a directory, a result that has been given survives any end of the
-    process.
+    gives does not depend on the others, but for rounding (see `Limits.batch_invariant`). With a directory, a result
+    that has been given survives any end of the process.
 
     Args:
         model: on the device and in the types that it shall compute in.
@@ -202,7 +203,7 @@ class Engine:
                 future = self._keeping.take_in(Path(path), reader)
             else:
                 future = self._worker.mover.submit(
-                    lambda: Session.restore(path, self.model, fingerprint=self.fingerprint)
+                    lambda: Session.restore(path, self.model, fingerprint=self.fingerprint, device=HOST)
                 )
             return _then(future, lambda session: self._worker.call(lambda: self._restored(reader, session)))
 
@@ -210,6 +211,7 @@ class Engine:
 
     def _restored(self, reader: Reader, session: Session) -> SessionInfo:
         reader.rest(session.state)
+        reader.tier = "host"
         reader.recent.extend(session.recent)
         reader.learn, reader.position = session.learn, session.position
         reader.steps, reader.rolled_back, reader.drift = session.steps, session.rolled_back, None

@@ -15,13 +15,14 @@ from typing import Any
 from longread.config import InnerConfig, UserError
 from longread.engine.interface import Busy
 from longread.engine.journal import Event
-from longread.engine.lanes import Lanes
-from longread.engine.reader import Job, Reader
+from longread.engine.lanes import HOST, Lanes
+from longread.engine.reader import Job, Reader, Tier
 from longread.engine.store import Recovered, Saved, Store, consistent
 from longread.engine.task import Task
 from longread.engine.tiers import beside
 from longread.files import atomic_files
 from longread.inner_loop import ReadingState, begin
+from longread.inner_loop.batches import moved_to
 from longread.inner_loop.step import matrices
 from longread.model import Transformer
 from longread.session import Session
@@ -129,7 +130,8 @@ class Keeping:
                     raise written.result()
             generation = turned.result()
             with beside(self.model.device):
-                session().save(store.snapshot_path(reader.id, generation))
+                held = session()
+            held.save(store.snapshot_path(reader.id, generation))  # checksums and a disk take seconds
             store.commit(reader.id, facts, saved, generation)
             return True
 
@@ -151,14 +153,18 @@ class Keeping:
         if error is not None:
             reader.unlogged = tokens + reader.unlogged
 
+    def restored(self, path: Path) -> Session:
+        """The session in a file, in the host's memory: bringing it to the device is the tiers' work."""
+        return Session.restore(path, self.model, fingerprint=self.required.fingerprint, device=HOST)
+
     def fetch(self, reader: Reader) -> None:
-        """Brings a reader's state back from the disk."""
+        """Brings a reader's state back from the disk, into the host's memory."""
         store, reader.moving = self.required, True
 
         def work() -> Session | None:
             if not store.has_snapshot(reader.id):
                 return None
-            session = Session.restore(store.snapshot_path(reader.id), self.model, fingerprint=store.fingerprint)
+            session = self.restored(store.snapshot_path(reader.id))
             if session.position != store.saved(reader.id).position:
                 raise UserError(f"its snapshot is at position {session.position}, not where it should be")
             return session
@@ -169,7 +175,7 @@ class Keeping:
                 self.lose(reader, str(found))
                 return
             reader.rest(begin(self.model) if found is None else found.state)
-            reader.tier = "device"
+            reader.tier = "device" if found is None else "host"
             if found is not None:
                 reader.recent.clear()
                 reader.recent.extend(found.recent)
@@ -237,7 +243,7 @@ class Keeping:
         self.check_room()
 
         def work() -> Session:
-            session = Session.restore(path, self.model, fingerprint=store.fingerprint)
+            session = self.restored(path)
             reader.learn, reader.position = session.learn, session.position
             saved = Saved(
                 generation=1,
@@ -285,8 +291,14 @@ class Keeping:
 
     def state(self, reader: Reader) -> ReadingState | None:
         """The state of a reader, wherever in memory it is."""
+        return self.state_and_tier(reader)[0]
+
+    def state_and_tier(self, reader: Reader) -> tuple[ReadingState | None, Tier]:
+        """And where that is; from a lane it comes as a copy, on the device if there is room."""
         job = reader.job
-        return self._lanes.state(job) if reader.lane is not None and job is not None else reader.state
+        if reader.lane is not None and job is not None:
+            return self._lanes.state_somewhere(job)
+        return reader.state, reader.tier
 
     def drift(self, reader: Reader) -> float:
         """‖W − W_0‖ / ‖W_0‖ of a reader's fast weights, measured only if they have changed."""
@@ -303,19 +315,19 @@ class Keeping:
         return reader.drift
 
     def _session(self, reader: Reader, state: ReadingState | None) -> Callable[[], Session]:
-        """What makes the session of a reader as it is now; for another thread."""
+        """What makes the session of a reader as it is now, to be saved; for another thread."""
         store, learn, steps, rolled_back = self.required, reader.learn, reader.steps, reader.rolled_back
         recent = tuple(reader.recent)
 
         def make() -> Session:
             if state is None and store.has_snapshot(reader.id):
-                session = Session.restore(store.snapshot_path(reader.id), self.model, fingerprint=store.fingerprint)
+                session = self.restored(store.snapshot_path(reader.id))
                 session.learn = learn
                 return session
             return Session.resume(
                 self.model,
                 self.inner,
-                begin(self.model) if state is None else state,
+                moved_to(begin(self.model) if state is None else state, HOST),
                 learn=learn,
                 recent=recent,
                 steps=steps,

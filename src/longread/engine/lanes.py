@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from longread.engine.cells import Cells
-from longread.engine.reader import Job
+from longread.engine.reader import Job, Tier
 from longread.inner_loop import ReadingState
 from longread.inner_loop.batches import compact
 from longread.inner_loop.places import Places
 from longread.model import Transformer
+
+HOST = torch.device("cpu")
+HOST_TIER: Tier = "host"
 
 
 class Lanes:
@@ -72,21 +73,27 @@ class Lanes:
             raise LookupError(f"session {job.reader.id} is in no lane")
         return compact(self._places.take(job.reader.lane, device=device))
 
+    def state_somewhere(self, job: Job) -> tuple[ReadingState, Tier]:
+        """The same on the device, or in the host's memory where the device has none left; and which of them."""
+        try:
+            return self.state(job), "device"
+        except torch.OutOfMemoryError:
+            return self.state(job, HOST), HOST_TIER
+
     def leave(self, job: Job, *, to_host: bool = False) -> None:
         """Moves a session out of its lane, onto the device or into the host's memory; the last takes its place.
 
         Into the host's memory too where the device turns out to have none left.
         """
-        lane, places, state = job.reader.lane, self._places, None
-        if not to_host:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                state = self.state(job)
-        to_host = state is None
-        state = self.state(job, torch.device("cpu")) if state is None else state
+        lane, places, tier = job.reader.lane, self._places, HOST_TIER
+        if to_host:
+            state = self.state(job, HOST)
+        else:
+            state, tier = self.state_somewhere(job)
         if places is None or lane is None:
             raise LookupError(f"session {job.reader.id} is in no lane")
         job.reader.rest(state)
-        job.reader.lane, job.reader.tier = None, "host" if to_host else "device"
+        job.reader.lane, job.reader.tier = None, tier
         places.leave(lane)
         last = self.jobs.pop()
         if last is not job:
@@ -102,12 +109,12 @@ class Lanes:
             lane, origin = one.reader.lane, other.reader.lane
             if places is None or lane is None or origin is None:
                 raise LookupError(f"session {one.reader.id} or {other.reader.id} is in no lane")
-            state = places.take(lane)
+            state, _ = self.state_somewhere(one)
             places.leave(lane)
             places.move(origin, lane)
-            places.put(origin, state, learn=one.learns)
             one.reader.lane, other.reader.lane = origin, lane
             self.jobs[origin], self.jobs[lane] = one, other
+            places.put(origin, state, learn=one.learns)  # last: if it fails, nobody is taken for somebody else
 
     def due(self, job: Job) -> bool:
         """Whether the next token of a job asks for an inner step first."""
@@ -121,8 +128,14 @@ class Lanes:
 
     def read(self, count: int) -> None:
         """Reads the drawn tokens of the first jobs; none may be due."""
-        if self._places is not None and count:
+        if isinstance(self._places, Places) and count:
             self._places.read(torch.tensor([job.next for job in self.jobs[:count]], device=self.model.device))
+
+    def read_one(self, job: Job) -> None:
+        """Reads the drawn token of one job, where lanes share nothing."""
+        if not isinstance(self._places, Cells) or job.reader.lane is None or job.next is None:
+            raise LookupError(f"session {job.reader.id} is in no lane of its own")
+        self._places.read_one(job.reader.lane, job.next)
 
     def clear(self) -> None:
         """Gives the memory back; all must have left."""

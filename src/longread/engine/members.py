@@ -60,10 +60,10 @@ class Members:
 
     def twin(self, origin: Reader, twin: Reader) -> Reader:
         """Gives `twin` what `origin` has read."""
-        state = self._keeping.state(origin)
+        state, tier = self._keeping.state_and_tier(origin)
         if state is not None:
             twin.rest(state)
-        twin.nbytes, twin.tier = origin.nbytes, "device" if origin.lane is not None else origin.tier
+        twin.nbytes, twin.tier = origin.nbytes, tier
         twin.recent.extend(origin.recent)
         twin.position, twin.drift = origin.position, origin.drift
         twin.steps, twin.rolled_back = origin.steps, origin.rolled_back

@@ -75,10 +75,18 @@ class Turns:
             job.task._emit(Token(drawn.id, drawn.logprob, drawn.top, job.reader.position + 1))
         self._step([job for job in worker.lanes.jobs if worker.lanes.due(job)])
         others = [job for job in worker.lanes.jobs if job.next is not None]
+        if worker.alone:
+            for job in others:
+                worker.guarded([job], self._read_one, job)
+            return
         worker.lanes.first(others)
         worker.lanes.read(len(others))
         for job in others:
             self._written(job)
+
+    def _read_one(self, job: Job) -> None:
+        self._worker.lanes.read_one(job)
+        self._written(job)
 
     def _drawn(self, loose: list[Job]) -> list[Drawn]:
         """The next token of each job in a lane, and of each of `loose`."""
@@ -113,7 +121,10 @@ class Turns:
         while due:
             for job in due[: self._most(self._M)]:
                 worker.lanes.leave(job)
+            due = [job for job in due if job.reader.tier == "device"]  # who had to leave for the host reads when back
             group = self._group([job for job in due if job.reader.lane is None])
+            if not group:
+                continue
             for job in due:
                 if job.reader.lane is None and job not in group:
                     worker.lanes.enter(job)

@@ -198,6 +198,7 @@ class Worker(threading.Thread):
     def _end(self, job: Job, outcome: Any) -> None:
         reader = job.reader
         reader.jobs.remove(job)
+        job.ready = False  # who holds it for the rest of this turn computes nothing more of it
         reader.used = time.time()
         job.task._finish(outcome)
         if not reader.jobs:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_ALONE = threading.Lock()
+_ALONE = threading.RLock()
 
 
 @contextlib.contextmanager

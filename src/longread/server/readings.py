@@ -118,7 +118,8 @@ class Reading:
     async def _read(self, running: Running) -> AsyncGenerator[Progress, None]:
         async for event in running:
             self._reached += len(event.nll)
-            self._pieces.append(len(event.nll))
+            if self.keep and self._entry.twin is not None:
+                self._pieces.append(len(event.nll))
             self._more.set()
             yield event
         self._over = True

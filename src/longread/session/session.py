@@ -325,8 +325,10 @@ class Session:
         write_tensors_atomically(path, packed(state, self._recent, self.model, storage), metadata, kind=KIND)
 
     @classmethod
-    def restore(cls, path: str | Path, model: Transformer, *, fingerprint: str | None = None) -> Session:
-        """The session that was saved at `path`, on the device and in the types of `model`.
+    def restore(
+        cls, path: str | Path, model: Transformer, *, fingerprint: str | None = None, device: torch.device | None = None
+    ) -> Session:
+        """The session that was saved at `path`, in the types of `model` and on its device, or to begin with on another.
 
         Saved exactly, and restored in the same types, it goes on as if it had never been saved. The file may come from
         anywhere: its names, types and shapes are checked before its contents are read, and these before they are used.
@@ -342,7 +344,9 @@ class Session:
 
         tensors, metadata = read_tensors(path, kind=KIND, check=check)
         ((session, position),) = made
-        session._state, session._recent = unpacked(path, tensors, model, position, metadata["storage"])
+        session._state, session._recent = unpacked(
+            path, tensors, model, position, metadata["storage"], device or model.device
+        )
         return session
 
     @classmethod
@@ -381,7 +385,7 @@ class Session:
 
 def _split(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """What was added to each weight, and the initial weights."""
-    return [w - w0 for w, w0 in pairs], [w0 for _, w0 in pairs]
+    return [w - w0.to(w.device) for w, w0 in pairs], [w0.to(w.device) for w, w0 in pairs]
 
 
 def _count(metadata: dict[str, Any], name: str) -> int:

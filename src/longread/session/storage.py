@@ -73,9 +73,14 @@ def check_layout(path: object, layout: Layout, model: Transformer, position: int
 
 
 def unpacked(
-    path: object, tensors: Mapping[str, Tensor], model: Transformer, position: int, storage: Storage
+    path: object,
+    tensors: Mapping[str, Tensor],
+    model: Transformer,
+    position: int,
+    storage: Storage,
+    device: torch.device,
 ) -> tuple[ReadingState, list[int]]:
-    """The state and the newest tokens that `packed` took apart, after `check_layout`, for the model as it is now.
+    """What `packed` took apart, after `check_layout`: the state, on `device`, and the newest tokens.
 
     Raises:
         UserError: a number is not finite, or a token is not in the vocabulary.
@@ -91,7 +96,7 @@ def unpacked(
             raise UserError(f"{path} is no valid session: {name} holds numbers that are not finite")
         if x.dtype == torch.bool:  # a byte that is neither 0 nor 1 would be no truth value
             x = x.view(torch.uint8) != 0
-        return x.to(model.device)
+        return x.to(device)
 
     def pasts(half: str, like: tuple[MixerPast, ...]) -> tuple[MixerPast, ...]:
         return tuple(
@@ -102,7 +107,7 @@ def unpacked(
     initial = matrices(empty.fast)
     fast = [part(f"fast.{i}", w) for i, w in enumerate(initial)]
     if storage == "delta":
-        fast = [w0 + w for w0, w in zip(initial, fast, strict=True)]
+        fast = [w0.to(device) + w for w0, w in zip(initial, fast, strict=True)]
     state = ReadingState(
         position=position,
         fast=from_matrices(fast),
