@@ -19,7 +19,7 @@ import threading
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Load:
                     gaps.append(now - last)
                 first, last = False, now
         with self._lock:
-            self.times["next token"] += gaps
+            self.times["next token"].extend(gaps)
         return task.result().position
 
     def watch(self) -> None:
@@ -133,7 +133,7 @@ class Load:
         return statistics.median(self.resident[-quarter:]) / statistics.median(self.resident[quarter : 2 * quarter])
 
 
-def latencies(times: dict[str, list[float]]) -> str:
+def latencies(times: Mapping[str, Sequence[float]]) -> str:
     """As Markdown, in milliseconds."""
     lines = ["| | n | p50 ms | p95 ms | p99 ms | most ms |", "|---|--:|--:|--:|--:|--:|"]
     for what in sorted(times, key=lambda what: (what.rstrip("0123456789"), len(what), what)):
