@@ -93,8 +93,12 @@ class Places:
         return occupant is not None and occupant.learn and occupant.waiting == self._extra
 
     def put(self, lane: int, state: ReadingState, *, learn: bool) -> None:
-        """Lets the B sequences of `state`, which have read something, go on in lanes lane … lane + B − 1."""
-        learn = learn and self._extra > 0
+        """Lets the B sequences of `state`, which have read something, go on in lanes lane … lane + B − 1.
+
+        The state may be on another device.
+        """
+        learn, device = learn and self._extra > 0, self._output.device
+        fast = from_matrices([w.to(device) for w in matrices(state.fast)])
         B, m = state.output.shape[0], state.hidden.shape[1] if learn else 0
         here = slice(lane, lane + B)
         self._make_room(state.position, anew=self.lanes == B)
@@ -102,8 +106,8 @@ class Places:
             own = _part(ring, here)
             for x in own[:2]:  # what is not visible is multiplied by 0, and 0 times another's infinity is no number
                 x.zero_()
-            own.put(past.last(ring.key.shape[2]), state.position)
-        for place, w in zip(self._working, matrices(state.fast), strict=True):
+            own.put(Past(*(x.to(device) for x in past.last(ring.key.shape[2]))), state.position)
+        for place, w in zip(self._working, matrices(fast), strict=True):
             place[here].copy_(w)
         if m:
             self._hidden[here, :m].copy_(state.hidden)
@@ -114,8 +118,8 @@ class Places:
         self._learning[here] = int(learn)
         self._position[here] = state.position
         self._output[here].copy_(state.output)
-        self._logits[here].copy_(self.model.logits(state.output))
-        self._occupants[lane] = _Occupant(state.position, m, learn, state.fast)
+        self._logits[here].copy_(self.model.logits(self._output[here]))
+        self._occupants[lane] = _Occupant(state.position, m, learn, fast)
 
     def take(self, lane: int, count: int = 1, device: torch.device | None = None) -> ReadingState:
         """The state, as a value, of the `count` sequences that came together into the lanes from `lane` on.
