@@ -14,23 +14,13 @@ from longread.config import ModelConfig
 from longread.model import Transformer, initialize
 from longread.outer_loop import choose_recompute, end_to_end_loss, static_loss, step_bytes
 from longread.recipes import pretrain
+from tests import tiny
 
 CPU = torch.device("cpu")
 
 
 def small(**changes: object) -> ModelConfig:
-    fields = {
-        "vocab_size": 19,
-        "width": 16,
-        "num_blocks": 4,
-        "num_heads": 2,
-        "mlp_hidden": 24,
-        "window_size": 6,
-        "mini_batch_size": 4,
-        "num_suffix_blocks": 2,
-        "rope_base": 100.0,
-    }
-    return ModelConfig(**fields | changes)  # type: ignore[arg-type]
+    return tiny.config(**{"rope_base": 100.0} | changes)
 
 
 def make(config: ModelConfig, seed: int = 0) -> Transformer:

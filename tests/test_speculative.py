@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.config import InnerConfig, ModelConfig, UserError
+from longread.config import InnerConfig, UserError
 from longread.model import Transformer, initialize
 from longread.session import Session
 from longread.speculative import Speculation, verdict
 from longread.speculative.verifier import Verifier
+from tests import tiny
 
 M, V = 4, 11
 INNER = InnerConfig(lr=0.7, clip=0.5)
@@ -21,16 +22,7 @@ SAMPLING = [{}, {"temperature": 0.6, "top_k": 3}, {"top_p": 0.6}, {"repetition_p
 
 
 def make(seed: int = 0, **changes: object) -> Transformer:
-    fields = {
-        "vocab_size": V,
-        "width": 16,
-        "num_blocks": 4,
-        "num_heads": 2,
-        "mlp_hidden": 24,
-        "window_size": 6,
-        "mini_batch_size": M,
-    }
-    model = Transformer(ModelConfig(**fields | changes))  # type: ignore[arg-type]
+    model = Transformer(tiny.config(**{"vocab_size": V, "num_suffix_blocks": 0} | changes))
     initialize(model, seed=seed)
     with torch.no_grad():  # so that some tokens are much likelier than others
         model.final_norm.weight.mul_(20)

@@ -11,8 +11,8 @@ M = 4
 INNER = InnerConfig(lr=0.7, clip=0.5)
 
 
-def make(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
-    """Four blocks, two of which learn; `changes` are fields of its config."""
+def config(**changes: object) -> ModelConfig:
+    """Four blocks, two of which learn; `changes` are fields."""
     fields = {
         "vocab_size": 19,
         "width": 16,
@@ -23,7 +23,12 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -
         "mini_batch_size": M,
         "num_suffix_blocks": 2,
     }
-    model = Transformer(ModelConfig(**fields | changes)).to(dtype)  # type: ignore[arg-type]
+    return ModelConfig(**fields | changes)  # type: ignore[arg-type]
+
+
+def make(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
+    """The network of `config`, with drawn weights."""
+    model = Transformer(config(**changes)).to(dtype)
     initialize(model, seed=seed)
     return model
 
