@@ -119,7 +119,9 @@ def events(answer: Any) -> list[tuple[str, Any]]:
 class Process:
     """`longread serve` as a process of its own."""
 
-    def __init__(self, home: Path, *options: str, python: tuple[str, ...] = (), keys: bool = False) -> None:
+    def __init__(
+        self, home: Path, *options: str, python: tuple[str, ...] = (), keys: bool = False, device: str = "cpu"
+    ) -> None:
         model = home / "tiny"
         if not model.exists():
             model.mkdir(parents=True)
@@ -133,7 +135,7 @@ class Process:
             arguments += ["--keys", str(file)]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, *python, "-m", "longread", *arguments, "--device", "cpu"],
+            [sys.executable, *python, "-m", "longread", *arguments, "--device", device],
             stderr=subprocess.PIPE,
             text=True,
             env=environment,

@@ -32,6 +32,8 @@ class Engines(RuleBasedStateMachine):
     """Tasks are begun at once and collected later, so those of different sessions overlap."""
 
     ids = Bundle("ids")
+    model = MODEL
+    """Of the engine; plain sessions have `MODEL`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,13 +44,17 @@ class Engines(RuleBasedStateMachine):
 
     @initialize(tight=st.booleans(), alone=st.booleans())
     def open(self, tight: bool, alone: bool) -> None:
-        size = largest_session(MODEL)
+        size = largest_session(self.model)
         memory = {"device_bytes": 3 * size, "host_bytes": size} if tight else {}
         self.limits = Limits(max_batch=2, batch_invariant=alone, **memory)
         self.engine = self.opened()
 
+    def possible(self, temperature: float) -> float:
+        """Devices draw other numbers from one seed."""
+        return temperature if self.model.device == MODEL.device else 0.0
+
     def opened(self) -> Engine:
-        return Engine(MODEL, INNER, directory=self.folder.name, limits=self.limits, fingerprint="x")
+        return Engine(self.model, INNER, directory=self.folder.name, limits=self.limits, fingerprint="x")
 
     def collect(self) -> None:
         for task, expected in self.running:
@@ -82,7 +88,7 @@ class Engines(RuleBasedStateMachine):
     @rule(sid=ids, count=st.integers(0, 11), seed=st.integers(0, 5), temperature=st.sampled_from([0.0, 0.8, 1.0]))
     def generate(self, sid: str, count: int, seed: int, temperature: float) -> None:
         if self.plain[sid].position:
-            options: dict[str, Any] = {"max_tokens": count, "seed": seed, "temperature": temperature}
+            options: dict[str, Any] = {"max_tokens": count, "seed": seed, "temperature": self.possible(temperature)}
             expected = list(self.plain[sid].generate(**options))
             self.running.append((self.engine.generate(sid, Sampling(**options)), expected))
 
@@ -95,8 +101,9 @@ class Engines(RuleBasedStateMachine):
     def complete(self, tokens: list[int], seed: int) -> None:
         session = Session(MODEL, INNER, fingerprint="x")
         session.read(tokens)
-        task = self.engine.complete(tokens, Sampling(max_tokens=6, seed=seed))
-        assert [event.id for event in task if hasattr(event, "logprob")] == list(session.generate(6, seed=seed))
+        options: dict[str, Any] = {"max_tokens": 6, "seed": seed, "temperature": self.possible(1.0)}
+        task = self.engine.complete(tokens, Sampling(**options))
+        assert [event.id for event in task if hasattr(event, "logprob")] == list(session.generate(**options))
 
     @rule(target=ids, sid=ids)
     def fork(self, sid: str) -> str:
@@ -155,13 +162,13 @@ class Engines(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-def run(examples: int, steps: int) -> None:
+def run(examples: int, steps: int, machine: type[Engines] = Engines) -> None:
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     phases = [phase for phase in Phase if phase is not Phase.shrink]  # it would take minutes
     chosen = settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=checks, phases=phases
     )
-    run_state_machine_as_test(Engines, settings=chosen)
+    run_state_machine_as_test(machine, settings=chosen)
 
 
 def test_any_order_of_operations() -> None:
@@ -171,3 +178,13 @@ def test_any_order_of_operations() -> None:
 @pytest.mark.slow
 def test_many_orders_of_operations() -> None:
     run(examples=120, steps=40)
+
+
+@pytest.mark.gpu
+def test_any_order_of_operations_on_a_gpu() -> None:
+    """Where states move between two memories, and graphs are captured beside them."""
+
+    class OnAGpu(Engines):
+        model = make().cuda()
+
+    run(examples=10, steps=25, machine=OnAGpu)

@@ -23,9 +23,14 @@ from longread.session import Session
 from tests.test_engine import read, write
 from tests.test_engine_batches import INNER, after, assert_same, make, text
 
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
-def test_a_writer_that_the_device_cannot_hold_twice_goes_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(make(), INNER) as plain:
+
+@each_device
+def test_a_writer_that_the_device_cannot_hold_twice_goes_to_the_host(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(make().to(device), INNER) as plain:
         sid = plain.create().id
         read(plain, sid, text(9))
         expected = write(plain, sid) + write(plain, sid)
@@ -44,7 +49,7 @@ def test_a_writer_that_the_device_cannot_hold_twice_goes_to_the_host(monkeypatch
 
     monkeypatch.setattr(Lanes, "state", short)
     monkeypatch.setattr(Turns, "_read_group", reading)
-    with Engine(make(), INNER) as engine:
+    with Engine(make().to(device), INNER) as engine:
         sid = engine.create().id
         read(engine, sid, text(9))
         first = write(engine, sid)
@@ -146,9 +151,10 @@ def test_one_failure_among_lanes_of_their_own_ends_one_task(monkeypatch: pytest.
             assert engine.score(sid, [1, 2]).result(60).nll == session.score([1, 2]).tolist()
 
 
-def test_a_session_comes_from_the_disk_through_the_host(tmp_path: Path) -> None:
+@each_device
+def test_a_session_comes_from_the_disk_through_the_host(device: str, tmp_path: Path) -> None:
     """Only moves between tiers touch the device from another thread."""
-    with Engine(make(), INNER, directory=tmp_path) as engine:
+    with Engine(make().to(device), INNER, directory=tmp_path) as engine:
         sid = engine.create().id
         read(engine, sid, text(9))
         engine.save(sid)
