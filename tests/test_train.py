@@ -129,7 +129,7 @@ def test_the_same_run_twice_is_the_same(tmp_path: Path, data: TokenDataset) -> N
 @pytest.mark.parametrize(
     "fields",
     [
-        {"loss": "static"},
+        {"loss": "static", "recompute": "blocks"},
         {"loss": "static", "model": dataclasses.replace(MODEL, num_suffix_blocks=0, attention="full")},
         {"meta_gradient": "first-order"},
         {"truncate_after": 2, "recompute": "step"},
@@ -361,9 +361,13 @@ def test_a_run_without_a_checkpoint_begins_again_with_the_same_weights(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_captured_gradient_is_the_plain_one(tmp_path: Path, data: TokenDataset) -> None:
+@pytest.mark.parametrize("recompute", ["none", "blocks", "sqrt"])
+@pytest.mark.parametrize("loss", ["end-to-end", "static"])
+def test_on_a_gpu_the_captured_gradient_is_the_plain_one(
+    loss: str, recompute: str, tmp_path: Path, data: TokenDataset
+) -> None:
     """Rates that change from step to step reach the graph, and its gradients the optimizer."""
-    config = change(precision="float32", model__width=64, model__mlp_hidden=64)
+    config = change(precision="float32", loss=loss, recompute=recompute, model__width=64, model__mlp_hidden=64)
     rows = {}
     for device in ("cpu", "cuda"):
         train(config, data, tmp_path / device, validation=data.validation, device=device)

@@ -282,7 +282,7 @@ def test_dispatch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert getattr(unit, name)(*arguments[op], **options) == "fused"
 
 
-@pytest.mark.parametrize("recompute", ["none", "step"])
+@pytest.mark.parametrize("recompute", ["none", "blocks", "step"])
 def test_the_outer_gradient_through_all_kernels(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(
         vocab_size=23,

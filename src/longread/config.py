@@ -26,7 +26,7 @@ Mixer = Literal["attention", "mamba2", "gated_deltanet", "ttt_kvb"]
 BindingOutput = Literal["query", "key"]
 Loss = Literal["end-to-end", "static"]
 MetaGradient = Literal["exact", "first-order"]
-Recompute = Literal["auto", "none", "sqrt", "step"]
+Recompute = Literal["auto", "none", "blocks", "sqrt", "step"]
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 
 HYBRID_PERIOD = 6  # hybrid attention: every sixth block sees everything (5 windowed : 1 full)
@@ -331,6 +331,7 @@ class RunConfig(_Checked):
     steps: int
     seed: int = 0
     recompute: Recompute = "auto"
+    """What is computed again in the backward pass for want of memory (`longread.outer_loop`)."""
     precision: Precision = "auto"
     evaluate_every: int | None = None
     checkpoint_every: int | None = None

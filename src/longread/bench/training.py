@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import multiprocessing
 import os
 import tempfile
@@ -19,10 +20,10 @@ from longread.bench.gate import GateFailed, refusing_fallbacks
 from longread.bench.machine import free_memory, peak_gib, precision_on, seconds, synchronize
 from longread.bench.profile import profiled
 from longread.bench.rows import Row, make_row
-from longread.config import Recompute, RunConfig
+from longread.config import RunConfig
 from longread.data import Batch
 from longread.model import Transformer, initialize
-from longread.outer_loop import choose_recompute
+from longread.outer_loop import UPDATE_BYTES, Schedule, graph_bytes
 from longread.train.captured import CapturedGradient
 from longread.train.gradient import accumulate_gradient
 from longread.train.optimizer import gradient_norm, make_optimizer, update
@@ -71,23 +72,24 @@ class TrainingStep:
         self._count += 1
 
 
-def schedules(config: RunConfig, device: torch.device) -> list[Recompute]:
-    """What may be recomputed, in the order in which it is tried: nothing, what `longread train` would, the most."""
-    if config.loss != "end-to-end":
-        return ["none"]
-    chosen = choose_recompute(
+def schedules(config: RunConfig, device: torch.device) -> list[Schedule]:
+    """What may be recomputed, in the order in which it is tried: all that may fit."""
+    need = graph_bytes(
         config.model,
+        config.loss,
         batch_size=config.batch_size,
         context_length=config.context_length,
         itemsize=2 if precision_on(device) == "bfloat16" else 4,
-        device=device,
+        kernels=device.type == "cuda",
     )
-    return list(dict.fromkeys(["none", chosen, "step"]))
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    room -= (4 + UPDATE_BYTES) * config.model.num_parameters
+    return [schedule for schedule, size in need.items() if size < room] or [min(need, key=need.__getitem__)]
 
 
 def measure_training(
     case: Case, device: torch.device, *, repeats: int, profile: bool = False
-) -> tuple[Row, Recompute, str | None]:
+) -> tuple[Row, Schedule, str | None]:
     """Tokens per second of steps after the second; what was recomputed; the profile of one step, if wanted.
 
     Raises:
@@ -105,7 +107,7 @@ def measure_training(
 
 
 def _measured(
-    case: Case, recompute: Recompute, device: torch.device, repeats: int, profile: bool
+    case: Case, recompute: Schedule, device: torch.device, repeats: int, profile: bool
 ) -> tuple[Row, str | None]:
     free_memory(device)
     step = TrainingStep(dataclasses.replace(case.config, recompute=recompute), device)
@@ -132,13 +134,13 @@ def measure_first_step(case: Case, device: torch.device) -> Row:
     return make_row(case, *_in_a_process(case, last, device))
 
 
-def _in_a_process(case: Case, recompute: Recompute, device: torch.device) -> tuple[list[float], float | None]:
+def _in_a_process(case: Case, recompute: Schedule, device: torch.device) -> tuple[list[float], float | None]:
     free_memory(device)
     with _empty_caches(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_first_step, case, recompute, str(device), torch.get_num_threads()).result()
 
 
-def _first_step(case: Case, recompute: Recompute, device_name: str, threads: int) -> tuple[list[float], float | None]:
+def _first_step(case: Case, recompute: Schedule, device_name: str, threads: int) -> tuple[list[float], float | None]:
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     free_memory(device)

@@ -6,11 +6,12 @@ of tokens at once. `upper` is the rest: it runs mini-batch by mini-batch with th
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longread.config import ModelConfig
 from longread.model.layers import MLP, Linear, NoNorm, RMSNorm, SwiGLU
@@ -69,6 +70,23 @@ class Block(nn.Module):
     def mixers(self) -> list[Attention | RecurrentMixer]:
         """The sub-layers through which tokens exchange information, in their order."""
         return [getattr(self, kind) for kind in self._kinds]
+
+    def below(self, x: Tensor, pasts: Sequence[MixerPast], turn: Tensor) -> tuple[Tensor, list[MixerPast]]:
+        """Its part of `Transformer.lower`: the mixers, and in the prefix the MLP; also what each mixer made."""
+        own = []
+        for mixer, past in zip(self.mixers, pasts, strict=True):
+            x, made = mixer(x, past, turn=turn, order=1)
+            own.append(made)
+        return (x if hasattr(self, "fast_mlp") else self.static_mlp(x)), own
+
+    def above(
+        self, x: Tensor, past: Past | None, fast: SwiGLU | None, turn: Tensor, order: int
+    ) -> tuple[Tensor, Past | None]:
+        """Its part of `Transformer.upper`: attention, unless it belongs to `below` (no past), and both MLPs."""
+        own = None
+        if past is not None:
+            x, own = self.attention(x, past, turn=turn, order=order)
+        return self.static_mlp(self.fast_mlp(x, fast)), own
 
 
 class Transformer(nn.Module):
@@ -152,7 +170,7 @@ class Transformer(nn.Module):
         return pasts[: self.num_lower_attentions], pasts[self.num_lower_attentions :]
 
     def lower(
-        self, input_ids: Tensor, pasts: Sequence[MixerPast], *, start: int | Tensor
+        self, input_ids: Tensor, pasts: Sequence[MixerPast], *, start: int | Tensor, recompute: bool = False
     ) -> tuple[Tensor, tuple[MixerPast, ...]]:
         """Everything that no fast weight touches, over tokens at positions start … start + T − 1.
 
@@ -160,6 +178,7 @@ class Transformer(nn.Module):
             input_ids: int64 [B, T].
             pasts: one for each of the `num_lower_attentions` mixers.
             start: a tensor [] where it changes under a CUDA graph; [B] where each sequence is somewhere else.
+            recompute: for the gradient each block keeps only its input, and runs once more.
 
         Returns:
             hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and of each mixer what `advance`
@@ -169,15 +188,19 @@ class Transformer(nn.Module):
         turn, own = self._rotation(start, x), []
         left = iter(pasts)
         for block in (*self.prefix, *self.suffix[:1]):
-            for mixer in block.mixers:
-                x, made = mixer(x, next(left), turn=turn, order=1)
-                own.append(made)
-            if not hasattr(block, "fast_mlp"):
-                x = block.static_mlp(x)
+            x, made = _run(block.below, x, [next(left) for _ in block.mixers], turn, again=recompute)
+            own += made
         return x, tuple(own)
 
     def upper(
-        self, hidden: Tensor, fast: FastWeights | None, pasts: Sequence[MixerPast], *, start: int | Tensor, order: int
+        self,
+        hidden: Tensor,
+        fast: FastWeights | None,
+        pasts: Sequence[MixerPast],
+        *,
+        start: int | Tensor,
+        order: int,
+        recompute: bool = False,
     ) -> tuple[Tensor, tuple[Past, ...]]:
         """The suffix above its first attention, and the final norm, with the given fast weights.
 
@@ -186,16 +209,16 @@ class Transformer(nn.Module):
             fast: one `SwiGLU` for each suffix block; None: the parameters W_0 as they are, shared by all sequences.
             pasts: one for each attention above the lowest fast MLP.
             order: order of derivative that will be taken.
+            recompute: as in `lower`; not with order 2.
 
         Returns:
             [B, T, D], what the head turns into logits, and each attention's own keys and values, for `advance`.
         """
         x, turn, own = hidden, self._rotation(start, hidden), []
         for index, block in enumerate(self.suffix):
-            if index > 0:
-                x, made = block.attention(x, pasts[index - 1], turn=turn, order=order)
-                own.append(made)
-            x = block.static_mlp(block.fast_mlp(x, None if fast is None else fast[index]))
+            past, weights = pasts[index - 1] if index else None, None if fast is None else fast[index]
+            x, made = _run(block.above, x, past, weights, turn, order, again=recompute)
+            own += [] if made is None else [made]
         return self.final_norm(x), tuple(own)
 
     def _rotation(self, start: int | Tensor, x: Tensor) -> Tensor:
@@ -229,6 +252,11 @@ class Transformer(nn.Module):
             else made
             for past, made, mixer in zip(pasts, own, mixers[first : first + len(own)], strict=True)
         )
+
+
+def _run(run: Callable[..., Any], *args: Any, again: bool) -> Any:
+    """`run(*args)`; with `again` its gradient keeps only the arguments, and runs it once more."""
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False) if again else run(*args)
 
 
 @torch.no_grad()

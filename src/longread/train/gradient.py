@@ -44,7 +44,7 @@ def accumulate_gradient(
 
 def _outer_loss(model: Transformer, config: RunConfig, batch: Batch, inner_lr: float | Tensor) -> OuterLoss:
     if config.loss == "static":
-        return static_loss(model, *batch)
+        return static_loss(model, *batch, recompute=config.recompute)
     return end_to_end_loss(
         model,
         *batch,

@@ -245,9 +245,10 @@ class _Run:
     def _settled(self) -> RunConfig:
         """The config with `auto` decided, once for all steps: other choices would round differently."""
         config, recompute = self.config, self.config.recompute
-        if recompute == "auto" and config.loss == "end-to-end":
+        if recompute == "auto":
             recompute = choose_recompute(
                 config.model,
+                config.loss,
                 batch_size=config.micro_batch_size or config.batch_size,
                 context_length=config.context_length,
                 itemsize=self.model.dtype.itemsize,

@@ -1,0 +1,143 @@
+"""The loss of the model as it learns, and the static loss.
+
+Two other meta-gradients are there to be compared with the exact one: "first-order" holds each inner gradient constant,
+and `truncate_after=n` cuts the chain of steps every n, keeping only W_i = W_0 + constant across the cut.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longread.config import Loss, MetaGradient, Recompute
+from longread.inner_loop.step import Carry, Scan, from_matrices, matrices, mini_batch_loss, scan
+from longread.model import FastWeights, Transformer
+from longread.outer_loop.memory import Schedule, choose_recompute
+from longread.outer_loop.segments import run_again
+
+
+class OuterLoss(NamedTuple):
+    """A loss to differentiate, and how it came about."""
+
+    loss: Tensor
+    """Mean over sequences of the mean over mini-batches, []. Only this takes part in differentiation."""
+    nll: Tensor
+    """−log p of every target, masked or not, [B, T]."""
+    mini_batch_loss: Tensor
+    """Mean over the unmasked targets of each mini-batch, [B, T / M]."""
+    inner_grad_norm: Tensor
+    """Norm of each inner gradient before clipping, [B, T / M − 1]; [B, 0] for the static loss."""
+
+
+def static_loss(
+    model: Transformer, input_ids: Tensor, target_ids: Tensor, loss_mask: Tensor, *, recompute: Recompute = "auto"
+) -> OuterLoss:
+    """The ordinary loss: every token is scored with the initial weights (Eq. 4).
+
+    Args:
+        input_ids, target_ids: int64 [B, T], T a multiple of M.
+        loss_mask: bool [B, T], True where the target counts.
+        recompute: "none", or with any other schedule every block's activations but its input; "auto": what fits.
+    """
+    M = model.config.mini_batch_size
+    _check_length(input_ids, M)
+    again = _settled(recompute, "static", model, input_ids) != "none"
+    lower, upper = model.empty_pasts(input_ids.shape[0])
+    hidden, _ = model.lower(input_ids, lower, start=0, recompute=again)
+    output, _ = model.upper(hidden, None, upper, start=0, order=1, recompute=again)
+    nll = model.token_losses(output, target_ids)
+    loss = mini_batch_loss(nll.unflatten(1, (-1, M)), loss_mask.unflatten(1, (-1, M)))
+    return OuterLoss(loss.mean(), nll.detach(), loss.detach(), nll.new_empty(nll.shape[0], 0))
+
+
+def end_to_end_loss(
+    model: Transformer,
+    input_ids: Tensor,
+    target_ids: Tensor,
+    loss_mask: Tensor,
+    *,
+    inner_lr: float | Tensor,
+    inner_clip: float | None,
+    meta_gradient: MetaGradient = "exact",
+    truncate_after: int | None = None,
+    recompute: Recompute = "auto",
+) -> OuterLoss:
+    """The loss of the model as it learns, mean_i loss_i(W_{i−1}), differentiable through the inner steps (Eq. 3, 6).
+
+    Args:
+        input_ids, target_ids: int64 [B, T], T a multiple of M; each sequence starts from W_0 and learns alone.
+        loss_mask: bool [B, T], True where the target counts, in the inner loss as in the outer one.
+        inner_lr: rate; a tensor [] where it changes under a CUDA graph.
+        inner_clip: largest gradient norm of one sequence; None: no clipping.
+        meta_gradient: "exact", or "first-order", which holds each inner gradient constant.
+        truncate_after: cut the chain of steps every so many steps; None: never.
+        recompute: which activations are kept (see `longread.outer_loop`); all schedules give the same gradient.
+    """
+    M = model.config.mini_batch_size
+    _check_length(input_ids, M)
+    B, count = input_ids.shape[0], input_ids.shape[1] // M
+    schedule = _settled(recompute, "end-to-end", model, input_ids)
+    longest = {"sqrt": math.ceil(math.sqrt(count)), "step": 1}.get(schedule, count)
+    horizon = truncate_after or count
+
+    def run(first: int, last: int, hidden: Tensor, carry: Carry, order: int) -> Scan:
+        part = slice(first * M, last * M)
+        return scan(
+            model,
+            carry,
+            hidden,
+            target_ids[:, part],
+            loss_mask[:, part],
+            start=first * M,
+            lr=inner_lr,
+            clip=inner_clip,
+            order=order,
+            last_step=last < count,
+        )
+
+    lower_pasts, upper_pasts = model.empty_pasts(B)
+    hidden, _ = model.lower(input_ids, lower_pasts, start=0, recompute=schedule != "none")
+    initial = model.initial_fast_weights(B)
+    carry = Carry(initial, upper_pasts)
+    order = 2 if meta_gradient == "exact" else 1
+    parameters = [p for p in model.upper_parameters() if p.requires_grad]
+    parts: list[Scan] = []
+    first = 0
+    while first < count:
+        if first and first % horizon == 0:
+            carry = _cut(carry, initial)
+        last = min(first + longest, (first // horizon + 1) * horizon, count)
+        part = hidden[:, first * M : last * M]
+        if schedule in ("none", "blocks"):
+            parts.append(run(first, last, part, carry, order))
+        else:
+            parts.append(run_again(functools.partial(run, first, last), order, parameters, part, carry))
+        carry, first = parts[-1].carry, last
+    losses = torch.cat([part.mini_batch_loss for part in parts], dim=1)
+    nll, norms = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("nll", "grad_norm"))
+    return OuterLoss(losses.mean(), nll.detach(), losses.detach(), norms.detach())
+
+
+def _settled(recompute: Recompute, loss: Loss, model: Transformer, input_ids: Tensor) -> Schedule:
+    if recompute != "auto":
+        return recompute
+    B, T = input_ids.shape
+    return choose_recompute(
+        model.config, loss, batch_size=B, context_length=T, itemsize=model.dtype.itemsize, device=model.device
+    )
+
+
+def _check_length(input_ids: Tensor, mini_batch_size: int) -> None:
+    T = input_ids.shape[1]
+    if T == 0 or T % mini_batch_size:
+        raise ValueError(f"{T} tokens are no multiple of the mini-batch of {mini_batch_size}; pad or cut the sequences")
+
+
+def _cut(carry: Carry, initial: FastWeights) -> Carry:
+    """The same values, with nothing left of their history but W_i = W_0 + constant."""
+    kept = [w0 + (w - w0).detach() for w, w0 in zip(matrices(carry.fast), matrices(initial), strict=True)]
+    return Carry(from_matrices(kept), tuple(past.detach() for past in carry.pasts))

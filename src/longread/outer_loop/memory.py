@@ -1,0 +1,116 @@
+"""How much of an outer step is computed again: the least that fits into memory. All bytes here are estimates."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Literal
+
+import torch
+
+from longread.config import Loss, ModelConfig
+
+Schedule = Literal["none", "blocks", "sqrt", "step"]
+"""In the order of extra work; explained in `longread.outer_loop`."""
+
+SHARE = 0.8
+"""Of free memory that may be counted on."""
+UPDATE_BYTES = 12
+"""A parameter's gradient and the two moments of AdamW, none of which is there when the schedule is chosen."""
+
+
+def choose_recompute(
+    config: ModelConfig,
+    loss: Loss,
+    *,
+    batch_size: int,
+    context_length: int,
+    itemsize: int,
+    device: torch.device,
+    budget: int | None = None,
+) -> Schedule:
+    """The schedule that recomputes least among those that fit, or the leanest if none does.
+
+    Args:
+        itemsize: bytes of a number that products run in.
+        budget: bytes for the graph of one outer step; None: 80 % of what is free on the device now, less what the
+            update of the weights will need.
+    """
+    need = graph_bytes(
+        config,
+        loss,
+        batch_size=batch_size,
+        context_length=context_length,
+        itemsize=itemsize,
+        kernels=device.type == "cuda",
+    )
+    limit = SHARE * _free_bytes(device) - UPDATE_BYTES * config.num_parameters if budget is None else budget
+    fitting = [schedule for schedule, size in need.items() if size <= limit]
+    return fitting[0] if fitting else min(need, key=need.__getitem__)
+
+
+def graph_bytes(
+    config: ModelConfig, loss: Loss, *, batch_size: int, context_length: int, itemsize: int, kernels: bool
+) -> dict[Schedule, int]:
+    """Bytes of activations that a loss keeps for its gradient, for each schedule it has, in the order of extra work.
+
+    Args:
+        kernels: whether our kernels for NVIDIA GPUs answer, which keep less than PyTorch's.
+    """
+    tokens, count = batch_size * context_length, context_length // config.mini_batch_size
+    static = loss == "static"
+    depth = config.num_blocks if static else config.num_prefix_blocks + 1
+    block = tokens * block_bytes(config, context_length, itemsize, kernels=kernels)
+    kept, inputs = depth * block, depth * tokens * config.width * itemsize + block
+    if static:
+        return {"none": kept, "blocks": inputs}
+    activations, carry = step_bytes(config, batch_size, itemsize, kernels=kernels)
+    root = math.ceil(math.sqrt(count))
+    return {
+        "none": kept + count * activations,
+        "blocks": inputs + count * activations,
+        "sqrt": inputs + root * (activations + carry),
+        "step": inputs + activations + count * carry,
+    }
+
+
+def block_bytes(config: ModelConfig, context_length: int, itemsize: int, *, kernels: bool) -> int:
+    """Bytes a token that a block over a whole sequence keeps, counted on CPUs and confirmed by peaks on an H200.
+
+    Attention and norms 13 D numbers, the MLP 3 F; without kernels a window shorter than the sequence 13 D more, and a
+    recurrent mixer about 50 D.
+    """
+    D = config.width
+    banded = 0 if kernels or config.attention == "full" or config.window_size >= context_length else 13 * D
+    mixers = [kind for i in range(config.num_blocks) for kind in config.mixers_of(i)]
+    recurrent = sum(kind != "attention" for kind in mixers)
+    mixing = (len(mixers) - recurrent) * (13 * D + banded) + recurrent * 50 * D
+    return (mixing // config.num_blocks + 3 * config.mlp_hidden) * itemsize
+
+
+def step_bytes(config: ModelConfig, batch_size: int, itemsize: int, *, kernels: bool = False) -> tuple[int, int]:
+    """Bytes that one inner step keeps for its exact gradient, and bytes of a carry.
+
+    On CPUs the graph of a suffix block holds about 44 D + 20 F numbers a token, attention its scores five times, and
+    the fast weights are there three times: old, new and their gradient. With `kernels` it is about 22 D + 10 F, 16 D
+    for attention, the weights once in the type of the products, and the logits once.
+    """
+    B, M, D, F = batch_size, config.mini_batch_size, config.width, config.mlp_hidden
+    S, attentions = config.num_suffix_blocks, max(0, config.num_suffix_blocks - 1)
+    weights = B * config.num_fast_weights * 4
+    past = attentions * 2 * B * config.window_size * D * itemsize
+    if kernels:
+        numbers, held = S * (22 * D + 10 * F) + attentions * 16 * D + config.vocab_size, weights * itemsize // 4
+    else:
+        scores = 5 * config.num_heads * (config.window_size + M)
+        numbers, held = S * (44 * D + 20 * F) + attentions * scores, 3 * weights
+    return B * M * numbers * itemsize + held, weights + past
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS does not say what is free

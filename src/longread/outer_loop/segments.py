@@ -1,0 +1,74 @@
+"""Several inner steps that keep only their inputs, and run again when their gradient is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from longread.inner_loop.step import Carry, Scan, from_matrices, matrices
+from longread.model import Past
+
+
+def _flatten(carry: Carry) -> list[Tensor]:
+    return [*matrices(carry.fast), *(x for past in carry.pasts for x in past)]
+
+
+def _unflatten(flat: Sequence[Tensor], num_fast: int) -> Carry:
+    pasts = flat[num_fast:]
+    return Carry(from_matrices(flat[:num_fast]), tuple(Past(*pasts[i : i + 2]) for i in range(0, len(pasts), 2)))
+
+
+def run_again(
+    run: Callable[[Tensor, Carry, int], Scan],
+    order: int,
+    parameters: Sequence[nn.Parameter],
+    hidden: Tensor,
+    carry: Carry,
+) -> Scan:
+    """`run(hidden, carry, order)` that keeps only its inputs until its gradient is due.
+
+    The graph of an inner step contains a backward pass of its own, which saved-tensor hooks, and hence
+    `torch.utils.checkpoint`, do not serve; so the second run is a Function here.
+    """
+    num_fast = len(matrices(carry.fast))
+    loss, nll, norms, *after = _Segment.apply(
+        run, order, num_fast, len(parameters), hidden, *_flatten(carry), *parameters
+    )
+    return Scan(_unflatten(after, num_fast), nll, loss, norms)
+
+
+class _Segment(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[[Tensor, Carry, int], Scan],
+        order: int,
+        num_fast: int,
+        num_parameters: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.run, ctx.order, ctx.num_fast, ctx.num_parameters = run, order, num_fast, num_parameters
+        ctx.save_for_backward(*tensors)
+        hidden, *flat = (x.detach() for x in tensors[: len(tensors) - num_parameters])
+        result = run(hidden, _unflatten(flat, num_fast), 0)
+        ctx.mark_non_differentiable(result.nll, result.grad_norm)
+        return result.mini_batch_loss, result.nll, result.grad_norm, *_flatten(result.carry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, d_nll: Tensor, d_norm: Tensor, *d_carry: Tensor) -> tuple[Any, ...]:
+        split = len(ctx.saved_tensors) - ctx.num_parameters
+        inputs, parameters = ctx.saved_tensors[:split], ctx.saved_tensors[split:]
+        hidden, *flat = inputs = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            result = ctx.run(hidden, _unflatten(flat, ctx.num_fast), ctx.order)
+        outputs = result.mini_batch_loss, *_flatten(result.carry)
+        due = [(out, d) for out, d in zip(outputs, (d_loss, *d_carry), strict=True) if out.requires_grad]
+        gradients = torch.autograd.grad(
+            [out for out, _ in due], (*inputs, *parameters), [d for _, d in due], allow_unused=True
+        )
+        return None, None, None, None, *gradients
