@@ -47,7 +47,8 @@ def measure_decode(case: Case, device: torch.device, *, repeats: int, profile: b
     if not profile:
         return row, None
     few = min(count, PROFILED)
-    return row, profiled(device, lambda: write(session.fork(), few), few / row["value"] * 1e3)
+    work = lambda: write(session.fork(), few)  # noqa: E731
+    return row, profiled(device, work, 1e3 * seconds(device, work))
 
 
 def write(session: Session, count: int) -> list[int]:

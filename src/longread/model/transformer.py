@@ -178,18 +178,19 @@ class Transformer(nn.Module):
             input_ids: int64 [B, T].
             pasts: one for each of the `num_lower_attentions` mixers.
             start: a tensor [] where it changes under a CUDA graph; [B] where each sequence is somewhere else.
-            recompute: for the gradient each block keeps only its input, and runs once more.
+            recompute: for the gradient each block keeps only its input, and runs once more; what mixers made is not
+                returned then, as it would be kept too.
 
         Returns:
             hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and of each mixer what `advance`
             needs: attention's own keys and values, a recurrence's state.
         """
         x = self.embedding(input_ids).to(self.dtype)
-        turn, own = self._rotation(start, x), []
-        left = iter(pasts)
+        turn, left = self._rotation(start, x), iter(pasts)
+        own: list[MixerPast] = []
         for block in (*self.prefix, *self.suffix[:1]):
             x, made = _run(block.below, x, [next(left) for _ in block.mixers], turn, again=recompute)
-            own += made
+            own += [] if recompute else made
         return x, tuple(own)
 
     def upper(
@@ -218,7 +219,7 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.suffix):
             past, weights = pasts[index - 1] if index else None, None if fast is None else fast[index]
             x, made = _run(block.above, x, past, weights, turn, order, again=recompute)
-            own += [] if made is None else [made]
+            own += [] if made is None or recompute else [made]
         return self.final_norm(x), tuple(own)
 
     def _rotation(self, start: int | Tensor, x: Tensor) -> Tensor:
