@@ -26,7 +26,7 @@ COLORS = {
 OTHERS = ("#d6455a", "#2f86d1", "#2f9e62", "#c08a16", "#9a6bd0", "#1f9aa5", "#c2703a", "#8a8a8a")
 """Of lines that are not methods."""
 ALIASES = {"exact": "TTT-E2E", "static loss (TTT-naive)": "TTT-naive"}
-DASHES = {"frozen": (0, (4, 2)), "b = 16": (0, (1, 1.5))}
+DASHES = {"frozen": (0, (4, 2)), "b = 16": (0, (1, 1.5)), "54 % more tokens": (0, (4, 2))}
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Line:
     """Range over seeds at each point, where there are several."""
     faint: bool = False
     """One of several behind another, without a name."""
+    below: bool = False
+    """Its name goes below its beginning: it ends where others go on."""
 
 
 @dataclass
@@ -85,6 +87,10 @@ def fill(axes: Any, panel: Panel, labels: float) -> None:
         axes.plot(xs, ys, color=color, linewidth=2.0, linestyle=DASHES.get(variant, "-"), **dots)
         if line.low:
             axes.fill_between(xs, line.low, line.high, color=color, alpha=0.18, linewidth=0)
+        if line.below:
+            at = {"xytext": (0, -7), "textcoords": "offset points"}
+            axes.annotate(line.name, (xs[0], ys[0]), color=color, va="top", fontsize=8.5, **at)
+            continue
         ends.append((ys[-1], xs[-1], line.name, color))
     if panel.zero and ends:
         xs = [x for line in panel.lines for x, _ in line.points]

@@ -15,16 +15,22 @@ Curve = list[tuple[float, float]]
 
 @dataclass
 class Results:
-    """Archives loaded later win; what they replace is kept in `repeats`."""
+    """Archives loaded later win; losses of what they replace are kept in `runs`."""
 
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     corpus: dict[str, Any] = field(default_factory=dict)
-    repeats: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    """(job, evaluation) -> losses of the same job, run more than once."""
+    runs: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    """(job, evaluation) -> number of the archive -> loss: the same job may have run more than once."""
+    archives: int = 0
+
+    @property
+    def repeats(self) -> dict[tuple[str, str], list[float]]:
+        return {key: list(losses.values()) for key, losses in self.runs.items() if len(losses) > 1}
 
     def load(self, archive: Path) -> None:
+        self.archives += 1
         with tarfile.open(archive) as tar:
             for member in tar:
                 path, file = Path(member.name), tar.extractfile(member)
@@ -45,11 +51,10 @@ class Results:
     def evaluated(self, job: str, what: str, content: dict[str, Any]) -> None:
         if self.evaluations.get(job, {}).get(what) == content:
             return  # the same archive, or a later one of the same work
-        before = self.loss(job, what)
         self.evaluations.setdefault(job, {})[what] = content
-        after = self.loss(job, what)
-        if before is not None and after is not None:
-            self.repeats.setdefault((job, what), [before]).append(after)
+        loss = self.loss(job, what)
+        if loss is not None:
+            self.runs.setdefault((job, what), {})[self.archives] = loss
 
     def steps(self, job: str) -> int:
         """That its training took, up to where it was stopped."""
@@ -69,6 +74,11 @@ class Results:
     def loss(self, job: str, what: str, reading: str | None = None) -> float | None:
         found = self.reading(job, what, reading)
         return None if found is None else float(found["loss"]["nats_per_token"]["mean"])
+
+    def loss_before(self, job: str, extension: str, what: str) -> float | None:
+        """Of the run that an extension started from: the last one up to the archive in which the extension is."""
+        last = max(self.runs.get((extension, what), {}), default=0)
+        return next((y for n, y in reversed(self.runs.get((job, what), {}).items()) if n <= last), None)
 
     def curve(self, job: str, what: str, reading: str | None = None) -> Curve:
         """(position, loss), in bins of a quarter octave; the first bins, of few tokens, are left to `bins`."""

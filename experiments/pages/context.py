@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 from experiments.figures import Line, Panel, plot
 from experiments.page import Page, number
@@ -13,6 +14,8 @@ from experiments.results import Results
 
 NEEDS = ("e2e-s0-32", "swa-s0-32", "full-s0-32")
 TICKS = [L * UNIT for L in LENGTHS]
+LONGER = "SWA, 54 % more tokens"
+"""As many operations as TTT-E2E takes at 1K."""
 HEAD = ["", *(f"{L}K" for L in LENGTHS)]
 READINGS = {
     "TTT-E2E": ("e2e", None),
@@ -31,10 +34,11 @@ def make(found: Results) -> Page:
     absolute, relative, by_index = [], [], []
     for kind in KINDS:
         losses = {method: rows for method in METHODS if (rows := by_seed(found, method, kind))}
-        page.results[f"loss, {kind}"] = losses
+        longer = by_seed(found, "swa-longer", kind)
+        page.results |= {f"loss, {kind}": losses, f"loss, {kind}, {LONGER}": longer}
         tables(page, kind, losses)
         absolute.append(absolute_panel(kind, losses))
-        relative.append(relative_panel(kind, losses))
+        relative.append(relative_panel(kind, losses, longer))
         by_index.append(index_panel(found, page, kind))
     forgotten(found, page)
     page.plot("context", "Loss minus SWA's by context length", plot(*relative))
@@ -79,13 +83,17 @@ def tables(page: Page, kind: str, losses: dict[str, BySeed]) -> None:
 
 
 def forgotten(found: Results, page: Page) -> None:
-    """Whether an extension has lost what the model could do before."""
+    """Whether an extension has lost what the model that it started from could do."""
     rows = []
     for method in METHODS:
         cells = []
         for kind in KINDS:
-            after = {s: found.loss(job(method, s, 32), f"{kind}-1") for s in SEEDS}
-            change = minus({s: {1: y} for s, y in after.items() if y is not None}, by_seed(found, method, kind))
+            change: BySeed = {}
+            for seed in SEEDS:
+                base, extension, what = job(method, seed, 1), job(method, seed, 32), f"{kind}-1"
+                before, after = found.loss_before(base, extension, what), found.loss(extension, what)
+                if before is not None and after is not None:
+                    change[seed] = {1: after - before}
             page.results[f"loss at 1K after minus before the extension, {NAMES[method]}, {kind}"] = change
             cells.append(spread(change, 1))
         if any(cells):
@@ -107,9 +115,9 @@ def absolute_panel(kind: str, losses: dict[str, BySeed]) -> Panel:
     return Panel(TITLES[kind], lines, unit_of(kind), "context length, tokens", markers=True, ticks=TICKS)
 
 
-def relative_panel(kind: str, losses: dict[str, BySeed]) -> Panel:
+def relative_panel(kind: str, losses: dict[str, BySeed], longer: BySeed) -> Panel:
     """Means over seeds; the range only of TTT-E2E and full attention, because eight of them hide each other."""
-    lines = []
+    lines = [replace(line(LONGER, minus(longer, losses.get("swa", {}))), below=True)]
     for method, rows in losses.items():
         if method != "swa":
             mean = line(NAMES[method], minus(rows, losses.get("swa", {})))

@@ -1,12 +1,17 @@
-"""Exact, truncated and first-order meta-gradients, at equal tokens and at equal operations."""
+"""Exact, truncated and first-order meta-gradients, at equal tokens, at equal operations and at equal time."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
 from experiments.figures import Line, Panel, plot
 from experiments.flops import operations
 from experiments.page import Page, number
 from experiments.pages import KINDS, job
 from experiments.pages.seeds import SEEDS, by_seed, mean_line, minus, spread
+from experiments.plan import EXTENSION_STEPS, PRETRAINING_STEPS, UNIT
 from experiments.results import Results, lag
 
 from longread.recipes import recipe
@@ -20,18 +25,24 @@ TITLES = {
     "meta-cut-2": "cut every 2 steps",
     "naive": "static loss (TTT-naive)",
     "swa": "SWA",
+    "swa-longer": "SWA, 54 % longer",
 }
+LONGER = {"meta-first-order-longer": "meta-first-order", "swa-longer": "swa"}
+"""The same training with more steps: a token costs as much."""
 LENGTHS = (1, 8)
+SPEEDS = json.loads((Path(__file__).resolve().parents[1] / "speeds.json").read_text(encoding="utf-8"))["methods"]
+"""Tokens a second at 1K, each on a GPU that it has for itself."""
 
 
 def make(found: Results) -> Page:
     page = Page(
         "meta-gradients",
         "Exact, truncated and first-order meta-gradients",
-        "What does the exact gradient buy, at equal tokens and at equal operations?",
+        "What does the exact gradient buy, at equal tokens, at equal operations and at equal time?",
     )
-    costs = operations_of_a_sequence()
-    rows, by_cost = [], []
+    costs = {length: operations_of_a_sequence(length) for length in LENGTHS}
+    rows = []
+    by_cost: dict[int, list[Line]] = {length: [] for length in LENGTHS}
     for method, title in TITLES.items():
         cells = []
         for kind in KINDS:
@@ -43,12 +54,24 @@ def make(found: Results) -> Page:
         training = found.training(job(method, 0, 1))
         if any(cells) and training:
             tokens = training[-1][0]
-            page.results[f"{title}, tokens and operations at 1K"] = tokens, costs[method] * tokens / 1024
-            rows.append([title, f"{tokens / 1e6:.0f}M", f"{costs[method] / costs['swa']:.2f}", *cells])
-            books = found.loss(job(method, 0, 1), "books-1")
-            by_cost += [Line(title, [(costs[method] * tokens / 1024 / 1e15, books)])] if books else []
+            page.results[f"{title}, tokens and operations at 1K"] = tokens, costs[1][method] * tokens / UNIT
+            share = tokens / (PRETRAINING_STEPS * 64 * UNIT)
+            cost = [share * costs[1][method] / costs[1]["swa"]]
+            cost += [share * SPEEDS["swa"]["median"] / speed["median"]] if (speed := speed_of(method)) else []
+            cost_cells = [f"{ratio:.2f}" for ratio in cost] + [""] * (2 - len(cost))
+            rows.append([title, f"{tokens / 1e6:.0f}M", *cost_cells, *cells])
+            for length, total in spent(costs, method, share).items():
+                page.results[f"{title}, operations to {length}K"] = total
+                books = found.loss(job(method, 0, length), f"books-{length}")
+                by_cost[length] += [Line(title, [(total / 1e15, books)])] if books else []
     columns = (f"{kind} {length}K" for kind in KINDS for length in LENGTHS)
-    page.table("Seed 0, learning / frozen:", ["", "tokens at 1K", "operations a token, × SWA", *columns], rows)
+    head = ["", "tokens at 1K", "operations", "time", *columns]
+    page.table("Seed 0, learning / frozen; operations and time of the training at 1K, × SWA's:", head, rows)
+    page.table(
+        "Cost of training on a token:",
+        ["", "operations at 1K, × SWA", "at 8K", "tokens/s at 1K, median (range)", "time, × SWA"],
+        cost_rows(costs),
+    )
     differences = {kind: minus(by_seed(found, "meta-first-order", kind), by_seed(found, "e2e", kind)) for kind in KINDS}
     page.results["first-order minus exact"] = differences
     page.table(
@@ -61,23 +84,49 @@ def make(found: Results) -> Page:
     page.results["same job twice"] = {
         f"{name}, {what}": values for (name, what), values in found.repeats.items() if name.startswith("meta-")
     }
-    panels = [
-        Panel("Training loss minus exact's, same batches", lines, "nats per token", "million tokens", log=False,
-              zero="exact", limits=(-0.02, 0.2), ticks=[20, 40, 60]),
-        Panel("Loss on books at 1K by operations, seed 0", by_cost, "nats per token",
-              "10¹⁵ operations of training", log=False),
-    ]  # fmt: skip
-    page.plot("training", "Training loss minus that of exact meta-gradients", plot(*panels, width=10, labels=0.5))
+    panel = Panel("Training loss minus exact's, same batches", lines, "nats per token", "million tokens", log=False,
+                  zero="exact", limits=(-0.02, 0.2), ticks=[20, 40, 60])  # fmt: skip
+    page.plot("training", "Training loss minus that of exact meta-gradients", plot(panel, width=6.5, labels=0.42))
+    panels = (
+        Panel(f"Books at {length}K, seed 0", lines, "nats per token" if length == 1 else "", "10¹⁵ operations in all",
+              log=False)
+        for length, lines in by_cost.items()
+    )  # fmt: skip
+    page.plot("operations", "Loss on books by operations of training", plot(*panels, width=10, labels=0.5))
     return page
 
 
-def operations_of_a_sequence() -> dict[str, int]:
-    """Of one outer step at 1K, by method."""
-    exact = recipe("small", "e2e")
-    first_order = operations(exact, first_order=True)
-    counts = {"e2e": operations(exact), "meta-first-order": first_order, "meta-first-order-longer": first_order}
-    counts |= {f"meta-cut-{steps}": operations(exact, truncate_after=steps) for steps in (2, 4)}
-    return counts | {method: operations(recipe("small", method)) for method in ("naive", "swa")}
+def operations_of_a_sequence(length: int) -> dict[str, int]:
+    """Of one outer step at `length` units, by method."""
+    configs = {
+        method: recipe("small", method) if length == 1 else recipe("small-extend", method, context_length=length * UNIT)
+        for method in ("e2e", "naive", "swa")
+    }
+    counts = {method: operations(config) for method, config in configs.items()}
+    counts["meta-first-order"] = operations(configs["e2e"], first_order=True)
+    counts |= {f"meta-cut-{steps}": operations(configs["e2e"], truncate_after=steps) for steps in (2, 4)}
+    return counts | {method: counts[same] for method, same in LONGER.items()}
+
+
+def speed_of(method: str) -> dict[str, int] | None:
+    speed: dict[str, int] | None = SPEEDS.get(LONGER.get(method, method))
+    return speed
+
+
+def spent(costs: dict[int, dict[str, int]], method: str, share: float) -> dict[int, float]:
+    """Operations of the training to each length; that to 8K is an extension of that at 1K."""
+    base = share * PRETRAINING_STEPS * 64 * costs[1][method]
+    return {1: base, 8: base + round(share * EXTENSION_STEPS) * 128 / 8 * costs[8][method]}
+
+
+def cost_rows(costs: dict[int, dict[str, int]]) -> Iterator[list[str]]:
+    for method, title in TITLES.items():
+        if method not in LONGER:
+            row = [title, *(f"{costs[length][method] / costs[length]['swa']:.2f}" for length in LENGTHS)]
+            if speed := speed_of(method):
+                row += [f"{speed['median']:,} ({speed['lowest']:,}–{speed['highest']:,})"]
+                row += [f"{SPEEDS['swa']['median'] / speed['median']:.2f}"]
+            yield row + [""] * (5 - len(row))
 
 
 def lags(found: Results, method: str) -> Line:
