@@ -6,6 +6,7 @@ import json
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from longread.bench import Case, Machine, Outcome, markdown, merged, plan, read_rows, run_cases, save_bench_plots
+from longread.bench import (
+    Case,
+    Machine,
+    Outcome,
+    markdown,
+    merged,
+    plan,
+    read_rows,
+    run_cases,
+    save_bench_plots,
+    training,
+)
 from longread.bench.cases import SIZE_NAMES
 from longread.bench.flops import decoding_bytes, reading_flops, training_flops, visible_keys
 from longread.bench.gate import GateFailed, Verdict, check_gradients, judged, refusing_fallbacks
@@ -153,6 +165,33 @@ def test_a_wrong_step_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_gradients("swa", 32, CPU).passed
 
 
+@pytest.mark.parametrize("method", ["e2e", "swa"])
+def test_a_schedule_that_is_wrong_is_red(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Transformer.lower
+
+    def wrong(model: Transformer, *args: Any, recompute: bool = False, **options: Any) -> Any:
+        hidden, own = right(model, *args, recompute=recompute, **options)
+        return hidden.roll(1, -1) if recompute else hidden, own
+
+    monkeypatch.setattr(Transformer, "lower", wrong)
+    assert not check_gradients(method, 32, CPU).passed
+
+
+def test_what_may_be_computed_again_is_what_may_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(method: str, size: str, context: int, gib: float = 139.8) -> list[str]:
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=int(gib * 2**30))
+        )
+        monkeypatch.setattr(training, "precision_on", lambda device: "bfloat16")
+        return training.schedules(Case("train", method, size, context).config, torch.device("cuda"))
+
+    assert found("e2e", "3b", 8192)[0] == "none"
+    assert found("full", "760m", 32_768) == ["none", "blocks"]
+    assert found("full", "760m", 131_072) == ["blocks"]
+    assert found("e2e", "760m", 131_072)[0] == "sqrt"
+    assert found("e2e", "3b", 8192, gib=16) == ["sqrt"]  # none fits: the leanest
+
+
 def make_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inner step goes one per cent too far, in the timed precision only."""
     right = step.clipped_sgd
@@ -249,7 +288,7 @@ def test_everything_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         for method in ("e2e", "swa", "full")
     ]
     for found in rows:
-        assert tuple(found) == KEYS
+        assert tuple(found) == (*KEYS, "recompute")[: None if found["measure"] == "train_tokens_per_s" else -1]
         assert found["value"] > 0
         assert found["n"] == 1
     page = capsys.readouterr().out
@@ -378,7 +417,8 @@ def test_the_figures_of_the_repository_can_be_read(tmp_path: Path) -> None:
 def test_a_page_follows_from_its_rows() -> None:
     machine = Machine("a card", "bfloat16 8192³", 8e14, 4e12)
     flops, full_flops = 2.95e10, 2.1e10
-    e2e, full = row("train_tokens_per_s", "e2e", 12000.0), row("train_tokens_per_s", "full", 20000.0)
+    e2e = row("train_tokens_per_s", "e2e", 12000.0, recompute="sqrt")
+    full = row("train_tokens_per_s", "full", 20000.0)
     assert training_flops(recipe("3b").model, 8192, "end-to-end") == pytest.approx(flops, rel=0.05)
     assert training_flops(recipe("3b", "full").model, 8192, "static") == pytest.approx(full_flops, rel=0.05)
     assert seconds_per_token(e2e) == 1 / 12000
@@ -398,7 +438,6 @@ def test_a_page_follows_from_its_rows() -> None:
     assert share_of_peak(decode, machine) == pytest.approx(read_bytes * 300 / 4e12)
 
     outcome = Outcome(machine, rows=[full, e2e, prefill, decode], verdicts=[Verdict("gradients", True, "fine")])
-    outcome.recompute[Case("train", "e2e", "3b", 8192)] = "sqrt"
     outcome.failures.append((Case("prefill", "e2e", "3b", 8192), "does not fit into memory"))
     page = markdown(outcome, command="longread bench", hardware={"gpus": ["a card"]})
     line = next(line for line in page.splitlines() if "| TTT-E2E | 12,000 |" in line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from longread.engine import largest_session
 from tests.server import TEXT, M, Process, direct, make_model
+
+TEXTS = ["".join(random.Random(i).sample(TEXT, len(TEXT))) for i in range(8)]
 
 
 def scores(server: Process, ids: list[str]) -> list[list[float]]:
@@ -22,13 +25,14 @@ def test_a_server_on_a_gpu(tmp_path: Path) -> None:
     size = largest_session(make_model()) / 2**30
     room = ("--device-memory", f"{3 * size:.12f}", "--host-memory", f"{2 * size:.12f}")
     with Process(tmp_path, *room, device="cuda") as server:
-        ids = [server.client.post("/v1/sessions").json()["id"] for _ in range(8)]
+        ids = [server.client.post("/v1/sessions").json()["id"] for _ in TEXTS]
         with ThreadPoolExecutor(8) as clients:
-            read = clients.map(lambda one: server.client.post(f"/v1/sessions/{one}/append", json={"text": TEXT}), ids)
+            read = clients.map(
+                lambda one, text: server.client.post(f"/v1/sessions/{one}/append", json={"text": text}), ids, TEXTS
+            )
             assert {answer.raise_for_status().json()["position"] for answer in read} == {1 + len(TEXT)}
-        before = scores(server, ids)
-        for found in before:
-            assert found == pytest.approx(direct("and then", before=TEXT), abs=0.1)
+        for found, text in zip(scores(server, ids), TEXTS, strict=True):
+            assert found == pytest.approx(direct("and then", before=text), abs=0.1)
         with ThreadPoolExecutor(8) as clients:
             written = clients.map(
                 lambda one: server.client.post(f"/v1/sessions/{one}/generate", json={"max_tokens": 2 * M + 3}), ids

@@ -47,7 +47,10 @@ def measure_decode(case: Case, device: torch.device, *, repeats: int, profile: b
     if not profile:
         return row, None
     few = min(count, PROFILED)
-    work = lambda: write(session.fork(), few)  # noqa: E731
+
+    def work() -> None:
+        write(session.fork(), few)
+
     return row, profiled(device, work, 1e3 * seconds(device, work))
 
 

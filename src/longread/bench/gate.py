@@ -19,7 +19,7 @@ from longread.bench.machine import precision_on
 from longread.config import InnerConfig, ModelConfig
 from longread.inner_loop import begin, read
 from longread.model import Transformer, initialize
-from longread.outer_loop import end_to_end_loss, static_loss
+from longread.outer_loop import Schedule, end_to_end_loss, static_loss
 
 FLOAT32_BOUND = 1e-4
 TIMES_REFERENCE = 2.0
@@ -57,7 +57,9 @@ def small_config(method: str, head_dim: int) -> ModelConfig:
     )
 
 
-def gradients(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
+def gradients(
+    config: ModelConfig, device: str | torch.device, dtype: torch.dtype, recompute: Schedule = "none"
+) -> list[Tensor]:
     """Every outer gradient of a small training step, on the CPU; bfloat16 is the type of the products only."""
     model = Transformer(config)
     initialize(model, seed=1)
@@ -67,9 +69,9 @@ def gradients(config: ModelConfig, device: str | torch.device, dtype: torch.dtyp
     tokens = _tokens(2, _TOKENS + 1).to(device)
     batch = tokens[:, :-1], tokens[:, 1:], torch.ones(2, _TOKENS, dtype=torch.bool, device=device)
     if config.num_suffix_blocks:
-        loss = end_to_end_loss(model, *batch, inner_lr=1.0, inner_clip=1.0, recompute="none").loss
+        loss = end_to_end_loss(model, *batch, inner_lr=1.0, inner_clip=1.0, recompute=recompute).loss
     else:
-        loss = static_loss(model, *batch).loss
+        loss = static_loss(model, *batch, recompute=recompute).loss
     return [g.double().cpu() for g in torch.autograd.grad(loss, list(model.parameters()))]
 
 
@@ -83,13 +85,14 @@ def scores(config: ModelConfig, device: str | torch.device, dtype: torch.dtype, 
 
 
 def check_gradients(method: str, head_dim: int, device: torch.device) -> Verdict:
-    """Each outer gradient of training with `method`, by relative L2 error."""
+    """Each outer gradient of training with `method`, whatever is computed again, by relative L2 error."""
     config = small_config(method, head_dim)
     dtype = getattr(torch, precision_on(device))
-    exact = gradients(config, "cpu", torch.float64)
-    plain = gradients(config, "cpu", dtype) if dtype == torch.bfloat16 else None
-    name = f"outer gradients, {method}, head dim {head_dim}, {precision_on(device)}"
-    return judged(name, gradients(config, device, dtype), exact, plain)
+    schedules: tuple[Schedule, ...] = ("none", "blocks", "sqrt", "step") if method == "e2e" else ("none", "blocks")
+    found = [gradient for schedule in schedules for gradient in gradients(config, device, dtype, schedule)]
+    exact = gradients(config, "cpu", torch.float64) * len(schedules)
+    plain = gradients(config, "cpu", dtype) * len(schedules) if dtype == torch.bfloat16 else None
+    return judged(f"outer gradients, {method}, head dim {head_dim}, {precision_on(device)}", found, exact, plain)
 
 
 def check_scores(method: str, head_dim: int, device: torch.device) -> Verdict:

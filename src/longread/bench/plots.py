@@ -15,7 +15,8 @@ from longread.files import atomic_files
 PANEL, HEIGHT, LEFT, TOP, BOTTOM, GAP = 300, 300, 62, 56, 48, 56
 PLOT = HEIGHT - TOP - BOTTOM
 STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #57606a } .title { font-weight: 600 } .grid { stroke: #8c959f55 }
+text { font: 12px system-ui, sans-serif; fill: #57606a } .title { font-weight: 600 } .narrow { font-size: 9px }
+.grid { stroke: #8c959f55 }
 .e2e { --c: #cf4a1c } .swa { --c: #1a7f64 } .full { --c: #3366cc } path, rect, .line { fill: var(--c) }
 .line { fill: none; stroke: var(--c); stroke-width: 2.2 } .swa .line { stroke-dasharray: 7 4 }
 .full .line { stroke-dasharray: 2 3 }
@@ -72,6 +73,8 @@ def _legend(rows: Sequence[Row], label: str) -> Iterable[str]:
             yield f'<g class="{method}"><path d="M{x:.0f},14{MARKS[method]}"/></g>'
             yield _text(x + 10, 18, NAMES[method])
             x += 7 * len(NAMES[method]) + 34
+    if any(map(computes_again, rows)):
+        yield _text(x, 18, "* activations computed again")
 
 
 def _lines(rows: Sequence[Row], top: float) -> list[str]:
@@ -111,9 +114,15 @@ def _bars(rows: Sequence[Row], top: float) -> list[str]:
                     y = _y(row["value"], top)
                     box = f'x="{left + 1:.1f}" y="{y:.1f}" width="{bar - 2:.1f}" height="{HEIGHT - BOTTOM - y:.1f}"'
                     parts.append(f'<g class="{method}"><rect {box}/></g>')
-                    parts.append(_text(left + bar / 2, y - 5, short(row["value"]), "middle"))
+                    value = short(row["value"]) + ("*" if computes_again(row) else "")
+                    parts.append(_text(left + bar / 2, y - 5, value, "middle", "narrow" if bar < 30 else ""))
     parts.append(_text((PANEL - GAP / 2) / 2, HEIGHT - 8, "tokens of context × sequences", "middle"))
     return parts
+
+
+def computes_again(row: Row) -> bool:
+    """Whether a training step computes some activations twice, for want of memory."""
+    return bool(row.get("recompute", "none") != "none")
 
 
 def _ticks(highest: float) -> list[float]:

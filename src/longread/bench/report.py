@@ -138,8 +138,8 @@ def _table(work: str, rows: Sequence[Row], outcome: Outcome) -> str:
                 ("× floor", lambda row: f"{1 / share_of_peak(row, machine):.2f}"),
             ]
     columns.append(("peak GiB", lambda row: "" if row["peak_gib"] is None else str(row["peak_gib"])))
-    if work == "train" and outcome.recompute:
-        columns.append(("computed again", lambda row: outcome.recompute.get(Case.of_row(row), "")))
+    if any("recompute" in row for row in rows):
+        columns.append(("computed again", lambda row: row.get("recompute", "")))
     ordered = sorted(rows, key=lambda row: (row["context"], METHODS.index(row["method"])))
     ordered.sort(key=lambda row: [row["size"] for row in rows].index(row["size"]))
     lines = [[name for name, _ in columns], ["---"] + ["--:"] * (len(columns) - 1)]

@@ -13,6 +13,7 @@ from longread.bench.cases import UNITS, Case
 from longread.bench.machine import versions
 from longread.config import UserError
 from longread.files import atomic_files
+from longread.outer_loop import Schedule
 
 Row = dict[str, Any]
 KEYS = (
@@ -33,10 +34,13 @@ _IDENTITY = KEYS[:5]
 _DIGITS = {"train_tokens_per_s": 1, "first_step_s": 2, "prefill_ms_per_1k": 3, "decode_tokens_per_s": 2}
 
 
-def make_row(case: Case, values: Sequence[float], peak_gib: float | None) -> Row:
-    """The row of a case that was measured len(values) times: the median, and the range where there is one."""
+def make_row(case: Case, values: Sequence[float], peak_gib: float | None, *, recompute: Schedule | None = None) -> Row:
+    """The row of a case that was measured len(values) times: the median, and the range where there is one.
+
+    A row of training says what it computed again (`recompute`), which the others have no word for.
+    """
     digits = _DIGITS[case.measure]
-    return {
+    row = {
         "measure": case.measure,
         "method": case.method,
         "size": case.size,
@@ -50,6 +54,7 @@ def make_row(case: Case, values: Sequence[float], peak_gib: float | None) -> Row
         "commit": _commit(),
         "versions": versions(),
     }
+    return row if recompute is None else row | {"recompute": recompute}
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

@@ -29,7 +29,6 @@ class Outcome:
     failures: list[tuple[Case, str]] = field(default_factory=list)
     red: bool = False
     """Whether a gate was, so that a time is missing; the command's exit status says it."""
-    recompute: dict[Case, str] = field(default_factory=dict)
     profiles: dict[Case, str] = field(default_factory=dict)
 
 
@@ -103,8 +102,7 @@ def _gate(
 def _measure(case: Case, device: torch.device, repeats: int, profile: bool, outcome: Outcome) -> Row:
     text = None
     if case.work == "train":
-        row, recompute, text = measure_training(case, device, repeats=repeats, profile=profile)
-        outcome.recompute[case] = recompute
+        row, text = measure_training(case, device, repeats=repeats, profile=profile)
     elif case.work == "first-step":
         row = measure_first_step(case, device)
     elif case.work == "prefill":

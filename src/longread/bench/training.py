@@ -9,9 +9,9 @@ import math
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,9 @@ from longread.train.gradient import accumulate_gradient
 from longread.train.optimizer import gradient_norm, make_optimizer, update
 from longread.train.stopping import not_finite_in
 
+NEARLY = 1.15
+"""Times the memory of the device that an estimate may be, since estimates are off by so much."""
+T = TypeVar("T")
 _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
 
 
@@ -73,7 +76,7 @@ class TrainingStep:
 
 
 def schedules(config: RunConfig, device: torch.device) -> list[Schedule]:
-    """What may be recomputed, in the order in which it is tried: all that may fit."""
+    """What may be computed again, in the order in which it is tried: all that fit by an estimate, or nearly."""
     need = graph_bytes(
         config.model,
         config.loss,
@@ -84,42 +87,43 @@ def schedules(config: RunConfig, device: torch.device) -> list[Schedule]:
     )
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     room -= (4 + UPDATE_BYTES) * config.model.num_parameters
-    return [schedule for schedule, size in need.items() if size < room] or [min(need, key=need.__getitem__)]
+    fitting = [schedule for schedule, size in need.items() if size < NEARLY * room]
+    return fitting or [min(need, key=need.__getitem__)]
+
+
+def _first_that_fits(case: Case, device: torch.device, measure: Callable[[Schedule], T]) -> T:
+    *first, last = schedules(case.config, device)
+    for schedule in first:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return measure(schedule)
+        free_memory(device)
+    return measure(last)
 
 
 def measure_training(
     case: Case, device: torch.device, *, repeats: int, profile: bool = False
-) -> tuple[Row, Schedule, str | None]:
-    """Tokens per second of steps after the second; what was recomputed; the profile of one step, if wanted.
+) -> tuple[Row, str | None]:
+    """Tokens per second of steps after the second; the profile of one step, if wanted.
 
     Raises:
         GateFailed: the captured gradient is not the plain one.
         torch.OutOfMemoryError: it does not fit, however much is computed again.
     """
-    *first, last = schedules(case.config, device)
-    for recompute in first:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            row, text = _measured(case, recompute, device, repeats, profile)
-            return row, recompute, text
+
+    def measure(schedule: Schedule) -> tuple[Row, str | None]:
         free_memory(device)
-    row, text = _measured(case, last, device, repeats, profile)
-    return row, last, text
+        step = TrainingStep(dataclasses.replace(case.config, recompute=schedule), device)
+        with refusing_fallbacks():
+            for _ in range(2):  # the first compiles and captures, the second allocates what the first did not
+                step(step.batch())
+        batches = [step.batch() for _ in range(repeats)]
+        times = [seconds(device, functools.partial(step, batch)) for batch in batches]
+        tokens = case.sequences * case.context
+        row = make_row(case, [tokens / s for s in times], peak_gib(device), recompute=schedule)
+        text = profiled(device, lambda: step(batches[0]), tokens / row["value"] * 1e3) if profile else None
+        return row, text
 
-
-def _measured(
-    case: Case, recompute: Schedule, device: torch.device, repeats: int, profile: bool
-) -> tuple[Row, str | None]:
-    free_memory(device)
-    step = TrainingStep(dataclasses.replace(case.config, recompute=recompute), device)
-    with refusing_fallbacks():
-        for _ in range(2):  # the first compiles and captures, the second allocates what the first did not
-            step(step.batch())
-    batches = [step.batch() for _ in range(repeats)]
-    times = [seconds(device, functools.partial(step, batch)) for batch in batches]
-    tokens = case.sequences * case.context
-    row = make_row(case, [tokens / s for s in times], peak_gib(device))
-    text = profiled(device, lambda: step(batches[0]), tokens / row["value"] * 1e3) if profile else None
-    return row, text
+    return _first_that_fits(case, device, measure)
 
 
 def measure_first_step(case: Case, device: torch.device) -> Row:
@@ -127,11 +131,11 @@ def measure_first_step(case: Case, device: torch.device) -> Row:
 
     Before the clock starts, Python, PyTorch and the device are up, the weights drawn and the batch made.
     """
-    *first, last = schedules(case.config, device)
-    for recompute in first:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            return make_row(case, *_in_a_process(case, recompute, device))
-    return make_row(case, *_in_a_process(case, last, device))
+
+    def measure(schedule: Schedule) -> Row:
+        return make_row(case, *_in_a_process(case, schedule, device), recompute=schedule)
+
+    return _first_that_fits(case, device, measure)
 
 
 def _in_a_process(case: Case, recompute: Schedule, device: torch.device) -> tuple[list[float], float | None]:

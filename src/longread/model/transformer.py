@@ -178,18 +178,18 @@ class Transformer(nn.Module):
             input_ids: int64 [B, T].
             pasts: one for each of the `num_lower_attentions` mixers.
             start: a tensor [] where it changes under a CUDA graph; [B] where each sequence is somewhere else.
-            recompute: for the gradient each block keeps only its input, and runs once more; what mixers made is not
-                returned then, as it would be kept too.
+            recompute: for the gradient each block keeps only its input, and runs once more.
 
         Returns:
             hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and of each mixer what `advance`
-            needs: attention's own keys and values, a recurrence's state.
+            needs: attention's own keys and values, a recurrence's state. With `recompute` nothing of the mixers: it
+            would be kept too.
         """
         x = self.embedding(input_ids).to(self.dtype)
         turn, left = self._rotation(start, x), iter(pasts)
         own: list[MixerPast] = []
         for block in (*self.prefix, *self.suffix[:1]):
-            x, made = _run(block.below, x, [next(left) for _ in block.mixers], turn, again=recompute)
+            x, made = _perhaps_again(block.below, x, [next(left) for _ in block.mixers], turn, again=recompute)
             own += [] if recompute else made
         return x, tuple(own)
 
@@ -210,15 +210,16 @@ class Transformer(nn.Module):
             fast: one `SwiGLU` for each suffix block; None: the parameters W_0 as they are, shared by all sequences.
             pasts: one for each attention above the lowest fast MLP.
             order: order of derivative that will be taken.
-            recompute: as in `lower`; not with order 2.
+            recompute: as in `lower`.
 
         Returns:
             [B, T, D], what the head turns into logits, and each attention's own keys and values, for `advance`.
         """
         x, turn, own = hidden, self._rotation(start, hidden), []
         for index, block in enumerate(self.suffix):
-            past, weights = pasts[index - 1] if index else None, None if fast is None else fast[index]
-            x, made = _run(block.above, x, past, weights, turn, order, again=recompute)
+            past = pasts[index - 1] if index else None
+            weights = None if fast is None else fast[index]
+            x, made = _perhaps_again(block.above, x, past, weights, turn, order, again=recompute)
             own += [] if made is None or recompute else [made]
         return self.final_norm(x), tuple(own)
 
@@ -255,9 +256,11 @@ class Transformer(nn.Module):
         )
 
 
-def _run(run: Callable[..., Any], *args: Any, again: bool) -> Any:
-    """`run(*args)`; with `again` its gradient keeps only the arguments, and runs it once more."""
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False) if again else run(*args)
+def _perhaps_again(function: Callable[..., Any], *args: Any, again: bool) -> Any:
+    """`function(*args)`; with `again` its gradient keeps only the arguments, and runs it once more."""
+    if not again:
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()

@@ -5,11 +5,12 @@ segments.py   inner steps that are run again when their gradient is due
 memory.py     how much of a step is computed again: what fits
 
 Kept whole, the graph of one outer step holds the activations of every block and of all n = T / M inner steps. A block
-that runs over the whole sequence can keep its input instead, and a segment of inner steps the carry at its start; they
-run again, with a graph, when their gradient is due. Each schedule does what those before it do, and more:
+that runs over whole sequences (the prefix and the first suffix attention; with the static loss all) can keep its input
+instead, and a segment of inner steps the carry at its start; they run again, with a graph, when their gradient is due.
+Each schedule does what those before it do, and more:
 
     none     all activations are kept                                        no extra work
-    blocks   of blocks below the suffix (static loss: of all) the inputs     one more forward of these
+    blocks   of blocks over whole sequences the inputs                       one more forward of these
     sqrt     and segments of √n steps: √n carries, √n steps' activations     one more forward of all
     step     and segments of one step: n carries, one step's activations     the same
 
@@ -18,13 +19,12 @@ gradient.
 """
 
 from longread.outer_loop.losses import OuterLoss, end_to_end_loss, static_loss
-from longread.outer_loop.memory import UPDATE_BYTES, Schedule, block_bytes, choose_recompute, graph_bytes
+from longread.outer_loop.memory import UPDATE_BYTES, Schedule, choose_recompute, graph_bytes
 
 __all__ = [
     "UPDATE_BYTES",
     "OuterLoss",
     "Schedule",
-    "block_bytes",
     "choose_recompute",
     "end_to_end_loss",
     "graph_bytes",

@@ -16,7 +16,10 @@ Schedule = Literal["none", "blocks", "sqrt", "step"]
 SHARE = 0.8
 """Of free memory that may be counted on."""
 UPDATE_BYTES = 12
-"""A parameter's gradient and the two moments of AdamW, none of which is there when the schedule is chosen."""
+"""Of each parameter, when it is trained: its gradient and the two moments of AdamW."""
+
+MIXER_NUMBERS = {"attention": (13, 0), "mamba2": (25, 25), "gated_deltanet": (25, 25), "ttt_kvb": (50, 0)}
+"""Numbers a token that a mixer keeps with its norms, as multiples of D: in the type of the products, and in float32."""
 
 
 def choose_recompute(
@@ -27,14 +30,15 @@ def choose_recompute(
     context_length: int,
     itemsize: int,
     device: torch.device,
+    reserve: int = 0,
     budget: int | None = None,
 ) -> Schedule:
     """The schedule that recomputes least among those that fit, or the leanest if none does.
 
     Args:
         itemsize: bytes of a number that products run in.
-        budget: bytes for the graph of one outer step; None: 80 % of what is free on the device now, less what the
-            update of the weights will need.
+        reserve: bytes that other things will still need, like what updates the weights (`UPDATE_BYTES`).
+        budget: bytes for the graph of one outer step; None: 80 % of what is free on the device now, less `reserve`.
     """
     need = graph_bytes(
         config,
@@ -44,7 +48,7 @@ def choose_recompute(
         itemsize=itemsize,
         kernels=device.type == "cuda",
     )
-    limit = SHARE * _free_bytes(device) - UPDATE_BYTES * config.num_parameters if budget is None else budget
+    limit = SHARE * _free_bytes(device) - reserve if budget is None else budget
     fitting = [schedule for schedule, size in need.items() if size <= limit]
     return fitting[0] if fitting else min(need, key=need.__getitem__)
 
@@ -75,17 +79,16 @@ def graph_bytes(
 
 
 def block_bytes(config: ModelConfig, context_length: int, itemsize: int, *, kernels: bool) -> int:
-    """Bytes a token that a block over a whole sequence keeps, counted on CPUs and confirmed by peaks on an H200.
+    """Bytes a token that a block over a whole sequence keeps, counted on CPUs; those of attention agree with an H200's.
 
-    Attention and norms 13 D numbers, the MLP 3 F; without kernels a window shorter than the sequence 13 D more, and a
-    recurrent mixer about 50 D.
+    The MLP keeps 3 F numbers. A window shorter than the sequence costs 13 D more without kernels.
     """
-    D = config.width
-    banded = 0 if kernels or config.attention == "full" or config.window_size >= context_length else 13 * D
-    mixers = [kind for i in range(config.num_blocks) for kind in config.mixers_of(i)]
-    recurrent = sum(kind != "attention" for kind in mixers)
-    mixing = (len(mixers) - recurrent) * (13 * D + banded) + recurrent * 50 * D
-    return (mixing // config.num_blocks + 3 * config.mlp_hidden) * itemsize
+    banded = 0 if kernels or config.attention == "full" or config.window_size >= context_length else 13
+    mixing = 0
+    for kind in (kind for i in range(config.num_blocks) for kind in config.mixers_of(i)):
+        narrow, wide = MIXER_NUMBERS[kind]
+        mixing += (narrow + (banded if kind == "attention" else 0)) * itemsize + wide * max(4, itemsize)
+    return config.width * mixing // config.num_blocks + 3 * config.mlp_hidden * itemsize
 
 
 def step_bytes(config: ModelConfig, batch_size: int, itemsize: int, *, kernels: bool = False) -> tuple[int, int]:

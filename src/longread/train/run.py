@@ -33,7 +33,7 @@ from longread import checkpoint, files, record
 from longread.config import Precision, RunConfig, UserError
 from longread.data import Batch, Sampler, TokenDataset
 from longread.model import Transformer, find_device, initialize
-from longread.outer_loop import choose_recompute
+from longread.outer_loop import UPDATE_BYTES, choose_recompute
 from longread.train.captured import CapturedGradient
 from longread.train.gradient import accumulate_gradient
 from longread.train.optimizer import gradient_norm, make_optimizer, optimizer_tensors, restore_optimizer, update
@@ -253,6 +253,7 @@ class _Run:
                 context_length=config.context_length,
                 itemsize=self.model.dtype.itemsize,
                 device=self.device,
+                reserve=UPDATE_BYTES * config.model.num_parameters,
             )
         return dataclasses.replace(config, recompute=recompute, precision=self._precision())
 
@@ -267,7 +268,10 @@ class _Run:
                     f"this run was computed in {found.state['precision']}, but auto means {self.exact.precision} on "
                     f"{self.device}; resume on the device that it began on"
                 )
-            self.exact = dataclasses.replace(self.exact, recompute=found.state["recompute"])
+            stored = found.state["recompute"]
+            if stored == "auto":  # of revisions that could recompute nothing with the static loss
+                stored = "none"
+            self.exact = dataclasses.replace(self.exact, recompute=stored)
             checkpoint.fill(self.model, found.model, where=path)
             restore_optimizer(self.model, self.optimizer, found.optimizer, path)
             self.step = self.saved_step = found.step
