@@ -57,7 +57,7 @@ COMMAND_LINE = {
     "--device",
     "serve": "--model --device --directory --name --host --port --keys --device-memory --host-memory --disk "
     "--max-sessions --max-batch --max-waiting --batch-invariant --limit",
-    "estimate": "MODEL --context-length --precision --memory",
+    "estimate": "MODEL --context-length --train --precision --memory",
 }
 
 

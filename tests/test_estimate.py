@@ -42,11 +42,26 @@ def test_a_3b_session_is_small_beside_full_attention(capsys: pytest.CaptureFixtu
 
 def test_the_documentation_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
-    (command,) = re.findall(r"^longread (estimate .*)$", text, re.MULTILINE)
-    assert main(command.split()) == 0
-    for line in capsys.readouterr().out.splitlines():
-        assert f"\n    {line}\n" in text
-    assert command in str(estimate.__doc__)
+    text += (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    commands = re.findall(r"^longread (estimate .*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert main(command.split()) == 0
+        for line in capsys.readouterr().out.splitlines():
+            assert f"\n    {line}\n" in text
+        assert command in str(estimate.__doc__)
+
+
+def test_of_training_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """GiB; measured on an H200 with sqrt: 49.1 (benchmarks/results)."""
+    options = "--train", "1", "--precision", "bfloat16", "--context-length", "131072"
+    found = figures(capsys, "760m", *options, "--memory", "139")
+    step = "a step of 1 × 131,072 tokens in bfloat16, recompute"
+    assert float(found[f"{step} sqrt"].removesuffix(" GiB")) == pytest.approx(49.1, rel=0.1)
+    assert found["the first that fits into 139 GiB"] == "sqrt"
+    assert figures(capsys, "760m", *options, "--memory", "40")["the first that fits into 40 GiB"] == "none of them"
+    assert main(["estimate", "toy", "--train", "1", "--context-length", "1000"]) == 2
+    assert "--context-length is 1000; give a multiple of the mini-batch, 32" in capsys.readouterr().err
 
 
 def test_a_model_on_disk_can_be_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
-"""Memory of sessions: what one takes, and how many fit, before anything is trained or served.
+"""Memory of sessions, or of training: what they take, and what fits, before anything is trained or served.
 
 Example:
   longread estimate 3b --precision bfloat16 --memory 139 --context-length 131072
+  longread estimate 3b --train 1 --precision bfloat16 --memory 139 --context-length 32768
 """
 
 from __future__ import annotations
@@ -22,14 +23,21 @@ NAME = "estimate"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument("model", metavar="MODEL", help="a recipe, a model directory, a run, or a checkpoint")
-    parser.add_argument("--context-length", type=positive, default=131_072, help="for full attention (default 131072)")
+    parser.add_argument(
+        "--context-length", type=positive, default=131_072, help="for full attention, or --train (default 131072)"
+    )
+    parser.add_argument(
+        "--train", type=positive, metavar="N", help="of training instead, N sequences of the context length at a time"
+    )
     parser.add_argument(
         "--precision",
         choices=("auto", "bfloat16", "float32"),
         default="auto",
         help="of the model's numbers; auto (default): as on this machine, bfloat16 on a GPU and float32 on a CPU",
     )
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of the device: say how many sessions fit")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="of the device: say how many sessions fit, or which training"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
     if options.memory is not None and not 0 < options.memory < 2**30:
         raise UserError(f"--memory is {options.memory:g}; give GiB, above 0 and below {2**30}")
     config, precision = _config(options.model), _precision(options.precision)
+    if options.train is not None:
+        return _training(config, precision, options.train, options.context_length, options.memory)
     model = _on_no_device(config, precision)
     item = model.dtype.itemsize
     weights = config.num_parameters * item
@@ -66,6 +76,32 @@ def run(options: argparse.Namespace) -> int:
         print(f"{f'{what} that write at once in {options.memory:g} GiB':60} {max(0, room // size):>12,}")
     if room < session + writing:
         print(_too_small(room, weights, session + writing))
+    return 0
+
+
+def _training(config: ModelConfig, precision: str, sequences: int, context: int, memory: float | None) -> int:
+    """Says what a training step takes with each schedule of recomputation, and which of them is the first to fit."""
+    from longread.config import UserError
+    from longread.outer_loop import UPDATE_BYTES, graph_bytes
+
+    if context % config.mini_batch_size:
+        raise UserError(f"--context-length is {context}; give a multiple of the mini-batch, {config.mini_batch_size}")
+    weights = (4 + UPDATE_BYTES) * config.num_parameters
+    need = graph_bytes(
+        config,
+        "end-to-end" if config.num_suffix_blocks else "static",
+        batch_size=sequences,
+        context_length=context,
+        itemsize=2 if precision == "bfloat16" else 4,
+        kernels=precision == "bfloat16",
+    )
+    print(f"{'parameters, gradients and AdamW, in float32':60} {_shown(weights):>12}")
+    for schedule, size in need.items():
+        step = f"a step of {sequences} × {context:,} tokens in {precision}, recompute {schedule}"
+        print(f"{step:60} {_shown(weights + size):>12}")
+    if memory is not None:
+        fitting = [schedule for schedule, size in need.items() if weights + size <= memory * 2**30]
+        print(f"{f'the first that fits into {memory:g} GiB':60} {fitting[0] if fitting else 'none of them':>12}")
     return 0
 
 
