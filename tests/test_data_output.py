@@ -173,6 +173,37 @@ def test_preparing_after_a_kill_finds_the_dataset_in_its_place(
     assert tree(tmp_path) == {**old, "new.txt": b"the new data"}
 
 
+@pytest.mark.parametrize("touch", [1, 3])
+def test_the_next_one_removes_what_a_kill_has_left(
+    touch: int, old: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_before(touch, tmp_path, monkeypatch)
+    assert set(tree(tmp_path)) > {*old, "new.txt"}
+    prepare([tmp_path / "new.txt"], tmp_path / "out", BYTES, overwrite=True)
+    assert set(tree(tmp_path)) == {*old, "new.txt"}
+
+
+def test_what_another_process_is_writing_is_not_removed(
+    old: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new.txt").write_text("the new data")
+    ready, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            before_rename(1, lambda: (os.write(ready[1], b"x"), os.read(go_on[0], 1)), monkeypatch)
+            prepare([tmp_path / "new.txt"], tmp_path / "out", BYTES, overwrite=True)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.read(ready[0], 1)
+    assert text_of(prepare([tmp_path / "old.txt"], tmp_path / "out", BYTES, overwrite=True)) == "the old data"
+    os.write(go_on[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    assert text_of(TokenDataset.open(tmp_path / "out")) == "the new data"
+    assert set(tree(tmp_path)) == {*old, "new.txt"}
+
+
 def test_a_held_out_part_is_found_after_a_kill(tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"document {number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import os
 import secrets
@@ -20,7 +21,7 @@ def staged_directory(out: Path, may_replace: Callable[[Path], bool] | None = Non
 
     An `out` that exists and is not empty is refused unless `may_replace(out)`; then it stays until the new one is
     complete. On any error nothing is left behind and `out` is as it was; an `OSError` becomes a `UserError`. A kill
-    leaves `out` as it was, or as `finish_replacement` makes it, or replaced.
+    leaves `out` as it was, or as `finish_replacement` makes it, or replaced; the next removes what it leaves beside.
     """
     out = Path(os.path.realpath(out))  # a link stays, what it leads to is replaced
     finish_replacement(out)
@@ -28,11 +29,15 @@ def staged_directory(out: Path, may_replace: Callable[[Path], bool] | None = Non
     token = secrets.token_hex(4)
     staging, previous = (out.with_name(f".{out.name}.{token}.{suffix}") for suffix in ("new", "old"))
     complete = False
+    held = contextlib.ExitStack()
     try:
         if _occupied(out) and not (may_replace and may_replace(out)):
             raise UserError(f"{out} exists; choose another place, or ask to overwrite it if it is a dataset")
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        with _locked(out.parent):
+            _remove_abandoned(out)
+            staging.mkdir()
+            held.enter_context(_locked(staging))
         yield staging
         _flush(staging)
         if out.exists():
@@ -49,6 +54,7 @@ def staged_directory(out: Path, may_replace: Callable[[Path], bool] | None = Non
         if previous.exists() and not complete and not out.exists():
             previous.rename(out)
         shutil.rmtree(previous if complete else staging, ignore_errors=True)
+        held.close()
         if not complete:
             with contextlib.suppress(OSError):
                 for parent in missing_parents:
@@ -78,6 +84,40 @@ def finish_replacement(out: Path) -> None:
                     ) from None
             else:
                 shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Waits until nobody else holds the directory, and holds it; does nothing where the file system has no locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Removes what killed processes left: what nobody holds, unless both parts of a replacement wait for its end."""
+    pattern = f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}"
+    for staging in out.parent.glob(f"{pattern}.new"):
+        if not staging.with_suffix(".old").exists() and not _is_held(staging):
+            shutil.rmtree(staging, ignore_errors=True)
+    for previous in out.parent.glob(f"{pattern}.old"):
+        if out.exists() and not previous.with_suffix(".new").exists():
+            shutil.rmtree(previous, ignore_errors=True)
+
+
+def _is_held(directory: Path) -> bool:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _occupied(path: Path) -> bool:
