@@ -200,7 +200,7 @@ def sweep(
         except (torch.OutOfMemoryError, TakingTurns) as error:
             print(f"{method}: {sessions} sessions do not fit: {str(error)[:100]}", flush=True)
             break
-        print(f"{method} {sessions} sessions, {tokens} tokens each: {rows[-1].median:.0f} tokens/s", flush=True)
+        print(cells(rows[-1]), flush=True)  # a run that is stopped has said what it found
     return rows
 
 
@@ -209,14 +209,17 @@ def table(rows: list[Row]) -> str:
     names = ("context", "sessions", "tokens each", "tokens/s together", "range", "a session", "ms a round", "× floor")
     names = (*names, "peak GiB")
     lines = [f"| method | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
-    for row in rows:
-        ms = 1e3 * row.sessions / row.median
-        spread = f"{min(row.per_second):,.0f}–{max(row.per_second):,.0f}"
-        lines.append(
-            f"| {row.method} | {row.context:,} | {row.sessions} | {row.tokens} | {row.median:,.0f} | {spread} "
-            f"| {row.median / row.sessions:,.0f} | {ms:.2f} | {ms / row.floor_ms:.2f} | {row.peak_gib} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(cells, rows)])
+
+
+def cells(row: Row) -> str:
+    """A line of the table."""
+    ms = 1e3 * row.sessions / row.median
+    spread = f"{min(row.per_second):,.0f}–{max(row.per_second):,.0f}"
+    return (
+        f"| {row.method} | {row.context:,} | {row.sessions} | {row.tokens} | {row.median:,.0f} | {spread} "
+        f"| {row.median / row.sessions:,.0f} | {ms:.2f} | {ms / row.floor_ms:.2f} | {row.peak_gib} |"
+    )
 
 
 def main() -> None:

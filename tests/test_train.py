@@ -311,16 +311,18 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_after_the_older_one(
     assert without_timing(rows_of(tmp_path / "run")) == without_timing(rows)
 
 
-def test_an_older_run_that_had_not_settled_what_to_recompute_settles_it(tmp_path: Path, data: TokenDataset) -> None:
-    train(change(loss="static"), data, tmp_path / "run")
-    file = max((tmp_path / "run" / "checkpoints").iterdir()) / "state.json"
-    state = json.loads(file.read_text())
-    assert state["recompute"] == "none"
-    file.write_text(json.dumps(state | {"recompute": "auto"}))
+def test_an_older_run_that_had_not_settled_what_to_recompute_settles_it(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored() -> Any:
+        return json.loads((max((tmp_path / "run" / "checkpoints").iterdir()) / "state.json").read_text())
+
+    with monkeypatch.context() as older:
+        older.setattr("longread.train.run.choose_recompute", lambda *args, **options: "auto")
+        train(change(loss="static"), data, tmp_path / "run")
+    assert (stored()["recompute"], stored()["tokens"]) == ("auto", 6 * 4 * 32)
     train(change(loss="static", steps=8), data, tmp_path / "run", resume=True)
-    newest = max((tmp_path / "run" / "checkpoints").iterdir()) / "state.json"
-    assert newest != file
-    assert json.loads(newest.read_text())["recompute"] == "none"
+    assert (stored()["recompute"], stored()["tokens"]) == ("none", 8 * 4 * 32)
 
 
 def test_lost_metrics_do_not_keep_a_run_from_going_on(tmp_path: Path, data: TokenDataset) -> None:
