@@ -177,6 +177,25 @@ class Plan:
             )
         return base
 
+    def longer(
+        self,
+        name: str,
+        tier: int,
+        method: str,
+        share: float,
+        lengths: Sequence[int],
+        seed: int,
+        sets: Sequence[str] = (),
+    ) -> None:
+        """As `ladder`, with so many times the steps."""
+        steps = round(PRETRAINING_STEPS * share)
+        self.model(name, tier, method, 1, steps, seed=seed, sets=sets, experiment="meta")
+        for length in lengths:
+            steps = round(EXTENSION_STEPS * share)
+            self.model(
+                f"{name}-{length}", tier, method, length, steps, seed=seed, init=name, sets=sets, experiment="meta"
+            )
+
 
 def jobs(plan: Plan) -> list[Job]:
     """All jobs, the most important first. Methods that this Longread does not have are left out."""
@@ -207,24 +226,22 @@ def jobs(plan: Plan) -> list[Job]:
     # f, g: needles, and how well models continue a text
     probes(plan, 3)
 
-    # h: meta-gradients at equal tokens, and first-order at equal time
+    # h: meta-gradients at equal tokens, and first-order at equal operations
     for name, (settings, share, seeds) in META_GRADIENTS.items():
+        lengths = (8, 32) if name == "first-order-longer" else (8,)
         for seed in seeds:
-            run, steps = f"meta-{name}-s{seed}", round(PRETRAINING_STEPS * share)
-            plan.model(run, 2, "e2e", 1, steps, seed=seed, sets=settings, experiment="meta")
-            steps = round(EXTENSION_STEPS * share)
-            plan.model(f"{run}-8", 2, "e2e", 8, steps, seed=seed, init=run, sets=settings, experiment="meta")
+            plan.longer(f"meta-{name}-s{seed}", 2, "e2e", share, lengths, seed, settings)
 
     # what the operations of TTT-E2E buy when they are spent on tokens
-    plan.model("swa-longer-s0", 2, "swa", 1, round(1.54 * PRETRAINING_STEPS), experiment="meta")
-    plan.model("swa-longer-s0-8", 2, "swa", 8, round(1.54 * EXTENSION_STEPS), init="swa-longer-s0", experiment="meta")
+    for seed in (0, 1, 2):
+        plan.longer(f"swa-longer-s{seed}", 2, "swa", SWA_LONGER, (8, 32), seed)
 
     # two more seeds of what is claimed
     for seed in (1, 2):
         for method in ("e2e", "full", "swa"):
             plan.ladder(3, method, seed, (32, 8, 2, 16, 4))
         for method in ("hybrid", "gdn", "mamba2", "naive", "kvb"):
-            plan.ladder(4, method, seed, (32, 8))
+            plan.ladder(4, method, seed, (32, 8, 16, 2, 4))
 
     # 4: what makes training diverge or stall
     for name, settings in STABILITY.items():
@@ -269,12 +286,15 @@ BLOCKS, HIDDEN = 8, 640
 
 META_GRADIENTS = {
     "first-order": (("meta_gradient=first-order",), 1.0, (0, 1, 2)),
-    "first-order-longer": (("meta_gradient=first-order",), 1.35, (0,)),
+    "first-order-longer": (("meta_gradient=first-order",), 1.35, (0, 1, 2)),
     "cut-2": (("truncate_after=2",), 1.0, (0,)),
+    "cut-2-longer": (("truncate_after=2",), 1.08, (0,)),
     "cut-4": (("truncate_after=4",), 1.0, (0,)),
 }
 """Name -> settings, steps as a share of those of the exact gradient, seeds. 1.35: equal operations, see
-`experiments.flops`."""
+`experiments.flops`; 1.08: equal time, see speeds.json."""
+SWA_LONGER = 1.54
+"""Steps that SWA makes of the operations of TTT-E2E, as a share of its own."""
 
 VERIFIER_STEPS = 3000
 VERIFIER = ("model.width=512", "model.num_heads=8", "model.mlp_hidden=1280")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import itertools
 import os
 from collections.abc import Callable
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import naive
 from longread.config import ModelConfig
 from longread.model import Transformer, initialize
+from longread.ops.attention import KEPT_OPERATIONS
 from longread.outer_loop import (
     OuterLoss,
     Schedule,
@@ -125,25 +128,33 @@ def test_recomputation_changes_no_gradient(meta: dict) -> None:
 
 
 def kept_bytes(loss: Callable[[], OuterLoss], model: Transformer) -> int:
-    """What autograd holds for the gradient of a loss, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """What is held for the gradient of a loss, by autograd or by Python, parameters left out."""
+    before = {x.untyped_storage().data_ptr() for x in (*tensors_of_python(), *model.parameters())}
     held: dict[int, tuple[int, torch.Tensor]] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in before:
             held[storage.data_ptr()] = storage.nbytes(), x  # the tensor too: no other gets its address
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss()
+        result = loss()
+    for x in tensors_of_python():
+        pack(x)
+    del result
     return sum(nbytes for nbytes, _ in held.values())
+
+
+def tensors_of_python() -> list[torch.Tensor]:
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) is torch.Tensor]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["swa", "full", "e2e", "mamba2", "gdn", "kvb"])
 def test_blocks_that_run_again(method: str, dtype: torch.dtype) -> None:
-    """The same gradient of the static loss, from their inputs alone; and they keep what the estimate says otherwise."""
+    """The same gradient of the static loss, from inputs and attention's results alone."""
     config = dataclasses.replace(recipe("toy", method=method).model, num_blocks=4)
     model, K = make(config), config.window_size
     if dtype == torch.bfloat16:
@@ -156,11 +167,38 @@ def test_blocks_that_run_again(method: str, dtype: torch.dtype) -> None:
             kept[schedule] = kept_bytes(run, model)
             found[schedule] = gradients(model, run().loss)
         same(found["blocks"], found["none"], 1e-12)
-        inputs = config.num_blocks * T * config.width * dtype.itemsize
-        assert kept["blocks"] < inputs + 0.06 * kept["none"]  # the head's
+        meant = (config.num_blocks + attentions(config)) * T * config.width * dtype.itemsize
+        assert meant < kept["blocks"] < meant + 0.06 * kept["none"]  # the head's
         of_blocks.append(kept["none"] - kept["blocks"])
     grown = (of_blocks[1] - of_blocks[0]) / (config.num_blocks * 2 * K)  # casts of weights left out
     assert grown == pytest.approx(block_bytes(config, 4 * K, dtype.itemsize, kernels=False), rel=0.3)
+
+
+def attentions(config: ModelConfig) -> int:
+    return sum("attention" in config.mixers_of(i) for i in range(config.num_blocks))
+
+
+class Operations(TorchDispatchMode):
+    """Counts those behind attention at order 1."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operation.name() in KEPT_OPERATIONS
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["swa", "full", "hybrid", "gdn"])
+def test_a_block_that_runs_again_does_not_attend_again(method: str) -> None:
+    config = recipe("toy", method=method).model
+    model = make(config)
+    data = batch(config, T=2 * config.window_size, B=1)
+    counts = {}
+    for schedule in ("none", "blocks"):
+        with Operations() as operations:
+            static_loss(model, *data, recompute=schedule).loss.backward()
+        counts[schedule] = operations.count
+    assert counts["none"] == counts["blocks"] == attentions(config)
 
 
 def test_each_schedule_keeps_less() -> None:

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from longread.ops.attention import attention
+from longread.ops.attention import KEPT_OPERATIONS, attention
 from longread.ops.attention.reference import reference_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,6 +105,20 @@ def test_without_a_past(kernels: ModuleType) -> None:
             derivatives(reference_attention, tensors, torch.float64, window, slice(3)),
             2e-5,
         )
+
+
+def test_its_result_can_be_kept_by_a_block_that_runs_again(kernels: ModuleType) -> None:
+    inputs = [x.to(DEVICE, torch.float32).requires_grad_() for x in draw(1, 2, 45, 0, 16)[:3]]
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(operation.name())
+            return operation(*args, **(kwargs or {}))
+
+    with Seen():
+        kernels.triton_attention(*inputs, window=20)
+    assert len(KEPT_OPERATIONS.intersection(seen)) == 1
 
 
 @pytest.mark.parametrize("size", [1.0, 9.0], ids=["scores with a bound", "scores too large for it"])

@@ -6,12 +6,14 @@ of tokens at once. `upper` is the rest: it runs mini-batch by mini-batch with th
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch._ops import OpOverload
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longread.config import ModelConfig
 from longread.model.layers import MLP, Linear, NoNorm, RMSNorm, SwiGLU
@@ -20,6 +22,7 @@ from longread.model.mixers.gated_deltanet import GatedDeltaNet
 from longread.model.mixers.mamba2 import Mamba2
 from longread.model.mixers.recurrent import RecurrentMixer
 from longread.model.mixers.ttt_kvb import KeyValueBinding
+from longread.ops.attention import KEPT_OPERATIONS
 from longread.ops.cross_entropy import cross_entropy
 from longread.ops.linear import SharedWeight
 from longread.ops.rotary import rotation
@@ -178,7 +181,7 @@ class Transformer(nn.Module):
             input_ids: int64 [B, T].
             pasts: one for each of the `num_lower_attentions` mixers.
             start: a tensor [] where it changes under a CUDA graph; [B] where each sequence is somewhere else.
-            recompute: for the gradient each block keeps only its input, and runs once more.
+            recompute: for the gradient each block keeps only its input and attention's results; the rest runs again.
 
         Returns:
             hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and of each mixer what `advance`
@@ -257,10 +260,15 @@ class Transformer(nn.Module):
 
 
 def _perhaps_again(function: Callable[..., Any], *args: Any, again: bool) -> Any:
-    """`function(*args)`; with `again` its gradient keeps only the arguments, and runs it once more."""
+    """`function(*args)`; with `again` its gradient keeps arguments and attention's results, and runs the rest again."""
     if not again:
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    keeping = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keeping)
+
+
+def _policy(_: Any, operation: OpOverload, *args: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation.name() in KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @torch.no_grad()

@@ -6,12 +6,12 @@ memory.py     how much of a step is computed again: what fits
 
 Kept whole, the graph of one outer step holds the activations of every block and of all n = T / M inner steps. A block
 that runs over whole sequences (the prefix and the first suffix attention; with the static loss all) can keep its input
-instead, and a segment of inner steps the carry at its start; they run again, with a graph, when their gradient is due.
-Each schedule does what those before it do, and more:
+and attention's result instead, and a segment of inner steps the carry at its start; they run again, with a graph, when
+their gradient is due. Each schedule does what those before it do, and more:
 
     none     all activations are kept                                        no extra work
-    blocks   of blocks over whole sequences the inputs                       one more forward of these
-    sqrt     and segments of √n steps: √n carries, √n steps' activations     one more forward of all
+    blocks   inputs and attention's results of blocks over whole sequences   one more forward of these, less attention
+    sqrt     and segments of √n steps: √n carries, √n steps' activations     one more forward of the inner steps too
     step     and segments of one step: n carries, one step's activations     the same
 
 A carry is the fast weights plus the suffix's window. `auto` takes the first that fits in memory. All give the same

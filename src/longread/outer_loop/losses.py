@@ -41,7 +41,7 @@ def static_loss(
     Args:
         input_ids, target_ids: int64 [B, T], T a multiple of M.
         loss_mask: bool [B, T], True where the target counts.
-        recompute: "none", or any other schedule: every block keeps its input and runs again; "auto": what fits.
+        recompute: "none", or any other schedule, which is "blocks" here (see `longread.outer_loop`); "auto": what fits.
     """
     M = model.config.mini_batch_size
     _check_length(input_ids, M)

@@ -65,16 +65,17 @@ def graph_bytes(
     static = loss == "static"
     depth = config.num_blocks if static else config.num_prefix_blocks + 1
     block = tokens * block_bytes(config, context_length, itemsize, kernels=kernels)
-    kept, inputs = depth * block, depth * tokens * config.width * itemsize + block
+    attention = sum("attention" in config.mixers_of(i) for i in range(depth))
+    kept, again = depth * block, (depth + attention) * tokens * config.width * itemsize + block
     if static:
-        return {"none": kept, "blocks": inputs}
+        return {"none": kept, "blocks": again}
     activations, carry = step_bytes(config, batch_size, itemsize, kernels=kernels)
     root = math.ceil(math.sqrt(count))
     return {
         "none": kept + count * activations,
-        "blocks": inputs + count * activations,
-        "sqrt": inputs + root * (activations + carry),
-        "step": inputs + activations + count * carry,
+        "blocks": again + count * activations,
+        "sqrt": again + root * (activations + carry),
+        "step": again + activations + count * carry,
     }
 
 

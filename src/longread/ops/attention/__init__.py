@@ -14,6 +14,16 @@ from longread.ops.fusible import fusible
 
 LARGEST_HEAD_DIM = 128
 """Of the kernels."""
+KEPT_OPERATIONS = frozenset(
+    (
+        "longread::attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+    )
+)
+"""Names of the operations behind it at order 1. Their results are small beside the work of having them again."""
 
 
 def attention(

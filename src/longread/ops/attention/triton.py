@@ -650,6 +650,33 @@ class _Problem(NamedTuple):
             )  # fmt: skip
 
 
+@torch.library.custom_op("longread::attention", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    window: int,
+    scale: float,
+    query_gain: Tensor | None,
+    key_gain: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, as an operation that PyTorch knows by name (see `KEPT_OPERATIONS`)."""
+    o, lse = _new(q), _row_of(q)
+    problem = _Problem(q.shape[2], past_k.shape[2], window, scale)
+    for bounded in (False,) if query_gain is None else (True, False):
+        problem.launch(
+            _forward_kernel,
+            [q, o],
+            [k, v, past_k, past_v],
+            [lse, query_gain, key_gain],
+            H=q.shape[-1],
+            BOUNDED=bounded,
+        )
+    return o, lse
+
+
 class _Attention(torch.autograd.Function):
     """(query, key, value, past key, past value) -> output; an absent past is empty."""
 
@@ -664,11 +691,7 @@ class _Attention(torch.autograd.Function):
         problem: _Problem,
         gains: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
-        o, lse = _new(q), _row_of(q)
-        for bounded in (False,) if gains[0] is None else (True, False):
-            problem.launch(
-                _forward_kernel, [q, o], [k, v, past_k, past_v], [lse, *gains], H=q.shape[-1], BOUNDED=bounded
-            )
+        o, lse = _attend(q, k, v, past_k, past_v, problem.window, problem.scale, *gains)
         ctx.save_for_backward(q, k, v, past_k, past_v, o, lse)
         ctx.problem = problem
         return o
