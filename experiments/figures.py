@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,21 @@ COLORS = {
     "Mamba 2": "#9a6bd0",
     "TTT-KVB": "#c2703a",
     "TTT-naive": "#1f9aa5",
-    "first-order": "#2f9e62",
+    "first-order": "#d65fb0",
     "cut every 2 steps": "#9a6bd0",
     "cut every 4 steps": "#c08a16",
 }
 OTHERS = ("#d6455a", "#2f86d1", "#2f9e62", "#c08a16", "#9a6bd0", "#1f9aa5", "#c2703a", "#8a8a8a")
 """Of lines that are not methods."""
+LONGEST_NAME = 0.3
+"""As a share of a panel's width."""
 ALIASES = {"exact": "TTT-E2E", "static loss (TTT-naive)": "TTT-naive"}
-DASHES = {"frozen": (0, (4, 2)), "b = 16": (0, (1, 1.5)), "54 % more tokens": (0, (4, 2))}
+DASHES = {
+    "frozen": (0, (4, 2)),
+    "b = 16": (0, (1, 1.5)),
+    "54 % more tokens": (0, (4, 2)),
+    "35 % more tokens": (0, (4, 2)),
+}
 
 
 @dataclass
@@ -38,8 +46,6 @@ class Line:
     """Range over seeds at each point, where there are several."""
     faint: bool = False
     """One of several behind another, without a name."""
-    below: bool = False
-    """Its name goes below its beginning: it ends where others go on."""
 
 
 @dataclass
@@ -87,10 +93,6 @@ def fill(axes: Any, panel: Panel, labels: float) -> None:
         axes.plot(xs, ys, color=color, linewidth=2.0, linestyle=DASHES.get(variant, "-"), **dots)
         if line.low:
             axes.fill_between(xs, line.low, line.high, color=color, alpha=0.18, linewidth=0)
-        if line.below:
-            at = {"xytext": (0, -7), "textcoords": "offset points"}
-            axes.annotate(line.name, (xs[0], ys[0]), color=color, va="top", fontsize=8.5, **at)
-            continue
         ends.append((ys[-1], xs[-1], line.name, color))
     if panel.zero and ends:
         xs = [x for line in panel.lines for x, _ in line.points]
@@ -133,19 +135,19 @@ def room(axes: Any, share: float, log: bool) -> None:
 
 
 def label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the ends of lines; those at the same x are moved apart until none covers another."""
+    """Names at the ends of lines; those that would cover each other are moved apart."""
     low, high = axes.get_ylim()
     gap = 0.062 * (high - low)
-    for start in {x for _, x, *_ in ends}:
-        here = sorted(end for end in ends if end[1] == start)
-        places = [y for y, *_ in here]
-        for _ in range(300):
-            places = [min(max(y, low + gap / 2), high - gap / 2) for y in places]
-            for i in range(1, len(places)):
-                overlap = gap - (places[i] - places[i - 1])
-                if overlap > 1e-9:
-                    places[i - 1] -= overlap / 2
-                    places[i] += overlap / 2
-        for place, (_, _, name, color) in zip(places, here, strict=True):
-            at = {"xytext": (7, 0), "textcoords": "offset points", "annotation_clip": False}
-            axes.annotate(name, (start, place), color=color, va="center", fontsize=8.5, **at)
+    ends = sorted(ends)
+    places = [y for y, *_ in ends]
+    across = [axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] for y, x, *_ in ends]
+    for _ in range(300):
+        places = [min(max(y, low + gap / 2), high - gap / 2) for y in places]
+        for i, j in itertools.combinations(range(len(ends)), 2):
+            overlap = gap - (places[j] - places[i])
+            if overlap > 1e-9 and abs(across[i] - across[j]) < LONGEST_NAME:
+                places[i] -= overlap / 2
+                places[j] += overlap / 2
+    for place, (_, x, name, color) in zip(places, ends, strict=True):
+        at = {"xytext": (7, 0), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(name, (x, place), color=color, va="center", fontsize=8.5, **at)

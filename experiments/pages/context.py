@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 
 from experiments.figures import Line, Panel, plot
 from experiments.page import Page, number
@@ -14,7 +13,7 @@ from experiments.results import Results
 
 NEEDS = ("e2e-s0-32", "swa-s0-32", "full-s0-32")
 TICKS = [L * UNIT for L in LENGTHS]
-LONGER = "SWA, 54 % more tokens"
+LONGER = {"SWA, 54 % more tokens": "swa-longer", "first-order, 35 % more tokens": "meta-first-order-longer"}
 """As many operations as TTT-E2E takes at 1K."""
 HEAD = ["", *(f"{L}K" for L in LENGTHS)]
 READINGS = {
@@ -34,14 +33,14 @@ def make(found: Results) -> Page:
     absolute, relative, by_index = [], [], []
     for kind in KINDS:
         losses = {method: rows for method in METHODS if (rows := by_seed(found, method, kind))}
-        longer = by_seed(found, "swa-longer", kind)
-        page.results |= {f"loss, {kind}": losses, f"loss, {kind}, {LONGER}": longer}
+        longer = {name: by_seed(found, method, kind) for name, method in LONGER.items()}
+        page.results |= {f"loss, {kind}": losses} | {f"loss, {kind}, {name}": rows for name, rows in longer.items()}
         tables(page, kind, losses)
         absolute.append(absolute_panel(kind, losses))
         relative.append(relative_panel(kind, losses, longer))
         by_index.append(index_panel(found, page, kind))
     forgotten(found, page)
-    page.plot("context", "Loss minus SWA's by context length", plot(*relative))
+    page.plot("context", "Loss minus SWA's by context length", plot(*relative, width=11, height=4.6, labels=0.55))
     page.plot("loss", "Loss by context length", plot(*absolute))
     page.plot("index", "Loss minus SWA's by token index in stretches of 32K", plot(*by_index))
     page.results["same job twice"] = {
@@ -115,9 +114,12 @@ def absolute_panel(kind: str, losses: dict[str, BySeed]) -> Panel:
     return Panel(TITLES[kind], lines, unit_of(kind), "context length, tokens", markers=True, ticks=TICKS)
 
 
-def relative_panel(kind: str, losses: dict[str, BySeed], longer: BySeed) -> Panel:
+def relative_panel(kind: str, losses: dict[str, BySeed], longer: dict[str, BySeed]) -> Panel:
     """Means over seeds; the range only of TTT-E2E and full attention, because eight of them hide each other."""
-    lines = [replace(line(LONGER, minus(longer, losses.get("swa", {}))), below=True)]
+    lines = []
+    for name, rows in longer.items():
+        mean = line(name, minus(rows, losses.get("swa", {})))
+        lines.append(Line(name, mean.points))
     for method, rows in losses.items():
         if method != "swa":
             mean = line(NAMES[method], minus(rows, losses.get("swa", {})))

@@ -23,13 +23,22 @@ TITLES = {
     "meta-first-order-longer": "first-order, 35 % longer",
     "meta-cut-4": "cut every 4 steps",
     "meta-cut-2": "cut every 2 steps",
+    "meta-cut-2-longer": "cut every 2 steps, 8 % longer",
     "naive": "static loss (TTT-naive)",
     "swa": "SWA",
     "swa-longer": "SWA, 54 % longer",
 }
-LONGER = {"meta-first-order-longer": "meta-first-order", "swa-longer": "swa"}
+LONGER = {"meta-first-order-longer": "meta-first-order", "meta-cut-2-longer": "meta-cut-2", "swa-longer": "swa"}
 """The same training with more steps: a token costs as much."""
-LENGTHS = (1, 8)
+EQUAL_OPERATIONS = (
+    ("swa-longer", "e2e"),
+    ("meta-first-order-longer", "e2e"),
+    ("meta-first-order-longer", "swa-longer"),
+    ("swa-longer", "swa"),
+    ("meta-first-order-longer", "meta-first-order"),
+)
+"""Pairs to subtract; the last two say what the additional tokens gain."""
+LENGTHS = (1, 8, 32)
 SPEEDS = json.loads((Path(__file__).resolve().parents[1] / "speeds.json").read_text(encoding="utf-8"))["methods"]
 """Tokens a second at 1K, each on a GPU that it has for itself."""
 
@@ -69,16 +78,16 @@ def make(found: Results) -> Page:
     page.table("Seed 0, learning / frozen; operations and time of the training at 1K, × SWA's:", head, rows)
     page.table(
         "Cost of training on a token:",
-        ["", "operations at 1K, × SWA", "at 8K", "tokens/s at 1K, median (range)", "time, × SWA"],
+        [
+            "",
+            "operations at 1K, × SWA",
+            *(f"at {length}K" for length in LENGTHS[1:]),
+            "tokens/s at 1K, median (range)",
+            "time, × SWA",
+        ],
         cost_rows(costs),
     )
-    differences = {kind: minus(by_seed(found, "meta-first-order", kind), by_seed(found, "e2e", kind)) for kind in KINDS}
-    page.results["first-order minus exact"] = differences
-    page.table(
-        "First-order − exact at equal tokens and seeds: mean (range; number of seeds):",
-        ["", *(f"{length}K" for length in LENGTHS)],
-        [[kind, *(spread(rows, length) for length in LENGTHS)] for kind, rows in differences.items()],
-    )
+    tables_of_differences(found, page)
     lines = [line for method in TITLES if (line := lags(found, method)).points]
     page.results["training loss minus exact's, by million tokens"] = {line.name: line.points[::4] for line in lines}
     page.results["same job twice"] = {
@@ -88,12 +97,31 @@ def make(found: Results) -> Page:
                   zero="exact", limits=(-0.02, 0.2), ticks=[20, 40, 60])  # fmt: skip
     page.plot("training", "Training loss minus that of exact meta-gradients", plot(panel, width=6.5, labels=0.42))
     panels = (
-        Panel(f"Books at {length}K, seed 0", lines, "nats per token" if length == 1 else "", "10¹⁵ operations in all",
-              log=False)
-        for length, lines in by_cost.items()
-    )  # fmt: skip
-    page.plot("operations", "Loss on books by operations of training", plot(*panels, width=10, labels=0.5))
+        Panel(f"Books at {length}K, seed 0", lines, "" if i else "nats per token", "10¹⁵ operations in all", log=False)
+        for i, (length, lines) in enumerate(by_cost.items())
+    )
+    page.plot("operations", "Loss on books by operations of training", plot(*panels, width=15, labels=0.5))
     return page
+
+
+def tables_of_differences(found: Results, page: Page) -> None:
+    """At equal seeds: first-order against exact at equal tokens, and what else the operations of exact can buy."""
+    tokens = {kind: minus(by_seed(found, "meta-first-order", kind), by_seed(found, "e2e", kind)) for kind in KINDS}
+    page.results["first-order minus exact"] = tokens
+    page.table(
+        "First-order − exact at equal tokens and seeds: mean (range; number of seeds):",
+        ["", *(f"{length}K" for length in LENGTHS[:2])],
+        [[kind, *(spread(rows, length) for length in LENGTHS[:2])] for kind, rows in tokens.items()],
+    )
+    for kind in KINDS:
+        rows = []
+        for a, b in EQUAL_OPERATIONS:
+            name = f"{TITLES[a]} − {TITLES[b]}"
+            difference = minus(by_seed(found, a, kind), by_seed(found, b, kind))
+            page.results[f"{name}, {kind}"] = difference
+            rows.append([name, *(spread(difference, length) for length in LENGTHS)])
+        head = ["", *(f"{length}K" for length in LENGTHS)]
+        page.table(f"{kind.capitalize()}, at equal operations and seeds: mean (range; number of seeds):", head, rows)
 
 
 def operations_of_a_sequence(length: int) -> dict[str, int]:
@@ -114,9 +142,10 @@ def speed_of(method: str) -> dict[str, int] | None:
 
 
 def spent(costs: dict[int, dict[str, int]], method: str, share: float) -> dict[int, float]:
-    """Operations of the training to each length; that to 8K is an extension of that at 1K."""
+    """Operations of the training to each length; beyond 1K it is an extension of that at 1K."""
     base = share * PRETRAINING_STEPS * 64 * costs[1][method]
-    return {1: base, 8: base + round(share * EXTENSION_STEPS) * 128 / 8 * costs[8][method]}
+    steps = round(share * EXTENSION_STEPS)
+    return {L: base + (steps * 128 / L * costs[L][method] if L > 1 else 0) for L in LENGTHS}
 
 
 def cost_rows(costs: dict[int, dict[str, int]]) -> Iterator[list[str]]:
@@ -126,7 +155,7 @@ def cost_rows(costs: dict[int, dict[str, int]]) -> Iterator[list[str]]:
             if speed := speed_of(method):
                 row += [f"{speed['median']:,} ({speed['lowest']:,}–{speed['highest']:,})"]
                 row += [f"{SPEEDS['swa']['median'] / speed['median']:.2f}"]
-            yield row + [""] * (5 - len(row))
+            yield row + [""] * (len(LENGTHS) + 3 - len(row))
 
 
 def lags(found: Results, method: str) -> Line:
