@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -47,10 +48,12 @@ def measure_decode(case: Case, device: torch.device, *, repeats: int, profile: b
     if not profile:
         return row, None
     few = min(count, PROFILED)
+    writing = session.fork().generate(WARMING + 2 * few, temperature=0.0)
 
     def work() -> None:
-        write(session.fork(), few)
+        list(itertools.islice(writing, few))
 
+    list(itertools.islice(writing, WARMING))
     return row, profiled(device, work, 1e3 * seconds(device, work))
 
 
