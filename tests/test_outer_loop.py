@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import naive
 from longread.config import ModelConfig
+from longread.inner_loop.step import Scan, scan
 from longread.model import Transformer, initialize
 from longread.ops.attention import KEPT_OPERATIONS
 from longread.outer_loop import (
@@ -125,6 +126,31 @@ def test_recomputation_changes_no_gradient(meta: dict) -> None:
         found[schedule] = gradients(model, result.loss)
     for schedule in ("blocks", "sqrt", "step"):
         same(found[schedule], found["none"], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "truncate_after", "expected"),
+    [
+        ("blocks", 2, [(0, 2), (2, 4), (4, 6), (6, 7)]),
+        ("sqrt", None, [(0, 1), (1, 4), (4, 7), (1, 4), (0, 1)]),
+        ("sqrt", 2, [(0, 1), (1, 2), (2, 4), (4, 6), (6, 7), (4, 6), (2, 4), (1, 2), (0, 1)]),
+        ("step", None, [*((i, i + 1) for i in range(7)), *((i, i + 1) for i in range(5, -1, -1))]),
+    ],
+)
+def test_segments_run_again_but_for_the_last(
+    schedule: str, truncate_after: int | None, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small()
+    M, model, ran = config.mini_batch_size, make(config), []
+
+    def watched(*args: Any, start: int, **options: Any) -> Scan:
+        ran.append((start // M, (start + args[2].shape[1]) // M))
+        return scan(*args, start=start, **options)
+
+    monkeypatch.setattr("longread.outer_loop.losses.scan", watched)
+    options = {"inner_lr": 0.7, "inner_clip": 0.5, "recompute": schedule, "truncate_after": truncate_after}
+    end_to_end_loss(model, *batch(config, T=7 * M), **options).loss.backward()
+    assert ran == expected
 
 
 def kept_bytes(loss: Callable[[], OuterLoss], model: Transformer) -> int:

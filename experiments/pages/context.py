@@ -35,7 +35,7 @@ def make(found: Results) -> Page:
         losses = {method: rows for method in METHODS if (rows := by_seed(found, method, kind))}
         longer = {name: by_seed(found, method, kind) for name, method in LONGER.items()}
         page.results |= {f"loss, {kind}": losses} | {f"loss, {kind}, {name}": rows for name, rows in longer.items()}
-        tables(page, kind, losses)
+        tables(page, kind, losses, longer)
         absolute.append(absolute_panel(kind, losses))
         relative.append(relative_panel(kind, losses, longer))
         by_index.append(index_panel(found, page, kind))
@@ -49,15 +49,16 @@ def make(found: Results) -> Page:
     return page
 
 
-def tables(page: Page, kind: str, losses: dict[str, BySeed]) -> None:
-    means = {method: whole(rows) for method, rows in losses.items()}
+def tables(page: Page, kind: str, losses: dict[str, BySeed], longer: dict[str, BySeed]) -> None:
+    means = {NAMES[method]: whole(rows) for method, rows in losses.items()}
+    means |= {name: whole(rows) for name, rows in longer.items() if rows}
     page.table(
         f"{kind.capitalize()}, mean over the seeds that reach the longest context:",
         ["", "seeds", *HEAD[1:]],
         [
-            [NAMES[m], ", ".join(map(str, seeds))]
+            [name, ", ".join(map(str, seeds))]
             + [number(statistics.mean(columns[L]) if L in columns else None) for L in LENGTHS]
-            for m, (seeds, columns) in means.items()
+            for name, (seeds, columns) in means.items()
         ],
     )
     pairs = [("e2e", m) for m in losses if m != "e2e"] + [("full", "swa")]

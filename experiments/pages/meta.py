@@ -121,7 +121,8 @@ def tables_of_differences(found: Results, page: Page) -> None:
             page.results[f"{name}, {kind}"] = difference
             rows.append([name, *(spread(difference, length) for length in LENGTHS)])
         head = ["", *(f"{length}K" for length in LENGTHS)]
-        page.table(f"{kind.capitalize()}, at equal operations and seeds: mean (range; number of seeds):", head, rows)
+        caption = f"{kind.capitalize()}, what the operations of exact buy, at equal seeds"
+        page.table(f"{caption}: mean (range; number of seeds):", head, rows)
 
 
 def operations_of_a_sequence(length: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ their gradient is due. Each schedule does what those before it do, and more:
 
     none     all activations are kept                                        no extra work
     blocks   inputs and attention's results of blocks over whole sequences   one more forward of these, less attention
-    sqrt     and segments of √n steps: √n carries, √n steps' activations     one more forward of the inner steps too
+    sqrt     and segments of √n steps: √n carries, √n steps' activations     and of the inner steps, less the last ones
     step     and segments of one step: n carries, one step's activations     the same
 
 A carry is the fast weights plus the suffix's window. `auto` takes the first that fits in memory. All give the same

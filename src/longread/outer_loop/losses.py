@@ -110,9 +110,10 @@ def end_to_end_loss(
     while first < count:
         if first and first % horizon == 0:
             carry = _cut(carry, initial)
-        last = min(first + longest, (first // horizon + 1) * horizon, count)
+        last = min(count - (count - first - 1) // longest * longest, (first // horizon + 1) * horizon)
         part = hidden[:, first * M : last * M]
-        if schedule in ("none", "blocks"):
+        # The gradient of the last part is due first: its graph goes before another part runs again.
+        if schedule in ("none", "blocks") or last == count:
             parts.append(run(first, last, part, carry, order))
         else:
             parts.append(run_again(functools.partial(run, first, last), order, parameters, part, carry))
