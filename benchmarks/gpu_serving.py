@@ -260,7 +260,7 @@ def main() -> None:
 
 `{shlex.join(["python", "-m", "benchmarks.gpu_serving", *sys.argv[1:]])}`
 
-{json.dumps(versions())}; {machine.name}, copying {machine.bandwidth / 1e9:.0f} GB/s.
+{json.dumps(versions(device))}; {machine.name}, copying {machine.bandwidth / 1e9:.0f} GB/s.
 Gate: logits of sessions in a batch are at most {worst:.2g} off those of reading alone.
 
 {table(rows)}

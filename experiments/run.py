@@ -368,10 +368,10 @@ def execute(job: Job) -> int:
         started = time.monotonic()
         status = longread(command.arguments)
         print(f"-> {status} after {time.monotonic() - started:.1f} s", flush=True)
+        if status == 128 + signal.SIGTERM:
+            return INTERRUPTED
         if status:
             return status
-        if not command.makes.exists():
-            return INTERRUPTED
     return 0
 
 

@@ -29,6 +29,7 @@ from longread.bench import (
 from longread.bench.cases import SIZE_NAMES
 from longread.bench.flops import decoding_bytes, reading_flops, training_flops, visible_keys
 from longread.bench.gate import GateFailed, Verdict, check_gradients, judged, refusing_fallbacks
+from longread.bench.machine import versions
 from longread.bench.profile import covered, describe, kind_of
 from longread.bench.report import seconds_per_token, share_of_peak, times_full_attention
 from longread.bench.rows import KEYS, make_row
@@ -57,8 +58,12 @@ TOY = ("--device", "cpu", "--sizes", "toy", "--repeats", "1")
 
 def row(measure: str, method: str, value: float, context: int = 8192, size: str = "3b", **other: Any) -> dict[str, Any]:
     work = Case.of_row({"measure": measure, "method": method, "size": size, "context": context, "sequences": 1}).work
-    made = make_row(Case(work, method, size, context), [value], 10.0)
-    return made | {"versions": {"torch": "2", "triton": "3", "python": "3", "driver": "580"}} | other
+    made = make_row(Case(work, method, size, context), [value], 10.0, torch.device("cpu"))
+    return (
+        made
+        | {"versions": {"torch": "2", "triton": "3", "python": "3", "driver": "580", "device": "NVIDIA H200"}}
+        | other
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -403,7 +408,18 @@ def test_rows_about_the_same_thing_replace_each_other(tmp_path: Path) -> None:
         row("prefill_ms_per_1k", "e2e", 25.0),
     )
     assert merged([first, other], [again]) == [again, other]
+    elsewhere = again | {"versions": again["versions"] | {"device": "a laptop, 8 threads"}}
+    assert merged([first, other], [elsewhere]) == [first, other, elsewhere]
+    full = row("prefill_ms_per_1k", "full", 60.0)
+    assert times_full_attention(first, [first, full]) == 0.5
+    assert times_full_attention(elsewhere, [first, full]) is None
     assert read_rows(tmp_path / "none", missing_ok=True) == []
+
+
+def test_what_makes_a_gpu_fast_is_no_matter_of_a_cpu() -> None:
+    found = versions(torch.device("cpu"))
+    assert (found["driver"], found["triton"]) == (None, None)
+    assert str(found["device"]).endswith(" threads")
 
 
 def test_the_figures_of_the_repository_can_be_read(tmp_path: Path) -> None:

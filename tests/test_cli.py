@@ -16,8 +16,10 @@ import sys
 import termios
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from longread.checkpoint import load_model
 from longread.cli import build_parser, main
@@ -297,6 +299,7 @@ def test_a_text_that_cannot_be_read(
         (["toy", "--set", "steps=many"], "steps is 'many'; it must be a whole number"),
         (["toy", "--set", "model.vocab_size=100"], "vocab_size 100, but the data has 257"),
         (["toy", "--device", "cuda:99"], "device cuda:99 cannot be used"),
+        (["toy", "--seed", str(2**63)], "seed is 9223372036854775808; it must be below 2^63"),
     ],
 )
 def test_training_that_cannot_begin(
@@ -304,6 +307,56 @@ def test_training_that_cannot_begin(
 ) -> None:
     assert reason in fails(capsys, "train", *arguments, "--data", home / "data", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_no_directory_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--out is empty; name a directory" in fails(capsys, "train", "toy", "--data", home / "data", "--out", "")
+
+
+def test_memory_that_runs_out(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NumPy says it, a GPU, and a CPU."""
+    arguments = "train", "toy", "--data", home / "data", *MICROSCOPIC
+    for error in (
+        MemoryError("Unable to allocate 3.81 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ):
+        monkeypatch.setattr("longread.train.run.fit", mock.Mock(side_effect=error))
+        assert "error: out of memory: a smaller batch (train: --set micro_batch_size=N)" in fails(
+            capsys, *arguments, "--out", tmp_path / "run"
+        )
+    monkeypatch.setattr("longread.train.run.fit", mock.Mock(side_effect=RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        main([str(argument) for argument in (*arguments, "--out", tmp_path / "run")])
+
+
+def test_a_rate_that_decays_over_other_steps(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "toy", "--data", str(home / "data"), *MICROSCOPIC, "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--set", "steps=2"]) == 0
+    assert "warning: there are 2 steps, and the rate decays over 3; --set optimizer.decay_steps too" in (
+        capsys.readouterr().err
+    )
+    assert main([*arguments, "--resume"]) == 0
+    assert "decays" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_training_that_is_stopped_says_so_in_its_status(
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    status: int,
+) -> None:
+    arguments = ["train", "toy", "--data", str(home / "data"), *MICROSCOPIC, "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr("longread.train.Progress.__call__", lambda *_: os.kill(os.getpid(), number))
+        assert main(arguments) == status
+    assert "stopped after step 1 of 3; --resume goes on from there" in capsys.readouterr().out
+    assert main([*arguments, "--resume"]) == 0
 
 
 def test_data_that_are_not_there(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

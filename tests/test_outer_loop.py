@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +17,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import naive
-from longread.config import ModelConfig
+from longread.config import ModelConfig, OptimizerConfig, RunConfig
 from longread.inner_loop.step import Scan, scan
 from longread.model import Transformer, initialize
 from longread.ops.attention import KEPT_OPERATIONS
 from longread.outer_loop import (
+    UPDATE_BYTES,
+    Fit,
     OuterLoss,
     Schedule,
+    activation_budget,
     choose_recompute,
     end_to_end_loss,
+    fit,
+    free_bytes,
     graph_bytes,
     static_loss,
 )
@@ -385,18 +391,79 @@ def test_the_schedule_follows_the_budget() -> None:
             cheaper = [other for other in schedules[: schedules.index(schedule)] if need[other] <= size]
             assert choose(budget=size) == (cheaper[0] if cheaper else schedule)
         assert choose(budget=1) == min(need, key=need.__getitem__)
-        assert choose(reserve=10**15) == choose(budget=1)
         assert choose() == "none"  # a toy fits any machine
 
 
-def test_a_system_that_does_not_say_what_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sysconf(name: str) -> int:
-        return {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}[name]
+def a_run(loss: str = "end-to-end", **fields: Any) -> RunConfig:
+    shape = {"batch_size": 12, "context_length": 16, "steps": 1, "optimizer": OptimizerConfig(lr=1e-3)}
+    return RunConfig(name="a", model=small(), loss=loss, **shape | fields)
 
-    monkeypatch.setattr(os, "sysconf", sysconf)
-    monkeypatch.delitem(os.sysconf_names, "SC_AVPHYS_PAGES", raising=False)  # macOS
-    options = {"batch_size": 2, "context_length": 8, "itemsize": 4, "device": CPU}
-    assert choose_recompute(small(), "end-to-end", **options) == "none"
+
+def test_a_batch_is_cut_before_anything_is_computed_again() -> None:
+    def need(size: int, loss: str = "end-to-end") -> dict[Schedule, int]:
+        return graph_bytes(small(), loss, batch_size=size, context_length=16, itemsize=4, kernels=False)
+
+    def found(budget: float, **fields: Any) -> Fit:
+        return fit(a_run(**fields), itemsize=4, kernels=False, budget=budget)
+
+    assert found(need(12)["none"]) == Fit(12, "none", 0)
+    assert found(need(12)["none"] - 1) == Fit(6, "none", 0)
+    assert found(need(1)["none"]) == Fit(1, "none", 0)
+    assert found(need(1)["none"] - 1)[:2] == (1, "blocks")
+    assert found(1) == Fit(1, min(need(1), key=need(1).__getitem__), min(need(1).values()) - 1)
+    # what is asked for stays
+    assert found(need(12)["none"] - 1, micro_batch_size=12)[:2] == (12, "blocks")
+    assert found(need(4)["sqrt"], recompute="sqrt") == Fit(4, "sqrt", 0)
+    assert found(need(4, "static")["blocks"], loss="static", recompute="sqrt") == Fit(4, "sqrt", 0)
+
+
+def test_what_the_update_needs_is_left() -> None:
+    assert activation_budget(10**9, small()) == 0.8 * 10**9 - UPDATE_BYTES * small().num_parameters
+
+
+def test_free_memory_is_what_the_system_and_the_container_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longread.outer_loop.memory.MEMORY_INFO", info := tmp_path / "meminfo")
+    monkeypatch.setattr("longread.outer_loop.memory.CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}.__getitem__)
+    assert free_bytes(CPU) == 2**31  # neither: macOS
+    info.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  5000 kB\n")
+    assert free_bytes(CPU) == 5000 * 1024
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 700000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) == 5000 * 1024
+    (tmp_path / "memory.max").write_text("4000000\n")
+    assert free_bytes(CPU) == 1_700_000
+
+
+@pytest.mark.parametrize("schedule", ["blocks", "sqrt"])
+def test_a_loss_that_is_computed_again_is_differentiated_once(schedule: str) -> None:
+    model = make(small())
+    loss = end_to_end_loss(model, *batch(model.config), inner_lr=0.7, inner_clip=0.5, recompute=schedule).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("frozen", [(2,), (3,), (2, 3)], ids=str)
+def test_frozen_fast_weights_still_learn_and_change_no_other_gradient(frozen: tuple[int, ...]) -> None:
+    model = make(small())
+    data = batch(model.config, T=28)
+    free = {}
+    for schedule in ("none", "blocks", "sqrt", "step"):
+        for block in (2, 3):
+            model.blocks[block].fast_mlp.requires_grad_(block not in frozen)
+        outer = end_to_end_loss(model, *data, inner_lr=0.7, inner_clip=0.5, recompute=schedule)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(outer.loss, list(trained.values()))
+        free[schedule] = dict(zip(trained, found, strict=True))
+    model.requires_grad_(True)
+    whole = gradients(model, end_to_end_loss(model, *data, inner_lr=0.7, inner_clip=0.5, recompute="none").loss)
+    for schedule, found in free.items():
+        assert len(found) < len(whole), schedule
+        same(found, {name: whole[name] for name in found}, 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def test_every_recipe_can_be_made() -> None:
         assert recipe(name, vocab_size=300, seed=7).model.vocab_size == 300
         assert recipe(name).seed == 0
     assert recipe("toy", context_length=64).context_length == 64
+    assert recipe("125m", context_length=8192) == recipe("125m")
     assert recipe("3b-extend", context_length=16384).batch_size == 128
 
 

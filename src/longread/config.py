@@ -327,7 +327,7 @@ class RunConfig(_Checked):
     batch_size: int
     """Sequences of one outer step, over all devices."""
     micro_batch_size: int | None = None
-    """Sequences computed at a time on one device; None: all of them. Gradients accumulate."""
+    """Sequences computed at a time on one device; None: as many as fit. Gradients accumulate."""
     steps: int
     seed: int = 0
     recompute: Recompute = "auto"
@@ -340,6 +340,8 @@ class RunConfig(_Checked):
         self._at_least(1, "context_length", "batch_size", "micro_batch_size", "steps", "truncate_after")
         self._at_least(1, "evaluate_every", "checkpoint_every")
         self._at_least(0, "seed")
+        if self.seed >= 2**63:
+            raise UserError(f"seed is {self.seed}; it must be below 2^63")
         M = self.model.mini_batch_size
         if self.context_length % M:
             lower = self.context_length // M * M

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -69,6 +70,31 @@ def writing(path: Path) -> Iterator[None]:
         full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space or choose another place" if full else "choose another place"
         raise UserError(f"cannot write {path}: {reason}; nothing there was changed, so {remedy}") from error
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Makes the directory if it is not there, and holds it until the block ends, or the process, however that ends.
+
+    One that was made and stays empty is gone in the end. Raises `UserError` if another holds the directory. Does
+    nothing more where the file system has no locks.
+    """
+    made = not os.path.exists(directory)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{directory} is in use by another process; wait for its end, or stop it") from None
+        yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        os.close(descriptor)
 
 
 def temporary_sibling(path: Path) -> Path:

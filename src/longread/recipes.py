@@ -283,8 +283,10 @@ def recipe(
     if method not in get_args(Method):
         raise UserError(f"there is no method {method!r}; choose one of {', '.join(get_args(Method))}")
     dials = {"context_length": context_length, "vocab_size": vocab_size}
-    if context_length is not None and name in SIZES:
-        raise UserError(f"pre-training is at {PRETRAINING_CONTEXT} tokens; for {context_length} use {name}-extend")
+    if name in SIZES:
+        if context_length not in (None, PRETRAINING_CONTEXT):
+            raise UserError(f"pre-training is at {PRETRAINING_CONTEXT} tokens; for {context_length} use {name}-extend")
+        del dials["context_length"]
     return RECIPES[name](method, seed=seed, **{dial: value for dial, value in dials.items() if value is not None})
 
 

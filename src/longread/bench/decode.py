@@ -44,7 +44,7 @@ def measure_decode(case: Case, device: torch.device, *, repeats: int, profile: b
         write(session.fork(), WARMING)
     free_memory(device)
     times = [seconds(device, lambda: write(session.fork(), count)) for _ in range(repeats)]
-    row = make_row(case, [count / s for s in times], peak_gib(device))
+    row = make_row(case, [count / s for s in times], peak_gib(device), device)
     if not profile:
         return row, None
     few = min(count, PROFILED)

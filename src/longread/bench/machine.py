@@ -55,20 +55,31 @@ def measure_machine(device: torch.device) -> Machine:
     source = torch.zeros(1 << (30 if gpu else 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = typical(repeated(device, lambda: target.copy_(source), 20 if gpu else 10))
+    return Machine(name_of(device), f"{str(dtype)[6:]} {n}³", 2 * n**3 / product, 2 * source.nbytes / copy)
+
+
+def name_of(device: torch.device) -> str:
+    """Of the GPU, or of the processor with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     facts = record.hardware()
-    name = torch.cuda.get_device_name(device) if gpu else f"{facts['processor']}, {facts['threads']} threads"
-    return Machine(name, f"{str(dtype)[6:]} {n}³", 2 * n**3 / product, 2 * source.nbytes / copy)
+    return f"{facts['processor']}, {facts['threads']} threads"
 
 
-def versions() -> dict[str, str | None]:
-    """Of what makes a measure fast or slow; None where there is no such thing."""
+def versions(device: torch.device) -> dict[str, str | None]:
+    """Of what makes a measure fast or slow there; None where there is no such thing, like the driver of a CPU."""
+    found = {"torch": torch.__version__, "triton": None, "python": platform.python_version(), "driver": None}
+    return found | {"device": name_of(device)} | (_of_gpus() if device.type == "cuda" else {})
+
+
+def _of_gpus() -> dict[str, str | None]:
     triton = driver = None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         triton = importlib.metadata.version("triton")
     with contextlib.suppress(OSError):
         found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _DRIVER.read_text(encoding="utf-8"))
         driver = found[1] if found else None
-    return {"torch": torch.__version__, "triton": triton, "python": platform.python_version(), "driver": driver}
+    return {"triton": triton, "driver": driver}
 
 
 def synchronize(device: torch.device) -> None:

@@ -70,7 +70,7 @@ def measure_prefill(case: Case, device: torch.device, *, repeats: int, profile: 
         work(warming)
     times = [seconds(device, lambda: work(text)) for _ in range(repeats if case.context <= WARMING else 1)]
     per_1k = [s * 1e3 / case.context * 1024 for s in times]
-    row = make_row(case, per_1k, peak_gib(device))
+    row = make_row(case, per_1k, peak_gib(device), device)
     wall = row["value"] * warming.shape[1] / 1024
     return row, profiled(device, lambda: work(warming), wall) if profile else None
 

@@ -45,12 +45,13 @@ def share_of_peak(row: Row, machine: Machine) -> float:
 
 
 def times_full_attention(row: Row, rows: Iterable[Row]) -> float | None:
-    """How many times as long as full attention it takes, in the same run; None if that was not measured."""
+    """How many times as long as full attention of the same device it takes; None if that is not among the rows."""
     same = [
         other
         for other in rows
         if other["method"] == "full"
         and all(other[key] == row[key] for key in ("measure", "size", "context", "sequences"))
+        and other["versions"].get("device") == row["versions"].get("device")
     ]
     return seconds_per_token(row) / seconds_per_token(same[0]) if same else None
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from longread import record
 from longread.bench.cases import UNITS, Case
 from longread.bench.machine import versions
@@ -34,7 +36,14 @@ _IDENTITY = KEYS[:5]
 _DIGITS = {"train_tokens_per_s": 1, "first_step_s": 2, "prefill_ms_per_1k": 3, "decode_tokens_per_s": 2}
 
 
-def make_row(case: Case, values: Sequence[float], peak_gib: float | None, *, recompute: Schedule | None = None) -> Row:
+def make_row(
+    case: Case,
+    values: Sequence[float],
+    peak_gib: float | None,
+    device: torch.device,
+    *,
+    recompute: Schedule | None = None,
+) -> Row:
     """The row of a case that was measured len(values) times: the median, and the range where there is one.
 
     A row of training says what it computed again (`recompute`), which the others have no word for.
@@ -52,16 +61,18 @@ def make_row(case: Case, values: Sequence[float], peak_gib: float | None, *, rec
         "spread": [round(min(values), digits), round(max(values), digits)] if len(values) > 1 else None,
         "peak_gib": peak_gib,
         "commit": _commit(),
-        "versions": versions(),
+        "versions": versions(device),
     }
     return row if recompute is None else row | {"recompute": recompute}
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Old rows and new ones; a new one takes the place of the old one about the same thing."""
-    rows = {tuple(row[key] for key in _IDENTITY): row for row in old}
-    rows |= {tuple(row[key] for key in _IDENTITY): row for row in new}
-    return list(rows.values())
+    """Old rows and new ones; a new one takes the place of the old one about the same thing on the same device."""
+    return list({_identity(row): row for row in (*old, *new)}.values())
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return *(row[key] for key in _IDENTITY), row["versions"].get("device")
 
 
 def read_rows(path: str | Path, *, missing_ok: bool = False) -> list[Row]:

@@ -119,7 +119,7 @@ def measure_training(
         batches = [step.batch() for _ in range(repeats)]
         times = [seconds(device, functools.partial(step, batch)) for batch in batches]
         tokens = case.sequences * case.context
-        row = make_row(case, [tokens / s for s in times], peak_gib(device), recompute=schedule)
+        row = make_row(case, [tokens / s for s in times], peak_gib(device), device, recompute=schedule)
         text = profiled(device, lambda: step(batches[0]), tokens / row["value"] * 1e3) if profile else None
         return row, text
 
@@ -133,7 +133,7 @@ def measure_first_step(case: Case, device: torch.device) -> Row:
     """
 
     def measure(schedule: Schedule) -> Row:
-        return make_row(case, *_in_a_process(case, schedule, device), recompute=schedule)
+        return make_row(case, *_in_a_process(case, schedule, device), device, recompute=schedule)
 
     return _first_that_fits(case, device, measure)
 

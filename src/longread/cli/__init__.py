@@ -44,7 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 2 for wrong input, 3 for a run that diverged, 130 on SIGINT."""
+    """Runs one command and returns its exit status.
+
+    0; 2 for wrong input and for what needs more memory than there is; 3 for a run that diverged; 130 on SIGINT, 143 for
+    training that SIGTERM has stopped.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve beside any other busy process
     options = build_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
@@ -56,9 +60,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(getattr(error, "exit_status", 2))
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"longread: error: out of memory: {_OUT_OF_MEMORY}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader of our output has gone: nothing left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+_OUT_OF_MEMORY = (
+    "a smaller batch (train: --set micro_batch_size=N), a shorter text or context or a smaller model needs less; "
+    "`longread estimate` says how much"
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of Python, of NumPy, or of PyTorch, which is not imported for this."""
+    name, text = type(error).__name__, str(error)
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

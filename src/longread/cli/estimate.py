@@ -82,11 +82,12 @@ def run(options: argparse.Namespace) -> int:
 def _training(config: ModelConfig, precision: str, sequences: int, context: int, memory: float | None) -> int:
     """Says what a training step takes with each schedule of recomputation, and which of them is the first to fit."""
     from longread.config import UserError
-    from longread.outer_loop import UPDATE_BYTES, graph_bytes
+    from longread.outer_loop import UPDATE_BYTES, activation_budget, graph_bytes
 
     if context % config.mini_batch_size:
         raise UserError(f"--context-length is {context}; give a multiple of the mini-batch, {config.mini_batch_size}")
-    weights = (4 + UPDATE_BYTES) * config.num_parameters
+    parameters = 4 * config.num_parameters
+    weights = parameters + UPDATE_BYTES * config.num_parameters
     need = graph_bytes(
         config,
         "end-to-end" if config.num_suffix_blocks else "static",
@@ -100,8 +101,10 @@ def _training(config: ModelConfig, precision: str, sequences: int, context: int,
         step = f"a step of {sequences} × {context:,} tokens in {precision}, recompute {schedule}"
         print(f"{step:60} {_shown(weights + size):>12}")
     if memory is not None:
-        fitting = [schedule for schedule, size in need.items() if weights + size <= memory * 2**30]
-        print(f"{f'the first that fits into {memory:g} GiB':60} {fitting[0] if fitting else 'none of them':>12}")
+        budget = activation_budget(memory * 2**30 - parameters, config)
+        fitting = [schedule for schedule, size in need.items() if size <= budget]
+        what = f"the first that fits into {memory:g} GiB, a fifth left free"
+        print(f"{what:60} {fitting[0] if fitting else 'none of them':>12}")
     return 0
 
 

@@ -8,6 +8,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import warnings
 from typing import get_args
 
 from longread.cli.arguments import add_device, changed, positive
@@ -37,7 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command and returns its exit status."""
+    """Runs the command and returns its exit status; of a run that a signal has stopped, 128 and its number."""
+    from longread.config import UserError
     from longread.data import TokenDataset
     from longread.recipes import recipe
     from longread.train import Progress, train
@@ -52,6 +54,14 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     config = changed(config, options.set)
+    if not options.out:
+        raise UserError("--out is empty; name a directory")
+    if config.steps != config.optimizer.decay_steps and not options.resume:
+        warnings.warn(
+            f"there are {config.steps} steps, and the rate decays over {config.optimizer.decay_steps}; "
+            "--set optimizer.decay_steps too",
+            stacklevel=1,
+        )
     validation = TokenDataset.open(options.validation) if options.validation else data.validation
     with Progress(config) as progress:
         result = train(
@@ -67,6 +77,6 @@ def run(options: argparse.Namespace) -> int:
         )
     if result.interrupted:
         print(f"stopped after step {result.step} of {config.steps}; --resume goes on from there")
-    else:
-        print(f"{result.model_directory}: {result.step} steps, {result.tokens:,} tokens")
+        return 128 + (result.signal or 0)
+    print(f"{result.model_directory}: {result.step} steps, {result.tokens:,} tokens")
     return 0

@@ -136,8 +136,7 @@ def inner_step(
         longest: guards the step at order 0 (see `longest_step`).
     """
     weights = matrices(carry.fast)
-    if order == 0 or not weights[0].requires_grad:
-        weights = [w.detach().requires_grad_() for w in weights]
+    weights = [w if order and w.requires_grad else w.detach().requires_grad_() for w in weights]
     with torch.enable_grad():
         # the gradient is taken where the products are, in their type; the step keeps the precision of the weights
         working = [w.to(model.dtype) for w in weights]

@@ -2,7 +2,7 @@
 
 losses.py     the loss of the model as it learns, whose gradient runs through every inner step, and the static loss
 segments.py   inner steps that are run again when their gradient is due
-memory.py     how much of a step is computed again: what fits
+memory.py     how much of a batch is computed at a time, and how much of it again: what fits
 
 Kept whole, the graph of one outer step holds the activations of every block and of all n = T / M inner steps. A block
 that runs over whole sequences (the prefix and the first suffix attention; with the static loss all) can keep its input
@@ -15,18 +15,31 @@ their gradient is due. Each schedule does what those before it do, and more:
     step     and segments of one step: n carries, one step's activations     the same
 
 A carry is the fast weights plus the suffix's window. `auto` takes the first that fits in memory. All give the same
-gradient.
+gradient; all but `none` let a loss be differentiated only once.
 """
 
 from longread.outer_loop.losses import OuterLoss, end_to_end_loss, static_loss
-from longread.outer_loop.memory import UPDATE_BYTES, Schedule, choose_recompute, graph_bytes
+from longread.outer_loop.memory import (
+    UPDATE_BYTES,
+    Fit,
+    Schedule,
+    activation_budget,
+    choose_recompute,
+    fit,
+    free_bytes,
+    graph_bytes,
+)
 
 __all__ = [
     "UPDATE_BYTES",
+    "Fit",
     "OuterLoss",
     "Schedule",
+    "activation_budget",
     "choose_recompute",
     "end_to_end_loss",
+    "fit",
+    "free_bytes",
     "graph_bytes",
     "static_loss",
 ]

@@ -1,14 +1,15 @@
-"""How much of an outer step is computed again: the least that fits into memory. All bytes here are estimates."""
+"""How much of a batch is computed at a time, and how much of it again: what fits. All bytes here are estimates."""
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 
-from longread.config import Loss, ModelConfig
+from longread.config import Loss, ModelConfig, RunConfig
 
 Schedule = Literal["none", "blocks", "sqrt", "step"]
 """In the order of extra work; explained in `longread.outer_loop`."""
@@ -17,9 +18,63 @@ SHARE = 0.8
 """Of free memory that may be counted on."""
 UPDATE_BYTES = 12
 """Of each parameter, when it is trained: its gradient and the two moments of AdamW."""
+MEMORY_INFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 MIXER_NUMBERS = {"attention": (13, 0), "mamba2": (25, 25), "gated_deltanet": (25, 25), "ttt_kvb": (50, 0)}
 """Numbers a token that a mixer keeps with its norms, as multiples of D: in the type of the products, and in float32."""
+
+
+class Fit(NamedTuple):
+    """How a batch is computed."""
+
+    micro_batch_size: int
+    """Sequences at a time."""
+    recompute: Schedule
+    missing: int
+    """Bytes by which the graph of a micro-batch exceeds the budget; 0 if it fits."""
+
+
+def fit(config: RunConfig, *, itemsize: int, kernels: bool, budget: float) -> Fit:
+    """As many sequences at a time as fit with all activations kept; if not one does, one, with the least recomputation.
+
+    What `config` says of micro-batch and recomputation stays.
+
+    Args:
+        itemsize: bytes of a number that products run in.
+        kernels: as for `graph_bytes`.
+        budget: bytes for activations, see `activation_budget`.
+    """
+    whole = config.batch_size
+    sizes = [config.micro_batch_size] if config.micro_batch_size else [n for n in range(whole, 0, -1) if whole % n == 0]
+    schedule: Schedule = "none" if config.recompute == "auto" else config.recompute
+    for size in sizes:
+        need = graph_bytes(
+            config.model,
+            config.loss,
+            batch_size=size,
+            context_length=config.context_length,
+            itemsize=itemsize,
+            kernels=kernels,
+        )
+        if need[_of_loss(config.loss, schedule)] <= budget:
+            return Fit(size, schedule, 0)
+    if config.recompute == "auto":
+        schedule = _first(need, budget)
+    return Fit(size, schedule, max(0, math.ceil(need[_of_loss(config.loss, schedule)] - budget)))
+
+
+def activation_budget(free: float, model: ModelConfig) -> float:
+    """Bytes for activations, of those that are free beside the weights: a share of them, less what the update needs."""
+    return SHARE * free - UPDATE_BYTES * model.num_parameters
+
+
+def _first(need: dict[Schedule, int], budget: float) -> Schedule:
+    return next((schedule for schedule, size in need.items() if size <= budget), min(need, key=need.__getitem__))
+
+
+def _of_loss(loss: Loss, schedule: Schedule) -> Schedule:
+    """The static loss knows but two."""
+    return "blocks" if loss == "static" and schedule != "none" else schedule
 
 
 def choose_recompute(
@@ -30,15 +85,13 @@ def choose_recompute(
     context_length: int,
     itemsize: int,
     device: torch.device,
-    reserve: int = 0,
-    budget: int | None = None,
+    budget: float | None = None,
 ) -> Schedule:
     """The schedule that recomputes least among those that fit, or the leanest if none does.
 
     Args:
         itemsize: bytes of a number that products run in.
-        reserve: bytes that other things will still need, like what updates the weights (`UPDATE_BYTES`).
-        budget: bytes for the graph of one outer step; None: 80 % of what is free on the device now, less `reserve`.
+        budget: bytes for the graph of one outer step; None: 80 % of what is free on the device now.
     """
     need = graph_bytes(
         config,
@@ -48,9 +101,7 @@ def choose_recompute(
         itemsize=itemsize,
         kernels=device.type == "cuda",
     )
-    limit = SHARE * _free_bytes(device) - reserve if budget is None else budget
-    fitting = [schedule for schedule, size in need.items() if size <= limit]
-    return fitting[0] if fitting else min(need, key=need.__getitem__)
+    return _first(need, SHARE * free_bytes(device) if budget is None else budget)
 
 
 def graph_bytes(
@@ -111,10 +162,31 @@ def step_bytes(config: ModelConfig, batch_size: int, itemsize: int, *, kernels: 
     return B * M * numbers * itemsize + held, weights + past
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """What programs can still take: of a GPU, or of the machine, or of the container if that leaves less."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS does not say what is free
+    found = [size for size in (_available(MEMORY_INFO), _left_to_container(CONTROL_GROUP)) if size is not None]
+    if not found:  # macOS does not say what is free
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(found)
+
+
+def _available(info: Path) -> int | None:
+    """Of Linux: what is free, and what the system would give up, like copies of files."""
+    try:
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
+        return int(lines["MemAvailable"].removesuffix("kB")) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _left_to_container(group: Path) -> int | None:
+    """Of its limit (control groups, version 2), copies of files not counted as used; None: there is no limit."""
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(counts["inactive_file"]))
+    except (OSError, KeyError, ValueError):  # "max" is no number
+        return None

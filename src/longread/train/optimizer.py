@@ -76,6 +76,8 @@ def restore_optimizer(
     """Puts back what `optimizer_tensors` gave. Raises `UserError` if the moments are not of this model."""
     for name, parameter in model.named_parameters():
         moments = {moment: tensors[key] for moment in _MOMENTS if (key := f"{name}.{moment}") in tensors}
+        if not moments:  # it has never had a gradient
+            continue
         if len(moments) < len(_MOMENTS) or moments["exp_avg"].shape != parameter.shape:
             raise UserError(f"{where} has no moments for {name}; it is the optimizer of another model")
         optimizer.state[parameter] = {

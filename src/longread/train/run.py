@@ -33,7 +33,7 @@ from longread import checkpoint, files, record
 from longread.config import Precision, RunConfig, UserError
 from longread.data import Batch, Sampler, TokenDataset
 from longread.model import Transformer, find_device, initialize
-from longread.outer_loop import UPDATE_BYTES, choose_recompute
+from longread.outer_loop import activation_budget, fit, free_bytes
 from longread.train.captured import CapturedGradient
 from longread.train.gradient import accumulate_gradient
 from longread.train.optimizer import gradient_norm, make_optimizer, optimizer_tensors, restore_optimizer, update
@@ -45,12 +45,16 @@ Row = dict[str, Any]
 RUN_FILE, METRICS_FILE, MODEL_DIRECTORY = "run.json", "metrics.jsonl", "model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _VALIDATION_SEED = 0
+LONGEST_UNSAVED = 600.0
+"""Seconds between checkpoints where `checkpoint_every` does not say when."""
 _UNKNOWN: dict[str, Any] = {}
 """What a run without a record of it began with."""
 _MAY_CHANGE = (
     "rope_base",
     "init_std",
 )  # of a model's config, between the run that made it and one that goes on with it
+_ROUNDING = ("recompute", "micro_batch_size")
+"""Of a run's config, what changes nothing but the order of sums."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class TrainResult:
     """The last row of metrics; None if there was nothing left to do."""
     model_directory: Path | None
     """None if the run was interrupted: it can be resumed."""
+    signal: int | None = None
+    """That interrupted it."""
 
     @property
     def interrupted(self) -> bool:
@@ -93,32 +99,41 @@ def train(
             network must be that of `config`, but for the rotary base.
         device: "auto" is a GPU if there is one.
         resume: go on from the newest checkpoint in `out`; from the beginning if there is none. `initial` may then be
-            left out, and must not be other weights than the run began with.
+            left out, and must not be other weights than the run began with. `recompute` and `micro_batch_size` may
+            differ from what the run began with: the rest is then as good, but no longer bit for bit the same.
         trackers: names from `longread.record.TRACKERS`.
         on_step: called with each row of metrics.jsonl once it is written.
 
     Returns when the last step is done, or after the current one when SIGTERM or SIGINT arrives; either way with a
-    checkpoint. Raises `UserError` when data, config, `out` and device do not go together, and `TrainingHalted` when
-    a number is not finite.
+    checkpoint. Raises `UserError` when data, config, `out` and device do not go together or another process trains
+    in `out`, and `TrainingHalted` when a number is not finite.
     """
-    started = time.monotonic()
-    run = _Run(config, data, Path(out), validation, initial, find_device(device), resume)
-    with StopSignal() as stop, run.recording(trackers):
+    started, out = time.monotonic(), Path(out)
+    with contextlib.ExitStack() as stack:
+        if new := not os.path.exists(out):  # what is refused leaves no directory
+            run = _Run(config, data, out, validation, initial, find_device(device), resume)
+        stack.enter_context(files.held(out))
+        if new:
+            run.refuse_or_clear(resume)  # another process may have been faster
+        else:
+            run = _Run(config, data, out, validation, initial, find_device(device), resume)
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(run.recording(trackers))
         row = None
         while run.step < config.steps and not stop.requested:
             row = run.advance()
             last = run.step == config.steps
             if validation is not None and (last or _due(run.step, config.evaluate_every)):
-                row |= validation_losses(run.model, config, run.validation_sampler)
+                run.validate(row)
             run.record(row)
-            if last or _due(run.step, config.checkpoint_every):
+            if last or run.should_save:
                 run.save()
             if on_step is not None:
                 on_step(row)
         if run.step > run.saved_step:
             run.save()
-    finished = run.finish() if run.step >= config.steps else None
-    return TrainResult(run.model, run.step, run.tokens, time.monotonic() - started, row, finished)
+        finished = run.finish() if run.step >= config.steps else None
+    return TrainResult(run.model, run.step, run.tokens, time.monotonic() - started, row, finished, stop.number)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -152,10 +167,13 @@ class _Run:
         self.sampler = Sampler(data, config.context_length, config.batch_size, config.seed)
         self.log = record.MetricsLog(out / METRICS_FILE)
         self.step = self.saved_step = 0
+        self.saved_at = time.monotonic()
         self.last_checkpoint: Path | None = None
         self._next_batch: Batch | None = None
-        self._refuse_or_clear(resume)
+        self.refuse_or_clear(resume)
         newest = self._newest_checkpoint() if resume else None
+        if resume and newest is None and os.path.exists(out / RUN_FILE):
+            self._refuse_other_config(files.read_json(out / RUN_FILE, kind="run")["config"])
         self.model = self._new_model()
         self.initial = self._begin(initial, has_checkpoint=newest is not None)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -173,7 +191,7 @@ class _Run:
         """Trained on so far."""
         return self.step * self.config.batch_size * self.config.context_length
 
-    def _refuse_or_clear(self, resume: bool) -> None:
+    def refuse_or_clear(self, resume: bool) -> None:
         names = (RUN_FILE, METRICS_FILE, MODEL_DIRECTORY, checkpoint.CHECKPOINTS)
         if not resume and any(os.path.exists(self.out / name) for name in names):  # Path.exists may raise
             raise UserError(f"{self.out} already holds a run; resume it, or choose another directory")
@@ -243,19 +261,25 @@ class _Run:
         return self.config.precision
 
     def _settled(self) -> RunConfig:
-        """The config with `auto` decided, once for all steps: other choices would round differently."""
-        config, recompute = self.config, self.config.recompute
-        if recompute == "auto":
-            recompute = choose_recompute(
-                config.model,
-                config.loss,
-                batch_size=config.micro_batch_size or config.batch_size,
-                context_length=config.context_length,
-                itemsize=self.model.dtype.itemsize,
-                device=self.device,
-                reserve=UPDATE_BYTES * config.model.num_parameters,
+        """The config with what it leaves open decided, once for all steps: other choices would round differently."""
+        found = fit(
+            self.config,
+            itemsize=self.model.dtype.itemsize,
+            kernels=self.device.type == "cuda",
+            budget=activation_budget(free_bytes(self.device), self.config.model),
+        )
+        if found.missing:
+            warnings.warn(
+                f"{found.micro_batch_size} sequences of {self.config.context_length:,} tokens at a time need "
+                f"{found.missing / 2**30:.1f} GiB more than there are, by an estimate; memory may run out",
+                stacklevel=4,
             )
-        return dataclasses.replace(config, recompute=recompute, precision=self._precision())
+        return dataclasses.replace(
+            self.config,
+            micro_batch_size=found.micro_batch_size,
+            recompute=found.recompute,
+            precision=self._precision(),
+        )
 
     def _restore(self, path: Path | None) -> None:
         size = 0
@@ -268,19 +292,33 @@ class _Run:
                     f"this run was computed in {found.state['precision']}, but auto means {self.exact.precision} on "
                     f"{self.device}; resume on the device that it began on"
                 )
-            stored = found.state["recompute"]
-            if stored == "auto":  # of revisions that could recompute nothing with the static loss
-                stored = "none"
-            self.exact = dataclasses.replace(self.exact, recompute=stored)
+            self._keep_rounding(found.state)
             checkpoint.fill(self.model, found.model, where=path)
             restore_optimizer(self.model, self.optimizer, found.optimizer, path)
             self.step = self.saved_step = found.step
             self.last_checkpoint, size = path, found.state["metrics_bytes"]
+        elif os.path.exists(self.out / RUN_FILE):
+            warnings.warn(f"{self.out} has no checkpoint: training begins again at the first step", stacklevel=4)
         if not self.log.truncate(size):
             warnings.warn(f"{self.log.path} lacks rows from before step {self.step}; training goes on", stacklevel=2)
 
+    def _keep_rounding(self, state: Mapping[str, Any]) -> None:
+        """Takes over what the run settled on, but for what the config now asks for otherwise."""
+        settled = {name: state.get(name, state["config"][name]) for name in _ROUNDING}
+        if settled["recompute"] == "auto":  # of revisions that could recompute nothing with the static loss
+            settled["recompute"] = "none"
+        settled["micro_batch_size"] = settled["micro_batch_size"] or self.config.batch_size
+        for name in _ROUNDING:
+            if getattr(self.config, name) != state["config"][name]:
+                before, settled[name] = settled[name], getattr(self.exact, name)
+                warnings.warn(
+                    f"{name} was {before!r} and is {settled[name]!r} from now on; sums round differently", stacklevel=5
+                )
+        self.exact = dataclasses.replace(self.exact, **settled)
+
     def _refuse_other_config(self, stored: Mapping[str, Any]) -> None:
         given = dataclasses.asdict(self.config)
+        stored = {**stored, **{name: given[name] for name in _ROUNDING}}
         # Rates depend on decay_steps, not on steps, so a longer run begins with the same steps as a shorter one.
         if stored.get("steps", math.inf) <= given["steps"]:
             stored = {**stored, "steps": given["steps"]}
@@ -363,6 +401,22 @@ class _Run:
         row["tokens_per_second"] = batch.input_ids.numel() / row["seconds"]
         return row
 
+    def validate(self, row: Row) -> None:
+        """Adds the losses on held-out text to a row. If that fails, what was trained is saved first."""
+        try:
+            row |= validation_losses(self.model, self.exact, self.validation_sampler)
+        except BaseException:
+            self.record(row)
+            self.save()
+            raise
+
+    @property
+    def should_save(self) -> bool:
+        """Whether a checkpoint is due after this step, by number or by the clock."""
+        if self.config.checkpoint_every is None:
+            return time.monotonic() - self.saved_at > LONGEST_UNSAVED
+        return _due(self.step, self.config.checkpoint_every)
+
     def record(self, row: Row) -> None:
         """Writes a row to metrics.jsonl and to the trackers."""
         self.log.append(row)
@@ -381,6 +435,7 @@ class _Run:
             "sampler_seed": self.config.seed,
             "precision": self.exact.precision,
             "recompute": self.exact.recompute,
+            "micro_batch_size": self.exact.micro_batch_size,
             "tokens": self.tokens,
             "metrics_bytes": self.log.size,
         }
@@ -393,7 +448,7 @@ class _Run:
             state=state,
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
         )
-        self.saved_step = self.step
+        self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def finish(self) -> Path:
         """Writes the finished model."""

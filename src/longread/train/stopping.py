@@ -31,6 +31,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self.number: int | None = None
+        """Of the signal that came first."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -46,6 +48,7 @@ class StopSignal:
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self.number = self.number or number
         self.requested = True
         logger.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
 

@@ -11,6 +11,8 @@ from longread.inner_loop import begin, mini_batch_loss, read
 from longread.model import Transformer
 
 BATCHES = 4  # batches of the training size; enough to see a trend, few enough not to be seen in the time
+TOKENS = 2**14
+"""Of sequences that are read at a time: the memory is what training leaves, and a GPU is busy with fewer."""
 
 
 def validation_losses(model: Transformer, config: RunConfig, sampler: Sampler) -> dict[str, float]:
@@ -29,7 +31,7 @@ def _mean_loss(model: Transformer, config: RunConfig, batches: list[Batch], *, l
     losses = [
         _sequence_losses(model, config, Batch(*(tensor[start : start + size] for tensor in batch)), learn=learn)
         for batch in batches
-        for size in [config.micro_batch_size or len(batch.input_ids)]
+        for size in [max(1, TOKENS // config.context_length)]
         for start in range(0, len(batch.input_ids), size)
     ]
     return torch.cat(losses).mean().item()
