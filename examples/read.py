@@ -53,6 +53,8 @@ def demo(path: Path, texts: Sequence[Path], tokens: int, device: str) -> int:
     opened = open_model(str(path), device)
     text = "\n\n".join(given(texts)) if texts else unseen_library(held_out_modules(path))
     ids = [opened.tokenizer.bos_id] * (opened.tokenizer.bos_id is not None) + opened.tokenizer.encode(text)
+    if tokens <= PIECE:
+        raise UserError(f"--tokens is {tokens}; give more than {PIECE}")
     if len(ids) <= PIECE:
         raise UserError(f"the text has {len(ids)} tokens; give one of more than {PIECE}")
     ids = ids[:tokens]

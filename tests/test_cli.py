@@ -359,6 +359,52 @@ def test_a_training_that_is_stopped_says_so_in_its_status(
     assert main([*arguments, "--resume"]) == 0
 
 
+def test_an_extension_without_a_model_to_extend(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "warning: small-extend goes on with a trained model: without --init it begins with none"
+    arguments = [
+        "train",
+        "small-extend",
+        "--data",
+        str(home / "data"),
+        *MICROSCOPIC,
+        "--context-length",
+        "128",
+        "--out",
+    ]
+    assert main([*arguments, str(tmp_path / "new")]) == 0
+    assert said in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "longer"), "--init", str(tmp_path / "new")]) == 0
+    assert said not in capsys.readouterr().err
+
+
+def test_plots_that_cannot_be_drawn_are_refused_before_the_reading(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    outputs = "--json", tmp_path / "j.json", "--plots", tmp_path / "plots"
+    error = fails(capsys, "evaluate", home / "run", "--data", home / "data", *outputs)
+    assert "plots need matplotlib; run pip install '.[plots]' in Longread's folder" in error
+    assert not (tmp_path / "j.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--lengths", "--indices"])
+def test_what_no_document_reaches_is_not_left_out_in_silence(
+    home: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    command = "evaluate", home / "run", "--data", home / "data", "--max-tokens", 100
+    assert f"{option} 100 is more than 99 tokens, and no document has more than 100; lower it" in fails(
+        capsys, *command, option, 100
+    )
+    assert main([str(argument) for argument in (*command, option, 99)]) == 0
+
+
+def test_extras_are_installed_from_the_folder() -> None:
+    """There is no package of this name in an index, and who registered one would get these installs."""
+    root = Path(__file__).parent.parent
+    for path in (root / "README.md", *(root / "docs").glob("*.md"), *(root / "src").rglob("*.py")):
+        assert "longread[" not in path.read_text(), path
+
+
 def test_data_that_are_not_there(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "data" in fails(capsys, "train", "toy", "--data", tmp_path, "--out", tmp_path / "run")
     assert "missing" in fails(capsys, "prepare", tmp_path / "missing", "--out", tmp_path / "out")

@@ -415,7 +415,7 @@ def test_a_missing_package_names_its_extra(
     write_parquet(tmp_path / "x.parquet", text=["one"])
     write_array(tmp_path / "array", [1, 2])
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf'pip install "longread\[{extra}\]"'):
+    with pytest.raises(UserError, match=rf"pip install '\.\[{extra}\]' in Longread's folder"):
         prepare([spec if extra == "hub" else tmp_path / spec], tmp_path / "out", BYTES)
 
 
@@ -436,6 +436,13 @@ def test_bad_token_arrays(tokens: Any, dtype: str, options: dict[str, int], reas
     with pytest.raises(UserError, match=reason):
         prepare([path], tmp_path / "out", None, **options)  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == ["train"]
+
+
+def test_a_bos_beside_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    with pytest.raises(UserError, match="bos_id is 1, but the tokenizer has its own; it is for token arrays alone"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", ByteTokenizer(), bos_id=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_token_array(tmp_path: Path) -> None:

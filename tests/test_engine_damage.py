@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from longread.config import UserError
+from longread.engine import Engine
 from longread.engine.journal import DamagedJournal, add_events, read_events
 from longread.engine.keeping import replayed
 from longread.engine.store import consistent
@@ -127,14 +129,16 @@ def test_what_was_never_acknowledged_may_be_missing(tmp_path: Path) -> None:
     engine.close()
 
 
-def test_sessions_of_another_model_are_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [Engine.close, crash])
+def test_sessions_of_another_model_wait_for_it(tmp_path: Path, end: Callable[[Engine], None]) -> None:
     engine = opened(tmp_path)
     sid = engine.create().id
     engine.append(sid, text(9)).result()
-    engine.close()
-    engine = opened(tmp_path, num_heads=4)
-    assert [(lost.id, lost.position) for lost in engine.lost] == [(sid, 9)]
-    assert "another model" in engine.lost[0].reason
+    end(engine)
+    with pytest.raises(UserError, match=r"1 of 1 sessions in .* belong to another model; start with the model that"):
+        opened(tmp_path, num_heads=4)
+    engine = opened(tmp_path)
+    assert (engine.lost, engine.info(sid).position) == ([], 9)
     engine.close()
 
 

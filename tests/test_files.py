@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,20 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
     contents = bytearray(path.read_bytes())
     contents[position] ^= 1 << bit
     path.write_bytes(contents)
+
+
+def test_safetensors_that_cannot_write_are_the_disk_too(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write") as refused:
+            files.write_tensors_atomically(tmp_path / "f", {"a": torch.zeros(10_000)}, {}, kind="k")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert isinstance(refused.value.__cause__, OSError)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:

@@ -379,6 +379,21 @@ def test_a_length_that_is_no_multiple_of_the_mini_batch_is_refused() -> None:
             loss(model, ids, targets, mask)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"meta_gradient": "second-order"}, "meta_gradient is 'second-order'; it must be one of exact, first-order"),
+        ({"truncate_after": 0}, "truncate_after is 0; it must be at least 1, or None"),
+        ({"truncate_after": -1}, "truncate_after is -1; it must be at least 1"),
+        ({"recompute": "sqr"}, "recompute is 'sqr'; it must be one of auto, none, blocks"),
+    ],
+)
+def test_a_slip_is_no_other_mathematics(options: dict[str, Any], reason: str) -> None:
+    model = make(small())
+    with pytest.raises(ValueError, match=reason):
+        end_to_end_loss(model, *batch(model.config), **{"inner_lr": 1.0, "inner_clip": 1.0} | options)
+
+
 def test_the_schedule_follows_the_budget() -> None:
     config = small()
     sizes: dict[str, Any] = {"batch_size": 2, "context_length": 100 * 4, "itemsize": 4}

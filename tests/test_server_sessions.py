@@ -49,6 +49,10 @@ def test_a_file_is_a_text(client: TestClient) -> None:
         assert refused.status_code == 400
         assert words in refused.json()["error"]["message"]
     assert client.post(f"/v1/sessions/{one}/append/file", files={"file": b"x"}).status_code == 415
+    for route, slip in ((f"{one}/append/file", "expected_positon"), ("restore", "lable")):
+        refused = client.post(f"/v1/sessions/{route}", params={slip: 0}, content=b"abc")
+        assert refused.status_code == 400
+        assert f"there is no query parameter '{slip}' here" in refused.json()["error"]["message"]
     assert client.get(f"/v1/sessions/{one}").json()["position"] == 1 + len(TEXT)
 
 

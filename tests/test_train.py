@@ -468,7 +468,7 @@ def test_a_run_without_a_checkpoint_begins_again_with_the_same_weights(
         train(CONFIG, data, tmp_path / "run", initial="short", on_step=die)
     assert checkpoint.newest_checkpoint(tmp_path / "run") is None
     monkeypatch.chdir("/")
-    with pytest.warns(UserWarning, match="has no checkpoint: training begins again at the first step"):
+    with pytest.warns(UserWarning, match="has no checkpoint: training begins at the first step"):
         train(CONFIG, data, tmp_path / "run", resume=True)
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
 

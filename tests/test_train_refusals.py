@@ -206,6 +206,20 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_never_took_a_step_leaves_its_place_free(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as full:
+        full.setattr("longread.train.run.accumulate_gradient", fails)
+        with pytest.raises(MemoryError):
+            train(CONFIG, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(change(steps=1, micro_batch_size=1), data, tmp_path / "run")
+
+
 @contextmanager
 def read_only(directory: Path) -> Iterator[None]:
     """Also for root, who may write anywhere: it becomes nobody for the while."""

@@ -183,8 +183,12 @@ class ModelConfig(_Checked):
         return self.num_blocks - self.num_suffix_blocks
 
     def window_of(self, block: int) -> int | None:
-        """Tokens that the attention of `block` sees, itself included; None: everything before it."""
-        if self.attention == "full" or (self.attention == "hybrid" and block % HYBRID_PERIOD == HYBRID_PERIOD - 1):
+        """Tokens that the attention of `block` sees, itself included; None: everything before it.
+
+        Of a hybrid every sixth block sees everything, or the last of fewer.
+        """
+        period = min(HYBRID_PERIOD, self.num_blocks)
+        if self.attention == "full" or (self.attention == "hybrid" and block % period == period - 1):
             return None
         return self.window_size
 

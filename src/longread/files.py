@@ -69,7 +69,9 @@ def writing(path: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
         full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space or choose another place" if full else "choose another place"
-        raise UserError(f"cannot write {path}: {reason}; nothing there was changed, so {remedy}") from error
+        raise UserError(f"cannot write {path}: {reason}; nothing there was changed, so {remedy}") from (
+            error if isinstance(error, OSError) else OSError(reason)
+        )
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ def open_tracker(name: str, *, directory: Path, run_id: str, run: Mapping[str, A
     try:
         return TRACKERS[name](directory, run_id, run, step)
     except ImportError:
-        raise UserError(f'tracker {name} is not installed; run: pip install "longread[{name}]"') from None
+        raise UserError(f"tracker {name} is not installed; run pip install '.[{name}]' in Longread's folder") from None
     except OSError as error:
         raise UserError(f"tracker {name} cannot write below {directory}: {error.strerror or error}") from error
 

@@ -78,8 +78,13 @@ def run(options: argparse.Namespace) -> int:
         documents = read_documents(
             options.data, opened, first=options.documents, min_tokens=options.min_tokens, max_tokens=options.max_tokens
         )
+        longest = max(len(document.tokens) for document in documents)
+        for option, values in (("--lengths", options.lengths or ()), ("--indices", options.indices)):
+            check_at_most(
+                option, max(values, default=0), longest - 1, f"tokens, and no document has more than {longest}"
+            )
         if lengths is None:
-            lengths = default_lengths(max(len(document.tokens) for document in documents) - 1)
+            lengths = default_lengths(longest - 1)
         edges = bin_edges(lengths, options.indices)
         for variant in read_otherwise(opened, options.window, options.mini_batch):
             learns = variant.model.config.num_suffix_blocks > 0

@@ -85,6 +85,10 @@ def check_data_set(directory: str) -> None:
 
 def figure_outputs(options: argparse.Namespace, figures_format: str, charts: Iterable[str]) -> list[Output]:
     """What `add_outputs` lets the user ask for; `charts` are the names of the plots that may be written."""
+    from longread.evaluate import check_plots_can_be_drawn
+
+    if options.plots:
+        check_plots_can_be_drawn()
     plots = [Output("--plots", os.path.join(options.plots, f"{name}.png"), PLOT) for name in charts if options.plots]
     return [
         Output("--json", options.json, figures_of(figures_format)),

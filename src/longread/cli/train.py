@@ -54,6 +54,10 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     config = changed(config, options.set)
+    if options.recipe.endswith("-extend") and not (options.init or options.resume):
+        warnings.warn(
+            f"{options.recipe} goes on with a trained model: without --init it begins with none", stacklevel=1
+        )
     if not options.out:
         raise UserError("--out is empty; name a directory")
     if config.steps != config.optimizer.decay_steps and not options.resume:

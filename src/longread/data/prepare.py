@@ -94,6 +94,8 @@ def prepare(
         found = locate(sources, exclude=exclude, out=out)
         if tokenizer is None:
             vocab_size = _checked_vocabulary(found, vocab_size, bos_id)
+        elif bos_id is not None:
+            raise UserError(f"bos_id is {bos_id}, but the tokenizer has its own; it is for token arrays alone")
         else:
             vocab_size, bos_id = tokenizer.vocab_size, tokenizer.bos_id
         train = ShardWriter(staging, vocab_size, shard_tokens)

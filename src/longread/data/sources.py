@@ -158,7 +158,7 @@ def _parquet_rows(path: str, field: str) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError('Parquet needs pyarrow: pip install "longread[parquet]"') from None
+        raise UserError("Parquet needs pyarrow; run pip install '.[parquet]' in Longread's folder") from None
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
@@ -179,7 +179,7 @@ def _hub_rows(name: str, field: str) -> Iterator[Any]:
     try:
         import datasets
     except ImportError:
-        raise UserError('Hugging Face datasets need datasets: pip install "longread[hub]"') from None
+        raise UserError("Hugging Face datasets need datasets; run pip install '.[hub]' in Longread's folder") from None
     path, *rest = name.removeprefix(HUB_PREFIX).split(":")
     if not path or len(rest) > 2:
         raise UserError(f"{name} is not a dataset name; write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
@@ -202,7 +202,7 @@ class TokenArray:
         try:
             import zarr
         except ImportError:
-            raise UserError('token arrays need zarr: pip install "longread[zarr]"') from None
+            raise UserError("token arrays need zarr; run pip install '.[zarr]' in Longread's folder") from None
         self.path = path
         try:
             self._array = zarr.open_array(path, mode="r")

@@ -12,6 +12,7 @@ has no snapshot yet begins with its journal.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import math
@@ -210,8 +211,12 @@ class Store:
         remove_tree(folder)
 
     def recover(self) -> list[Recovered]:
-        """All sessions that can go on; `lost` says what cannot."""
+        """All sessions that can go on; `lost` says what cannot.
+
+        Raises `UserError`, and changes nothing, if any session belongs to another model.
+        """
         found = []
+        self._refuse_other_models()
         for folder in sorted(self.directory.iterdir()):
             if _ID.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
                 remove_temporaries(folder)
@@ -222,6 +227,20 @@ class Store:
                 if recovered is not None:
                     found.append(recovered)
         return found
+
+    def _refuse_other_models(self) -> None:
+        """They are not damaged: the model that read them can go on with them."""
+        folders = [folder for folder in self.directory.iterdir() if _ID.fullmatch(folder.name)]
+        foreign = 0
+        for folder in folders:
+            with contextlib.suppress(UserError):  # what is damaged is told of later
+                found = read_json(folder / "session.json", kind=KIND).get("fingerprint")
+                foreign += isinstance(found, str) and found != self.fingerprint
+        if foreign:
+            raise UserError(
+                f"{foreign} of {len(folders)} sessions in {self.directory} belong to another model; "
+                "start with the model that read them, or give another directory"
+            )
 
     def give_up(self, session_id: str, owner: str, position: int, reason: str, restored: int = 0) -> None:
         """Reports what is lost; the files stay for whoever can repair them, but under another name if all is lost."""
@@ -237,8 +256,6 @@ class Store:
             facts, saved = values["facts"], _saved(values["saved"])
             owner, position = str(facts["owner"]), saved.position
             self._files[session_id] = _Files(saved, saved.generation)
-            if values["fingerprint"] != self.fingerprint:
-                raise UserError("it belongs to another model; start the engine with the model that read it")
             if saved.generation:
                 _check_whole(self.snapshot_path(session_id))
         except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:

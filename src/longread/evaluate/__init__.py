@@ -29,7 +29,7 @@ from longread.evaluate.health_figures import health_figures
 from longread.evaluate.judges import HuggingFaceJudge, Judge, LongreadJudge, is_hugging_face
 from longread.evaluate.measure import Document, Measurement, check_vocabulary, measure
 from longread.evaluate.needle import Accuracy, Needles, Search, Trial, accuracies, needle_figures, search
-from longread.evaluate.plots import save_charts, save_plots
+from longread.evaluate.plots import check_plots_can_be_drawn, save_charts, save_plots
 from longread.evaluate.positions import PositionLoss, bin_edges
 from longread.evaluate.report import html_report
 from longread.evaluate.summary import Evaluation, Result, default_lengths, summarize
@@ -69,6 +69,7 @@ __all__ = [
     "accuracies",
     "bin_edges",
     "check_judge",
+    "check_plots_can_be_drawn",
     "check_vocabulary",
     "continue_texts",
     "decoding_figures",

@@ -103,7 +103,8 @@ def _from_pretrained(path: Path, device: torch.device) -> Any:
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise UserError(
-            f'{path} is a Hugging Face model; to judge with it: pip install "longread[hf]", or give a Longread model'
+            f"{path} is a Hugging Face model; to judge with it run pip install '.[hf]' in Longread's folder, or give a "
+            "Longread model"
         ) from None
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -36,13 +36,20 @@ def save_plots(evaluation: Evaluation, directory: Path) -> list[Path]:
     return save_charts(charts, directory)
 
 
+def check_plots_can_be_drawn() -> None:
+    """Raises `UserError` where matplotlib is missing."""
+    try:
+        import matplotlib.backends.backend_agg  # noqa: F401
+    except ImportError:
+        raise UserError("plots need matplotlib; run pip install '.[plots]' in Longread's folder") from None
+
+
 def save_charts(charts: Sequence[Chart], directory: Path) -> list[Path]:
     """Writes each chart as `<name>.png`. Raises `UserError` as `save_plots` does."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('plots need matplotlib; install it with: pip install "longread[plots]"') from None
+    check_plots_can_be_drawn()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     paths = []
     for chart in charts:
         figure = Figure(figsize=(7, 4), dpi=160, layout="constrained")

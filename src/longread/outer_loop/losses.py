@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -79,6 +79,10 @@ def end_to_end_loss(
     """
     M = model.config.mini_batch_size
     _check_length(input_ids, M)
+    if meta_gradient not in get_args(MetaGradient):
+        raise ValueError(f"meta_gradient is {meta_gradient!r}; it must be one of {', '.join(get_args(MetaGradient))}")
+    if truncate_after is not None and truncate_after < 1:
+        raise ValueError(f"truncate_after is {truncate_after}; it must be at least 1, or None")
     B, count = input_ids.shape[0], input_ids.shape[1] // M
     schedule = _settled(recompute, "end-to-end", model, input_ids)
     longest = {"sqrt": math.ceil(math.sqrt(count)), "step": 1}.get(schedule, count)
@@ -124,6 +128,8 @@ def end_to_end_loss(
 
 
 def _settled(recompute: Recompute, loss: Loss, model: Transformer, input_ids: Tensor) -> Schedule:
+    if recompute not in get_args(Recompute):
+        raise ValueError(f"recompute is {recompute!r}; it must be one of {', '.join(get_args(Recompute))}")
     if recompute != "auto":
         return recompute
     B, T = input_ids.shape

@@ -30,6 +30,8 @@ __all__ = ["Keys", "ServerLimits", "check_installed", "read_keys", "serve"]
 def check_installed() -> None:
     """Raises `UserError` if a package that serving needs is missing."""
     try:
+        import uvicorn  # noqa: F401
+
         import longread.server.app
         import longread.server.running  # noqa: F401
     except ModuleNotFoundError as error:

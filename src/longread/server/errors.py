@@ -77,6 +77,13 @@ def _headers(status: int, retry_after: float | None) -> dict[str, str]:
     return headers | ({"WWW-Authenticate": "Bearer"} if status == 401 else {})
 
 
+def refuse_unknown_query(request: Request, *known: str) -> None:
+    """Raises `ApiError` for a query parameter that the route does not have: a slip would change what it does."""
+    unknown = [name for name in request.query_params if name not in known]
+    if unknown:
+        raise ApiError(400, f"there is no query parameter {unknown[0]!r} here; there are {', '.join(known)}")
+
+
 def as_api_error(error: BaseException, directories: Iterable[Path] = ()) -> ApiError:
     """Any exception as an answer. What was not foreseen says nothing about the inside of the server."""
     match error:

@@ -11,7 +11,7 @@ from longread.server import continuing, readings
 from longread.server.catalog import Catalog
 from longread.server.choices import sampling_of
 from longread.server.continuing import Continuing
-from longread.server.errors import ApiError
+from longread.server.errors import ApiError, refuse_unknown_query
 from longread.server.readings import STREAM_BIN, Reading
 from longread.server.replies import REPLIES, STREAM
 from longread.server.service import Service, Tenant, TheService
@@ -141,6 +141,7 @@ async def append_file(
     stream: bool = False,
 ) -> Any:
     """Reads a file, which is the body: text in UTF-8."""
+    refuse_unknown_query(request, "expected_position", "bin", "stream")
     kind = request.headers.get("content-type", "")
     if kind.startswith(("multipart/", "application/x-www-form-urlencoded", "application/json")):
         raise ApiError(415, f"{kind.partition(';')[0]} is not read here; send the text itself as text/plain")

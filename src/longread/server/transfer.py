@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 
 from longread.config import UserError
 from longread.engine import Busy, TooLarge
-from longread.server.errors import ApiError, without_paths
+from longread.server.errors import ApiError, refuse_unknown_query, without_paths
 from longread.server.replies import REPLIES
 from longread.server.service import Service, Tenant, TheService
 from longread.server.session_models import Label, SessionObject
@@ -60,6 +60,7 @@ async def restore(
     label: Annotated[Label, Query()] = "",
 ) -> dict[str, Any]:
     """A new session from a file that was downloaded before, here or elsewhere."""
+    refuse_unknown_query(request, "label")
     async with _received(service, request) as path:
         try:
             return (await catalog.restore(tenant, path, label)).shown()

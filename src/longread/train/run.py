@@ -297,8 +297,8 @@ class _Run:
             restore_optimizer(self.model, self.optimizer, found.optimizer, path)
             self.step = self.saved_step = found.step
             self.last_checkpoint, size = path, found.state["metrics_bytes"]
-        elif os.path.exists(self.out / RUN_FILE):
-            warnings.warn(f"{self.out} has no checkpoint: training begins again at the first step", stacklevel=4)
+        else:
+            warnings.warn(f"{self.out} has no checkpoint: training begins at the first step", stacklevel=4)
         if not self.log.truncate(size):
             warnings.warn(f"{self.log.path} lacks rows from before step {self.step}; training goes on", stacklevel=2)
 
@@ -363,7 +363,13 @@ class _Run:
                 self._trackers.append(tracker)
             files.write_json_atomically(path, run, kind="run")
             self._copy_tokenizer(self.out)
-            yield
+            try:
+                yield
+            except BaseException:
+                if self.step == 0 and not run["resumed"]:  # nothing to go on with: the place is free again
+                    for name in (RUN_FILE, *_TOKENIZER_FILES):
+                        (self.out / name).unlink(missing_ok=True)
+                raise
 
     def _copy_tokenizer(self, directory: Path) -> None:
         for name in _TOKENIZER_FILES:
