@@ -396,6 +396,14 @@ def test_a_budget_that_is_too_small_is_said_in_the_words_of_the_option(
     assert "--device-memory is 1e-06 GiB; one session of this model and the place where it writes need 0.001," in error
 
 
+def test_a_missing_uvicorn_is_said_before_a_model_is_opened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "--model", "none"]) == 2
+    assert 'serving needs uvicorn; run pip install ".[serve]" in Longread\'s folder' in capsys.readouterr().err
+
+
 def test_without_the_packages_it_says_how_to_install_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -508,7 +508,8 @@ def test_a_model_of_another_shape_is_no_beginning(
 
 
 def test_resuming_where_nothing_is_begins(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "a", resume=True)
+    with pytest.warns(UserWarning, match="a has no checkpoint: training begins at the first step"):
+        train(CONFIG, data, tmp_path / "a", resume=True)
     train(CONFIG, data, tmp_path / "b")
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
 

@@ -30,10 +30,10 @@ __all__ = ["Keys", "ServerLimits", "check_installed", "read_keys", "serve"]
 def check_installed() -> None:
     """Raises `UserError` if a package that serving needs is missing."""
     try:
-        import uvicorn  # noqa: F401
+        import longread.server.app  # noqa: F401
+        from longread.server.running import find_uvicorn
 
-        import longread.server.app
-        import longread.server.running  # noqa: F401
+        find_uvicorn()
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("longread"):
             raise

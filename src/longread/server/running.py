@@ -91,6 +91,11 @@ def listen(host: str, port: int, *, has_keys: bool) -> socket.socket:
     return listener
 
 
+def find_uvicorn() -> None:
+    """Raises `ModuleNotFoundError` if it is not there."""
+    import uvicorn  # noqa: F401
+
+
 def _quiet_server() -> type[Any]:
     from uvicorn import Server
 
