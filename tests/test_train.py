@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import json
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -252,183 +250,10 @@ def test_the_update_is_that_of_the_official_numbers() -> None:
 # Going on
 
 
-def test_a_finished_run_has_nothing_left_and_a_longer_one_goes_on(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "short")
-    before = weights_of(tmp_path / "short")
-    result = train(CONFIG, data, tmp_path / "short", resume=True)
-    assert result.row is None
-    assert weights_of(tmp_path / "short") == before
-    longer = change(steps=9)
-    train(longer, data, tmp_path / "short", resume=True)
-    train(longer, data, tmp_path / "long")
-    assert weights_of(tmp_path / "short") == weights_of(tmp_path / "long")
-    assert without_timing(rows_of(tmp_path / "short")) == without_timing(rows_of(tmp_path / "long"))
-    run = files.read_json(tmp_path / "short" / "run.json", kind="run")
-    assert [start["step"] for start in run["resumed"]] == [6, 6]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
-    tmp_path: Path, data: TokenDataset, number: signal.Signals
-) -> None:
-    handler = signal.getsignal(number)
-
-    def interrupt(row: dict[str, Any]) -> None:
-        if row["step"] == 2:
-            signal.raise_signal(number)
-
-    result = train(change(checkpoint_every=None), data, tmp_path / "run", on_step=interrupt)
-    assert signal.getsignal(number) is handler
-    assert result.interrupted
-    assert not (tmp_path / "run" / "model").exists()
-    newest = checkpoint.newest_checkpoint(tmp_path / "run")
-    assert newest is not None
-    assert checkpoint.read_checkpoint(newest).step == result.step == 2
-    train(change(checkpoint_every=None), data, tmp_path / "run", resume=True)
-    train(CONFIG, data, tmp_path / "whole")
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
-
-
-def test_a_second_interrupt_aborts_at_once(tmp_path: Path, data: TokenDataset) -> None:
-    def interrupt(row: dict[str, Any]) -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(change(checkpoint_every=None), data, tmp_path / "run", on_step=interrupt)
-    assert checkpoint.newest_checkpoint(tmp_path / "run") is None
-
-
-def test_a_damaged_newest_checkpoint_costs_only_the_steps_after_the_older_one(
-    tmp_path: Path, data: TokenDataset
-) -> None:
-    train(CONFIG, data, tmp_path / "run")
-    before, rows = weights_of(tmp_path / "run"), rows_of(tmp_path / "run")
-    file = tmp_path / "run" / "checkpoints" / "step-00000006" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"optimizer\.safetensors is truncated.*going back to step-00000004"):
-        train(CONFIG, data, tmp_path / "run", resume=True)
-    assert weights_of(tmp_path / "run") == before
-    assert without_timing(rows_of(tmp_path / "run")) == without_timing(rows)
-
-
-def test_an_older_run_that_had_not_settled_what_to_recompute_settles_it(
-    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stored() -> Any:
-        return json.loads((max((tmp_path / "run" / "checkpoints").iterdir()) / "state.json").read_text())
-
-    with monkeypatch.context() as older:
-        older.setattr("longread.train.run.fit", lambda *args, **options: Fit(4, "auto", 0))
-        train(change(loss="static"), data, tmp_path / "run")
-    assert (stored()["recompute"], stored()["tokens"]) == ("auto", 6 * 4 * 32)
-    train(change(loss="static", steps=8), data, tmp_path / "run", resume=True)
-    assert (stored()["recompute"], stored()["tokens"]) == ("none", 8 * 4 * 32)
-
-
-def test_how_a_gradient_is_summed_may_change_on_resume(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "whole")
-    train(change(steps=4), data, tmp_path / "run")
-    changed = change(recompute="sqrt", micro_batch_size=2)
-    with (
-        pytest.warns(UserWarning, match="recompute was 'none' and is 'sqrt' from now on; sums round differently"),
-        pytest.warns(UserWarning, match="micro_batch_size was 4 and is 2 from now on"),
-    ):
-        train(changed, data, tmp_path / "run", resume=True)
-    state = checkpoint.read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000006").state
-    assert (state["recompute"], state["micro_batch_size"]) == ("sqrt", 2)
-    for name, weights in load_file(tmp_path / "whole" / "model" / "model.safetensors").items():
-        found = load_file(tmp_path / "run" / "model" / "model.safetensors")[name]
-        torch.testing.assert_close(found, weights, rtol=1e-4, atol=1e-5)
-    assert train(changed, data, tmp_path / "run", resume=True).row is None  # without a warning
-
-
-def test_what_a_run_settled_on_stays_when_memory_changes(
-    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as full:
-        full.setattr("longread.train.run.fit", lambda *args, **options: Fit(2, "sqrt", 0))
-        train(change(steps=4), data, tmp_path / "run")
-    train(CONFIG, data, tmp_path / "run", resume=True)
-    state = checkpoint.read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000006").state
-    assert (state["recompute"], state["micro_batch_size"]) == ("sqrt", 2)
-
-
 def test_what_will_not_fit_is_said(tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longread.train.run.fit", lambda *args, **options: Fit(1, "none", 3 * 2**30))
     with pytest.warns(UserWarning, match=r"1 sequences of 32 tokens at a time need 3\.0 GiB more than there are"):
         train(change(steps=1), data, tmp_path / "run")
-
-
-def test_a_failing_validation_costs_no_step(
-    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*args: Any) -> dict[str, float]:
-        raise MemoryError
-
-    with monkeypatch.context() as full:
-        full.setattr("longread.train.run.validation_losses", fails)
-        with pytest.raises(MemoryError):
-            train(CONFIG, data, tmp_path / "run", validation=data.validation)
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
-    train(CONFIG, data, tmp_path / "run", validation=data.validation, resume=True)
-    train(CONFIG, data, tmp_path / "whole", validation=data.validation)
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
-
-
-def test_the_clock_makes_checkpoints_where_the_config_does_not(
-    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def step_of_newest(row: dict[str, Any]) -> None:
-        newest = checkpoint.newest_checkpoint(tmp_path / "run")
-        steps.append(None if newest is None else checkpoint.read_checkpoint(newest).step)
-
-    steps: list[int | None] = []
-    ticks = itertools.count()
-    monkeypatch.setattr("longread.train.run.time.monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr("longread.train.run.LONGEST_UNSAVED", 8.0)
-    train(change(checkpoint_every=None), data, tmp_path / "run", on_step=step_of_newest)
-    assert steps[0] is None
-    assert steps[-1] == 6
-    assert any(step not in (None, 6) for step in steps)
-
-
-def test_another_config_is_refused_before_the_first_checkpoint_too(tmp_path: Path, data: TokenDataset) -> None:
-    def killed(row: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
-
-    config = change(checkpoint_every=None)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, data, tmp_path / "run", on_step=killed)
-    with pytest.raises(UserError, match="seed was 0 when this run began and is 7 now"):
-        train(change(config, seed=7), data, tmp_path / "run", resume=True)
-
-
-def test_a_parameter_that_never_had_a_gradient_does_not_keep_a_run_from_going_on(
-    tmp_path: Path, data: TokenDataset
-) -> None:
-    model = dataclasses.replace(MODEL, num_suffix_blocks=0, mixer="ttt_kvb", mini_batch_size=32, window_size=32)
-    config = dataclasses.replace(CONFIG, model=model, loss="static", steps=2)
-    train(config, data, tmp_path / "run")
-    result = train(change(config, steps=3), data, tmp_path / "run", resume=True)
-    assert result.step == 3
-
-
-def test_a_run_belongs_to_one_process(tmp_path: Path, data: TokenDataset) -> None:
-    def second(row: dict[str, Any]) -> None:
-        with pytest.raises(UserError, match=r"run is in use by another process; wait for its end, or stop it"):
-            train(CONFIG, data, tmp_path / "run", resume=True)
-
-    train(CONFIG, data, tmp_path / "run", on_step=second)
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_lost_metrics_do_not_keep_a_run_from_going_on(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.warns(UserWarning, match="lacks rows from before step 6"):
-        train(change(steps=7), data, tmp_path / "run", resume=True)
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == [7]
 
 
 def test_a_run_begins_with_the_weights_of_a_model_it_extends(tmp_path: Path, data: TokenDataset) -> None:
@@ -505,13 +330,6 @@ def test_a_model_of_another_shape_is_no_beginning(
     with pytest.raises(UserError, match=reason):
         train(change(**fields), data, tmp_path / "long", initial=tmp_path / "short")
     assert not (tmp_path / "long").exists()
-
-
-def test_resuming_where_nothing_is_begins(tmp_path: Path, data: TokenDataset) -> None:
-    with pytest.warns(UserWarning, match="a has no checkpoint: training begins at the first step"):
-        train(CONFIG, data, tmp_path / "a", resume=True)
-    train(CONFIG, data, tmp_path / "b")
-    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
 
 
 # What people watch

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -650,7 +650,7 @@ class _Problem(NamedTuple):
             )  # fmt: skip
 
 
-@torch.library.custom_op("longread::attention", mutates_args=())
+@library.custom_op("longread::attention", mutates_args=())
 def _attend(
     q: Tensor,
     k: Tensor,

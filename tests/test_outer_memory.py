@@ -1,0 +1,218 @@
+"""What an outer step keeps in memory, what the estimates say of it, and what is chosen by them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longread.config import ModelConfig, OptimizerConfig, RunConfig
+from longread.model import Transformer
+from longread.ops.attention import KEPT_OPERATIONS
+from longread.outer_loop import (
+    UPDATE_BYTES,
+    Fit,
+    OuterLoss,
+    Schedule,
+    activation_budget,
+    choose_recompute,
+    end_to_end_loss,
+    fit,
+    free_bytes,
+    graph_bytes,
+    static_loss,
+)
+from longread.outer_loop.memory import block_bytes
+from longread.recipes import recipe
+from tests.test_outer_loop import CPU, batch, gradients, make, same, small
+
+
+def kept_bytes(loss: Callable[[], OuterLoss], model: Transformer) -> int:
+    """What is held for the gradient of a loss, by autograd or by Python, parameters left out."""
+    before = {x.untyped_storage().data_ptr() for x in (*tensors_of_python(), *model.parameters())}
+    held: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in before:
+            held[storage.data_ptr()] = storage.nbytes(), x  # the tensor too: no other gets its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = loss()
+    for x in tensors_of_python():
+        pack(x)
+    del result
+    return sum(nbytes for nbytes, _ in held.values())
+
+
+def tensors_of_python() -> list[torch.Tensor]:
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) is torch.Tensor]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["swa", "full", "e2e", "mamba2", "gdn", "kvb"])
+def test_blocks_that_run_again(method: str, dtype: torch.dtype) -> None:
+    """The same gradient of the static loss, from inputs and attention's results alone."""
+    config = dataclasses.replace(recipe("toy", method=method).model, num_blocks=4)
+    model, K = make(config), config.window_size
+    if dtype == torch.bfloat16:
+        model.float().compute_dtype = dtype
+    found, of_blocks = {}, []
+    for T in (2 * K, 4 * K):
+        kept = {}
+        for schedule in ("none", "blocks"):
+            run = functools.partial(static_loss, model, *batch(config, T=T, B=1), recompute=schedule)
+            kept[schedule] = kept_bytes(run, model)
+            found[schedule] = gradients(model, run().loss)
+        same(found["blocks"], found["none"], 1e-12)
+        meant = (config.num_blocks + attentions(config)) * T * config.width * dtype.itemsize
+        assert meant < kept["blocks"] < meant + 0.06 * kept["none"]  # the head's
+        of_blocks.append(kept["none"] - kept["blocks"])
+    grown = (of_blocks[1] - of_blocks[0]) / (config.num_blocks * 2 * K)  # casts of weights left out
+    assert grown == pytest.approx(block_bytes(config, 4 * K, dtype.itemsize, kernels=False), rel=0.3)
+
+
+def attentions(config: ModelConfig) -> int:
+    return sum("attention" in config.mixers_of(i) for i in range(config.num_blocks))
+
+
+class Operations(TorchDispatchMode):
+    """Counts those behind attention at order 1."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operation.name() in KEPT_OPERATIONS
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["swa", "full", "hybrid", "gdn"])
+def test_a_block_that_runs_again_does_not_attend_again(method: str) -> None:
+    config = recipe("toy", method=method).model
+    model = make(config)
+    data = batch(config, T=2 * config.window_size, B=1)
+    counts = {}
+    for schedule in ("none", "blocks"):
+        with Operations() as operations:
+            static_loss(model, *data, recompute=schedule).loss.backward()
+        counts[schedule] = operations.count
+    assert counts["none"] == counts["blocks"] == attentions(config)
+
+
+def test_each_schedule_keeps_less() -> None:
+    config = recipe("toy").model
+    model, data = make(config), batch(config, T=16 * config.mini_batch_size, B=1)
+    kept = [
+        kept_bytes(
+            functools.partial(end_to_end_loss, model, *data, inner_lr=1.0, inner_clip=1.0, recompute=schedule), model
+        )
+        for schedule in ("none", "blocks", "sqrt")
+    ]
+    assert kept[1] < 0.7 * kept[0]
+    assert kept[2] < 0.7 * kept[1]
+
+
+def test_a_block_that_runs_again_lets_go_of_its_keys() -> None:
+    config = small()
+    model, (ids, _, _) = make(config), batch(config)
+    lower, upper = model.empty_pasts(2)
+    hidden, own = model.lower(ids, lower, start=0, recompute=True)
+    assert own == ()
+    assert model.upper(hidden, None, upper, start=0, order=1, recompute=True)[1] == ()
+
+
+def test_the_schedule_follows_the_budget() -> None:
+    config = small()
+    sizes: dict[str, Any] = {"batch_size": 2, "context_length": 100 * 4, "itemsize": 4}
+    for loss, schedules in (("end-to-end", ["none", "blocks", "sqrt", "step"]), ("static", ["none", "blocks"])):
+        need = graph_bytes(config, loss, kernels=False, **sizes)
+        choose = functools.partial(choose_recompute, config, loss, device=CPU, **sizes)
+        assert list(need) == schedules
+        assert need["none"] > need["blocks"]
+        for schedule, size in need.items():
+            cheaper = [other for other in schedules[: schedules.index(schedule)] if need[other] <= size]
+            assert choose(budget=size) == (cheaper[0] if cheaper else schedule)
+        assert choose(budget=1) == min(need, key=need.__getitem__)
+        assert choose() == "none"  # a toy fits any machine
+
+
+def a_run(loss: str = "end-to-end", **fields: Any) -> RunConfig:
+    shape = {"batch_size": 12, "context_length": 16, "steps": 1, "optimizer": OptimizerConfig(lr=1e-3)}
+    return RunConfig(name="a", model=small(), loss=loss, **shape | fields)
+
+
+def test_a_batch_is_cut_before_anything_is_computed_again() -> None:
+    def need(size: int, loss: str = "end-to-end") -> dict[Schedule, int]:
+        return graph_bytes(small(), loss, batch_size=size, context_length=16, itemsize=4, kernels=False)
+
+    def found(budget: float, **fields: Any) -> Fit:
+        return fit(a_run(**fields), itemsize=4, kernels=False, budget=budget)
+
+    assert found(need(12)["none"]) == Fit(12, "none", 0)
+    assert found(need(12)["none"] - 1) == Fit(6, "none", 0)
+    assert found(need(1)["none"]) == Fit(1, "none", 0)
+    assert found(need(1)["none"] - 1)[:2] == (1, "blocks")
+    assert found(1) == Fit(1, min(need(1), key=need(1).__getitem__), min(need(1).values()) - 1)
+    # what is asked for stays
+    assert found(need(12)["none"] - 1, micro_batch_size=12)[:2] == (12, "blocks")
+    assert found(need(4)["sqrt"], recompute="sqrt") == Fit(4, "sqrt", 0)
+    assert found(need(4, "static")["blocks"], loss="static", recompute="sqrt") == Fit(4, "sqrt", 0)
+
+
+def test_what_the_update_needs_is_left() -> None:
+    assert activation_budget(10**9, small()) == 0.8 * 10**9 - UPDATE_BYTES * small().num_parameters
+
+
+def test_free_memory_is_what_the_system_and_the_container_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longread.outer_loop.memory.MEMORY_INFO", info := tmp_path / "meminfo")
+    monkeypatch.setattr("longread.outer_loop.memory.CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}.__getitem__)
+    assert free_bytes(CPU) == 2**31  # neither: macOS
+    info.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  5000 kB\n")
+    assert free_bytes(CPU) == 5000 * 1024
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 700000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) == 5000 * 1024
+    (tmp_path / "memory.max").write_text("4000000\n")
+    assert free_bytes(CPU) == 1_700_000
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "context", "sequences", "schedule", "peak"),
+    [
+        ("125m", "e2e", 8192, 4, "none", 28.0),
+        ("125m", "swa", 8192, 4, "none", 16.6),
+        ("125m", "e2e", 131_072, 1, "none", 108.3),
+        ("760m", "e2e", 32_768, 1, "none", 100.0),
+        ("760m", "full", 32_768, 1, "none", 60.0),
+        ("760m", "e2e", 131_072, 1, "sqrt", 56.4),
+        ("760m", "swa", 131_072, 1, "blocks", 38.8),
+        ("760m", "full", 131_072, 1, "blocks", 38.9),
+        ("3b", "e2e", 8192, 1, "none", 86.7),
+        ("3b", "swa", 8192, 1, "none", 65.8),
+        ("3b", "e2e", 32_768, 1, "sqrt", 84.6),
+        ("3b", "full", 65_536, 1, "blocks", 62.2),
+        ("3b", "e2e", 65_536, 1, "sqrt", 103.9),
+    ],
+)
+def test_with_kernels_the_estimate_is_what_was_measured(
+    size: str, method: str, context: int, sequences: int, schedule: Schedule, peak: float
+) -> None:
+    """GiB of whole training steps on an H200 (benchmarks/results): weights, their update, and the graph."""
+    config = recipe(size, method=method)
+    shape = {"batch_size": sequences, "context_length": context, "itemsize": 2}
+    need = graph_bytes(config.model, config.loss, kernels=True, **shape)[schedule]
+    assert (need + 16 * config.model.num_parameters) / 2**30 == pytest.approx(peak, rel=0.15)
