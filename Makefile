@@ -10,6 +10,11 @@ TORCH = torch==2.13.0
 # Threads that wait for one another sleep: spinning, they starve beside any other busy process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Added to every call of pytest: `make test PYTEST_ARGS="-n 0 -x"`.
+PYTEST_ARGS =
+# A worker for each core; one that has finished takes tests from another.
+PARALLEL = -n auto --dist worksteal
+
 INSTALL = .venv/bin/python -m pip --disable-pip-version-check install -qq --no-compile
 ifeq ($(PYTHON),.venv/bin/python)
 DEMO_READY = .venv/.ready-demo
@@ -31,17 +36,17 @@ demo-train: $(DEMO_READY) ## train, read and compare three models on this machin
 	$(PYTHON) examples/demo.py
 
 test: lint ## lint, then every test that takes seconds
-	$(PYTHON) -m pytest -m "not slow and not gpu and not browser"
+	$(PYTHON) -m pytest $(PARALLEL) -m "not slow and not gpu and not browser" $(PYTEST_ARGS)
 
 test-slow: $(TEST_READY) ## the tests that take minutes
-	$(PYTHON) -m pytest -m "slow and not gpu and not browser"
+	$(PYTHON) -m pytest $(PARALLEL) -m "slow and not gpu and not browser" $(PYTEST_ARGS)
 
 test-gpu: $(TEST_READY) ## the tests that need a CUDA device
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
 test-page: $(TEST_READY) ## the served page in a browser; needs Chromium
 	$(INSTALL) -r requirements/page.txt
-	$(PYTHON) -m pytest -m browser
+	$(PYTHON) -m pytest -m browser $(PYTEST_ARGS)
 
 lint: $(TEST_READY) ## ruff (rules, security, format) and mypy
 	$(PYTHON) -m ruff check

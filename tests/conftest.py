@@ -16,8 +16,17 @@ from torch import Tensor
 
 def pytest_configure() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", WANDB_MODE="disabled")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # decides what Triton is when it is first imported, by whomever
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: the cores that this process may use, two threads of a core counted as two."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture
