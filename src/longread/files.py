@@ -1,5 +1,7 @@
 """Tensor files and JSON files: versioned, checked when read, and written whole or not at all.
 
+What holds a text, or tokens of one, is for its owner alone: `private` files and `make_private` directories.
+
 A tensor file is a safetensors file whose metadata has one entry, "longread": a JSON object with the format
 version, the kind of the file, metadata of the writer and a SHA-256 over all of it, names, shapes, dtypes and
 values included. One entry, because safetensors writes several in random order and equal contents should be equal
@@ -14,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,21 +35,29 @@ MOST_HEADER_BYTES = 16 * 2**20
 """Of a tensor file; a model of the paper has 0.1 MiB. Reading a header takes several times its size."""
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Of each tensor of a file: its type as safetensors calls it ("F32", "I64", ...), and its shape."""
+_PRIVATE_FILE, _PRIVATE_DIRECTORY, _OTHERS = 0o600, 0o700, 0o077
 _PICKLES = (b"PK\x03\x04", b"\x80")  # torch.save writes a zip file of pickles, or a bare one
 
 
 @contextlib.contextmanager
-def atomic_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
+def atomic_files(*paths: Path, private: bool = False) -> Iterator[tuple[Path, ...]]:
     """Yields a temporary sibling for each path; when the block ends well, they are made durable and take its place.
 
     Nothing is renamed before everything is on the disk. Raises `UserError` when the disk refuses: the temporaries
     are gone then and the paths hold what they held before.
+
+    Args:
+        private: only their owner may read them, and enter the directories that are made for them.
     """
     temporaries = tuple(temporary_sibling(path) for path in paths)
     with writing(paths[0]):
         try:
             for path in paths:
+                if private:
+                    _make_missing(path.parent)
                 path.parent.mkdir(parents=True, exist_ok=True)
+            for temporary in temporaries if private else ():
+                os.close(owner_only(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             yield temporaries
             for temporary in temporaries:
                 make_durable(temporary)
@@ -58,6 +69,45 @@ def atomic_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
             for temporary in temporaries:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
+
+
+def owner_only(path: str | Path, flags: int) -> int:
+    """Opens a file; an `opener` for `open`. Only its owner may read it: a new one from the first moment on.
+
+    Whatever the umask is, and as far as the file system has permissions.
+    """
+    descriptor = os.open(path, flags, _PRIVATE_FILE)
+    if stat.S_IMODE(os.fstat(descriptor).st_mode) != _PRIVATE_FILE:
+        with contextlib.suppress(OSError):
+            os.fchmod(descriptor, _PRIVATE_FILE)
+    return descriptor
+
+
+def make_private(directory: Path) -> None:
+    """Makes a directory that only its owner may enter, or makes one that exists so.
+
+    Raises `OSError` where that cannot be, and `UserError` where it stays open to others: it belongs to somebody else,
+    or the file system has no permissions.
+    """
+    _make_missing(directory)
+    close_to_others(directory)
+    if directory.stat().st_mode & _OTHERS:
+        raise UserError(f"other users may look into {directory}; run chmod 700 on it, or give another directory")
+
+
+def close_to_others(path: Path) -> None:
+    """Takes the permissions of everybody but the owner from a file or directory, if the system lets us; links stay."""
+    with contextlib.suppress(OSError):
+        mode = path.lstat().st_mode
+        if mode & _OTHERS and not stat.S_ISLNK(mode):
+            path.chmod(stat.S_IMODE(mode) & ~_OTHERS)
+
+
+def _make_missing(directory: Path) -> None:
+    for missing in [path for path in reversed((directory, *directory.parents)) if not os.path.exists(path)]:
+        with contextlib.suppress(FileExistsError):
+            missing.mkdir(_PRIVATE_DIRECTORY)
+            missing.chmod(_PRIVATE_DIRECTORY)  # the umask may have taken more away
 
 
 @contextlib.contextmanager
@@ -140,7 +190,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions of any new file; the library's own only its owner may read."""
+    """Writes a safetensors file with the permissions that `path` has, or a new file; safetensors would narrow them."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
@@ -148,13 +198,18 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def write_tensors_atomically(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, kind: str = "tensors"
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    *,
+    kind: str = "tensors",
+    private: bool = False,
 ) -> None:
     """Writes or replaces the tensor file at `path`: afterwards it is the new one or, after an error, the old one.
 
     `metadata` is anything JSON can hold. Raises `UserError` when it cannot be written, on a full disk for instance.
     """
-    with atomic_files(Path(path)) as (temporary,):
+    with atomic_files(Path(path), private=private) as (temporary,):
         write_tensors(temporary, tensors, metadata, kind=kind)
 
 
@@ -264,9 +319,9 @@ def write_json(path: Path, values: Mapping[str, Any], *, kind: str) -> None:
     path.write_text(json.dumps(header | dict(values), indent=2) + "\n", encoding="utf-8")
 
 
-def write_json_atomically(path: str | Path, values: Mapping[str, Any], *, kind: str) -> None:
+def write_json_atomically(path: str | Path, values: Mapping[str, Any], *, kind: str, private: bool = False) -> None:
     """Writes or replaces a JSON file. Raises `UserError` when it cannot be written; the old one is whole then."""
-    with atomic_files(Path(path)) as (temporary,):
+    with atomic_files(Path(path), private=private) as (temporary,):
         write_json(temporary, values, kind=kind)
 
 

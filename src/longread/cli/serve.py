@@ -96,6 +96,9 @@ def run(options: argparse.Namespace) -> int:
 def _directory(given: str | None) -> Iterator[Path]:
     """Where sessions are kept: for good, or as long as the server runs."""
     if given is not None:
+        from longread.files import close_to_others
+
+        close_to_others(Path(given))
         yield Path(given)
         return
     with tempfile.TemporaryDirectory(prefix="longread-") as passing:

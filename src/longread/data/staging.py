@@ -17,7 +17,7 @@ from longread.config import UserError
 
 @contextmanager
 def staged_directory(out: Path, may_replace: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """Yields a new directory beside `out` and renames it to `out` at the end.
+    """Yields a new directory beside `out` and renames it to `out` at the end. Only its owner may look into it.
 
     An `out` that exists and is not empty is refused unless `may_replace(out)`; then it stays until the new one is
     complete. On any error nothing is left behind and `out` is as it was; an `OSError` becomes a `UserError`. A kill
@@ -36,7 +36,7 @@ def staged_directory(out: Path, may_replace: Callable[[Path], bool] | None = Non
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out.parent):
             _remove_abandoned(out)
-            staging.mkdir()
+            staging.mkdir(0o700)
             held.enter_context(_locked(staging))
         yield staging
         _flush(staging)
@@ -125,7 +125,9 @@ def _occupied(path: Path) -> bool:
 
 
 def _flush(top: Path) -> None:
-    """Makes everything below `top` survive a power cut before the rename does."""
+    """Makes everything below `top` survive a power cut before the rename does, and leaves it to its owner alone."""
+    for path in (top, *top.rglob("*")):
+        path.chmod(0o700 if path.is_dir() else 0o600)
     for path in (*top.rglob("*"), top, top.parent):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longread.config import UserError
-from longread.files import writing
+from longread.files import owner_only, writing
 
 Event = dict[str, Any]
 
@@ -23,7 +23,7 @@ def add_events(path: Path, events: list[Event]) -> int:
     """Appends lines and makes them durable; returns their bytes. After a `UserError` the file is as it was before."""
     lines = b"".join(_line(event) for event in events)
     with writing(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        descriptor = owner_only(path, os.O_WRONLY | os.O_CREAT)
         try:
             size = os.lseek(descriptor, 0, os.SEEK_END)
             try:

@@ -20,7 +20,7 @@ from longread.engine.reader import Job, Reader, Tier
 from longread.engine.store import Recovered, Saved, Store, consistent
 from longread.engine.task import Task
 from longread.engine.tiers import beside
-from longread.files import atomic_files
+from longread.files import atomic_files, make_private, writing
 from longread.inner_loop import ReadingState, begin
 from longread.inner_loop.batches import moved_to
 from longread.inner_loop.step import matrices
@@ -270,8 +270,10 @@ class Keeping:
         store = self.required
 
         def work() -> Path:
+            with writing(path):
+                make_private(path.parent)
             data = store.snapshot_path(reader.id).read_bytes()
-            with atomic_files(path) as (temporary,):
+            with atomic_files(path, private=True) as (temporary,):
                 temporary.write_bytes(data)
             return path
 

@@ -29,7 +29,17 @@ from longread.config import UserError
 from longread.engine.interface import Appended, Lost
 from longread.engine.journal import DamagedJournal, Event, add_events, reached, read_events
 from longread.engine.reader import Answer
-from longread.files import make_durable, read_json, remove_temporaries, remove_tree, write_json_atomically, writing
+from longread.files import (
+    close_to_others,
+    make_durable,
+    make_private,
+    owner_only,
+    read_json,
+    remove_temporaries,
+    remove_tree,
+    write_json_atomically,
+    writing,
+)
 
 KIND = "engine-session"
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -88,8 +98,8 @@ class Store:
 
     def __post_init__(self) -> None:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            claim = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            make_private(self.directory)
+            claim = owner_only(self.directory / "lock", os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -137,7 +147,7 @@ class Store:
         """Makes the folder of a new session."""
         saved = saved or Saved()
         with writing(self.folder(session_id)):
-            self.folder(session_id).mkdir(exist_ok=True)
+            make_private(self.folder(session_id))
             make_durable(self.directory)
         self._write_facts(session_id, facts, saved)
         self._files[session_id] = _Files(saved, saved.generation)
@@ -179,13 +189,13 @@ class Store:
         """Makes the files of a fork: those of `origin`, which take no further room, and `events` after them."""
         saved = self._files[origin].saved
         with writing(self.folder(session_id)):
-            self.folder(session_id).mkdir(exist_ok=True)
+            make_private(self.folder(session_id))
             if saved.generation:
                 path = self.snapshot_path(origin)
                 try:
                     os.link(path, self.folder(session_id) / path.name)
                 except OSError:
-                    shutil.copyfile(path, self.folder(session_id) / path.name)
+                    _copy(path, self.folder(session_id) / path.name)
             older = self._events(origin, saved)
         try:
             add_events(self.folder(session_id) / f"journal-{saved.generation}.jsonl", older + events)
@@ -218,7 +228,11 @@ class Store:
         found = []
         self._refuse_other_models()
         for folder in sorted(self.directory.iterdir()):
-            if _ID.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            if not _ID.match(folder.name) or not folder.is_dir() or folder.is_symlink():
+                continue
+            for path in (folder, *folder.iterdir()):  # lost ones too; a copy may have left them open
+                close_to_others(path)
+            if _ID.fullmatch(folder.name):
                 remove_temporaries(folder)
                 if not (folder / "session.json").exists():
                     remove_tree(folder)  # its creation or deletion was never finished
@@ -291,7 +305,7 @@ class Store:
 
     def _write_facts(self, session_id: str, facts: Mapping[str, Any], saved: Saved) -> None:
         values = {"fingerprint": self.fingerprint, "facts": dict(facts), "saved": _plain(saved)}
-        write_json_atomically(self.folder(session_id) / "session.json", values, kind=KIND)
+        write_json_atomically(self.folder(session_id) / "session.json", values, kind=KIND, private=True)
 
     def _weigh(self, session_id: str) -> None:
         files = self._files.get(session_id)
@@ -316,6 +330,7 @@ def copy_out(path: Path, url: str) -> None:
 def copy_in(url: str, path: Path) -> None:
     """Copies a file from a shared storage. Raises `UserError` with the reason where it cannot be read."""
     filesystem, there = _storage(url)
+    os.close(owner_only(path, os.O_WRONLY | os.O_CREAT))
     try:
         filesystem.get_file(there, str(path))
     except Exception as error:
@@ -353,6 +368,11 @@ def consistent(events: list[Event], position: int) -> tuple[list[Event], int]:
             break
         good.append(event)
     return good, position
+
+
+def _copy(path: Path, copy: Path) -> None:
+    with path.open("rb") as file, open(copy, "wb", opener=owner_only) as new:
+        shutil.copyfileobj(file, new)
 
 
 def _check_whole(path: Path) -> None:

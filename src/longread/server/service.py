@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 
 from longread.config import ModelConfig
 from longread.engine import Engine
+from longread.files import make_private
 from longread.server.errors import ApiError
 from longread.server.keys import Keys
 from longread.server.limits import ServerLimits
@@ -67,7 +68,7 @@ class Service:
 
     def tidy(self) -> None:
         """Removes what a killed server left of files on their way."""
-        self.scratch.mkdir(parents=True, exist_ok=True)
+        make_private(self.scratch)
         for path in self.scratch.iterdir():
             path.unlink()
 

@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse
 
 from longread.config import UserError
 from longread.engine import Busy, TooLarge
+from longread.files import owner_only
 from longread.server.errors import ApiError, refuse_unknown_query, without_paths
 from longread.server.replies import REPLIES
 from longread.server.service import Service, Tenant, TheService
@@ -79,7 +80,7 @@ async def _received(service: Service, request: Request) -> AsyncIterator[Path]:
     """The body in a file of its own, for as long as it is needed; its name owes nothing to the client."""
     path = service.scratch / f"{secrets.token_hex(16)}.upload"
     try:
-        with path.open("xb") as file:
+        with open(path, "xb", opener=owner_only) as file:
             async for block in request.stream():
                 await service.run(file.write, block)
         yield path

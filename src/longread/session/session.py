@@ -304,7 +304,7 @@ class Session:
         )
 
     def save(self, path: str | Path, *, storage: Storage = "exact") -> None:
-        """Writes the session to a file: afterwards it is there whole, or what was there before is unchanged.
+        """Writes the session to a file that only its owner may read: it is there whole, or what was there before is.
 
         Args:
             storage: "exact"; or rounded to bfloat16, "delta" with less loss for the fast weights than "bfloat16"
@@ -322,7 +322,8 @@ class Session:
             "storage": storage,
             **{name: f"{count:{_DIGITS}}" for name, count in counts.items()},
         }
-        write_tensors_atomically(path, packed(state, self._recent, self.model, storage), metadata, kind=KIND)
+        tensors = packed(state, self._recent, self.model, storage)
+        write_tensors_atomically(path, tensors, metadata, kind=KIND, private=True)  # it holds tokens, and more
 
     @classmethod
     def restore(
