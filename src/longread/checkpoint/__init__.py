@@ -8,7 +8,7 @@ official   to and from the layout of the official implementation
 
 from __future__ import annotations
 
-from longread.checkpoint.load import LoadedModel, load_model
+from longread.checkpoint.load import LoadedModel, find_tokenizer, load_model
 from longread.checkpoint.model import fill, save_model
 from longread.checkpoint.official import (
     export_official,
@@ -34,6 +34,7 @@ __all__ = [
     "LoadedModel",
     "export_official",
     "fill",
+    "find_tokenizer",
     "fingerprint_of",
     "from_official",
     "import_official",

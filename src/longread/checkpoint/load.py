@@ -36,24 +36,41 @@ def load_model(
     `dtype` None keeps the stored one. Raises `UserError` with the reason if there is no model at `path`, if it is
     damaged, or if its weights are not those of its config.
     """
-    directory, tokenizer = _find(Path(path))
-    model, inner, metadata = read_model(directory)
+    path = Path(path)
+    model, inner, metadata = read_model(_find(path))
     model.to(device=device, dtype=dtype)
-    return LoadedModel(model, inner, tokenizer if tokenizer.is_file() else None, metadata["fingerprint"], metadata)
+    return LoadedModel(model, inner, find_tokenizer(path), metadata["fingerprint"], metadata)
 
 
-def _find(path: Path) -> tuple[Path, Path]:
-    """The directory of the weights and the place of their tokenizer."""
+def find_tokenizer(path: str | Path) -> Path | None:
+    """The tokenizer.json of the model, run or checkpoint at `path`, none of which is read; None if it is missing."""
+    path = Path(path)
+    if _is_checkpoint(path):
+        directory = path.parent.parent
+    elif not (path / CONFIG_FILE).is_file() and (path / KIND / CONFIG_FILE).is_file():
+        directory = path / KIND
+    else:
+        directory = path
+    found = directory / TOKENIZER_FILE
+    return found if found.is_file() else None
+
+
+def _find(path: Path) -> Path:
+    """The directory of the weights."""
     if not path.exists():
         raise UserError(f"there is no model at {path}; give a model, a run or a checkpoint directory")
-    if path.parent.name == CHECKPOINTS or (path / MARKER_FILE).exists():
+    if _is_checkpoint(path):
         verify_checkpoint(path)
-        return path, path.parent.parent / TOKENIZER_FILE
+        return path
     if (path / CONFIG_FILE).is_file():
-        return path, path / TOKENIZER_FILE
+        return path
     if (path / KIND / CONFIG_FILE).is_file():
-        return path / KIND, path / KIND / TOKENIZER_FILE
+        return path / KIND
     checkpoint = newest_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"there is no model at {path}: it has no {CONFIG_FILE}, no {KIND}/ and no finished checkpoint")
-    return checkpoint, path / TOKENIZER_FILE
+    return checkpoint
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.parent.name == CHECKPOINTS or (path / MARKER_FILE).exists()

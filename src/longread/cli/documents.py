@@ -2,56 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from longread.cli.models import OpenModel
 from longread.config import UserError
 from longread.data import TokenDataset, finish_replacement, read_texts
-from longread.evaluate import Document
+from longread.evaluate import Document, in_common
 from longread.tokenizer import Tokenizer
 
 
 def read_documents(
     paths: Sequence[str],
-    opened: OpenModel,
+    tokenizers: Mapping[str, Tokenizer],
     *,
     first: int | None = None,
     min_tokens: int = 2,
     max_tokens: int | None = None,
     asked_by: str = "--min-tokens",
-) -> list[Document]:
+) -> dict[str, list[Document]]:
     """The `first` documents of at least `min_tokens`, cut to `max_tokens`; `asked_by` set the minimum.
+
+    Args:
+        tokenizers: by the name of the model that reads with it.
+
+    Returns:
+        The documents by fingerprint of tokenizer. Several hold the same texts, each with the bytes common to them.
 
     Raises:
         UserError: there is none, or they are tokens of another tokenizer.
     """
-    found = _of_dataset(paths[0], opened) if len(paths) == 1 else None
-    documents = found if found is not None else _of_texts(paths, opened)
+    several = len({tokenizer.fingerprint for tokenizer in tokenizers.values()}) > 1
+    readings: dict[str, list[Document]] = {}
+    for name, tokenizer in tokenizers.items():
+        if tokenizer.fingerprint not in readings:
+            found = _of_dataset(paths[0], name, tokenizer, several) if len(paths) == 1 else None
+            readings[tokenizer.fingerprint] = _of_texts(paths, tokenizer) if found is None else found
     kept = [
-        Document(name, tokens[:max_tokens], None if lengths is None else lengths[:max_tokens])
-        for name, tokens, lengths in documents
-        if len(tokens) >= min_tokens
+        i
+        for i, same in enumerate(zip(*readings.values(), strict=True))
+        if min(len(document.tokens) for document in same) >= min_tokens
     ][:first]
     if not kept:
         raise UserError(f"no document has {min_tokens} tokens; lower {asked_by} or give longer texts")
-    return kept
+    cut = [[_beginning(documents[i], max_tokens) for i in kept] for documents in readings.values()]
+    return dict(zip(readings, in_common(cut) if several else cut, strict=True))
 
 
-def _of_dataset(path: str, opened: OpenModel) -> list[Document] | None:
+def longest_of(readings: Mapping[str, list[Document]]) -> tuple[int, str]:
+    """The length of the longest document that `read_documents` gave, and what it is counted in."""
+    documents = [document for reading in readings.values() for document in reading]
+    common = [document.common_bytes[1] for document in documents if document.common_bytes]
+    return (max(common), "bytes") if common else (max(len(document.tokens) for document in documents), "tokens")
+
+
+def _beginning(document: Document, max_tokens: int | None) -> Document:
+    name, tokens, lengths, _ = document
+    return Document(name, tokens[:max_tokens], None if lengths is None else lengths[:max_tokens])
+
+
+def _of_dataset(path: str, name: str, tokenizer: Tokenizer, several: bool) -> list[Document] | None:
     """The documents of a data set; None if there is none at `path`."""
     finish_replacement(Path(path))
     if not (Path(path) / "index.json").is_file():
         return None
     dataset = TokenDataset.open(path)
-    if dataset.tokenizer_fingerprint not in (None, opened.tokenizer.fingerprint):
-        raise UserError(f"{path} was prepared with another tokenizer than {opened.name}; give the texts themselves")
+    if dataset.tokenizer_fingerprint is None and several:
+        raise UserError(
+            f"{path} holds tokens and does not say of which tokenizer, and the models have different ones; "
+            "give the texts themselves"
+        )
+    if dataset.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise UserError(f"{path} was prepared with another tokenizer than {name}; give the texts themselves")
     documents = []
     for i in range(dataset.num_documents):
         tokens = dataset.document(i)
-        documents.append(Document(dataset.document_name(i), tokens, _byte_lengths(tokens, opened.tokenizer)))
+        documents.append(Document(dataset.document_name(i), tokens, _byte_lengths(tokens, tokenizer)))
     return documents
 
 
@@ -63,10 +90,10 @@ def _byte_lengths(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray | None
     return np.array([0] * len(bos) + lengths) if bos + again == ids else None
 
 
-def _of_texts(paths: Sequence[str], opened: OpenModel) -> list[Document]:
-    bos = [] if opened.tokenizer.bos_id is None else [opened.tokenizer.bos_id]
+def _of_texts(paths: Sequence[str], tokenizer: Tokenizer) -> list[Document]:
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     documents = []
     for i, text in enumerate(read_texts(paths)):
-        ids, byte_lengths = opened.tokenizer.encode_with_bytes(text)
+        ids, byte_lengths = tokenizer.encode_with_bytes(text)
         documents.append(Document(f"text {i + 1}", np.array(bos + ids), np.array([0] * len(bos) + byte_lengths)))
     return documents

@@ -1,5 +1,7 @@
 """Compare models by the loss at each position and context length, learning and frozen.
 
+Models with different tokenizers are compared on texts, in bits per byte, and --lengths and --indices are then bytes.
+
 Example:
   longread evaluate runs/e2e runs/swa --data data/validation --report comparison.html
   longread evaluate runs/e2e --data data/validation --mini-batch 32 64 128 --health --json by-mini-batch.json
@@ -46,8 +48,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from rich.console import Console
 
-    from longread.cli.documents import read_documents
-    from longread.cli.models import open_model, read_otherwise, table_names
+    from longread.cli.documents import longest_of, read_documents
+    from longread.cli.models import open_model, open_tokenizer, read_otherwise, table_names
     from longread.cli.outputs import check_outputs, figure_outputs, stdout, write_report, write_text
     from longread.evaluate import (
         bin_edges,
@@ -72,20 +74,24 @@ def run(options: argparse.Namespace) -> int:
     charts = ["loss_by_position", "loss_by_context_length"]
     charts += ["inner_gradient_norm", "drift"] if options.health else []
     check_outputs(figure_outputs(options, FORMAT, charts), inputs=options.data)
-    measurements, lengths, console = [], options.lengths, Console(stderr=True)
-    for path, name in zip(options.models, table_names(options.models), strict=True):
+    names = table_names(options.models)
+    tokenizers = {name: open_tokenizer(path) for path, name in zip(options.models, names, strict=True)}
+    texts = read_documents(
+        options.data,
+        tokenizers,
+        first=options.documents,
+        min_tokens=options.min_tokens,
+        max_tokens=options.max_tokens,
+    )
+    longest, unit = longest_of(texts)
+    for option, values in (("--lengths", options.lengths or ()), ("--indices", options.indices)):
+        check_at_most(option, max(values, default=0), longest - 1, f"{unit}, and no document has more than {longest}")
+    lengths = default_lengths(longest - 1) if options.lengths is None else options.lengths
+    edges = bin_edges(lengths, options.indices)
+    measurements, console = [], Console(stderr=True)
+    for path, name in zip(options.models, names, strict=True):
         opened = open_model(path, options.device)._replace(name=name)
-        documents = read_documents(
-            options.data, opened, first=options.documents, min_tokens=options.min_tokens, max_tokens=options.max_tokens
-        )
-        longest = max(len(document.tokens) for document in documents)
-        for option, values in (("--lengths", options.lengths or ()), ("--indices", options.indices)):
-            check_at_most(
-                option, max(values, default=0), longest - 1, f"tokens, and no document has more than {longest}"
-            )
-        if lengths is None:
-            lengths = default_lengths(longest - 1)
-        edges = bin_edges(lengths, options.indices)
+        documents = texts[opened.tokenizer.fingerprint]
         for variant in read_otherwise(opened, options.window, options.mini_batch):
             learns = variant.model.config.num_suffix_blocks > 0
             for learn in (True, False) if learns and not options.no_control else (learns,):
@@ -104,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
                             close=options.health,
                         )
                     )
-    evaluation = summarize(measurements, lengths=lengths or (), indices=options.indices)
+    evaluation = summarize(measurements, lengths=lengths, indices=options.indices)
     print_tables(evaluation, stdout())
     health = health_figures(evaluation) if options.health else None
     if health:

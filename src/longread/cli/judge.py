@@ -85,8 +85,13 @@ def run(options: argparse.Namespace) -> int:
                 "judge them one by one"
             )
     documents = read_documents(
-        options.data, opened[0], first=options.documents, min_tokens=T, max_tokens=T, asked_by="--context"
-    )
+        options.data,
+        {opened[0].name: tokenizer},
+        first=options.documents,
+        min_tokens=T,
+        max_tokens=T,
+        asked_by="--context",
+    )[tokenizer.fingerprint]
     human = prompts(documents, T)
     names = table_names(options.models)
     prints = [model.fingerprint for model in opened]

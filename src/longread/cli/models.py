@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from longread.checkpoint import load_model
+from longread.checkpoint import find_tokenizer, load_model
 from longread.config import InnerConfig, UserError
 from longread.model import Transformer, find_device
 from longread.tokenizer import Tokenizer, load_tokenizer
@@ -61,6 +61,12 @@ def open_model(path: str, device: str) -> OpenModel:
         loaded.model.float()
     loaded.model.requires_grad_(False)
     return OpenModel(Path(path).name or path, loaded.model, loaded.inner, tokenizer, loaded.fingerprint)
+
+
+def open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of the model at `path`, without its weights. Raises `UserError` as `open_model` does."""
+    found = find_tokenizer(path)
+    return load_tokenizer(found) if found else open_model(path, "cpu").tokenizer
 
 
 def read_otherwise(

@@ -27,10 +27,10 @@ from longread.evaluate.haystack import VARIANTS, Haystack, Sample, Variant, essa
 from longread.evaluate.health import Divergence, Health, InnerSteps, settle
 from longread.evaluate.health_figures import health_figures
 from longread.evaluate.judges import HuggingFaceJudge, Judge, LongreadJudge, is_hugging_face
-from longread.evaluate.measure import Document, Measurement, check_vocabulary, measure
+from longread.evaluate.measure import Document, Measurement, check_vocabulary, in_common, measure
 from longread.evaluate.needle import Accuracy, Needles, Search, Trial, accuracies, needle_figures, search
 from longread.evaluate.plots import check_plots_can_be_drawn, save_charts, save_plots
-from longread.evaluate.positions import PositionLoss, bin_edges
+from longread.evaluate.positions import BytePositionLoss, PositionLoss, bin_edges
 from longread.evaluate.report import html_report
 from longread.evaluate.summary import Evaluation, Result, default_lengths, summarize
 from longread.evaluate.table import print_tables
@@ -40,6 +40,7 @@ __all__ = [
     "HUMAN",
     "VARIANTS",
     "Accuracy",
+    "BytePositionLoss",
     "Chart",
     "Continuation",
     "DecodingQuality",
@@ -80,6 +81,7 @@ __all__ = [
     "health_figures",
     "html_report",
     "html_sections",
+    "in_common",
     "is_hugging_face",
     "make_samples",
     "measure",

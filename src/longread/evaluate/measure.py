@@ -13,7 +13,7 @@ import torch
 
 from longread.config import InnerConfig, UserError
 from longread.evaluate.health import Divergence, InnerSteps, StepsByPosition, settle
-from longread.evaluate.positions import PositionLoss
+from longread.evaluate.positions import BytePositionLoss, PositionLoss
 from longread.inner_loop import begin, read
 from longread.model import Transformer
 
@@ -29,6 +29,12 @@ class Document(NamedTuple):
     name: str
     tokens: np.ndarray
     byte_lengths: np.ndarray | None = None
+    common_bytes: tuple[int, int] | None = None
+    """Where models of different tokenizers are compared (`in_common`): the bytes that each of them scores."""
+
+    def losses(self, edges: np.ndarray) -> PositionLoss:
+        """An empty count of the losses of this text, by byte or by token."""
+        return PositionLoss(edges) if self.common_bytes is None else BytePositionLoss(edges, self.common_bytes)
 
 
 @dataclass(slots=True)
@@ -80,7 +86,7 @@ def measure(
     result = Measurement(
         name,
         learn and model.config.num_suffix_blocks > 0,
-        [PositionLoss(edges) for _ in documents],
+        [document.losses(edges) for document in documents],
         InnerSteps(inner.clip),
         model.config.num_parameters,
         model.config.num_fast_weights,
@@ -94,6 +100,31 @@ def measure(
         _read_batch(result, model, inner, documents, order[first : first + batch_size], bos_id, close, on_tokens)
     result.seconds = time.perf_counter() - started
     return result
+
+
+def in_common(readings: Sequence[Sequence[Document]]) -> list[list[Document]]:
+    """The same texts in the tokens of several tokenizers, each with the bytes that all of them score.
+
+    The first token of a text has no loss, so bytes count from where the longest first token ends, up to where the
+    shortest reading does.
+
+    Raises:
+        UserError: the bytes of some token are not known.
+    """
+    found: list[list[Document]] = [[] for _ in readings]
+    for same in zip(*readings, strict=True):
+        lengths = [document.byte_lengths for document in same if document.byte_lengths is not None]
+        if len(lengths) < len(same):
+            raise UserError(
+                f"the bytes of the tokens of {same[0].name} are not known, and models with different tokenizers are "
+                "compared by bytes; give the texts themselves"
+            )
+        first, last = max(int(sizes[:1].sum()) for sizes in lengths), min(int(sizes.sum()) for sizes in lengths)
+        for documents, document, sizes in zip(found, same, lengths, strict=True):
+            begins = np.cumsum(sizes) - sizes
+            count = int(((begins < last) | ((begins == last) & (sizes == 0))).sum())
+            documents.append(Document(document.name, document.tokens[:count], sizes[:count], (first, last)))
+    return found
 
 
 def check_vocabulary(document: Document, vocab_size: int) -> None:

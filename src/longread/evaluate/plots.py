@@ -19,21 +19,25 @@ def save_plots(evaluation: Evaluation, directory: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is not installed, or the directory cannot be written.
     """
-    color = colors([result.model for result in evaluation.results])
+    return save_charts(evaluation_charts(evaluation), directory)
+
+
+def evaluation_charts(evaluation: Evaluation) -> list[Chart]:
+    """Loss by position and, where documents are long enough, by context length."""
+    color, loss = colors([result.model for result in evaluation.results]), evaluation.loss
     by_position, by_length = [], []
     for result in evaluation.results:
 
         def line(points: Sequence[tuple[float, Estimate]], result: Result = result) -> Line:
             return estimate_line(result.label, points, color[result.model], result.reading == "frozen")
 
-        by_position.append(
-            line([(math.sqrt(max(row.start, 8) * row.end), row.score.nats_per_token) for row in result.curve])
-        )
-        by_length.append(line([(row.context_length, row.score.nats_per_token) for row in result.by_context_length]))
-    charts = [Chart("loss_by_position", "", "position, tokens", "nats per token", by_position)]
+        by_position.append(line([(math.sqrt(max(row.start, 8) * row.end), loss(row.score)) for row in result.curve]))
+        by_length.append(line([(row.context_length, loss(row.score)) for row in result.by_context_length]))
+    unit, positions = evaluation.unit, evaluation.positions
+    charts = [Chart("loss_by_position", "", f"position, {positions}", unit, by_position)]
     if any(line.points for line in by_length):
-        charts.append(Chart("loss_by_context_length", "", "context length T, tokens", "nats per token", by_length))
-    return save_charts(charts, directory)
+        charts.append(Chart("loss_by_context_length", "", f"context length T, {positions}", unit, by_length))
+    return charts
 
 
 def check_plots_can_be_drawn() -> None:

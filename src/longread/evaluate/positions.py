@@ -1,6 +1,7 @@
 """Where in a text a loss occurred: sums in position bins, constant memory for a text of any length.
 
-Position t is the prediction of token t + 1 from tokens 0 … t, so a context of T tokens has positions 0 … T - 1.
+Position t is the prediction of token t + 1 from tokens 0 … t, so a context of T tokens has positions 0 … T - 1. Where
+models of different tokenizers read the same text, no token is common to them: there position t is byte t.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ def octaves(longest: int) -> list[tuple[int, int]]:
 class PositionLoss:
     """The losses of one document, or of one endless stream, summed in position bins."""
 
+    by_byte = False
+
     def __init__(self, edges: np.ndarray) -> None:
         self.edges = edges
         self.nats = np.zeros(len(edges) - 1)
-        self.tokens = np.zeros(len(edges) - 1, dtype=np.int64)
+        self.tokens: np.ndarray = np.zeros(len(edges) - 1, dtype=np.int64)
         self.bytes = np.zeros(len(edges) - 1, dtype=np.int64)
         self.tokens_read = 0
 
@@ -71,12 +74,66 @@ class PositionLoss:
         """Positions passed so far: one fewer than tokens read."""
         return max(0, self.tokens_read - 1)
 
-    def between(self, start: int, end: int) -> tuple[float, int, int]:
+    def between(self, start: int, end: int) -> tuple[float, float, int]:
         """Nats, tokens and bytes at positions start … end - 1; both must be edges."""
         first, last = np.searchsorted(self.edges, (start, end))
-        span = slice(int(first), int(last))
-        return float(self.nats[span].sum()), int(self.tokens[span].sum()), int(self.bytes[span].sum())
+        return self._sums(slice(int(first), int(last)))
 
-    def total(self) -> tuple[float, int, int]:
+    def total(self) -> tuple[float, float, int]:
         """Nats, tokens and bytes of everything read so far."""
-        return float(self.nats.sum()), int(self.tokens.sum()), int(self.bytes.sum())
+        return self._sums(slice(None))
+
+    def _sums(self, bins: slice) -> tuple[float, float, int]:
+        return float(self.nats[bins].sum()), self.tokens[bins].sum().item(), int(self.bytes[bins].sum())
+
+
+class BytePositionLoss(PositionLoss):
+    """The same for models of different tokenizers: position t is byte t of the text, and a token's nats lie evenly on
+    its bytes, so that a bin holds the same text whatever the tokens are. A token without bytes belongs to the next.
+
+    Args:
+        span: the first byte that counts and the one after the last. The first token of a text has no loss; where that
+            is BOS for some models only, the others score fewer bytes.
+    """
+
+    by_byte = True
+
+    def __init__(self, edges: np.ndarray, span: tuple[int, int]) -> None:
+        super().__init__(edges)
+        self.tokens = np.zeros(len(edges) - 1)
+        self.span = span
+        self.bytes_read = 0
+
+    def add(self, nll: np.ndarray, byte_lengths: np.ndarray | None = None) -> None:
+        """As in `PositionLoss`. Raises `ValueError` without `byte_lengths`."""
+        if byte_lengths is None:
+            raise ValueError("losses can be counted by byte only where the bytes of each token are known")
+        first, last = self.span
+        ends = self.bytes_read + np.cumsum(byte_lengths)
+        begins = ends - byte_lengths
+        scored = ~np.isnan(nll) & (self.tokens_read + np.arange(len(nll)) > 0)
+        self.tokens_read += len(nll)
+        self.bytes_read = int(ends[-1]) if len(ends) else self.bytes_read
+        if first >= last:
+            return
+        whole = scored & (byte_lengths == 0) & (begins >= first) & (begins <= last)
+        bins = self._bin(np.minimum(begins[whole], last - 1))
+        np.add.at(self.nats, bins, nll[whole])
+        np.add.at(self.tokens, bins, 1)
+        begins, ends = begins.clip(first, last), ends.clip(first, last)
+        while len(parts := np.flatnonzero(scored & (begins < ends))):  # what a token has in one bin, then in the next
+            bins = self._bin(begins[parts])
+            until = np.minimum(ends[parts], self.edges[bins + 1])
+            sizes = until - begins[parts]
+            np.add.at(self.nats, bins, nll[parts] * (sizes / byte_lengths[parts]))
+            np.add.at(self.tokens, bins, sizes / byte_lengths[parts])
+            np.add.at(self.bytes, bins, sizes)
+            begins[parts] = until
+
+    def _bin(self, positions: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.edges, positions, side="right") - 1
+
+    @property
+    def num_positions(self) -> int:
+        """Bytes passed so far."""
+        return min(self.bytes_read, self.span[1])

@@ -7,7 +7,8 @@ from html import escape
 from importlib.resources import files
 from math import sqrt
 
-from longread.evaluate.chart import Line, line_chart
+from longread.evaluate.chart import Line, estimate_line, line_chart
+from longread.evaluate.estimate import Estimate
 from longread.evaluate.summary import Evaluation, PositionScore, Result, Score
 
 PALETTE = 6
@@ -63,15 +64,15 @@ def _color(evaluation: Evaluation, model: str) -> int:
 def _tiles(evaluation: Evaluation) -> str:
     tiles = []
     for result in evaluation.results:
-        loss, bits = result.loss.nats_per_token, result.loss.bits_per_byte
+        loss, bits = evaluation.loss(result.loss), result.loss.bits_per_byte
         more = [f"± {loss.half_width:.3f}"] if loss.low is not None else []
-        more += [f"{bits.mean:.3f} bits per byte"] if bits else []
+        more += [f"{bits.mean:.3f} bits per byte"] if bits and not evaluation.by_byte else []
         if result.gain_over_frozen:
             more.append(f"{result.gain_over_frozen.mean:+.3f} gained by learning")
         tiles.append(
             f'<div class="tile c{_color(evaluation, result.model)}"><div class="who">{escape(result.label)}</div>'
             f'<div class="value">{loss.mean:.3f}</div>'
-            f'<div class="more">nats per token<br>{"<br>".join(map(escape, more))}</div></div>'
+            f'<div class="more">{evaluation.unit}<br>{"<br>".join(map(escape, more))}</div></div>'
         )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
@@ -81,22 +82,19 @@ def _positions(evaluation: Evaluation) -> str:
     for result in evaluation.results:
         # Bins that hold too few tokens are noise, not signal: the octave table below still has them.
         shown = [row for row in result.curve if row.end > row.start and row.end > 16]
-        bounds = [(row.score.nats_per_token.low, row.score.nats_per_token.high) for row in shown]
-        lines.append(
-            Line(
-                result.label,
-                [(sqrt(max(row.start, 8) * row.end), row.score.nats_per_token.mean) for row in shown],
-                [(low, high) for low, high in bounds if low is not None and high is not None]
-                if all(low is not None for low, _ in bounds)
-                else None,
-                _color(evaluation, result.model),
-                result.reading == "frozen",
-            )
-        )
+        points = [(sqrt(max(row.start, 8) * row.end), evaluation.loss(row.score)) for row in shown]
+        color = _color(evaluation, result.model)
+        lines.append(estimate_line(result.label, points, color, result.reading == "frozen"))
+    positions = evaluation.positions
     chart = line_chart(
-        lines, title="Loss by position", x_label="position in the text, tokens (log scale)", y_label="nats per token"
+        lines,
+        title="Loss by position",
+        x_label=f"position in the text, {positions} (log scale)",
+        y_label=evaluation.unit,
     )
-    about = "How well the next token is predicted after so many tokens have been read; lower is better."
+    about = (
+        f"How well the next {positions[:-1]} is predicted after so many {positions} have been read; lower is better."
+    )
     if evaluation.documents > 1:
         about += " Shaded: 95 % interval over documents."
     extra = ""
@@ -116,10 +114,11 @@ def _rows(scores: Sequence[PositionScore]) -> dict[tuple[int, str], Score]:
 def _context_lengths(evaluation: Evaluation) -> str:
     if not any(result.by_context_length for result in evaluation.results):
         return ""
+    positions = evaluation.positions
     lines = [
         Line(
             result.label,
-            [(row.context_length, row.score.nats_per_token.mean) for row in result.by_context_length],
+            [(row.context_length, evaluation.loss(row.score).mean) for row in result.by_context_length],
             color=_color(evaluation, result.model),
             dashed=result.reading == "frozen",
         )
@@ -128,27 +127,30 @@ def _context_lengths(evaluation: Evaluation) -> str:
     chart = ""
     if max(len(line.points) for line in lines) > 1:
         chart = line_chart(
-            lines, title="Loss by context length", x_label="context length T (log scale)", y_label="nats per token"
+            lines,
+            title="Loss by context length",
+            x_label=f"context length T, {positions} (log scale)",
+            y_label=evaluation.unit,
         )
     whole = _score_table(
         evaluation,
-        "Mean over the first T tokens",
+        f"Mean over the first T {positions}",
         "T",
         lambda result: {
-            (row.context_length, f"{row.context_length:,} (n = {row.score.nats_per_token.n})"): row.score
+            (row.context_length, f"{row.context_length:,} (n = {evaluation.loss(row.score).n})"): row.score
             for row in result.by_context_length
         },
     )
     last = _score_table(
         evaluation,
-        "Last half alone, tokens T/2 to T",
+        f"Last half alone, {positions} T/2 to T",
         "T",
         lambda result: {
-            (row.context_length, f"{row.context_length:,} (n = {row.last_half.nats_per_token.n})"): row.last_half
+            (row.context_length, f"{row.context_length:,} (n = {evaluation.loss(row.last_half).n})"): row.last_half
             for row in result.by_context_length
         },
     )
-    about = "Each row takes the documents that are at least T tokens long; n is their number."
+    about = f"Each row takes the documents that are at least T {positions} long; n is their number."
     return f"<section><h2>Loss by context length</h2><p>{about}</p>{chart}{whole}{last}</section>"
 
 
@@ -160,8 +162,9 @@ def _score_table(
     body = []
     for key in keys:
         scores = [column.get(key) for column in columns]
-        best = min(score.nats_per_token.mean for score in scores if score)
-        cells = "".join(_score_cell(score, best) for score in scores)
+        losses = [evaluation.loss(score) if score else None for score in scores]
+        best = min(loss.mean for loss in losses if loss)
+        cells = "".join(_loss_cell(loss, best) for loss in losses)
         body.append(f'<tr><th scope="row">{key[1]}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{escape(result.label)}</th>' for result in evaluation.results)
     return (
@@ -170,10 +173,9 @@ def _score_table(
     )
 
 
-def _score_cell(score: Score | None, best: float) -> str:
-    if score is None:
+def _loss_cell(loss: Estimate | None, best: float) -> str:
+    if loss is None:
         return "<td>–</td>"
-    loss = score.nats_per_token
     interval = f' <span class="ci">± {loss.half_width:.3f}</span>' if loss.low is not None else ""
     kind = ' class="best"' if loss.mean == best else ""
     return f"<td{kind}>{loss.mean:.3f}{interval}</td>"
@@ -198,7 +200,7 @@ def _inner_loop(evaluation: Evaluation) -> str:
     rows = []
     for result in evaluation.results:
         if health := result.health:
-            drift = ", ".join(f"{100 * value:.1f} % after {position:,}" for position, value in health.drift)
+            drift = ", ".join(f"{100 * value:.1f} % after {position:,} tokens" for position, value in health.drift)
             rows.append(
                 f'<tr><th scope="row">{escape(result.model)}</th><td>{health.steps:,}</td>'
                 f"<td>{health.mean_gradient_norm:.3f}</td><td>{health.largest_gradient_norm:.3f}</td>"
@@ -223,20 +225,18 @@ def _table(head: str, rows: Sequence[str]) -> str:
 def _models(evaluation: Evaluation) -> str:
     rows = []
     for result in evaluation.results:
-        bits = f"{result.loss.bits_per_byte}" if result.loss.bits_per_byte else "–"
-        speed = f"{result.tokens / result.seconds:,.0f}" if result.seconds else "–"
+        nats = "" if evaluation.by_byte else f"<td>{result.loss.nats_per_token}</td>"
         rows.append(
             f'<tr><th scope="row">{escape(result.label)}</th><td>{result.parameters:,}</td>'
-            f"<td>{result.fast_weights:,}</td><td>{result.loss.nats_per_token}</td><td>{bits}</td>"
-            f"<td>{result.gain_over_frozen or '–'}</td><td>{speed}</td></tr>"
+            f"<td>{result.fast_weights:,}</td>{nats}<td>{result.loss.bits_per_byte or '–'}</td>"
+            f"<td>{result.gain_over_frozen or '–'}</td><td>{evaluation.speed(result)}</td></tr>"
         )
-    heads = ["model, reading", "parameters", "of them fast", "nats per token", "bits per byte", "gain over frozen"]
-    heads.append("tokens/s")
+    losses = ["bits per byte"] if evaluation.by_byte else ["nats per token", "bits per byte"]
+    heads = ["model, reading", "parameters", "of them fast", *losses, "gain over frozen", f"{evaluation.positions}/s"]
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
-    amount = f"{evaluation.documents} document{'' if evaluation.documents == 1 else 's'}, {evaluation.tokens:,} tokens"
     return (
-        f"<section><h2>Models</h2><p>{amount}. Frozen is the control: the same weights without inner steps.</p>"
-        f"{_table(head, rows)}</section>"
+        f"<section><h2>Models</h2><p>{evaluation.amount}. Frozen is the control: the same weights without inner "
+        f"steps.</p>{_table(head, rows)}</section>"
     )
 
 

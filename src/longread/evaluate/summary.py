@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from longread.config import UserError
 from longread.evaluate.estimate import Estimate, ratio
 from longread.evaluate.health import Divergence, Health, health
 from longread.evaluate.measure import Measurement
@@ -17,7 +18,12 @@ from longread.evaluate.positions import PositionLoss, octaves
 
 FORMAT = "longread-evaluation/1"
 
-Sums: TypeAlias = tuple[float, int, int]
+DIFFERENT_TOKENIZERS = (
+    "The models have different tokenizers, so losses are bits per byte and positions are bytes: every model is scored "
+    "on the same bytes of each text, a token's loss lies evenly on its bytes."
+)
+
+Sums: TypeAlias = tuple[float, float, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +31,13 @@ class Score:
     """A mean loss; bits per byte compare models of different tokenizers and are None where bytes are unknown."""
 
     nats_per_token: Estimate
+    """Of the model's own tokens."""
     bits_per_byte: Estimate | None
 
 
 @dataclass(frozen=True, slots=True)
 class PositionScore:
-    """The loss at positions start … end - 1 (position t predicts token t + 1)."""
+    """The loss at positions start … end - 1 (position t predicts token t + 1, or is byte t)."""
 
     start: int
     end: int
@@ -39,7 +46,7 @@ class PositionScore:
 
 @dataclass(frozen=True, slots=True)
 class LengthScore:
-    """Documents of at least `context_length` tokens: the loss over all of it, and over its last half alone."""
+    """Documents of at least `context_length` positions: the loss over all of it, and over its last half alone."""
 
     context_length: int
     score: Score
@@ -59,7 +66,7 @@ class Result:
     seconds: float
     loss: Score
     gain_over_frozen: Estimate | None
-    """Nats per token that learning saves against the same weights read frozen, paired by document."""
+    """What learning saves against the same weights read frozen, paired by document, in the evaluation's unit."""
     by_position: list[PositionScore]
     curve: list[PositionScore]
     """The same in finer, log-spaced bins, for plots."""
@@ -80,13 +87,45 @@ class Evaluation:
 
     results: list[Result]
     documents: int
-    tokens: int
+    tokens: int | None
+    """None where the models have different tokenizers: each result has its own."""
     bytes: int | None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def by_byte(self) -> bool:
+        """Whether losses are bits per byte, and positions bytes, because the tokenizers differ."""
+        return self.tokens is None
+
+    @property
+    def unit(self) -> str:
+        """What losses are compared in."""
+        return "bits per byte" if self.by_byte else "nats per token"
+
+    @property
+    def positions(self) -> str:
+        """What positions and context lengths count."""
+        return "bytes" if self.by_byte else "tokens"
+
+    @property
+    def amount(self) -> str:
+        """How much text it is, for a reader."""
+        size = self.bytes or 0 if self.tokens is None else self.tokens
+        return f"{self.documents} document{'' if self.documents == 1 else 's'}, {size:,} {self.positions}"
+
+    def speed(self, result: Result) -> str:
+        """Tokens, or bytes, a second, for a reader."""
+        size = self.bytes or 0 if self.tokens is None else result.tokens
+        return f"{size / result.seconds:,.0f}" if result.seconds else "–"
+
+    def loss(self, score: Score) -> Estimate:
+        """The figure of `score` that models are compared by."""
+        return score.bits_per_byte if self.by_byte and score.bits_per_byte else score.nats_per_token
+
     def as_json(self) -> dict[str, Any]:
-        """Plain data for `json.dump`: no NaN, no infinity."""
+        """Plain data for `json.dump`: no NaN, no infinity; it names units that are not those of one tokenizer."""
         table: dict[str, Any] = {"format": FORMAT, "confidence": 0.95, "unit_of_sampling": "document"}
+        table |= {"unit": self.unit, "positions": self.positions} if self.by_byte else {}
         return finite(table | asdict(self))
 
 
@@ -100,20 +139,38 @@ def summarize(
     """Turns measurements of the same documents, made with the same `lengths` and `indices` as edges, into figures.
 
     A learning measurement is paired with the frozen one of the same model name, if there is one.
+
+    Raises:
+        UserError: models with different tokenizers were measured by their own tokens; see `in_common`.
     """
     frozen = {m.model: m for m in measurements if m.reading == "frozen"}
     results = [
         _result(m, frozen.get(m.model) if m.reading == "learning" else None, lengths, indices) for m in measurements
     ]
+    by_byte = _by_byte(measurements)
     first = measurements[0].losses if measurements else []
     num_bytes = int(sum(loss.bytes.sum() for loss in first))
     return Evaluation(
         results,
         len(first),
-        sum(loss.tokens_read for loss in first),
+        None if by_byte else sum(loss.tokens_read for loss in first),
         num_bytes or None,
-        [*notes, *_divergences(results)],
+        [*notes, *([DIFFERENT_TOKENIZERS] if by_byte else []), *_divergences(results)],
     )
+
+
+def _by_byte(measurements: Sequence[Measurement]) -> bool:
+    """Whether losses were counted by byte; if not, all must have read the same tokens."""
+    if any(loss.by_byte for m in measurements for loss in m.losses):
+        return True
+    counts = [[loss.tokens_read for loss in m.losses] for m in measurements]
+    other = next((m for m, count in zip(measurements, counts, strict=True) if count != counts[0]), None)
+    if other:
+        raise UserError(
+            f"{other.model} read other tokens than {measurements[0].model}, so their losses per token cannot be "
+            "compared; measure both on documents from in_common"
+        )
+    return False
 
 
 def _divergences(results: Sequence[Result]) -> list[str]:
@@ -172,8 +229,10 @@ def _score(losses: Sequence[PositionLoss], sums: Callable[[PositionLoss], Sums])
 def _gain(
     learning: Sequence[PositionLoss], frozen: Sequence[PositionLoss], sums: Callable[[PositionLoss], Sums]
 ) -> Estimate | None:
-    pairs = np.array([(sums(f)[0] - sums(a)[0], sums(a)[1]) for a, f in zip(learning, frozen, strict=True)])
-    return ratio(*pairs.reshape(-1, 2).T)
+    by_byte = any(loss.by_byte for loss in learning)
+    pairs = [(sums(f)[0] - sums(a)[0], sums(a)[2 if by_byte else 1]) for a, f in zip(learning, frozen, strict=True)]
+    gain = ratio(*np.array(pairs).reshape(-1, 2).T)
+    return gain.scaled(1 / math.log(2)) if gain and by_byte else gain
 
 
 def _by_position(losses: Sequence[PositionLoss], bins: Sequence[tuple[int, int]], longest: int) -> list[PositionScore]:

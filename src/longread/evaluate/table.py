@@ -26,7 +26,7 @@ def by_position_table(evaluation: Evaluation, rows: Callable[[Result], list[Posi
     """A column per result, a row per position bin."""
     unit, pick = unit_of(evaluation)
     table = Table(title=f"{title}, {unit}", title_justify="left")
-    table.add_column("positions", justify="right")
+    table.add_column("bytes" if evaluation.by_byte else "positions", justify="right")
     bins: dict[tuple[int, int], None] = {}
     scores = []
     for result in evaluation.results:
@@ -40,7 +40,9 @@ def by_position_table(evaluation: Evaluation, rows: Callable[[Result], list[Posi
 
 
 def unit_of(evaluation: Evaluation) -> tuple[str, Callable[[Score | None], str]]:
-    """Nats per token where tokens are bytes or bytes are unknown; both units otherwise."""
+    """Bits per byte where tokenizers differ, nats per token where bytes are unknown; both units otherwise."""
+    if evaluation.by_byte:
+        return evaluation.unit, lambda score: str(evaluation.loss(score)) if score else "–"
     if evaluation.bytes is None or not any(result.loss.bits_per_byte for result in evaluation.results):
         return "nats per token", lambda score: str(score.nats_per_token) if score else "–"
 
@@ -53,30 +55,29 @@ def unit_of(evaluation: Evaluation) -> tuple[str, Callable[[Score | None], str]]
 
 
 def _overview(evaluation: Evaluation) -> Table:
-    noun = "document" if evaluation.documents == 1 else "documents"
-    table = Table(
-        title=f"{evaluation.documents} {noun}, {evaluation.tokens:,} tokens"
-        + ("; ± is a 95 % interval over documents" if evaluation.documents > 1 else ""),
-        title_justify="left",
-    )
+    interval = "; ± is a 95 % interval over documents" if evaluation.documents > 1 else ""
+    table = Table(title=evaluation.amount + interval, title_justify="left")
     table.add_column("model, reading")
-    for heading in ("parameters", "nats/token", "bits/byte", "gain over frozen", "tokens/s"):
+    losses = ("bits/byte",) if evaluation.by_byte else ("nats/token", "bits/byte")
+    for heading in ("parameters", *losses, "gain over frozen", f"{evaluation.positions}/s"):
         table.add_column(heading, justify="right")
     for result in evaluation.results:
         table.add_row(
             result.label,
             f"{result.parameters:,}",
-            str(result.loss.nats_per_token),
+            *([] if evaluation.by_byte else [str(result.loss.nats_per_token)]),
             str(result.loss.bits_per_byte or "–"),
             str(result.gain_over_frozen or "–"),
-            f"{result.tokens / result.seconds:,.0f}" if result.seconds else "–",
+            evaluation.speed(result),
         )
     return table
 
 
 def _by_context_length(evaluation: Evaluation) -> Table:
     unit, pick = unit_of(evaluation)
-    table = Table(title=f"Loss by context length (mean over the first T tokens), {unit}", title_justify="left")
+    table = Table(
+        title=f"Loss by context length (mean over the first T {evaluation.positions}), {unit}", title_justify="left"
+    )
     table.add_column("T", justify="right")
     table.add_column("n", justify="right")
     columns = []
@@ -84,7 +85,7 @@ def _by_context_length(evaluation: Evaluation) -> Table:
         table.add_column(result.label, justify="right")
         columns.append({row.context_length: row for row in result.by_context_length})
     for length in sorted({T for column in columns for T in column}):
-        n = max(column[length].score.nats_per_token.n for column in columns if length in column)
+        n = max(evaluation.loss(column[length].score).n for column in columns if length in column)
         cells = [pick(column[length].score) if length in column else "–" for column in columns]
         table.add_row(f"{length:,}", str(n), *cells)
     return table
