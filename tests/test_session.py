@@ -10,6 +10,7 @@ import torch
 
 from longread.config import UserError
 from longread.session import Session
+from longread.session.sampling import derived_seed, seeded
 from tests.tiny import INNER, M, make, text
 
 
@@ -109,6 +110,15 @@ def test_tokens_are_drawn_from_the_distribution_asked_for() -> None:
     kept = torch.zeros(19)
     kept[inside] = p[inside]
     assert (frequencies(session, temperature=0.7, top_p=0.5) - kept / kept.sum()).abs().max() < 0.07
+
+
+def test_seeds_differ_in_all_their_bits() -> None:
+    """PyTorch's generator on the CPU looks at 32 of them."""
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**40, 2**63, -1, -(2**63), 2**64 - 1]
+    draws = [tuple(torch.rand(3, generator=seeded(seed, torch.device("cpu"))).tolist()) for seed in seeds]
+    assert len(set(draws)) == len(seeds)
+    assert torch.equal(torch.tensor(draws[1]), torch.rand(3, generator=torch.Generator().manual_seed(1)))
+    assert len({derived_seed(seed, i) for seed in seeds for i in range(50)}) == 50 * len(seeds)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e-310}, {"temperature": 1e-40}, {"repetition_penalty": 1e-300}])

@@ -16,6 +16,7 @@ from torch import Tensor
 from longread.config import InnerConfig, UserError
 from longread.inner_loop import Decoder, begin, read
 from longread.model import Transformer
+from longread.session.sampling import seeded
 
 LOOK_EVERY = 16
 """Tokens between two looks at whether all that is wanted has been written."""
@@ -109,7 +110,7 @@ def continue_texts(
 
 def _uniform(seeds: Sequence[int], count: int) -> Tensor:
     """[B, count] from [0, 1): each row from its own generator, so that it does not depend on its neighbours."""
-    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    rows = [torch.rand(count, generator=seeded(seed, torch.device("cpu")), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows)
 
 

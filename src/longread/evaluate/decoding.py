@@ -31,6 +31,7 @@ from longread.evaluate.judges import Judge
 from longread.evaluate.measure import Document
 from longread.evaluate.summary import Score, finite
 from longread.model import Transformer
+from longread.session.sampling import derived_seed
 from longread.tokenizer import Tokenizer
 
 FORMAT = "longread-decoding/1"
@@ -141,7 +142,7 @@ def write(
             human.shape[1] - half,
             learn=learn,
             sampling=sampling,
-            seeds=[(seed * 1_000_003 + first + i) % 2**63 for i in range(len(batch))],
+            seeds=[derived_seed(seed, first + i) for i in range(len(batch))],
             forbidden=forbidden,
         )
         rows.append(torch.cat((batch, found.tokens), 1).numpy())

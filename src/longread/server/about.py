@@ -102,6 +102,7 @@ async def model(model: str, service: TheService) -> dict[str, Any]:
 @router.post("/tokenize", response_model=Tokens)
 async def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]:
     """A text as token ids."""
+    _check_model(service, body)
     ids, lengths = await service.run(service.encode, body.text, bos=body.bos)
     return {"tokens": ids, "bytes": lengths, "count": len(ids)}
 
@@ -109,6 +110,7 @@ async def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]
 @router.post("/detokenize", response_model=Text)
 async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, str]:
     """Token ids as a text."""
+    _check_model(service, body)
     text = await service.run(service.tokenizer.decode, body.tokens)
     return {"text": text, "prompt": text}
 
@@ -119,6 +121,11 @@ async def tokenizer_info(service: TheService) -> dict[str, Any]:
     bos = service.tokenizer.bos_id
     name = None if bos is None else token_text(service.tokenizer, bos)
     return {"bos_token": None, "eos_token": None, "bos_id": bos, "bos_name": name, "chat_template": None}
+
+
+def _check_model(service: Service, body: TokenizeRequest | DetokenizeRequest) -> None:
+    if body.model is not None:
+        check_model(service, body.model)
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -4,6 +4,8 @@ The models are trained on texts, not on chats. So a chat is put to them as a tex
 where the user would speak next:
 
     {system}\\n\\nUser: {content}\\n\\nAssistant: {content}\\n\\nUser: {content}\\n\\nAssistant:
+
+A message with a `name` has that in place of its role.
 """
 
 from __future__ import annotations
@@ -36,18 +38,28 @@ from longread.server.work import Work
 
 router = APIRouter(tags=["OpenAI"])
 
-STOP = "\n\nUser:"
+MOST_NAMES = 4
+"""Names of users, the newest, at which an answer ends as at "User"."""
 MOST_TOKENS = 512
 """Of an answer whose request does not say how long it may be."""
-_SPEAKERS = {"user": "User: ", "assistant": "Assistant: ", "system": "", "developer": ""}
+_SPEAKERS = {"user": "User", "assistant": "Assistant"}
 
 
 def text_of(messages: Sequence[Message]) -> str:
     """The chat as a text; one that ends with words of the assistant is continued there."""
-    parts = [_SPEAKERS[message.role] + message.text for message in messages]
+    parts = []
+    for message in messages:
+        speaker = message.name or _SPEAKERS.get(message.role)
+        parts.append(f"{speaker}: {message.text}" if speaker else message.text)
     if messages[-1].role != "assistant":
         parts.append("Assistant:")
     return "\n\n".join(parts)
+
+
+def ends_of(messages: Sequence[Message]) -> list[str]:
+    """Where the answer ends: the beginnings of what a user would say next."""
+    names = dict.fromkeys(message.name for message in reversed(messages) if message.role == "user" and message.name)
+    return [f"\n\n{speaker}:" for speaker in [_SPEAKERS["user"], *list(names)[:MOST_NAMES]]]
 
 
 @router.post("/v1/chat/completions", responses=REPLIES | {200: STREAM_OF_OBJECTS}, response_model=None)
@@ -74,7 +86,7 @@ class _Answer:
         self._max_tokens = MOST_TOKENS if asked is None else asked
         self._n = body.n or 1
         limited(service, [self._prompt], self._n, self._max_tokens, body.top_logprobs or 0)
-        stops = [*stops_of(body.stop), STOP]
+        stops = [*stops_of(body.stop), *ends_of(body.messages)]
         self._choices = [Continuation(i, stops) for i in range(self._n)]
 
     async def pieces(self, work: Work) -> AsyncGenerator[tuple[Continuation, Piece], None]:
@@ -134,6 +146,8 @@ class _Answer:
 
     def _body_of(self, kind: str, choices: list[dict[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
         head = {"id": self._id, "object": kind, "created": self._created, "model": self._service.name}
+        if self._body.service_tier is not None:
+            extra = extra | {"service_tier": "default"}
         return head | {"choices": choices} | extra
 
     def _usage(self) -> dict[str, Any]:

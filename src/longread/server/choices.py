@@ -13,20 +13,20 @@ from longread.server.openai_models import Writing
 from longread.server.service import Service
 from longread.server.text import Piece, Writer
 from longread.server.work import Running, Work
+from longread.session.sampling import derived_seed
 
 T = TypeVar("T")
 
 
 def sampling_of(service: Service, request: Writing, max_tokens: int, logprobs: int, choice: int = 0) -> Sampling:
     """What the engine should do; the choices of one request draw differently, and each the same every time."""
-    seed = request.seed
     return Sampling(
         max_tokens=max_tokens,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
         top_k=request.top_k,
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
-        seed=None if seed is None else (seed + choice + 2**63) % 2**64 - 2**63,
+        seed=None if request.seed is None else derived_seed(request.seed, choice),
         stop_ids=service.stop_ids,
         logprobs=logprobs,
     )

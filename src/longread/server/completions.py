@@ -145,7 +145,8 @@ class _Answer:
 
 def _prompts(service: Service, body: CompletionRequest) -> tuple[list[list[int]], int]:
     """What is read for each prompt, and how many tokens of it the client did not send."""
-    given: list[Any] = [body.prompt] if isinstance(body.prompt, str) else list(body.prompt)
+    prompt = "" if body.prompt is None else body.prompt
+    given: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if given and isinstance(given[0], int):
         given = [given]
     if given and isinstance(given[0], str):

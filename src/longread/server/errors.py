@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from longread.config import UserError
 from longread.engine import Busy, TooLarge, UnknownSession, WrongPosition
+from longread.server.openai_models import UNSUPPORTED
 from longread.server.validation import explained, unknown_argument
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -117,13 +118,16 @@ def as_api_error(error: BaseException, directories: Iterable[Path] = ()) -> ApiE
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a request."""
     errors = error.errors()
+    if isinstance(error.body, bytes):
+        return ApiError(415, "the body is not declared as JSON; send it with Content-Type: application/json")
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON; send a JSON object")
     unknown = unknown_argument(errors)
     if unknown is not None:
         return ApiError(400, f"there is no argument {unknown}; leave it out", param=unknown, code="unknown_parameter")
     message, name = explained(errors)
-    return ApiError(400, message, param=name)
+    kind = errors[0]["type"]
+    return ApiError(400, message, param=name, code=kind if kind in UNSUPPORTED else None)
 
 
 def install(app: FastAPI) -> None:

@@ -1,15 +1,73 @@
-"""OpenAI's requests, as far as they make sense here. An argument that would have to be ignored is refused."""
+"""OpenAI's requests, as far as they make sense here.
+
+Every argument either has an effect, or is refused unless it asks for what is done anyway (`Only`), or is one of the few
+that, here as at OpenAI, change no answer (`Hint`, `metadata`, `store`, `annotations`).
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
+from pydantic_core.core_schema import no_info_before_validator_function
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Stop = str | list[str] | None
+Hint = Annotated[str, Field(max_length=10_000)] | None
+"""Identifies somebody or something to whoever reads the request; no answer depends on it."""
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+
+UNSUPPORTED = ("unsupported_parameter", "unsupported_value")
+"""OpenAI's codes for an argument, or for a value of one, that a model cannot follow."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """Annotation of an argument that is null or one of `values`, which all ask for what is done anyway.
+
+    Args:
+        reason: ends a sentence that begins with the argument and its value.
+    """
+
+    values: tuple[Any, ...]
+    reason: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": [None, *self.values]}
+
+    def _check(self, value: Any) -> Any:
+        if value is not None and not any(_same(value, allowed) for allowed in self.values):
+            raise PydanticCustomError(UNSUPPORTED[any(self.values)], "{reason}", {"reason": self.reason})
+        return value
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality as JSON has it, where true is not 1."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+_NOTHING = "nothing here can follow it, so leave it out"
+_NO_TOOLS = "the model calls no tools, so leave it out"
+_NO_CACHE = "no prompts are cached here, so leave it out"
+_TEXT_ONLY = "the model writes text and nothing else"
 
 
 class Request(BaseModel):
@@ -21,8 +79,10 @@ class Request(BaseModel):
 class StreamOptions(Request):
     """How a stream ends."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: Annotated[
+        Any, Only((False,), "nothing is added to the pieces of a stream, so leave it out")
+    ] = None
 
 
 class Writing(Request):
@@ -37,7 +97,7 @@ class Writing(Request):
 
 
 class OpenAIRequest(Writing):
-    """What completions and chats share. `user`, `metadata` and `store` change nothing here and are accepted."""
+    """What completions and chats share."""
 
     model: Annotated[str, Field(max_length=1000)]
     n: Annotated[int, Field(ge=1)] | None = 1
@@ -46,77 +106,91 @@ class OpenAIRequest(Writing):
     stream_options: StreamOptions | None = None
     learn: bool = True
     """Whether the model learns while it reads the prompt, and what it writes."""
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
-    logit_bias: dict[str, float] | None = None
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
+    presence_penalty: Annotated[Any, Only((0,), "it must be 0, and repetition_penalty can be used instead")] = None
+    frequency_penalty: Annotated[Any, Only((0,), "it must be 0, and repetition_penalty can be used instead")] = None
+    logit_bias: Annotated[Any, Only(({},), "it must be empty or left out, as there are no biases here")] = None
+    user: Hint = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    store: bool | None = None
 
-    @field_validator("presence_penalty", "frequency_penalty")
+    @field_validator("stream_options")
     @classmethod
-    def _zero(cls, value: float | None) -> float | None:
-        if value:
-            raise ValueError("it must be 0, and repetition_penalty can be used instead")
-        return value
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _empty(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value:
-            raise ValueError("it must be empty or left out, as there are no biases here")
+    def _of_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("it is only allowed with stream: true")
         return value
 
 
 class CompletionRequest(OpenAIRequest):
     """Body of /v1/completions."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] = ""
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] | None = ""
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     best_of: int | None = None
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    suffix: str | None = None
+    suffix: Annotated[Any, Only(("",), "it must be left out, as the model writes from left to right only")] = None
 
     @field_validator("best_of")
     @classmethod
-    def _one(cls, value: int | None) -> int | None:
-        if value not in (None, 1):
-            raise ValueError("it must be 1, so ask for n and choose")
-        return value
-
-    @field_validator("suffix")
-    @classmethod
-    def _none(cls, value: str | None) -> str | None:
-        if value:
-            raise ValueError("it must be left out, as the model writes from left to right only")
+    def _all_of_them(cls, value: int | None, info: ValidationInfo) -> int | None:
+        n = info.data.get("n") or 1
+        if value not in (None, n):
+            raise ValueError(f"it must be n, {n}, so ask for n and choose")
         return value
 
 
-class TextPart(Request):
+class ContentPart(Request):
     """A part of a message's content."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+    prompt_cache_breakpoint: Annotated[Any, Only((), _NO_CACHE)] = None
+
+    @model_validator(mode="after")
+    def _of_its_type(self) -> Self:
+        other = "refusal" if self.type == "text" else "text"
+        if getattr(self, self.type) is None or getattr(self, other) is not None:
+            raise ValueError(f"a part of type {self.type} has {self.type}, and no {other}")
+        return self
 
 
 class Message(Request):
-    """One message of a chat."""
+    """One message of a chat. What this server sends can be sent back as it is."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Annotated[str | list[ContentPart] | None, Field(validate_default=True)] = None
+    name: Annotated[str, Field(pattern=r"^[^\s<|\\/>]{1,64}$")] | None = None
+    """Who speaks; without it the role says so."""
+    refusal: str | None = None
+    annotations: list[dict[str, Any]] | None = None
+    """Where words of the assistant come from; nothing that a model reads."""
+    audio: Annotated[Any, Only((), _TEXT_ONLY)] = None
+    function_call: Annotated[Any, Only((), _NO_TOOLS)] = None
+    tool_calls: Annotated[Any, Only(([],), _NO_TOOLS)] = None
+    parsed: Annotated[Any, Only((), _TEXT_ONLY)] = None
+
+    @field_validator("content", "refusal", "annotations")
+    @classmethod
+    def _of_its_speaker(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("role", "assistant") == "assistant":
+            return value
+        if info.field_name != "content":
+            if value is not None:
+                raise ValueError("only messages of the assistant have it")
+        elif value is None:
+            raise PydanticKnownError("missing")
+        elif isinstance(value, list) and any(part.type == "refusal" for part in value):
+            raise ValueError("only the assistant refuses, so its parts must be texts")
+        return value
 
     @property
     def text(self) -> str:
-        """Its content in one piece."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ResponseFormat(Request):
-    """The only format that is not promised in vain."""
-
-    type: Literal["text"] = "text"
+        """What was said, in one piece."""
+        if isinstance(self.content, list):
+            return "".join(part.text or part.refusal or "" for part in self.content)
+        return self.content or self.refusal or ""
 
 
 class ChatRequest(OpenAIRequest):
@@ -127,4 +201,37 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
+    service_tier: Annotated[Any, Only(("auto", "default"), "there is one tier, default")] = None
+    prompt_cache_key: Hint = None
+    safety_identifier: Hint = None
+    response_format: Annotated[
+        Any, Only(({"type": "text"},), "no format but text is promised, so check what is written yourself")
+    ] = None
+    modalities: Annotated[Any, Only((["text"],), _TEXT_ONLY)] = None
+    verbosity: Annotated[Any, Only(("medium",), "use max_tokens instead")] = None
+    reasoning_effort: Annotated[Any, Only(("none",), _NOTHING)] = None
+    tools: Annotated[Any, Only(([],), _NO_TOOLS)] = None
+    tool_choice: Annotated[Any, Only(("none",), _NO_TOOLS)] = None
+    parallel_tool_calls: Annotated[Any, Only((), _NO_TOOLS)] = None
+    functions: Annotated[Any, Only(([],), _NO_TOOLS)] = None
+    function_call: Annotated[Any, Only(("none",), _NO_TOOLS)] = None
+    audio: Annotated[Any, Only((), _TEXT_ONLY)] = None
+    prediction: Annotated[Any, Only((), _NOTHING)] = None
+    moderation: Annotated[Any, Only((), _NOTHING)] = None
+    web_search_options: Annotated[Any, Only((), _NOTHING)] = None
+    prompt_cache_options: Annotated[Any, Only((), _NO_CACHE)] = None
+    prompt_cache_retention: Annotated[Any, Only((), _NO_CACHE)] = None
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_limit(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("max_tokens") is not None:
+            raise ValueError("max_tokens is given too, so leave one of the two out")
+        return value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _of_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("it is only allowed with logprobs: true")
+        return value

@@ -22,6 +22,7 @@ _NEEDS = {
     "dict": "an object",
     "model": "an object",
     "literal_error": "{expected}",
+    "string_pattern_mismatch": "a text that matches {pattern}",
 }
 """What a value must be, by the type of pydantic's error, or by how that begins."""
 _UNIONS = {
@@ -67,6 +68,8 @@ def _reason(kind: str, error: Mapping[str, Any]) -> str:
     value = _shown(error["input"])
     if kind == "value_error":
         return f"is {value}; {context['error']}"
+    if "reason" in context:
+        return f"is {value}; {context['reason']}"
     if kind.endswith(("too_long", "too_short")):
         unit = "characters" if kind.startswith("string") else "entries"
         limit = f"most {context['max_length']}" if kind.endswith("long") else f"least {context['min_length']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 
 import torch
@@ -39,9 +40,21 @@ def seeded(seed: int | None, device: torch.device) -> torch.Generator:
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
-    else:
-        generator.manual_seed(seed)
+    else:  # of a seed PyTorch's generator on the CPU takes the lowest 32 bits only
+        generator.manual_seed(seed if device.type != "cpu" or 0 <= seed < 2**32 else _hashed(seed, bits=32))
     return generator
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """A seed for the `index`-th of several draws that share one: itself for the first, a hash of both for the others.
+
+    A sum would give draw 1 of seed 7 what draw 0 of seed 8 has.
+    """
+    return _hashed(seed, index, bits=63) if index else seed
+
+
+def _hashed(*numbers: int, bits: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()) >> (256 - bits)
 
 
 def penalised(logits: Tensor, recent: Collection[int], penalty: float) -> Tensor:
