@@ -40,18 +40,18 @@ SENTENCES = "".join(f"Sentence {i} of the text says {i * i % 101}, and not {i % 
 # Commands and options, frozen: whoever changes these changes what users have in their scripts.
 COMMAND_LINE = {
     "prepare": "SOURCE --out --tokenizer --train-tokenizer --documents --validation-fraction --field --exclude "
-    "--vocab-size --bos-id --overwrite",
+    "--vocab-size --bos-id --overwrite --json --quiet",
     "train": "RECIPE --data --out --method --context-length --validation --init --resume --seed --set --tracker "
     "--device",
-    "read": "FILE --model --device --session --save --no-control --json --report",
+    "read": "FILE --model --device --session --save --no-control --json --quiet --report",
     "generate": "--model --device --session --prompt --max-tokens --temperature --top-p --top-k --repetition-penalty "
     "--seed --stop --frozen --save --draft --draft-session --draft-tokens",
     "evaluate": "MODEL --data --documents --max-tokens --min-tokens --lengths --indices --window --mini-batch "
-    "--batch-size --no-control --health --json --plots --report --device",
+    "--batch-size --no-control --health --json --quiet --plots --report --device",
     "needle": "MODEL --variants --contexts --depths --samples --seed --haystack --repeat-haystack --max-tokens "
-    "--batch-size --no-control --json --plots --report --device",
+    "--batch-size --no-control --json --quiet --plots --report --device",
     "judge": "MODEL --judge --data --context --documents --temperature --top-p --repetition-penalty --seed --bins "
-    "--batch-size --no-control --json --plots --report --device",
+    "--batch-size --no-control --json --quiet --plots --report --device",
     "convert": "SOURCE DIR",
     "bench": "WORK --sizes --methods --contexts --sequences --repeats --profile --from --json --report --plots "
     "--device",

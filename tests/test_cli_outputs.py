@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from longread.checkpoint import save_model
 from longread.cli import main
 from longread.cli.models import table_names
-from longread.config import InnerConfig, ModelConfig
-from longread.model import Transformer, initialize
 from longread.recipes import RECIPES, Method
 from longread.speculative.speculation import DRAFT_TOKENS
-from longread.tokenizer import ByteTokenizer
+from tests.small_model import TEXT, save_small_model
 
-TEXT = " ".join(f"Sentence {i} says {i * i % 101}." for i in range(30))
 NEEDLE = ["needle", "model", "--contexts", "400", "--depths", "0", "--samples", "1", "--max-tokens", "1"]
 NEEDLE += ["--no-control"]
 EVALUATE = ["evaluate", "model", "--data", "texts", "--no-control"]
@@ -29,29 +25,12 @@ GENERATE = ["generate", "--model", "model", "--prompt", "x", "--max-tokens", "2"
 BENCH = ["bench", "prefill", "--sizes", "toy", "--methods", "swa", "--contexts", "32", "--repeats", "1"]
 
 
-def stored(directory: Path, seed: int) -> None:
-    config = ModelConfig(
-        vocab_size=257,
-        width=16,
-        num_blocks=2,
-        num_heads=2,
-        mlp_hidden=24,
-        window_size=16,
-        mini_batch_size=8,
-        num_suffix_blocks=1,
-    )
-    model = Transformer(config)
-    initialize(model, seed=seed)
-    save_model(directory, model, InnerConfig(), tokenizer_fingerprint=ByteTokenizer().fingerprint)
-    ByteTokenizer().save(directory)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models and texts; a session, and one of each output of each command in `old`."""
     home = tmp_path_factory.mktemp("home")
     for i, name in enumerate(("model", "other")):
-        stored(home / name, seed=i)
+        save_small_model(home / name, seed=i)
     (home / "texts").mkdir()
     (home / "text.txt").write_text(TEXT)
     (home / "texts" / "t0.txt").write_text(TEXT)

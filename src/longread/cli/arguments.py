@@ -25,9 +25,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1")
 
 
+def add_json(parser: argparse.ArgumentParser, what: str = "all figures") -> None:
+    """The options of a command that programs read too.
+
+    One rule for all: what goes to stdout is either for people or, with `--json -`, JSON and nothing else; what is for
+    people goes to stderr then, and `--quiet` leaves it out.
+    """
+    parser.add_argument("--json", metavar="FILE", help=f"write {what} here; - is stdout, and all else goes to stderr")
+    parser.add_argument("--quiet", action="store_true", help="no tables and no progress; errors and warnings stay")
+
+
 def add_outputs(parser: argparse.ArgumentParser) -> None:
     """The options of a command that measures: where its figures go beside the terminal."""
-    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    add_json(parser)
     parser.add_argument("--plots", metavar="DIR", help="write PNG plots here")
     parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
 

@@ -46,11 +46,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from rich.console import Console
-
     from longread.cli.documents import longest_of, read_documents
     from longread.cli.models import open_model, open_tokenizer, read_otherwise, table_names
-    from longread.cli.outputs import check_outputs, figure_outputs, stdout, write_report, write_text
+    from longread.cli.outputs import (
+        check_outputs,
+        figure_outputs,
+        progress_console,
+        tables_console,
+        write_report,
+        write_text,
+    )
     from longread.evaluate import (
         bin_edges,
         default_lengths,
@@ -88,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         check_at_most(option, max(values, default=0), longest - 1, f"{unit}, and no document has more than {longest}")
     lengths = default_lengths(longest - 1) if options.lengths is None else options.lengths
     edges = bin_edges(lengths, options.indices)
-    measurements, console = [], Console(stderr=True)
+    measurements, console, screen = [], progress_console(options), tables_console(options)
     for path, name in zip(options.models, names, strict=True):
         opened = open_model(path, options.device)._replace(name=name)
         documents = texts[opened.tokenizer.fingerprint]
@@ -111,10 +116,10 @@ def run(options: argparse.Namespace) -> int:
                         )
                     )
     evaluation = summarize(measurements, lengths=lengths, indices=options.indices)
-    print_tables(evaluation, stdout())
+    print_tables(evaluation, screen)
     health = health_figures(evaluation) if options.health else None
     if health:
-        print_figures(health, stdout())
+        print_figures(health, screen)
     if options.json:
         write_text(options.json, json.dumps(evaluation.as_json(), indent=2) + "\n")
     if options.plots:

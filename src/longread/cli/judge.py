@@ -45,11 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from rich.console import Console
-
     from longread.cli.documents import read_documents
     from longread.cli.models import open_model, table_names
-    from longread.cli.outputs import check_outputs, figure_outputs, show_figures, write_text
+    from longread.cli.outputs import check_outputs, figure_outputs, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import (
         HUMAN,
@@ -75,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     if T % bins:
         raise UserError(f"--context {T} does not divide into --bins {bins}; give a multiple, {T + bins - T % bins}")
     judge = _judge(options.judge, options.device)
-    console = Console(stderr=True)
+    console = progress_console(options)
     opened = [open_model(path, options.device) for path in options.models]
     tokenizer = opened[0].tokenizer
     for path, other in zip(options.models, opened, strict=True):
@@ -124,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
     lead = f"{', '.join(options.models)} on {options.data[0]}; temperature {sampling.temperature:g}, "
     lead += f"top-p {sampling.top_p:g}, repetition penalty {sampling.repetition_penalty:g}."
     figures = decoding_figures(quality)
-    show_figures(figures, options.plots, options.report, title=f"Judged by {judge.name}", lead=lead)
+    show_figures(options, figures, title=f"Judged by {judge.name}", lead=lead)
     return 0
 
 

@@ -61,10 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from rich.console import Console
-
     from longread.cli.models import open_model, table_names
-    from longread.cli.outputs import check_outputs, figure_outputs, show_figures, write_text
+    from longread.cli.outputs import check_outputs, figure_outputs, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import Needles, needle_figures, search
     from longread.evaluate.needle import FORMAT, chart_name
@@ -77,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--depths {wrong} is not between 0 (the needle first) and 1 (the needle last)")
     if not options.haystack and set(options.variants) & {2, 3}:
         raise UserError("S-NIAH-2 and 3 hide the needle in essays; name texts with --haystack, or use --variants 1")
-    searches, console = [], Console(stderr=True)
+    searches, console = [], progress_console(options)
     for path, name in zip(options.models, table_names(options.models), strict=True):
         opened = open_model(path, options.device)
         samples = _samples(options, opened)
@@ -109,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write_text(options.json, json.dumps(needles.as_json(), indent=2) + "\n")
     title, lead = "Needle in a haystack", ", ".join(map(str, options.models)) + "."
-    show_figures(needle_figures(needles), options.plots, options.report, title=title, lead=lead)
+    show_figures(options, needle_figures(needles), title=title, lead=lead)
     return 0
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,11 +27,16 @@ if TYPE_CHECKING:
 _OF_A_DATA_SET = re.compile(r"validation|(validation/)?(index\.json|tokenizer\.json|tokens-\d+\.bin)")
 
 
+_STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
 class Kind(NamedTuple):
     """What an output is. Only a file that `holds` the same may be in its place, or an empty one."""
 
     name: str
     holds: Callable[[BinaryIO], bool]
+    to_stdout: bool = False
+    """Whether it may go there: it is text, and written in one piece."""
 
 
 class Output(NamedTuple):
@@ -41,12 +47,28 @@ class Output(NamedTuple):
     kind: Kind
 
 
-def stdout() -> Console:
-    """Where tables go: as wide as the terminal, and wide enough in a file or a pipe."""
+def is_stdout(path: str | Path | None) -> bool:
+    """Whether an output of this name goes to stdout instead of a file."""
+    return str(path) in _STDOUT
+
+
+def tables_console(options: argparse.Namespace) -> Console:
+    """Where a command prints what is for people: as wide as the terminal, and wide enough in a file or a pipe.
+
+    That is stdout, or stderr if an output goes to stdout, or nowhere with `--quiet`.
+    """
     from rich.console import Console
 
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(width=160, soft_wrap=True)
+    taken = any(is_stdout(getattr(options, name, None)) for name in ("json", "report"))
+    console = Console(soft_wrap=True, stderr=taken, quiet=options.quiet)
+    return console if console.is_terminal else Console(width=160, soft_wrap=True, stderr=taken, quiet=options.quiet)
+
+
+def progress_console(options: argparse.Namespace) -> Console:
+    """Where a command says how far it is: stderr, or nowhere with `--quiet`."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=options.quiet)
 
 
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | None] = ()) -> None:
@@ -63,13 +85,18 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | None] = ()) 
     for option, path, kind in outputs:
         if path is None:
             continue
-        place = _checked_place(path)
+        if is_stdout(path):
+            if not kind.to_stdout:
+                raise UserError(f"{option} {path} is stdout, where no {kind.name} can go; give the name of a file")
+            place = "-"
+        else:
+            place = _checked_place(path)
         if place in read:
             raise UserError(f"{option} would replace {path}, which is read; give another name")
         if place in options:
             raise UserError(f"{options[place]} and {option} are both {path}; give each a file of its own")
         options[place] = option
-        if not _may_replace(path, kind):
+        if place != "-" and not _may_replace(path, kind):
             raise UserError(f"{option} would replace {path}, which is no {kind.name}; give another name")
 
 
@@ -161,11 +188,11 @@ def figures_of(figures_format: str) -> Kind:
     """JSON of one format ("longread-needle/1"), of whatever version."""
     name = figures_format.partition("/")[0]
     begins = re.compile(rb'\s*\{\s*"format":\s*"' + re.escape(name.encode()) + rb"/")
-    return Kind(f"file of figures ({name})", lambda file: begins.match(file.read(256)) is not None)
+    return Kind(f"file of figures ({name})", lambda file: begins.match(file.read(256)) is not None, to_stdout=True)
 
 
 SESSION = Kind("session", _holds_session)
-PAGE = Kind("page of Longread", _holds_page)
+PAGE = Kind("page of Longread", _holds_page, to_stdout=True)
 PLOT = Kind("plot of Longread", lambda file: _begins(file.read(1024), b"\x89PNG", b"Matplotlib"))
 BENCH_ROWS = Kind("list of rows", lambda file: True)  # the command adds to it, and first reads what it holds
 BENCH_PAGE = Kind("page of `longread bench`", lambda file: _begins(file.read(64), b"# Speed and memory, "))
@@ -173,22 +200,41 @@ BENCH_PLOT = Kind("plot of `longread bench`", lambda file: _begins(file.read(102
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes or replaces a text file, whole or not at all. Raises `UserError` when it cannot be written."""
+    """Writes or replaces a text file, whole or not at all, or writes to stdout.
+
+    Raises `UserError` when it cannot be written.
+    """
     from longread.files import atomic_files
 
+    if is_stdout(path):
+        _write_to_stdout(text)
+        return
     with atomic_files(Path(path)) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
 
 
-def show_figures(figures: Figures, plots: str | None, report: str | None, *, title: str, lead: str) -> None:
+def _write_to_stdout(text: str) -> None:
+    if sys.stdout is None:
+        raise UserError("cannot write to stdout: it is closed; give the name of a file")
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode())  # UTF-8 as in a file, whatever the terminal's encoding is
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write to stdout: {error.strerror}; give the name of a file") from None
+
+
+def show_figures(options: argparse.Namespace, figures: Figures, *, title: str, lead: str) -> None:
     """Prints the tables, and writes plots and page where they are wanted."""
     from longread.evaluate import figures_page, print_figures, save_charts
 
-    print_figures(figures, stdout())
-    if plots:
-        save_charts(figures.charts, Path(plots))
-    if report:
-        write_text(report, figures_page(figures, title=title, lead=lead))
+    print_figures(figures, tables_console(options))
+    if options.plots:
+        save_charts(figures.charts, Path(options.plots))
+    if options.report:
+        write_text(options.report, figures_page(figures, title=title, lead=lead))
 
 
 def write_report(

@@ -7,11 +7,13 @@ Example:
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
-from longread.cli.arguments import check_at_most, positive
+from longread.cli.arguments import add_json, check_at_most, positive
 
 NAME = "prepare"
+FORMAT = "longread-prepare/1"
 MOST_ENTRIES = 2**20
 """Of a tokenizer; four times the largest in use."""
 
@@ -41,16 +43,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=positive, metavar="N", help="of token arrays; needs no tokenizer")
     parser.add_argument("--bos-id", type=int, metavar="ID", help="of token arrays")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set at DIR")
+    add_json(parser, "what was made")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from rich.console import Console
-
-    from longread.cli.outputs import check_data_set
+    from longread.cli.outputs import (
+        Output,
+        check_data_set,
+        check_outputs,
+        figures_of,
+        progress_console,
+        tables_console,
+        write_text,
+    )
     from longread.data import Progress, prepare, read_texts
     from longread.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
+    check_outputs([Output("--json", options.json, figures_of(FORMAT))], inputs=options.sources)
     if options.overwrite:
         check_data_set(options.out)
     tokenizer: Tokenizer | None = None
@@ -60,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         tokenizer = train_bpe(texts, options.train_tokenizer)
     elif not options.vocab_size:
         tokenizer = load_tokenizer(options.tokenizer)
-    with Console(stderr=True).status("reading") as status:
+    with progress_console(options).status("reading") as status:
 
         def show(progress: Progress) -> None:
             status.update(f"{progress.documents:,} documents, {progress.tokens:,} tokens: {progress.source}")
@@ -78,10 +88,20 @@ def run(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             progress=show,
         )
-    for name, part in (("train", dataset), ("validation", dataset.validation)):
-        if part is not None:
-            print(f"{part.directory}: {part.num_documents:,} documents, {part.num_tokens:,} tokens ({name})")
+    screen = tables_console(options)
+    parts = {name: part for name, part in (("train", dataset), ("validation", dataset.validation)) if part is not None}
+    for name, part in parts.items():
+        screen.out(
+            f"{part.directory}: {part.num_documents:,} documents, {part.num_tokens:,} tokens ({name})", highlight=False
+        )
     skipped = dataset.index.get("skipped", {})
     if skipped:
         print("skipped: " + ", ".join(f"{count:,} {kind}" for kind, count in skipped.items()), file=sys.stderr)
+    if options.json:
+        made = {
+            name: {"directory": str(part.directory), "documents": part.num_documents, "tokens": part.num_tokens}
+            for name, part in parts.items()
+        }
+        about = {"vocab_size": dataset.vocab_size, "tokenizer_fingerprint": dataset.tokenizer_fingerprint}
+        write_text(options.json, json.dumps({"format": FORMAT, **about, **made, "skipped": skipped}, indent=2) + "\n")
     return 0

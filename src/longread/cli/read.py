@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_model
+from longread.cli.arguments import add_json, add_model
 
 if TYPE_CHECKING:
     from longread.cli.models import OpenModel
@@ -35,14 +35,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--session", metavar="FILE", help="go on with this saved session")
     parser.add_argument("--save", metavar="FILE", help="keep the session here")
     parser.add_argument("--no-control", action="store_true", help="leave out the frozen reading; twice as fast")
-    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    add_json(parser)
     parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.models import open_model
-    from longread.cli.outputs import PAGE, SESSION, Output, check_outputs, figures_of, stdout, write_report, write_text
+    from longread.cli.outputs import (
+        PAGE,
+        SESSION,
+        Output,
+        check_outputs,
+        figures_of,
+        tables_console,
+        write_report,
+        write_text,
+    )
     from longread.evaluate import print_tables
     from longread.evaluate.summary import FORMAT
 
@@ -54,15 +63,16 @@ def run(options: argparse.Namespace) -> int:
     check_outputs(outputs, inputs=[options.text])
     opened = open_model(options.model, options.device)
     readers = _readers(opened, options)
-    interrupted = _read(opened, readers, options.text)
+    interrupted = _read(opened, readers, options)
     evaluation = _evaluation(readers, interrupted)
     session = readers[0].session
     if options.save:
         session.save(options.save)
-    print_tables(evaluation, stdout())
+    screen = tables_console(options)
+    print_tables(evaluation, screen)
     kept = f"; kept in {options.save}" if options.save else ""
     size = f"{session.nbytes / 2**20:.1f} MiB of state, drift {session.drift():.3f}"
-    print(f"{session.position:,} tokens read, {size}{kept}")
+    screen.out(f"{session.position:,} tokens read, {size}{kept}", highlight=False)
     if options.json:
         write_text(options.json, json.dumps(evaluation.as_json(), indent=2) + "\n")
     if options.report:
@@ -128,16 +138,15 @@ def _readers(opened: OpenModel, options: argparse.Namespace) -> list[_Reader]:
     return readers
 
 
-def _read(opened: OpenModel, readers: list[_Reader], name: str) -> bool:
+def _read(opened: OpenModel, readers: list[_Reader], options: argparse.Namespace) -> bool:
     """Reads to the end of the text, or to an interrupt; says which. What was read is never half-learned."""
-    from rich.console import Console
-
+    from longread.cli.outputs import progress_console
     from longread.cli.texts import read_tokens
 
-    console = Console(stderr=True)
+    console = progress_console(options)
     with _interruptible() as interrupt, console.status("reading") as status:
         try:
-            for ids, byte_lengths in read_tokens(name, opened.tokenizer):
+            for ids, byte_lengths in read_tokens(options.text, opened.tokenizer):
                 with interrupt.held():
                     for reader in readers:
                         reader.read(ids, byte_lengths)
