@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks import naive
 from longread.config import ModelConfig
-from longread.model import Transformer, initialize
+from longread.model import Transformer, free_bytes, initialize
 from longread.ops.rotary import rotate, rotation
 from longread.outer_loop import static_loss
 
@@ -123,3 +126,28 @@ def test_products_run_in_the_compute_type() -> None:
     wide = static_loss(model, tokens[:, :-1], tokens[:, 1:], mask)
     torch.testing.assert_close(loss.nll, wide.nll, rtol=0.05, atol=0.1)
     assert not torch.equal(loss.nll, wide.nll)
+
+
+def test_free_memory_is_what_the_system_and_the_container_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longread.model.device.MEMORY_INFO", info := tmp_path / "meminfo")
+    monkeypatch.setattr("longread.model.device.CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}.__getitem__)
+    assert free_bytes(torch.device("cpu")) == 2**31  # neither: macOS
+    info.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  5000 kB\n")
+    assert free_bytes(torch.device("cpu")) == 5000 * 1024
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 700000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu")) == 5000 * 1024
+    (tmp_path / "memory.max").write_text("4000000\n")
+    assert free_bytes(torch.device("cpu")) == 1_700_000
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory").mkdir()  # version 1
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("3000000\n")
+    (tmp_path / "memory" / "memory.stat").write_text("cache 900000\ntotal_inactive_file 600000\n")
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # none
+    assert free_bytes(torch.device("cpu")) == 5000 * 1024
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("4000000\n")
+    assert free_bytes(torch.device("cpu")) == 1_600_000

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +24,6 @@ from longread.outer_loop import (
     choose_recompute,
     end_to_end_loss,
     fit,
-    free_bytes,
     graph_bytes,
     static_loss,
 )
@@ -171,23 +168,6 @@ def test_a_batch_is_cut_before_anything_is_computed_again() -> None:
 
 def test_what_the_update_needs_is_left() -> None:
     assert activation_budget(10**9, small()) == 0.8 * 10**9 - UPDATE_BYTES * small().num_parameters
-
-
-def test_free_memory_is_what_the_system_and_the_container_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("longread.outer_loop.memory.MEMORY_INFO", info := tmp_path / "meminfo")
-    monkeypatch.setattr("longread.outer_loop.memory.CONTROL_GROUP", tmp_path)
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}.__getitem__)
-    assert free_bytes(CPU) == 2**31  # neither: macOS
-    info.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  5000 kB\n")
-    assert free_bytes(CPU) == 5000 * 1024
-    (tmp_path / "memory.current").write_text("3000000\n")
-    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 700000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(CPU) == 5000 * 1024
-    (tmp_path / "memory.max").write_text("4000000\n")
-    assert free_bytes(CPU) == 1_700_000
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     parser.add_argument("--keys", metavar="FILE", help="lines of a tenant and an API key")
-    parser.add_argument("--device-memory", type=float, metavar="GIB", help="for sessions where the model computes")
-    parser.add_argument("--host-memory", type=float, metavar="GIB", help="for sessions in the host's memory")
+    parser.add_argument(
+        "--device-memory",
+        type=float,
+        metavar="GIB",
+        help="for sessions where the model computes (default: 70%% of what is free)",
+    )
+    parser.add_argument(
+        "--host-memory",
+        type=float,
+        metavar="GIB",
+        help="for others, in the host's memory (default: 70%% of what is free; on a CPU, what the first leaves)",
+    )
     parser.add_argument("--disk", type=float, metavar="GIB", help="for sessions on the disk")
     parser.add_argument("--max-sessions", type=positive, metavar="N", help="of all tenants together")
     parser.add_argument("--max-batch", type=positive, default=32, metavar="N", help="computed together (default 32)")

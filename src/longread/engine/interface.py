@@ -53,12 +53,14 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What an engine may use; None: no limit."""
+    """What an engine may use; None: no limit, but for memory."""
 
     device_bytes: int | None = None
-    """Of sessions where the model computes; beyond it the least recently used move to the host's memory."""
+    """Of sessions where the model computes; beyond it the least recently used move to the host's memory. None: 70 % of
+    what is free there when the engine starts, in its container if that has a limit."""
     host_bytes: int | None = None
-    """Of sessions in the host's memory; beyond it the least recently used move to the disk."""
+    """Of sessions in the host's memory beside those; beyond it the least recently used move to the disk, and without a
+    disk none can be created. None: 70 % of what is free; on a CPU, what `device_bytes` leaves of that."""
     disk_bytes: int | None = None
     """Of session files; beyond it no session can be created."""
     max_sessions: int | None = None

@@ -91,7 +91,8 @@ class Keeping:
             return
         store, job, tokens, held = self.store, reader.job, reader.unlogged, self.store.saved(reader.id)
         unchanged = (held.position, held.learn) == (reader.position, reader.learn) and held.generation > 0
-        if not always and unchanged and not reader.logged and not tokens:
+        empty = not reader.position and not held.generation  # its facts are all there is
+        if not always and (unchanged or empty) and not reader.logged and not tokens:
             done(True)
             return
         if reader.restoring:

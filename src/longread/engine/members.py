@@ -45,18 +45,25 @@ class Members:
 
     def new(self, owner: str, label: str, learn: bool) -> Reader:
         """The same for a session, if there is room for one more. Raises `Busy`."""
-        limits, count, largest = self._limits, len(self.present), self._worker.tiers.largest
+        limits, count = self._limits, len(self.present)
         if self.closed:
             raise closing()
         if limits.max_sessions is not None and count >= limits.max_sessions:
             most = limits.max_sessions
             raise Busy(f"there are {count} sessions of at most {most}; delete one, or try again later", 30)
-        self._keeping.check_room(largest, limits.disk_bytes)
-        if self._keeping.store is None and limits.device_bytes is not None and limits.host_bytes is not None:
-            room = limits.device_bytes + limits.host_bytes
-            if (count + 1) * largest > room:
-                raise Busy(f"{count} sessions fill the {room} bytes there are; delete one, or try again later", 30)
+        self._keeping.check_room(self._worker.tiers.largest, limits.disk_bytes)
+        self._check_memory(count)
         return self.bare(owner, label, learn)
+
+    def _check_memory(self, count: int) -> None:
+        """Raises `Busy` where `count` sessions fill the memory and cannot go to a disk."""
+        tiers, readers = self._worker.tiers, self._worker.readers.values()
+        room, remedy = tiers.device_bytes + tiers.host_bytes, "delete one, or try again later"
+        if self._keeping.store is None and (count + 1) * tiers.largest > room:
+            raise Busy(f"{count} sessions fill the {room} bytes there are; {remedy}", 30)
+        used = tiers.usage(readers)
+        if tiers.disk_refuses and used["device"] + used["host"] + tiers.largest > room:
+            raise Busy(f"{count} sessions fill the memory for them, and the disk takes none; {remedy}", 30)
 
     def twin(self, origin: Reader, twin: Reader) -> Reader:
         """Gives `twin` what `origin` has read."""

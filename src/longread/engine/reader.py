@@ -21,7 +21,7 @@ Tier = Literal["device", "host", "disk"]
 
 KEPT_ANSWERS = 4
 """Appends of a session that are answered a second time without being read a second time: the newest."""
-KEPT_LOSSES = 65_536
+KEPT_LOSSES = 4096
 """Most tokens of an append whose losses are kept for that."""
 
 

@@ -6,6 +6,7 @@ Moves take long, so they are made by a thread of their own, from one value to an
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Protocol
@@ -14,15 +15,17 @@ import torch
 
 from longread.config import UserError
 from longread.engine.interface import Limits
-from longread.engine.lanes import Lanes, largest_session
+from longread.engine.lanes import HOST, Lanes, largest_session
 from longread.engine.reader import Reader
 from longread.inner_loop import ReadingState
 from longread.inner_loop.batches import moved_to
 from longread.inner_loop.capture import undisturbed
-from longread.model import Transformer
+from longread.model import Transformer, free_bytes
 
 SHARE = 0.7
-"""Of the free memory of a GPU that sessions may take where no limit is given; the rest is for computing."""
+"""Of free memory that sessions may take where no limit is given; the rest is for computing, and for copies."""
+REFUSED_SECONDS = 30.0
+"""After a disk has taken no session until it is tried again."""
 
 
 def least_device_bytes(model: Transformer) -> int:
@@ -30,10 +33,26 @@ def least_device_bytes(model: Transformer) -> int:
     return 2 * largest_session(model)
 
 
+def budget(model: Transformer, limits: Limits) -> tuple[int, int]:
+    """Bytes for sessions on the device, and beside it in the host's memory; a share of what is free now, by default.
+
+    On a CPU both are one memory: by default it is all the device's, and sessions go from there to the disk.
+    """
+    device, host = limits.device_bytes, limits.host_bytes
+    free = int(SHARE * free_bytes(HOST))
+    if model.device.type == "cuda":
+        if device is None:
+            device = int(SHARE * torch.cuda.mem_get_info(model.device)[0])
+        return device, free if host is None else host
+    if device is None:
+        device = max(least_device_bytes(model), free - (host or 0))
+    return device, max(0, free - device) if host is None else host
+
+
 class Keeper(Protocol):
     """What moves sessions to the disk and back."""
 
-    def keep(self, reader: Reader, done: Callable[[bool], None]) -> None:
+    def keep(self, reader: Reader, done: Callable[[bool | UserError], None]) -> None:
         """Makes a reader durable as it is, then calls `done` in the engine's thread, and says whether it could."""
 
     def fetch(self, reader: Reader) -> None:
@@ -53,11 +72,10 @@ class Tiers:
     ) -> None:
         self.model, self.limits, self.lanes, self._mover, self._post = model, limits, lanes, mover, post
         self.largest = largest_session(model)
-        self.device_bytes = limits.device_bytes
-        if self.device_bytes is None and model.device.type == "cuda":
-            self.device_bytes = int(SHARE * torch.cuda.mem_get_info(model.device)[0])
+        self.device_bytes, self.host_bytes = budget(model, limits)
+        self._disk_refuses_until = 0.0
         least = least_device_bytes(model)
-        if self.device_bytes is not None and self.device_bytes < least:
+        if self.device_bytes < least:
             raise UserError(
                 f"device_bytes is {self.device_bytes}; one session of this model and the place where it writes "
                 f"need {least}, so allow at least that"
@@ -78,12 +96,11 @@ class Tiers:
         if reader.tier == "device":
             return True
         others = [other for other in readers if other is not reader]
-        limit, used = self.device_bytes, self.usage(others)["device"]
-        if (
-            limit is not None
-            and used + self.largest > limit
-            and (self._relieve(others, used + self.largest - limit) or any(self._in_use(other) for other in others))
-        ):
+        used = self.usage(others)
+        if used["host"] > self.host_bytes and any(other.moving and other.tier == "host" for other in others):
+            return False  # until the disk has taken them
+        too_much = used["device"] + self.largest - self.device_bytes
+        if too_much > 0 and (self._relieve(others, too_much) or any(self._in_use(other) for other in others)):
             return False
         if reader.tier == "disk":
             keeper.fetch(reader)
@@ -93,14 +110,17 @@ class Tiers:
 
     def admits(self, readers: Iterable[Reader]) -> bool:
         """Whether work for one more session can begin: all that is under way must fit on the device when it is done."""
-        if self.device_bytes is None:
-            return True
         started = sum(reader.lane is None and any(job.started for job in reader.jobs) for reader in readers)
         return not started or self.lanes.nbytes + (started + 1) * self.largest <= self.device_bytes
 
     def has_room(self, readers: Iterable[Reader]) -> bool:
         """Whether one more session can lie on the device."""
-        return self.device_bytes is None or self.usage(readers)["device"] + self.largest <= self.device_bytes
+        return self.usage(readers)["device"] + self.largest <= self.device_bytes
+
+    @property
+    def disk_refuses(self) -> bool:
+        """Whether the disk has just failed to take a session."""
+        return time.monotonic() < self._disk_refuses_until
 
     def make_lane(self, readers: Iterable[Reader]) -> bool:
         """Whether there is an empty lane; if not, room may be being made for one."""
@@ -112,7 +132,7 @@ class Tiers:
             return False
         used = self.usage(readers)["device"]
         for more in (max(1, min(count, lanes.most - count)), 1):
-            too_much = 0 if self.device_bytes is None else used + more * lanes.lane_nbytes - self.device_bytes
+            too_much = used + more * lanes.lane_nbytes - self.device_bytes
             if too_much <= 0 or (count == 0 and more == 1 and not self._relieve(readers, too_much)):
                 lanes.grow(lanes.lanes + more)
                 return True
@@ -123,18 +143,19 @@ class Tiers:
         """Moves down what is too much."""
         readers = list(readers)
         used = self.usage(readers)
-        if self.device_bytes is not None and used["device"] > self.device_bytes:
+        if used["device"] > self.device_bytes:
             self._relieve(readers, used["device"] - self.device_bytes)
-        if self.limits.host_bytes is not None and used["host"] > self.limits.host_bytes:
-            too_much = used["host"] - self.limits.host_bytes
-            for reader in sorted(readers, key=lambda reader: reader.used):
-                if too_much <= 0:
-                    break
-                if reader.tier == "host" and reader.durable and not reader.moving and not reader.jobs:
-                    too_much -= reader.nbytes
+        too_much = used["host"] - self.host_bytes
+        for reader in sorted(readers, key=lambda reader: (bool(reader.jobs), reader.used)):
+            if too_much <= 0 or self.disk_refuses:
+                break
+            if reader.tier == "host" and (reader.moving or self._can_be_dropped(reader)):
+                too_much -= reader.nbytes
+                if not reader.moving:
                     self._drop(reader, keeper)
-                elif reader.tier == "host" and reader.moving:
-                    too_much -= reader.nbytes
+
+    def _can_be_dropped(self, reader: Reader) -> bool:
+        return reader.durable and not any(job.started or job.replay for job in reader.jobs)
 
     def _in_use(self, reader: Reader) -> bool:
         return reader.tier == "device" and (reader.moving or reader.lane is not None or bool(reader.jobs))
@@ -190,9 +211,11 @@ class Tiers:
     def _drop(self, reader: Reader, keeper: Keeper) -> None:
         state, reader.moving = reader.state, True
 
-        def done(kept: bool) -> None:
+        def done(kept: bool | UserError) -> None:
             reader.moving = False
-            if kept and reader.state is state and not reader.jobs:
+            if isinstance(kept, UserError):
+                self._disk_refuses_until = time.monotonic() + REFUSED_SECONDS
+            elif kept and reader.state is state and self._can_be_dropped(reader):
                 reader.state, reader.tier = None, "disk"
 
         keeper.keep(reader, done)

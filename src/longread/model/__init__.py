@@ -1,6 +1,6 @@
 """The network, and nothing about how it is trained."""
 
-from longread.model.device import find_device
+from longread.model.device import find_device, free_bytes
 from longread.model.fingerprint import fingerprint_of
 from longread.model.mixers.attention import Attention, Past, Ring
 from longread.model.transformer import FastWeights, MixerPast, Transformer, initialize
@@ -14,5 +14,6 @@ __all__ = [
     "Transformer",
     "find_device",
     "fingerprint_of",
+    "free_bytes",
     "initialize",
 ]

@@ -26,7 +26,6 @@ from longread.outer_loop.memory import (
     activation_budget,
     choose_recompute,
     fit,
-    free_bytes,
     graph_bytes,
 )
 
@@ -39,7 +38,6 @@ __all__ = [
     "choose_recompute",
     "end_to_end_loss",
     "fit",
-    "free_bytes",
     "graph_bytes",
     "static_loss",
 ]

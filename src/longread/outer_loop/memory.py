@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
 from longread.config import Loss, ModelConfig, RunConfig
+from longread.model import free_bytes
 
 Schedule = Literal["none", "blocks", "sqrt", "step"]
 """In the order of extra work; explained in `longread.outer_loop`."""
@@ -18,7 +17,6 @@ SHARE = 0.8
 """Of free memory that may be counted on."""
 UPDATE_BYTES = 12
 """Of each parameter, when it is trained: its gradient and the two moments of AdamW."""
-MEMORY_INFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 MIXER_NUMBERS = {"attention": (13, 0), "mamba2": (25, 25), "gated_deltanet": (25, 25), "ttt_kvb": (50, 0)}
 """Numbers a token that a mixer keeps with its norms, as multiples of D: in the type of the products, and in float32."""
@@ -160,33 +158,3 @@ def step_bytes(config: ModelConfig, batch_size: int, itemsize: int, *, kernels: 
         scores = 5 * config.num_heads * (config.window_size + M)
         numbers, held = S * (44 * D + 20 * F) + attentions * scores, 3 * weights
     return B * M * numbers * itemsize + held, weights + past
-
-
-def free_bytes(device: torch.device) -> int:
-    """What programs can still take: of a GPU, or of the machine, or of the container if that leaves less."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    found = [size for size in (_available(MEMORY_INFO), _left_to_container(CONTROL_GROUP)) if size is not None]
-    if not found:  # macOS does not say what is free
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min(found)
-
-
-def _available(info: Path) -> int | None:
-    """Of Linux: what is free, and what the system would give up, like copies of files."""
-    try:
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
-        return int(lines["MemAvailable"].removesuffix("kB")) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def _left_to_container(group: Path) -> int | None:
-    """Of its limit (control groups, version 2), copies of files not counted as used; None: there is no limit."""
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return max(0, limit - used + int(counts["inactive_file"]))
-    except (OSError, KeyError, ValueError):  # "max" is no number
-        return None

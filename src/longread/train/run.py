@@ -32,8 +32,8 @@ import torch
 from longread import checkpoint, files, record
 from longread.config import Precision, RunConfig, UserError
 from longread.data import Batch, Sampler, TokenDataset
-from longread.model import Transformer, find_device, initialize
-from longread.outer_loop import activation_budget, fit, free_bytes
+from longread.model import Transformer, find_device, free_bytes, initialize
+from longread.outer_loop import activation_budget, fit
 from longread.train.captured import CapturedGradient
 from longread.train.gradient import accumulate_gradient
 from longread.train.optimizer import gradient_norm, make_optimizer, optimizer_tensors, restore_optimizer, update
