@@ -1,52 +1,77 @@
-"""A page of an experiment in the making, and how its tables write numbers."""
+"""Pages of experiments: tables made of results.json, plots, and how tables write numbers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+Data = Mapping[str, Any]
+"""What a results.json holds."""
 
 
-@dataclass
-class Page:
-    """One experiment: its tables and plots, gathered before anything is written."""
+@dataclass(frozen=True)
+class Table:
+    """A table below its caption, by which it is found again in a page."""
 
-    slug: str
-    title: str
-    questions: str
-    parts: list[str] = field(default_factory=list)
-    results: dict[str, Any] = field(default_factory=dict)
-    plots: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
-    def table(self, caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        rows = [list(row) for row in rows]
-        if rows:
-            lines = [
-                " | ".join(head),
-                "|".join(["---"] + ["--:"] * (len(head) - 1)),
-                *(" | ".join(row) for row in rows),
-            ]
-            self.parts.append(
-                caption + "\n\n" + "\n".join(f"| {line} |" if i != 1 else f"|{line}|" for i, line in enumerate(lines))
-            )
+    @property
+    def text(self) -> str:
+        lines = [" | ".join(self.head), *(" | ".join(row) for row in self.rows)]
+        ruled = [f"| {line} |" for line in lines]
+        ruled.insert(1, f"|{'|'.join(['---'] + ['--:'] * (len(self.head) - 1))}|")
+        return self.caption + "\n\n" + "\n".join(ruled)
 
-    def plot(self, name: str, caption: str, draw: Callable[[Path], None]) -> None:
-        self.plots[name] = draw
-        self.parts.append(f"![{caption}]({name}.png)")
 
-    def write(self, folder: Path, overwrite: bool) -> None:
-        """Plots and results.json; README.md too if there is none, or to begin anew."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in self.plots.items():
-            draw(folder / f"{name}.png")
-        text = json.dumps(rounded(self.results), indent=1, ensure_ascii=False)
-        (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        readme = folder / "README.md"
-        if overwrite or not readme.exists():
-            text = "\n\n".join([f"# {self.title}", self.questions, *self.parts])
-            readme.write_text(text + "\n", encoding="utf-8")
+class Plot(NamedTuple):
+    """A PNG: its name, what it shows, and how it is drawn."""
+
+    name: str
+    caption: str
+    draw: Callable[[Path], None]
+
+
+def write(folder: Path, heading: str, results: Data, tables: Iterable[Table], plots: Iterable[Plot]) -> None:
+    """results.json, plots and README.md: a new page begins with `heading`, of one that is there the tables change."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    parts = [heading, *(table.text for table in tables)]
+    for plot in plots:
+        plot.draw(folder / f"{plot.name}.png")
+        parts.append(f"![{plot.caption}]({plot.name}.png)")
+    readme = folder / "README.md"
+    text = with_tables(readme, tables) if readme.exists() else "\n\n".join(parts) + "\n"
+    readme.write_text(text, encoding="utf-8")
+
+
+def with_tables(readme: Path, tables: Iterable[Table]) -> str:
+    """The text of a page with each of `tables` in the place of the one below the same caption."""
+    text = readme.read_text(encoding="utf-8")
+    for table in tables:
+        before, found, after = text.partition(f"\n{table.caption}\n\n|")
+        if not found:
+            raise SystemExit(f"{readme} has no table below {table.caption!r}; write that line and a first row there")
+        _, gap, rest = after.partition("\n\n")
+        text = f"{before}\n{table.text}{gap or chr(10)}{rest}"
+    return text
+
+
+def as_stored(results: Any) -> Any:
+    """What comes back from results.json: numbers to six digits, keys as text."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.6g}")
+        if isinstance(value, dict):
+            return {key: rounded(entry) for key, entry in value.items()}
+        return [rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    return json.loads(json.dumps(rounded(results)))
 
 
 def number(value: float | None) -> str:
@@ -63,12 +88,3 @@ def interval(estimate: dict[str, Any]) -> str:
 
 def signed(estimate: dict[str, Any]) -> str:
     return f"{estimate['mean']:+.3f} ({estimate['low']:+.3f} … {estimate['high']:+.3f})".replace("-", "−")
-
-
-def rounded(value: Any) -> Any:
-    """Numbers to six digits: a file for people too."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
-    return [rounded(entry) for entry in value] if isinstance(value, list | tuple) else value

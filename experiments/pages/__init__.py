@@ -1,4 +1,8 @@
-"""The pages of the experiments, a module each: `make` gathers one, and without the jobs in `NEEDS` there is none."""
+"""The pages of the experiments, a module each.
+
+`gather` makes what results.json holds of the results of the jobs in `NEEDS`, `tables` the tables of that alone, and
+`plots` the figures. The last two modules have no `gather`: other commands left their files of figures.
+"""
 
 from __future__ import annotations
 

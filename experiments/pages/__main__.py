@@ -1,53 +1,88 @@
-"""Pages from what `experiments.run` left: tables, plots and results.json of each experiment; text comes by hand.
+"""The pages of the experiments: every table again from the results.json beside it, or all of a new round.
 
+    python -m experiments.pages
     python -m experiments.pages first.tar.xz second.tar.xz --date 2026-11-22
 
-Makes experiments/DATE_SLUG/ with README.md (tables, and the questions that the text must answer), results.json (every
-figure of the tables) and PNG plots on a transparent ground, readable in light and dark. A page that is there already
-keeps its README.md; give --overwrite to begin anew. Nothing is made of an experiment without results.
+The first writes the tables of each page anew and nothing else: text is written by hand. The second takes what
+`experiments.run` left and makes experiments/DATE_SLUG/ with results.json (every figure of the tables), plots in PNG
+and, where there is none yet, a README.md that begins with the questions the text must answer; later archives win, and
+nothing is made of an experiment without results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from experiments.page import Table, as_stored, with_tables, write
 from experiments.pages import (
     ablations,
     boxed,
     context,
     decoding,
+    demo,
     derivation,
     meta,
     needles,
     rates,
+    speculative,
     stability,
     toy,
 )
 from experiments.results import Results
 
 HERE = Path(__file__).resolve().parents[1]
+CARD = HERE.parent / "models" / "longread-small" / "README.md"
 PAGES = (boxed, context, rates, meta, stability, ablations, derivation, toy, needles, decoding)
+OTHERS = (demo, speculative)
+"""Of other commands, each of which left several files of figures."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archives", nargs="+", type=Path, help="results.tar.xz, later ones win")
-    parser.add_argument("--date", required=True)
+    parser.add_argument("archives", nargs="*", type=Path, help="results.tar.xz; without any: the tables again")
+    parser.add_argument("--date", help="of the round that the archives hold")
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--overwrite", action="store_true")
     options = parser.parse_args()
+    if not options.archives:
+        for page, text in again().items():
+            page.write_text(text, encoding="utf-8")
+        return 0
+    if not options.date:
+        parser.error("archives need --date")
     found = Results()
     for archive in options.archives:
         found.load(archive)
     for module in PAGES:
-        page = module.make(found) if all(name in found.evaluations for name in module.NEEDS) else None
-        if page is not None and page.parts:
-            folder = options.out / f"{options.date}_{page.slug}"
-            page.write(folder, options.overwrite)
+        results = module.gather(found) if all(name in found.evaluations for name in module.NEEDS) else {}
+        if results:
+            folder = options.out / f"{options.date}_{module.SLUG}"
+            stored = as_stored(results)
+            write(folder, module.HEADING, stored, list(module.tables(stored)), module.plots(found))
             print(folder)
     return 0
+
+
+def again() -> dict[Path, str]:
+    """What each page is, with its tables made anew from the figures that are kept; the model card among them."""
+    pages = {}
+    for module in PAGES:
+        for folder in HERE.glob(f"*_{module.SLUG}"):
+            made = list(module.tables(json.loads((folder / "results.json").read_text(encoding="utf-8"))))
+            pages |= _with_tables(folder / "README.md", made)
+            if module is boxed:
+                pages |= _with_tables(CARD, made)
+    for other in OTHERS:
+        for folder in HERE.glob(f"*_{other.SLUG}"):
+            files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+            pages |= _with_tables(folder / "README.md", list(other.tables(files)))
+    return pages
+
+
+def _with_tables(page: Path, tables: list[Table]) -> dict[Path, str]:
+    return {page: with_tables(page, tables)}
 
 
 if __name__ == "__main__":

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from experiments.figures import Line, Panel, plot
-from experiments.page import Page, number, signed
+from experiments.page import Data, Plot, Table, number, signed
 from experiments.pages import KINDS, TITLES, unit_of
 from experiments.plan import BOXED
 from experiments.results import Curve, Results, short
 
+SLUG = "boxed-model"
+HEADING = """# The model in the box
+
+What does it gain by learning while it reads, and how far?"""
 NEEDS = (BOXED,)
 READINGS = {
     "TTT-E2E (boxed), learning": (BOXED, "learning"),
@@ -18,57 +25,61 @@ READINGS = {
 HEALTH = ("steps", "mean_gradient_norm", "largest_gradient_norm", "clipped_share", "drift")
 TICKS = [64, 256, 1024, 4096, 16384, 65536]
 STAGES = {"after 4000 steps at 1K": "", "extended to 8K": "-8", "extended to 32K": "-32"}
+FINISHED = "extended to 32K"
 LENGTHS = (1, 8, 32, 64)
 
 
-def make(found: Results) -> Page:
-    page = Page("boxed-model", "The model in the box", "What does it gain by learning while it reads, and how far?")
-    gains = {}
+def gather(found: Results) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     for kind in KINDS:
         bins = {name: found.bins(job, f"{kind}-64", reading) for name, (job, reading) in READINGS.items()}
-        page.results |= {f"{name}, {kind}": row for name, row in bins.items() if row}
-        positions = list(bins["TTT-E2E (boxed), learning"])
-        page.table(
-            f"{kind.capitalize()}, by position in stretches of 64K tokens, twice the longest of training:",
-            ["", *positions],
-            ([name, *(number(row.get(position)) for position in positions)] for name, row in bins.items() if row),
-        )
+        results |= {f"{name}, {kind}": row for name, row in bins.items() if row}
         read = found.reading(BOXED, f"{kind}-64", "learning")
         if read:
-            gains[kind] = {row["context_length"]: row["gain_over_frozen"] for row in read["by_context_length"]}
-            page.results[f"gain by context length, {kind}"] = gains[kind]
-            page.results[f"health, {kind}"] = {key: read["health"][key] for key in HEALTH}
-    if gains:
-        page.table(
-            "Gain over frozen, mean over the first T tokens, 95 % interval over stretches:",
-            ["", *map(short, gains["books"])],
-            [[kind, *(signed(gain) for gain in row.values())] for kind, row in gains.items()],
-        )
-    by_length(found, page)
-    panel = Panel(
-        "What learning while reading adds",
-        [Line(TITLES[kind], against(found, kind, (BOXED, "frozen"), (BOXED, "learning"))) for kind in KINDS],
-        "nats per token gained over frozen", "token index", zero="frozen", ticks=TICKS,
-    )  # fmt: skip
-    page.plot("gain", "Gain of learning over frozen reading by token index", plot(panel, width=7, labels=0.16))
-    if "twin-swa-32" in found.evaluations:
-        page.plot("twins", "Loss minus that of the SWA twin by token index", plot(*(twins(found, k) for k in KINDS)))
-    return page
-
-
-def by_length(found: Results, page: Page) -> None:
-    """Means over stretches of each length, of the finished models; of those before the extensions in results.json."""
-    rows = []
+            gains = {row["context_length"]: row["gain_over_frozen"] for row in read["by_context_length"]}
+            results[f"gain by context length, {kind}"] = gains
+            results[f"health, {kind}"] = {key: read["health"][key] for key in HEALTH}
     for name, (job, reading) in READINGS.items():
         for stage, suffix in STAGES.items():
             at = job.removesuffix("-32") + suffix
             losses = {f"{kind} {L}K": found.loss(at, f"{kind}-{L}", reading) for kind in KINDS for L in LENGTHS}
             if any(losses.values()):
-                page.results[f"{name}, {stage}"] = losses
-        if any(losses.values()):
-            rows.append([name, *map(number, losses.values())])
-    head = (f"{kind} {L}K" for kind in KINDS for L in LENGTHS)
-    page.table("Mean over stretches of each length (64K is beyond all training):", ["", *head], rows)
+                results[f"{name}, {stage}"] = losses
+    return results
+
+
+def tables(results: Data) -> Iterator[Table]:
+    """By position; the gain over frozen; and means by length of the finished models."""
+    for kind in KINDS:
+        bins = {name: results[key] for name in READINGS if (key := f"{name}, {kind}") in results}
+        yield Table(
+            f"{kind.capitalize()}, by position in stretches of 64K tokens, twice the longest of training:",
+            ["", *bins["TTT-E2E (boxed), learning"]],
+            [[name, *map(number, row.values())] for name, row in bins.items()],
+        )
+    gains = {kind: results[f"gain by context length, {kind}"] for kind in KINDS}
+    yield Table(
+        "Gain over frozen, mean over the first T tokens, 95 % interval over stretches:",
+        ["", *(short(int(length)) for length in gains["books"])],
+        [[kind, *map(signed, row.values())] for kind, row in gains.items()],
+    )
+    rows = {name: results[key] for name in READINGS if (key := f"{name}, {FINISHED}") in results}
+    yield Table(
+        "Mean over stretches of each length (64K is beyond all training):",
+        ["", *(f"{kind} {L}K" for kind in KINDS for L in LENGTHS)],
+        [[name, *map(number, losses.values())] for name, losses in rows.items()],
+    )
+
+
+def plots(found: Results) -> Iterator[Plot]:
+    panel = Panel(
+        "What learning while reading adds",
+        [Line(TITLES[kind], against(found, kind, (BOXED, "frozen"), (BOXED, "learning"))) for kind in KINDS],
+        "nats per token gained over frozen", "token index", zero="frozen", ticks=TICKS,
+    )  # fmt: skip
+    yield Plot("gain", "Gain of learning over frozen reading by token index", plot(panel, width=7, labels=0.16))
+    if "twin-swa-32" in found.evaluations:
+        yield Plot("twins", "Loss minus that of the SWA twin by token index", plot(*(twins(found, k) for k in KINDS)))
 
 
 def twins(found: Results, kind: str) -> Panel:

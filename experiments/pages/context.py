@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from typing import Any
 
 from experiments.figures import Line, Panel, plot
-from experiments.page import Page, number
+from experiments.page import Data, Plot, Table, number
 from experiments.pages import KINDS, NAMES, TITLES, job, unit_of
-from experiments.pages.seeds import LENGTHS, SEEDS, BySeed, by_seed, line, mean_line, minus, named, spread, whole
+from experiments.pages.seeds import (
+    LENGTHS,
+    SEEDS,
+    BySeed,
+    by_seed,
+    line,
+    mean_line,
+    minus,
+    named,
+    spread,
+    stored,
+    whole,
+)
 from experiments.plan import METHODS, UNIT
 from experiments.results import Results
 
+SLUG = "context-length"
+HEADING = """# Loss by context length and by token index
+
+Does TTT-E2E use a longer context as full attention does, and the others not?"""
 NEEDS = ("e2e-s0-32", "swa-s0-32", "full-s0-32")
 TICKS = [L * UNIT for L in LENGTHS]
 LONGER = {"SWA, 54 % more tokens": "swa-longer", "first-order, 35 % more tokens": "meta-first-order-longer"}
 """As many operations as TTT-E2E takes at 1K."""
+FORGOTTEN = "loss at 1K after minus before the extension"
 HEAD = ["", *(f"{L}K" for L in LENGTHS)]
 READINGS = {
     "TTT-E2E": ("e2e", None),
@@ -24,35 +43,43 @@ READINGS = {
 }
 
 
-def make(found: Results) -> Page:
-    page = Page(
-        "context-length",
-        "Loss by context length and by token index",
-        "Does TTT-E2E use a longer context as full attention does, and the others not?",
-    )
-    absolute, relative, by_index = [], [], []
+def gather(found: Results) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     for kind in KINDS:
-        losses = {method: rows for method in METHODS if (rows := by_seed(found, method, kind))}
-        longer = {name: by_seed(found, method, kind) for name, method in LONGER.items()}
-        page.results |= {f"loss, {kind}": losses} | {f"loss, {kind}, {name}": rows for name, rows in longer.items()}
-        tables(page, kind, losses, longer)
-        absolute.append(absolute_panel(kind, losses))
-        relative.append(relative_panel(kind, losses, longer))
-        by_index.append(index_panel(found, page, kind))
-    forgotten(found, page)
-    page.plot("context", "Loss minus SWA's by context length", plot(*relative, width=11, height=4.6, labels=0.55))
-    page.plot("loss", "Loss by context length", plot(*absolute))
-    page.plot("index", "Loss minus SWA's by token index in stretches of 32K", plot(*by_index))
-    page.results["same job twice"] = {
+        results[f"loss, {kind}"] = {m: rows for m in METHODS if (rows := by_seed(found, m, kind))}
+        results |= {f"loss, {kind}, {name}": by_seed(found, m, kind) for name, m in LONGER.items()}
+        for name, (method, reading) in READINGS.items():
+            for seed in read_by_index(found, kind):
+                bins = found.bins(job(method, seed, 32), f"{kind}-32", reading)
+                results[f"by index, {kind}, {name}, seed {seed}"] = bins
+    for method in METHODS:
+        for kind in KINDS:
+            results[f"{FORGOTTEN}, {NAMES[method]}, {kind}"] = forgotten(found, method, kind)
+    results["same job twice"] = {
         f"{name}, {what}": values for (name, what), values in sorted(found.repeats.items()) if name[:3] != "box"
     }
-    return page
+    return results
 
 
-def tables(page: Page, kind: str, losses: dict[str, BySeed], longer: dict[str, BySeed]) -> None:
+def tables(results: Data) -> Iterator[Table]:
+    for kind in KINDS:
+        yield from by_length(results, kind)
+        yield by_index(results, kind)
+    rows = []
+    for name in map(NAMES.__getitem__, METHODS):
+        cells = [spread(stored(results[f"{FORGOTTEN}, {name}, {kind}"]), 1) for kind in KINDS]
+        if any(cells):
+            rows.append([name, *cells])
+    yield Table(
+        "Extended to 32K and read at 1K, minus before the extension: mean (range; number of seeds):", ["", *KINDS], rows
+    )
+
+
+def by_length(results: Data, kind: str) -> Iterator[Table]:
+    losses = {method: stored(rows) for method, rows in results[f"loss, {kind}"].items()}
     means = {NAMES[method]: whole(rows) for method, rows in losses.items()}
-    means |= {name: whole(rows) for name, rows in longer.items() if rows}
-    page.table(
+    means |= {name: whole(rows) for name in LONGER if (rows := stored(results[f"loss, {kind}, {name}"]))}
+    yield Table(
         f"{kind.capitalize()}, mean over the seeds that reach the longest context:",
         ["", "seeds", *HEAD[1:]],
         [
@@ -62,7 +89,7 @@ def tables(page: Page, kind: str, losses: dict[str, BySeed], longer: dict[str, B
         ],
     )
     pairs = [("e2e", m) for m in losses if m != "e2e"] + [("full", "swa")]
-    page.table(
+    yield Table(
         f"{kind.capitalize()}, differences at equal seeds: mean (range; number of seeds):",
         HEAD,
         [
@@ -71,7 +98,7 @@ def tables(page: Page, kind: str, losses: dict[str, BySeed], longer: dict[str, B
             if a in losses and b in losses
         ],
     )
-    page.table(
+    yield Table(
         f"{kind.capitalize()}, every run:",
         HEAD,
         [
@@ -82,25 +109,48 @@ def tables(page: Page, kind: str, losses: dict[str, BySeed], longer: dict[str, B
     )
 
 
-def forgotten(found: Results, page: Page) -> None:
-    """Whether an extension has lost what the model that it started from could do."""
-    rows = []
-    for method in METHODS:
-        cells = []
-        for kind in KINDS:
-            change: BySeed = {}
-            for seed in SEEDS:
-                base, extension, what = job(method, seed, 1), job(method, seed, 32), f"{kind}-1"
-                before, after = found.loss_before(base, extension, what), found.loss(extension, what)
-                if before is not None and after is not None:
-                    change[seed] = {1: after - before}
-            page.results[f"loss at 1K after minus before the extension, {NAMES[method]}, {kind}"] = change
-            cells.append(spread(change, 1))
-        if any(cells):
-            rows.append([NAMES[method], *cells])
-    page.table(
-        "Extended to 32K and read at 1K, minus before the extension: mean (range; number of seeds):", ["", *KINDS], rows
+def by_index(results: Data, kind: str) -> Table:
+    bins = {
+        name: {seed: results[key] for seed in SEEDS if (key := f"by index, {kind}, {name}, seed {seed}") in results}
+        for name in READINGS
+    }
+    seeds = list(bins["SWA"])
+    positions = list(bins["SWA"][seeds[0]])
+    return Table(
+        f"{kind.capitalize()}, by token index in stretches of 32K, mean of {named(seeds)}:",
+        ["", *positions],
+        [
+            [name, *(number(statistics.mean(row[position] for row in rows.values())) for position in positions)]
+            for name, rows in bins.items()
+        ],
     )
+
+
+def plots(found: Results) -> Iterator[Plot]:
+    results = {kind: {m: rows for m in METHODS if (rows := by_seed(found, m, kind))} for kind in KINDS}
+    longer = {kind: {name: by_seed(found, m, kind) for name, m in LONGER.items()} for kind in KINDS}
+    relative = (relative_panel(kind, results[kind], longer[kind]) for kind in KINDS)
+    yield Plot("context", "Loss minus SWA's by context length", plot(*relative, width=11, height=4.6, labels=0.55))
+    yield Plot("loss", "Loss by context length", plot(*(absolute_panel(kind, results[kind]) for kind in KINDS)))
+    panels = (index_panel(found, kind) for kind in KINDS)
+    yield Plot("index", "Loss minus SWA's by token index in stretches of 32K", plot(*panels))
+
+
+def read_by_index(found: Results, kind: str) -> list[int]:
+    """The seeds of which every reading in stretches of 32K is there."""
+    what = f"{kind}-32"
+    return [s for s in SEEDS if all(found.bins(job(m, s, 32), what, reading) for m, reading in READINGS.values())]
+
+
+def forgotten(found: Results, method: str, kind: str) -> BySeed:
+    """How much an extension has lost of what the model that it started from could do."""
+    change: BySeed = {}
+    for seed in SEEDS:
+        base, extension, what = job(method, seed, 1), job(method, seed, 32), f"{kind}-1"
+        before, after = found.loss_before(base, extension, what), found.loss(extension, what)
+        if before is not None and after is not None:
+            change[seed] = {1: after - before}
+    return change
 
 
 def absolute_panel(kind: str, losses: dict[str, BySeed]) -> Panel:
@@ -129,25 +179,18 @@ def relative_panel(kind: str, losses: dict[str, BySeed], longer: dict[str, BySee
     return Panel(title, lines, unit_of(kind), "context length, tokens", markers=True, zero="SWA", ticks=TICKS)
 
 
-def index_panel(found: Results, page: Page, kind: str) -> Panel:
-    """Loss minus SWA's of the same seed, mean over the seeds of which every reading is there."""
+def index_panel(found: Results, kind: str) -> Panel:
+    """Loss minus SWA's of the same seed, mean over seeds."""
     what = f"{kind}-32"
-    seeds = [s for s in SEEDS if all(found.bins(job(m, s, 32), what, reading) for m, reading in READINGS.values())]
-    lines, rows = [], []
+    lines = []
     for name, (method, reading) in READINGS.items():
-        curves, bins = [], []
-        for seed in seeds:
+        curves = []
+        for seed in read_by_index(found, kind):
             swa = dict(found.curve(job("swa", seed, 32), what))
             curve = found.curve(job(method, seed, 32), what, reading)
             curves.append([(x, y - swa[x]) for x, y in curve if x >= 128])
-            bins.append(found.bins(job(method, seed, 32), what, reading))
-            page.results[f"by index, {kind}, {name}, seed {seed}"] = bins[-1]
-        if bins:
-            rows.append([name, *(number(statistics.mean(b[position] for b in bins)) for position in bins[0])])
         if method != "swa":
             lines.append(mean_line(name, curves))
-    head = ["", *found.bins(job("swa", seeds[0], 32), what)] if seeds else []
-    page.table(f"{kind.capitalize()}, by token index in stretches of 32K, mean of {named(seeds)}:", head, rows)
     title = f"{TITLES[kind]}: loss minus SWA's, same seed"
     ticks = [128, 512, 2048, 8192, 32768]
     return Panel(title, lines, unit_of(kind), "token index", zero="SWA", ticks=ticks)

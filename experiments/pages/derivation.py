@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from experiments.figures import Line, Panel, plot
-from experiments.page import Page, number
+from experiments.page import Data, Plot, Table, number
 from experiments.pages import KINDS
-from experiments.pages.seeds import by_seed, minus, spread
+from experiments.pages.seeds import by_seed, minus, spread, stored
 from experiments.results import Results, lag
 
+SLUG = "kvb-to-e2e"
+HEADING = """# From key-value binding to the end-to-end loss
+
+Which step of the derivation helps?"""
 NEEDS = ("kvb-s0", "swa-s0")
 JOBS = {
     "swa-s0": "SWA",
@@ -19,28 +26,34 @@ JOBS = {
 LENGTHS = (1, 8, 32)
 
 
-def make(found: Results) -> Page:
-    page = Page("kvb-to-e2e", "From key-value binding to the end-to-end loss", "Which step of the derivation helps?")
-    rows = []
-    for name, title in JOBS.items():
-        losses = {f"{kind} 1K": found.loss(name, f"{kind}-1") for kind in KINDS}
-        if any(losses.values()):
-            page.results[title] = losses
-            rows.append([title, *map(number, losses.values())])
-    page.table("Seed 0, at 1K:", ["", *KINDS], rows)
+def gather(found: Results) -> dict[str, Any]:
+    losses = {title: {f"{kind} 1K": found.loss(name, f"{kind}-1") for kind in KINDS} for name, title in JOBS.items()}
     differences = {kind: minus(by_seed(found, "kvb", kind), by_seed(found, "swa", kind)) for kind in KINDS}
-    page.results["TTT-KVB minus SWA"] = differences
-    page.table(
+    return {title: row for title, row in losses.items() if any(row.values())} | {
+        "TTT-KVB minus SWA": differences,
+        "training loss minus SWA's, by million tokens": {line.name: line.points[::4] for line in lags(found)},
+    }
+
+
+def tables(results: Data) -> Iterator[Table]:
+    rows = [[title, *map(number, results[title].values())] for title in JOBS.values() if title in results]
+    yield Table("Seed 0, at 1K:", ["", *KINDS], rows)
+    differences = {kind: stored(rows) for kind, rows in results["TTT-KVB minus SWA"].items()}
+    yield Table(
         "TTT-KVB − SWA at equal seeds: mean (range; number of seeds):",
         ["", *(f"{L}K" for L in LENGTHS)],
         [[kind, *(spread(rows, L) for L in LENGTHS)] for kind, rows in differences.items()],
     )
-    swa = found.training("swa-s0")
-    lines = [Line(title, lag(found.training(name), swa)) for name, title in JOBS.items() if name != "swa-s0"]
-    page.results["training loss minus SWA's, by million tokens"] = {line.name: line.points[::4] for line in lines}
+
+
+def plots(found: Results) -> Iterator[Plot]:
     panel = Panel(
-        "Training loss minus SWA's, same batches", lines, "nats per token", "million tokens", log=False, zero="SWA",
-        ticks=[20, 40, 60],
+        "Training loss minus SWA's, same batches", lags(found), "nats per token", "million tokens", log=False,
+        zero="SWA", ticks=[20, 40, 60],
     )  # fmt: skip
-    page.plot("training", "Training loss minus that of SWA", plot(panel, width=7.5, labels=0.42))
-    return page
+    yield Plot("training", "Training loss minus that of SWA", plot(panel, width=7.5, labels=0.42))
+
+
+def lags(found: Results) -> list[Line]:
+    swa = found.training("swa-s0")
+    return [Line(title, lag(found.training(name), swa)) for name, title in JOBS.items() if name != "swa-s0"]

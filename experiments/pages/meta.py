@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.figures import Line, Panel, plot
 from experiments.flops import operations
-from experiments.page import Page, number
+from experiments.page import Data, Plot, Table, number
 from experiments.pages import KINDS, job
-from experiments.pages.seeds import SEEDS, by_seed, mean_line, minus, spread
+from experiments.pages.seeds import SEEDS, by_seed, mean_line, minus, spread, stored
 from experiments.plan import EXTENSION_STEPS, PRETRAINING_STEPS, UNIT
 from experiments.results import Results, lag
 
 from longread.recipes import recipe
 
+SLUG = "meta-gradients"
+HEADING = """# Exact, truncated and first-order meta-gradients
+
+What does the exact gradient buy, at equal tokens, at equal operations and at equal time?"""
 NEEDS = ("e2e-s0", "swa-s0", "meta-first-order-s0")
 TITLES = {
     "e2e": "exact",
@@ -39,90 +44,111 @@ EQUAL_OPERATIONS = (
 )
 """Pairs to subtract; the last two say what the additional tokens gain."""
 LENGTHS = (1, 8, 32)
+READ, FROZEN, OPERATIONS = "learning or static", "frozen", "tokens and operations at 1K"
 SPEEDS = json.loads((Path(__file__).resolve().parents[1] / "speeds.json").read_text(encoding="utf-8"))["methods"]
 """Tokens a second at 1K, each on a GPU that it has for itself."""
 
 
-def make(found: Results) -> Page:
-    page = Page(
-        "meta-gradients",
-        "Exact, truncated and first-order meta-gradients",
-        "What does the exact gradient buy, at equal tokens, at equal operations and at equal time?",
-    )
+def gather(found: Results) -> dict[str, Any]:
     costs = {length: operations_of_a_sequence(length) for length in LENGTHS}
-    rows = []
-    by_cost: dict[int, list[Line]] = {length: [] for length in LENGTHS}
+    results: dict[str, Any] = {}
     for method, title in TITLES.items():
-        cells = []
         for kind in KINDS:
             learning, frozen = (by_seed(found, method, kind, reading) for reading in (None, "frozen"))
-            page.results[f"{title}, {kind}"] = {"learning or static": learning, "frozen": frozen}
-            for length in LENGTHS:
-                values = [number(losses.get(0, {}).get(length)) for losses in (learning, frozen)]
-                cells.append(" / ".join(filter(None, values)))
+            results[f"{title}, {kind}"] = {READ: learning, FROZEN: frozen}
         training = found.training(job(method, 0, 1))
-        if any(cells) and training:
+        if training:
             tokens = training[-1][0]
-            page.results[f"{title}, tokens and operations at 1K"] = tokens, costs[1][method] * tokens / UNIT
+            results[f"{title}, tokens and operations at 1K"] = tokens, costs[1][method] * tokens / UNIT
             share = tokens / (PRETRAINING_STEPS * 64 * UNIT)
-            cost = [share * costs[1][method] / costs[1]["swa"]]
-            cost += [share * SPEEDS["swa"]["median"] / speed["median"]] if (speed := speed_of(method)) else []
-            cost_cells = [f"{ratio:.2f}" for ratio in cost] + [""] * (2 - len(cost))
-            rows.append([title, f"{tokens / 1e6:.0f}M", *cost_cells, *cells])
-            for length, total in spent(costs, method, share).items():
-                page.results[f"{title}, operations to {length}K"] = total
-                books = found.loss(job(method, 0, length), f"books-{length}")
-                by_cost[length] += [Line(title, [(total / 1e15, books)])] if books else []
-    columns = (f"{kind} {length}K" for kind in KINDS for length in LENGTHS)
-    head = ["", "tokens at 1K", "operations", "time", *columns]
-    page.table("Seed 0, learning / frozen; operations and time of the training at 1K, × SWA's:", head, rows)
-    page.table(
+            results |= {f"{title}, operations to {L}K": n for L, n in spent(costs, method, share).items()}
+    for a, b in (("meta-first-order", "e2e"), *EQUAL_OPERATIONS):
+        for kind in KINDS:
+            difference = minus(by_seed(found, a, kind), by_seed(found, b, kind))
+            results[f"{TITLES[a]} − {TITLES[b]}, {kind}"] = difference
+    results["training loss minus exact's, by million tokens"] = {line.name: line.points[::4] for line in lags(found)}
+    results["same job twice"] = {
+        f"{name}, {what}": values for (name, what), values in found.repeats.items() if name.startswith("meta-")
+    }
+    return results
+
+
+def tables(results: Data) -> Iterator[Table]:
+    for kind in KINDS:
+        caption = f"{kind.capitalize()}, what the operations of exact buy, at equal seeds"
+        rows = [row_of_differences(results, a, b, kind, LENGTHS) for a, b in EQUAL_OPERATIONS]
+        yield Table(f"{caption}: mean (range; number of seeds):", ["", *(f"{L}K" for L in LENGTHS)], rows)
+    yield Table(
+        "First-order − exact at equal tokens and seeds: mean (range; number of seeds):",
+        ["", *(f"{L}K" for L in LENGTHS[:2])],
+        [[kind, *row_of_differences(results, "meta-first-order", "e2e", kind, LENGTHS[:2])[1:]] for kind in KINDS],
+    )
+    yield Table(
+        "Seed 0, learning / frozen; operations and time of the training at 1K, × SWA's:",
+        ["", "tokens at 1K", "operations", "time", *(f"{kind} {L}K" for kind in KINDS for L in LENGTHS)],
+        [row_of_method(results, method) for method, title in TITLES.items() if f"{title}, {OPERATIONS}" in results],
+    )
+    yield Table(
         "Cost of training on a token:",
         [
             "",
             "operations at 1K, × SWA",
-            *(f"at {length}K" for length in LENGTHS[1:]),
+            *(f"at {L}K" for L in LENGTHS[1:]),
             "tokens/s at 1K, median (range)",
             "time, × SWA",
         ],
-        cost_rows(costs),
+        [row_of_cost(results, method) for method in TITLES if method not in LONGER],
     )
-    tables_of_differences(found, page)
-    lines = [line for method in TITLES if (line := lags(found, method)).points]
-    page.results["training loss minus exact's, by million tokens"] = {line.name: line.points[::4] for line in lines}
-    page.results["same job twice"] = {
-        f"{name}, {what}": values for (name, what), values in found.repeats.items() if name.startswith("meta-")
-    }
-    panel = Panel("Training loss minus exact's, same batches", lines, "nats per token", "million tokens", log=False,
-                  zero="exact", limits=(-0.02, 0.2), ticks=[20, 40, 60])  # fmt: skip
-    page.plot("training", "Training loss minus that of exact meta-gradients", plot(panel, width=6.5, labels=0.42))
-    panels = (
-        Panel(f"Books at {length}K, seed 0", lines, "" if i else "nats per token", "10¹⁵ operations in all", log=False)
-        for i, (length, lines) in enumerate(by_cost.items())
-    )
-    page.plot("operations", "Loss on books by operations of training", plot(*panels, width=15, labels=0.5))
-    return page
 
 
-def tables_of_differences(found: Results, page: Page) -> None:
-    """At equal seeds: first-order against exact at equal tokens, and what else the operations of exact can buy."""
-    tokens = {kind: minus(by_seed(found, "meta-first-order", kind), by_seed(found, "e2e", kind)) for kind in KINDS}
-    page.results["first-order minus exact"] = tokens
-    page.table(
-        "First-order − exact at equal tokens and seeds: mean (range; number of seeds):",
-        ["", *(f"{length}K" for length in LENGTHS[:2])],
-        [[kind, *(spread(rows, length) for length in LENGTHS[:2])] for kind, rows in tokens.items()],
-    )
+def row_of_differences(results: Data, a: str, b: str, kind: str, lengths: Sequence[int]) -> list[str]:
+    name = f"{TITLES[a]} − {TITLES[b]}"
+    difference = stored(results[f"{name}, {kind}"])
+    return [name, *(spread(difference, L) for L in lengths)]
+
+
+def row_of_method(results: Data, method: str) -> list[str]:
+    """Losses of seed 0, and what the training at 1K took."""
+    title, cells = TITLES[method], []
     for kind in KINDS:
-        rows = []
-        for a, b in EQUAL_OPERATIONS:
-            name = f"{TITLES[a]} − {TITLES[b]}"
-            difference = minus(by_seed(found, a, kind), by_seed(found, b, kind))
-            page.results[f"{name}, {kind}"] = difference
-            rows.append([name, *(spread(difference, length) for length in LENGTHS)])
-        head = ["", *(f"{length}K" for length in LENGTHS)]
-        caption = f"{kind.capitalize()}, what the operations of exact buy, at equal seeds"
-        page.table(f"{caption}: mean (range; number of seeds):", head, rows)
+        learning, frozen = (stored(results[f"{title}, {kind}"][key]).get(0, {}) for key in (READ, FROZEN))
+        cells += [" / ".join(filter(None, (number(learning.get(L)), number(frozen.get(L))))) for L in LENGTHS]
+    (tokens, operations), (base, of_swa) = (results[f"{name}, {OPERATIONS}"] for name in (title, TITLES["swa"]))
+    speed = speed_of(method)
+    time = f"{tokens / base * SPEEDS['swa']['median'] / speed['median']:.2f}" if speed else ""
+    return [title, f"{tokens / 1e6:.0f}M", f"{operations / of_swa:.2f}", time, *cells]
+
+
+def row_of_cost(results: Data, method: str) -> list[str]:
+    """Of training on one token; what is spent beyond that at 1K is the extension's."""
+
+    def spent(name: str) -> list[float]:
+        base, *longer = (results[f"{name}, operations to {L}K"] for L in LENGTHS)
+        return [base, *(total - base for total in longer)]
+
+    ratios = [a / b for a, b in zip(spent(TITLES[method]), spent(TITLES["swa"]), strict=True)]
+    speed, swa = speed_of(method), SPEEDS["swa"]["median"]
+    times = ["", ""]
+    if speed:
+        times = [f"{speed['median']:,} ({speed['lowest']:,}–{speed['highest']:,})", f"{swa / speed['median']:.2f}"]
+    return [TITLES[method], *(f"{ratio:.2f}" for ratio in ratios), *times]
+
+
+def plots(found: Results) -> Iterator[Plot]:
+    results = gather(found)
+    panels = []
+    for L in LENGTHS:
+        lines = []
+        for method, title in TITLES.items():
+            books = found.loss(job(method, 0, L), f"books-{L}")
+            total = results.get(f"{title}, operations to {L}K")
+            lines += [Line(title, [(total / 1e15, books)])] if books and total else []
+        unit = "" if panels else "nats per token"
+        panels.append(Panel(f"Books at {L}K, seed 0", lines, unit, "10¹⁵ operations in all", log=False))
+    yield Plot("operations", "Loss on books by operations of training", plot(*panels, width=15, labels=0.5))
+    panel = Panel("Training loss minus exact's, same batches", lags(found), "nats per token", "million tokens",
+                  log=False, zero="exact", limits=(-0.02, 0.2), ticks=[20, 40, 60])  # fmt: skip
+    yield Plot("training", "Training loss minus that of exact meta-gradients", plot(panel, width=6.5, labels=0.42))
 
 
 def operations_of_a_sequence(length: int) -> dict[str, int]:
@@ -149,21 +175,15 @@ def spent(costs: dict[int, dict[str, int]], method: str, share: float) -> dict[i
     return {L: base + (steps * 128 / L * costs[L][method] if L > 1 else 0) for L in LENGTHS}
 
 
-def cost_rows(costs: dict[int, dict[str, int]]) -> Iterator[list[str]]:
+def lags(found: Results) -> list[Line]:
+    """Of each method, over all seeds that have both, on equal batches and with equal rates."""
+    lines = []
     for method, title in TITLES.items():
-        if method not in LONGER:
-            row = [title, *(f"{costs[length][method] / costs[length]['swa']:.2f}" for length in LENGTHS)]
-            if speed := speed_of(method):
-                row += [f"{speed['median']:,} ({speed['lowest']:,}–{speed['highest']:,})"]
-                row += [f"{SPEEDS['swa']['median'] / speed['median']:.2f}"]
-            yield row + [""] * (len(LENGTHS) + 3 - len(row))
-
-
-def lags(found: Results, method: str) -> Line:
-    """Of all seeds that have both, on equal batches and with equal rates."""
-    curves = []
-    for seed in SEEDS:
-        curve, exact = (found.training(job(m, seed, 1)) for m in (method, "e2e"))
-        if curve and exact and method != "e2e" and curve[-1][0] == exact[-1][0]:
-            curves.append(lag(curve, exact))
-    return mean_line(TITLES[method], curves)
+        curves = []
+        for seed in SEEDS:
+            curve, exact = (found.training(job(m, seed, 1)) for m in (method, "e2e"))
+            if curve and exact and method != "e2e" and curve[-1][0] == exact[-1][0]:
+                curves.append(lag(curve, exact))
+        line = mean_line(title, curves)
+        lines += [line] if line.points else []
+    return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.figures import Line
 from experiments.pages import job
@@ -24,6 +24,11 @@ def by_seed(found: Results, method: str, kind: str, reading: str | None = None) 
             if loss is not None:
                 rows.setdefault(seed, {})[length] = loss
     return rows
+
+
+def stored(rows: Mapping[str, Mapping[str, float]]) -> BySeed:
+    """What was stored as JSON, whose keys are text."""
+    return {int(seed): {int(length): loss for length, loss in row.items()} for seed, row in rows.items()}
 
 
 def minus(a: BySeed, b: BySeed) -> BySeed:

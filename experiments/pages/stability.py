@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from typing import Any
 
 from experiments.figures import Line, Panel, plot
-from experiments.page import Page, number
+from experiments.page import Data, Plot, Table, number
 from experiments.plan import STABILITY
 from experiments.results import Curve, Results
 
+SLUG = "stability"
+HEADING = """# What makes meta-training diverge or stall
+
+Which settings matter, and what failed?"""
 NEEDS = tuple(f"stable-{name}" for name in STABILITY)
+LARGEST = "largest outer gradient norm"
+INNER, CLIPPED = "inner gradient norm at the end", "share of clipped inner steps at the end"
 
 
-def make(found: Results) -> Page:
-    page = Page("stability", "What makes meta-training diverge or stall", "Which settings matter, and what failed?")
-    rows, lines = [], []
+def gather(found: Results) -> dict[str, Any]:
+    results = {}
     for name in STABILITY:
-        metrics, training = found.metrics[f"stable-{name}"], found.training(f"stable-{name}")
-        learning, frozen = (found.loss(f"stable-{name}", "books-1", reading) for reading in (None, "frozen"))
-        largest = max(row["grad_norm"] for row in metrics)
-        inner, clipped = metrics[-1]["inner_grad_norm"], metrics[-1]["inner_clipped"]
-        page.results[name] = {
-            "learning": learning,
-            "frozen": frozen,
-            "largest outer gradient norm": largest,
-            "inner gradient norm at the end": inner,
-            "share of clipped inner steps at the end": clipped,
-            "training loss by tokens": training[::5],
+        metrics = found.metrics[f"stable-{name}"]
+        results[name] = {
+            "learning": found.loss(f"stable-{name}", "books-1"),
+            "frozen": found.loss(f"stable-{name}", "books-1", "frozen"),
+            LARGEST: max(row["grad_norm"] for row in metrics),
+            INNER: metrics[-1]["inner_grad_norm"],
+            CLIPPED: metrics[-1]["inner_clipped"],
+            "training loss by tokens": found.training(f"stable-{name}")[::5],
         }
-        rows.append([name, number(learning), number(frozen), f"{largest:.2f}", f"{inner:.2f}", f"{clipped:.0%}"])
-        lines.append(Line(name, smooth([(x / 1e6, y) for x, y in training if x > 1.5e6])))
+    return results
+
+
+def tables(results: Data) -> Iterator[Table]:
     head = ["", "learning", "frozen", "largest outer norm", "inner norm, end", "clipped, end"]
-    page.table("200 steps of 64K tokens, books at 1K, seed 0:", head, rows)
+    rows = [
+        [name, *(number(row[key]) for key in ("learning", "frozen")), f"{row[LARGEST]:.2f}", f"{row[INNER]:.2f}",
+         f"{row[CLIPPED]:.0%}"]
+        for name, row in results.items()
+    ]  # fmt: skip
+    yield Table("200 steps of 64K tokens, books at 1K, seed 0:", head, rows)
+
+
+def plots(found: Results) -> Iterator[Plot]:
+    curves = {name: found.training(f"stable-{name}") for name in STABILITY}
+    lines = [Line(name, smooth([(x / 1e6, y) for x, y in curve if x > 1.5e6])) for name, curve in curves.items()]
     panel = Panel(
         "Training loss", lines, "nats per token", "million tokens", log=False, limits=(4.2, 6.5), ticks=range(2, 14, 2)
     )
-    page.plot("training", "Training loss of 200 steps", plot(panel, width=7.5, labels=0.3))
-    return page
+    yield Plot("training", "Training loss of 200 steps", plot(panel, width=7.5, labels=0.3))
 
 
 def smooth(curve: Curve, width: int = 3) -> Curve:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments.figures import Line, Panel, plot
-from experiments.page import Page, number
+from experiments.page import Data, Plot, Table, number
 from experiments.results import Curve, Results
 
+SLUG = "figure-2-toy"
+HEADING = """# The toy of Figure 2
+
+Is the order that of the paper, with drops after each mini-batch?"""
 NEEDS = ("toy-none", "toy-full", "toy-e2e-16", "toy-naive")
 TITLES = {
     "full": "full attention",
@@ -18,31 +22,42 @@ TITLES = {
     "e2e-16": "TTT-E2E, b = 16",
     "e2e-1": "TTT-E2E, b = 1",
 }
+FIRST = 23
+"""Token from which on the mean of the table is taken: an index where a bin begins."""
 
 
-def make(found: Results) -> Page:
-    page = Page(
-        "figure-2-toy", "The toy of Figure 2", "Is the order that of the paper, with drops after each mini-batch?"
-    )
-    rows, head = [], []
+def gather(found: Results) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     for name, title in TITLES.items():
         for reading in ("static", "learning", "frozen"):
             result = found.reading(f"toy-{name}", "books-index", reading)
             if result:
-                head = [f"token {row['start'] + 1}" for row in result["at_index"]]
-                this = title + (", frozen" if reading == "frozen" else "")
                 at = {row["start"] + 1: row["score"]["nats_per_token"]["mean"] for row in result["at_index"]}
                 curve = {f"{r['start']}–{r['end']}": r["score"]["nats_per_token"]["mean"] for r in result["curve"]}
-                page.results[this] = {"at": at, "curve": curve}
-                rows.append([this, *(number(loss) for loss in at.values()), number(curve_mean(result["curve"][8:]))])
-    page.table("Loss at a token, and the mean over tokens 23 to 128:", ["", *head, "23–128"], rows)
+                results[title + (", frozen" if reading == "frozen" else "")] = {"at": at, "curve": curve}
     losses = {title: trained(found.training(f"toy-{name}")) for name, title in TITLES.items()}
-    page.results["training loss"] = losses
-    page.table(
+    return results | {"training loss": losses}
+
+
+def tables(results: Data) -> Iterator[Table]:
+    readings = {name: row for name, row in results.items() if name != "training loss"}
+    head = [f"token {index}" for index in next(iter(readings.values()))["at"]]
+    yield Table(
+        "Loss at a token, and the mean over tokens 23 to 128:",
+        ["", *head, "23–128"],
+        [
+            [name, *map(number, row["at"].values()), number(mean_from(row["curve"], FIRST))]
+            for name, row in readings.items()
+        ],
+    )
+    yield Table(
         "Training loss, mean over 50 steps of equal batches:",
         ["", "in the middle", "at the end"],
-        [[title, *map(number, pair)] for title, pair in losses.items()],
+        [[title, *map(number, pair)] for title, pair in results["training loss"].items()],
     )
+
+
+def plots(found: Results) -> Iterator[Plot]:
     none = dict(found.curve("toy-none", "books-index"))
     lines = [
         Line(title, [(x, y - none[x]) for x, y in found.curve(f"toy-{name}", "books-index") if x > 3])
@@ -53,8 +68,7 @@ def make(found: Results) -> Page:
         "Loss minus that of the model without attention", lines, "nats per token", "token index", zero="no attention",
         ticks=[4, 8, 16, 32, 64, 128],
     )  # fmt: skip
-    page.plot("toy", "Loss minus that without attention, by token index", plot(panel, width=7.5, labels=0.3))
-    return page
+    yield Plot("toy", "Loss minus that without attention, by token index", plot(panel, width=7.5, labels=0.3))
 
 
 def trained(curve: Curve) -> tuple[float, float]:
@@ -65,6 +79,8 @@ def trained(curve: Curve) -> tuple[float, float]:
     return middle, end
 
 
-def curve_mean(rows: Sequence[dict[str, Any]]) -> float:
-    total = sum(r["end"] - r["start"] for r in rows)
-    return float(sum((r["end"] - r["start"]) * r["score"]["nats_per_token"]["mean"] for r in rows) / total)
+def mean_from(curve: Mapping[str, float], first: int) -> float:
+    """Of the bins `start–end` from token `first` on, by their tokens."""
+    bins = {tuple(map(int, name.split("–"))): loss for name, loss in curve.items()}
+    kept = {(start, end): loss for (start, end), loss in bins.items() if start >= first}
+    return sum((end - start) * loss for (start, end), loss in kept.items()) / sum(end - start for start, end in kept)

@@ -1,0 +1,131 @@
+"""Pages of experiments say what the figures beside them say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from experiments.page import Table, as_stored, with_tables, write
+from experiments.pages import boxed, context, derivation, meta
+from experiments.pages.__main__ import CARD, HERE, OTHERS, PAGES, again
+from experiments.results import Results
+
+
+def test_every_table_is_what_its_figures_make_it() -> None:
+    pages = again()
+    assert len(pages) >= len(PAGES) + len(OTHERS) + 1, "a folder of results for each, and the model card"
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, f"python -m experiments.pages changes {page}"
+
+
+def _figures(slug: str) -> Any:
+    (folder,) = HERE.glob(f"*_{slug}")
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_another_figure_makes_another_table() -> None:
+    figures = _figures(boxed.SLUG)
+    figures["SWA twin, books"]["8–16K"] += 1.0
+    before, after = (list(boxed.tables(f)) for f in (_figures(boxed.SLUG), figures))
+    assert before[0].text != after[0].text
+    assert before[1].text == after[1].text
+    assert with_tables(CARD, after) != CARD.read_text(encoding="utf-8")
+
+
+def test_differences_are_of_equal_seeds() -> None:
+    figures = _figures(context.SLUG)
+    figures["loss, books"] = {
+        "e2e": {"0": {"1": 3.0, "32": 2.0}, "1": {"1": 5.0, "32": 1.0}},
+        "swa": {"0": {"1": 3.5, "32": 3.0}},
+    }
+    rows = next(table.rows for table in context.tables(figures) if "differences" in table.caption)
+    assert rows == [["TTT-E2E − SWA", "−0.500 (1)", "", "", "", "", "−1.000 (1)"]]
+
+
+def test_a_table_is_found_by_its_caption(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    losses, others = "Losses:\n\n| | a |\n|---|--:|\n| x | 1 |", "Others:\n\n| | b |\n|---|--:|\n| y | 2 |"
+    page.write_text(f"# Title\n\n{losses}\n\nText.\n\n{others}\n")
+    made = [Table("Others:", ["", "b"], [["y", "3"], ["z", "4"]]), Table("Losses:", ["", "a"], [["x", "9"]])]
+    assert with_tables(page, made) == (
+        "# Title\n\nLosses:\n\n|  | a |\n|---|--:|\n| x | 9 |\n\nText.\n\n"
+        "Others:\n\n|  | b |\n|---|--:|\n| y | 3 |\n| z | 4 |\n"
+    )
+    with pytest.raises(SystemExit, match="no table below 'Missing:'"):
+        with_tables(page, [Table("Missing:", ["", "a"], [])])
+
+
+def test_figures_are_stored_to_six_digits_with_keys_of_text() -> None:
+    assert as_stored({1: {"x": 1.23456789}, "y": (2, None, "z")}) == {"1": {"x": 1.23457}, "y": [2, None, "z"]}
+
+
+class _AllDone(Results):
+    """As if every job had been run: losses are made up."""
+
+    def reading(self, job: str, what: str, reading: str | None = None) -> dict[str, Any] | None:
+        def score(loss: float) -> dict[str, Any]:
+            return {"nats_per_token": {"mean": loss}}
+
+        if reading == ("learning" if "swa" in job or "full" in job else "static"):
+            return None
+        ends = [0, 1, 7, 15, 23, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
+        bins = [
+            {"start": a, "end": b, "score": score(3.0 + 1.0 / b + 0.1 * (reading == "frozen"))}
+            for a, b in itertools.pairwise(ends)
+        ]
+        gain = {"mean": 0.1, "low": 0.05, "high": 0.15, "n": 3}
+        return {
+            "loss": score(3.0 + len(job) / 100),
+            "curve": bins,
+            "by_position": bins,
+            "at_index": [{"start": i, "score": score(3.5)} for i in (1, 7, 127)],
+            "by_context_length": [{"context_length": n, "gain_over_frozen": gain} for n in (1024, 65536)],
+            "health": dict.fromkeys(boxed.HEALTH, 1.0),
+        }
+
+    def loss_before(self, job: str, extension: str, what: str) -> float | None:
+        return 3.2
+
+    def training(self, job: str) -> list[tuple[float, float]]:
+        return [(655_360.0 * step, 8.0 - 0.04 * step) for step in range(1, 101)]
+
+
+@pytest.mark.parametrize("module", PAGES, ids=lambda module: module.SLUG)
+def test_a_new_round_makes_a_page_whose_tables_can_be_made_again(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meta, "operations", lambda config, **_: config.context_length * 10**9)  # counting takes long
+    verdict = {
+        "writer": "a",
+        "reading": "static",
+        "seconds": 1.0,
+        "repeated": {"mean": 0.0},
+        "continuation": {"nats_per_token": {"mean": 4.0, "low": 3.9, "high": 4.1}},
+        "by_position": [{"start": s, "end": s + 8, "score": {"nats_per_token": {"mean": 4.0}}} for s in (0, 8)],
+    }
+    share = {"mean": 0.5, "low": 0.1, "high": 0.9, "n": 4}
+    accuracy = [{"variant": "S-NIAH-1", "context_length": 1024, "inside_window": share, "outside_window": None}]
+    norms = [{"grad_norm": 1.0, "inner_grad_norm": 0.5, "inner_clipped": 0.2}]
+    found = _AllDone(
+        evaluations={name: {} for name in (*module.NEEDS, "twin-swa-32")}
+        | {"judge-a": {"judge": {"judge": "b", "prompt_tokens": 8, "verdicts": [verdict]}}}
+        | {"needle-a": {"needle": {"results": [{"model": "a", "reading": "static", "accuracy": accuracy}]}}},
+        metrics=dict.fromkeys(module.NEEDS, norms),
+    )
+    stored = as_stored(module.gather(found))
+    tables = list(module.tables(stored))
+    plots = list(module.plots(found))
+    drawn = plots if module is derivation else [plot._replace(draw=Path.touch) for plot in plots]  # drawing takes long
+    write(tmp_path, module.HEADING, stored, tables, drawn)
+    page = tmp_path / "README.md"
+    text = page.read_text(encoding="utf-8")
+    assert all(table.rows and table.text in text for table in tables)
+    assert {path.name for path in tmp_path.glob("*.png")} == set(re.findall(r"\((\w+\.png)\)", text))
+    page.write_text(re.sub(r"(?<=\| )[\d.+−]+", "9.9", text), encoding="utf-8")
+    assert page.read_text(encoding="utf-8") != text
+    kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert with_tables(page, module.tables(kept)) == text
