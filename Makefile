@@ -12,6 +12,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # Added to every call of pytest: `make test PYTEST_ARGS="-n 0 -x"`.
 PYTEST_ARGS =
+# Added to `make mutants`: `make mutants MUTANTS_ARGS="--only ops/ --minutes 9"`; the same command goes on.
+MUTANTS_ARGS =
 # A worker for each core; one that has finished takes tests from another.
 PARALLEL = -n auto --dist worksteal
 
@@ -24,7 +26,7 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-train test test-slow test-gpu test-page lint format bench clean
+.PHONY: help demo demo-train test test-slow test-gpu test-page mutants lint format bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -47,6 +49,9 @@ test-gpu: $(TEST_READY) ## the tests that need a CUDA device
 test-page: $(TEST_READY) ## the served page in a browser; needs Chromium
 	$(INSTALL) -r requirements/page.txt
 	$(PYTHON) -m pytest -m browser $(PYTEST_ARGS)
+
+mutants: $(TEST_READY) ## put small faults into the method's files and count those that a test notices (hours)
+	$(PYTHON) -m tests.mutants $(MUTANTS_ARGS)
 
 lint: $(TEST_READY) ## ruff (rules, security, format) and mypy
 	$(PYTHON) -m ruff check

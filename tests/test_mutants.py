@@ -1,0 +1,111 @@
+"""The mutation tool: which faults it puts in, and that it tells apart what a test notices from what none does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.faults import faults
+from tests.mutants.report import page
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("source", "changed"),
+    [
+        ("a = b + c", ["a = (b - c)"]),
+        ("a = b < c <= d", ["a = (b <= c <= d)", "a = (b < c < d)"]),
+        ("a = 3", ["a = (4)"]),
+        ("a = -1", ["a = (-2)"]),
+        ("a = 0.0, 0.5, True", ["a = (1.0), 0.5, True", "a = 0.0, (1.0), True", "a = 0.0, 0.5, (False)"]),
+        ("a.b += c", ["pass", "a.b -= c"]),
+        ("f(x)", ["pass"]),
+        ("a = f(x, y=z)", ["a = (f(x))"]),
+        ("a = x.sum()", ["a = (x.mean())"]),
+        ("a = x.detach()", ["a = (x)"]),
+        ("if a:\n    raise ValueError(f'{a + 1} is not {b + 1}')", ["if (not a):", "if a:\n    pass"]),
+        ("a = not b", ["a = (b)"]),
+        ("for i in a:\n    break", ["for i in a:\n    continue"]),
+    ],
+)
+def test_a_place_has_these_faults(source: str, changed: list[str]) -> None:
+    found = [fault.apply(source.encode()).decode() for fault in faults(source.encode())]
+    assert len(found) == len(changed)
+    for one, start in zip(found, changed, strict=True):
+        assert start in one
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""A text of 3 words."""',
+        "def f(a: Literal[3]) -> list[4]: ...",
+        "warnings.warn(f'{a + 1} is too many', stacklevel=2)",
+        "def __repr__(self):\n    return 'a' * (1 + 2)",
+        "Name = dict[str, int] | None",
+        "a = zip(b, c, strict=True)",
+    ],
+)
+def test_what_no_test_should_pin_down_has_none(source: str) -> None:
+    assert list(faults(source.encode())) == []
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of one file, whose test notices one fault of two; a second function has no test."""
+    tree = tmp_path_factory.mktemp("tree")
+    (tree / "src" / "longread" / "session").mkdir(parents=True)
+    (tree / "src" / "longread" / "__init__.py").touch()
+    (tree / "src" / "longread" / "session" / "__init__.py").write_text(
+        "def larger(a, b):\n    return a if a > b else b\n\n\ndef lost(a):\n    return a + a\n"
+        "\n\ndef once():\n    while True:\n        break\n"
+    )
+    (tree / "tests").mkdir()
+    (tree / "tests" / "__init__.py").touch()
+    (tree / "tests" / "test_session.py").write_text(
+        "from longread.session import larger, once\n\n\ndef test_larger():\n    assert larger(3, 2) == 3\n"
+        "\n\ndef test_once():\n    assert once() is None\n\n\ndef test_red():\n    assert not larger(2, 1)\n"
+    )
+    (tree / "pyproject.toml").write_text("[tool.pytest.ini_options]\npythonpath = ['src']\n")
+    (tree / "targets.toml").write_text(
+        "patience = 1\npreload = ['hypothesis']\n[[group]]\nfiles = ['session/*.py']\ntests = ['test_session*.py']\n"
+    )
+    return tree
+
+
+def run(tree: Path, *options: str) -> dict[str, dict[str, str]]:
+    out = tree / "out.json"
+    arguments = ["--tree", str(tree), "--targets", str(tree / "targets.toml"), "--out", str(out), "--jobs", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.mutants", *arguments, *options], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def test_a_fault_is_killed_by_a_test_that_runs_it(tree: Path) -> None:
+    half = run(tree, "--shard", "0/2")
+    state = run(tree)
+    assert half["faults"].items() < state["faults"].items()  # what was known is kept
+    assert state["tests"] == 2  # type: ignore[comparison-overlap]
+    assert state["tests_left_out"] == ["tests/test_session.py::test_red"]  # type: ignore[comparison-overlap]
+    found = {fault["before"] + " " + fault["after"]: fault for fault in state["faults"].values()}
+    assert found["a > b (not a > b)"]["by"] == "tests/test_session.py::test_larger"  # type: ignore[index]
+    assert found["a > b (a >= b)"]["status"] == "survived"  # type: ignore[index]
+    assert found["a + a (a - a)"]["by"] == "no test runs it"  # type: ignore[index]
+    assert found["break continue"]["by"] == "time"  # type: ignore[index]
+
+
+def test_the_page_lists_what_survived_with_its_reason(tree: Path) -> None:
+    state = run(tree)
+    reasons = {"src/longread/session/__init__.py": {"larger": {"a > b => (a >= b)": "equal numbers are the same"}}}
+    text = page(state, state, reasons)
+    assert "| session | " in text
+    assert "equal numbers are the same" in text
+    with pytest.raises(SystemExit, match="no fault that survived"):
+        page(state, state, {"src/longread/session/__init__.py": {"larger": {"a => b": "slip"}}})
