@@ -22,8 +22,8 @@ import pytest
 from longread.checkpoint import load_model
 from longread.cli import build_parser, main
 from longread.cli.arguments import changed
-from longread.cli.generate import decoded, until
-from longread.cli.texts import BLOCK, LONGEST, read_tokens
+from longread.cli.generate import decoded
+from longread.cli.texts import BLOCK, read_tokens
 from longread.config import UserError
 from longread.recipes import toy
 from longread.session import Session
@@ -328,10 +328,10 @@ def test_output_that_cannot_be_written_is_said_before_the_work(
 
 def test_a_text_without_spaces_is_read_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "line.txt"
-    path.write_text("é" * 3 * LONGEST + " and a word")
+    path.write_text("é" * 3 * BLOCK + " and a word")
     pieces = list(read_tokens(str(path), ByteTokenizer()))
     assert len(pieces) > 3
-    assert max(len(ids) for ids, _ in pieces) <= 2 * (LONGEST + BLOCK)
+    assert max(len(ids) for ids, _ in pieces) <= 2 * BLOCK
     assert ByteTokenizer().decode([i for ids, _ in pieces for i in ids]) == path.read_text()
 
 
@@ -457,17 +457,3 @@ def test_a_character_waits_for_its_bytes() -> None:
     ids = ByteTokenizer().encode("naïve – ok")
     assert list(decoded(iter(ids), ByteTokenizer())) == list("naïve – ok")
     assert "".join(decoded(iter(ids[:3]), ByteTokenizer())) == "na\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "expected"),
-    [
-        (["ab", "cd"], [], "abcd"),
-        (["ab", "cd"], ["bc"], "a"),
-        (["a", "b", "a", "c"], ["ac"], "ab"),
-        (["one", " two", " three"], ["three", "two"], "one "),
-        (["xy"], ["yz"], "xy"),
-    ],
-)
-def test_text_ends_before_a_stop(pieces: list[str], stops: list[str], expected: str) -> None:
-    assert "".join(until(iter(pieces), stops)) == expected

@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         stop_ids=[] if opened.tokenizer.bos_id is None else [opened.tokenizer.bos_id],
     )
     try:
-        for piece in until(decoded(ids, opened.tokenizer), options.stop):
+        for piece in decoded(ids, opened.tokenizer, options.stop):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -136,29 +136,15 @@ def _with_draft(options: argparse.Namespace, opened: OpenModel, session: Session
     return Speculation(session, guessing, draft_tokens=count)
 
 
-def decoded(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of token ids as it becomes known; a character waits until all its bytes are there."""
-    waiting: list[int] = []
+def decoded(ids: Iterator[int], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Iterator[str]:
+    """The text of token ids as it becomes certain, up to the first of `stops`; no id is taken after that."""
+    from longread.tokenizer import StreamDecoder
+
+    decoder = StreamDecoder(tokenizer, stops=stops)
     for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if text := decoder.push(token):
             yield text
-            waiting = []
-    if waiting:
-        yield tokenizer.decode(waiting)
-
-
-def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text up to the first of `stops`; what may be the beginning of one waits until that is clear."""
-    waiting = ""
-    for piece in pieces:
-        waiting += piece
-        found = [place for stop in stops if (place := waiting.find(stop)) >= 0]
-        if found:
-            yield waiting[: min(found)]
+        if decoder.stopped:
             return
-        kept = max((n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])), default=0)
-        yield waiting[: len(waiting) - kept]
-        waiting = waiting[len(waiting) - kept :]
-    yield waiting
+    if text := decoder.close():
+        yield text

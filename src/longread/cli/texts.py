@@ -8,12 +8,10 @@ from typing import BinaryIO
 
 from longread.config import UserError
 from longread.data import NotText, decode_text
-from longread.tokenizer import Tokenizer
+from longread.tokenizer import StreamEncoder, Tokenizer
 
 BLOCK = 1 << 16
-"""Bytes read at a time; a text is cut for the tokenizer before the last space of a block."""
-LONGEST = 1 << 16
-"""Characters after which a text without any space is cut all the same: memory and the wait for SIGINT stay bounded."""
+"""Bytes read at a time."""
 
 
 def read_tokens(name: str, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
@@ -35,21 +33,17 @@ def read_tokens(name: str, tokenizer: Tokenizer) -> Iterator[tuple[list[int], li
 
 
 def _encoded(file: BinaryIO, name: str, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    waiting, empty = "", True
+    encoder, empty = StreamEncoder(tokenizer), True
     for text in _decoded(file, name):
         empty = False
-        waiting += text
-        cut = max(waiting.rfind(" "), waiting.rfind("\n"))
-        if cut > 0:
-            yield tokenizer.encode_with_bytes(waiting[:cut])
-            waiting = waiting[cut:]
-        elif len(waiting) >= LONGEST:
-            yield tokenizer.encode_with_bytes(waiting)
-            waiting = ""
+        ids, byte_lengths = encoder.push(text)
+        if ids:
+            yield ids, byte_lengths
     if empty:
         raise UserError(f"{name} is empty; give a text of at least one character")
-    if waiting:
-        yield tokenizer.encode_with_bytes(waiting)
+    ids, byte_lengths = encoder.close()
+    if ids:
+        yield ids, byte_lengths
 
 
 def _decoded(file: BinaryIO, name: str) -> Iterator[str]:

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 
 from longread.engine import Token
 from longread.server.errors import ApiError
-from longread.tokenizer import ByteTokenizer, Tokenizer
+from longread.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_LONGEST_CHARACTER = 4
-"""Tokens after which bytes that make no character will not make one any more."""
 MOST_STOPS, LONGEST_STOP = 4, 1000
 
 
@@ -60,66 +58,48 @@ class Piece:
 
 
 class Writer:
-    """Makes text of tokens. A character waits until all its bytes are there, and what may be the beginning of a stop
-    text until that is clear.
+    """Makes text of engine tokens, and says where in it each begins.
 
     Args:
         stops: the text ends before the first of these.
-        before: what the first token goes on from, for tokenizers whose tokens look different at a beginning.
+        before: what the first token goes on from; its text is not shown again.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        self._ids = [i for i in before[-1:] if i < tokenizer.vocab_size]
-        self._known = len(self._ids)  # ids whose text is in _text already; they give the others their context
-        self._text = ""  # all that is certain to be text
-        self._sent = 0  # characters of it that have gone out
+        self._decoder = StreamDecoder(tokenizer, before=before, stops=stops)
+        self._stops = bool(stops)
+        self._texts: list[str] = []  # what has gone out
+        self._sent = 0  # characters of it
         self._held: list[tuple[Token, int, int]] = []  # tokens not yet gone out, with begin and end in the text
-        self.stopped = False
+
+    @property
+    def stopped(self) -> bool:
         """Whether a stop text has come; nothing more goes out then."""
+        return self._decoder.stopped
 
     @property
     def text(self) -> str:
         """Everything that has gone out."""
-        return self._text[: self._sent]
+        return "".join(self._texts)
 
     def push(self, token: Token) -> Piece:
         """One more token."""
-        begin = len(self._text)
-        if token.id < self._tokenizer.vocab_size:  # a model may know more ids than its tokenizer
-            self._ids.append(token.id)
-            self._grow(final=False)
-        self._held.append((token, begin, len(self._text)))
-        return self._cut(final=False)
+        begin = self._decoder.decoded
+        text = self._decoder.push(token.id)
+        self._held.append((token, begin, self._decoder.decoded))
+        return self._sending(text, final=False)
 
     def close(self) -> Piece:
         """What is left when no more tokens come."""
         if self.stopped:
             return Piece()
-        self._grow(final=True)
-        return self._cut(final=True)
+        return self._sending(self._decoder.close(), final=True)
 
-    def _grow(self, *, final: bool) -> None:
-        known = self._tokenizer.decode(self._ids[: self._known])
-        last = len(self._ids)
-        text = self._tokenizer.decode(self._ids)
-        if not final and text.endswith(_UNKNOWN):
-            if last - self._known < _LONGEST_CHARACTER:
-                return
-            last = self._known + 1  # no character begins with this one, or it would be there by now
-            text = self._tokenizer.decode(self._ids[:last])
-        self._text += text[len(known) :]
-        del self._ids[: self._known]
-        self._known = last - self._known
-
-    def _cut(self, *, final: bool) -> Piece:
-        """Sends what is certain, and ends at a stop text."""
-        tail = self._text[self._sent :]
-        found = [place for stop in self._stops if (place := tail.find(stop)) >= 0]
-        self.stopped = bool(found)
-        kept = max((n for stop in self._stops for n in range(1, len(stop)) if tail.endswith(stop[:n])), default=0)
-        end = self._sent + min(found) if found else len(self._text) - (0 if final else kept)
-        piece, self._sent = Piece(self._text[self._sent : end], stopped=self.stopped), end
+    def _sending(self, text: str, *, final: bool) -> Piece:
+        """The text, and the tokens whose text has gone out with it."""
+        self._texts.append(text)
+        self._sent += len(text)
+        piece, end = Piece(text, stopped=self.stopped), self._sent
         while self._held:
             token, begin, finish = self._held[0]
             gone = begin < end if self.stopped else finish < end or (finish == end and (begin < end or not self._stops))

@@ -1,0 +1,85 @@
+"""What every tokenizer of the library can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from longread.config import UserError
+
+
+class Cut(NamedTuple):
+    """A place in a text where one token ends and another begins, whatever stands before the text and comes after it."""
+
+    end: int
+    """The place, in characters."""
+    start: int
+    """Where a context begins: the tokens after `end` are those of the text from here on, without the first ones."""
+    ids: list[int]
+    """The tokens of the text between `start` and `end`."""
+    settled: int
+    """So many of the last `ids` are the same whatever stands before `start`."""
+
+
+class Tokenizer(ABC):
+    """Ids lie in [0, vocab_size). `fingerprint` is the SHA-256 of what defines the mapping, the BOS included."""
+
+    vocab_size: int
+    bos_id: int | None
+    fingerprint: str
+
+    @abstractmethod
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids, and the UTF-8 bytes of `text` that each of them covers; these sum to `len(text.encode())`."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without BOS. Raises `UserError` on a text that is not valid Unicode."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text; some tokenizers work on many at once."""
+        return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; BOS is dropped, invalid UTF-8 becomes U+FFFD. Raises `UserError` on an unknown id."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Writes what `load_tokenizer(directory)` needs."""
+
+    def last_cut(self, text: str, known: int) -> Cut | None:
+        """The last place behind the first `known` characters where `text` can be cut; None if no place is certain.
+
+        `text` may go on. It begins where a text begins, or at the `start` of an earlier cut.
+        """
+        return None
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """What `token` stands for, wherever it stands; None where its text depends on its neighbours."""
+        return None
+
+    def decoding_probes(self) -> list[int]:
+        """Tokens of which one shows, put behind others, whether a token that comes can change the text of those."""
+        return []
+
+    def joins_bytes(self, token: int) -> bool:
+        """Whether `token` is one byte, and makes characters only together with all such tokens beside it."""
+        return False
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        checked = [int(i) for i in ids]
+        for i in checked:
+            if not 0 <= i < self.vocab_size:
+                raise UserError(f"token id {i} is not in this tokenizer; its ids go from 0 to {self.vocab_size - 1}")
+        return checked
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of `text`. Raises `UserError` on half a surrogate pair."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"character {error.start} of the text is half a surrogate pair; give valid Unicode") from None

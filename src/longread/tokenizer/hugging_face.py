@@ -1,0 +1,104 @@
+"""Any tokenizer that the `tokenizers` library can run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from longread.config import UserError
+from longread.tokenizer.borders import Borders
+from longread.tokenizer.contract import Cut, Tokenizer, utf8
+from longread.tokenizer.definition import BYTE, CONFIG_NAME, FILE_NAME, fingerprint, parts, write_json
+from longread.tokenizer.lengths import byte_lengths, byte_level_tokens
+
+BOS = "<|bos|>"
+_COMMON_BOS = (BOS, "<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizers.Tokenizer`; `bos` names its BOS token, None looks for one with a common name."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, bos: str | None = None) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError("the tokenizer has no tokens; give one that was trained")
+        if bos is not None and bos not in vocabulary:
+            raise UserError(f"the BOS token {bos!r} is not in the tokenizer's vocabulary of {len(vocabulary)}")
+        self._bos = bos or next((name for name in _COMMON_BOS if name in vocabulary), None)
+        self.bos_id = None if self._bos is None else vocabulary[self._bos]
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
+        definition = json.loads(tokenizer.to_str())
+        self.fingerprint = fingerprint(definition, self.bos_id)
+        self._post_processor = definition.get("post_processor")
+        tokenizer.post_processor = None  # it adds special tokens, which nobody wants here, and moves offsets
+        self._special = {added["id"] for added in definition.get("added_tokens", ()) if added["special"]}
+        self._bytes = byte_level_tokens(definition, vocabulary)
+        self._verbatim = self._bytes is not None and _changes_nothing(definition)
+        decoder = [step["type"] for step in parts(definition.get("decoder"))]
+        self._made_of_bytes = decoder == ["ByteLevel"]
+        self._joined = {i for t, i in vocabulary.items() if BYTE.fullmatch(t)} if "ByteFallback" in decoder else set()
+        self._probes = [vocabulary[t] for t in ("▁a", "a", "▁", " ", "Ġ", ".", ",", "##s") if t in vocabulary]
+        self._borders = Borders(tokenizer, definition)
+
+    def encode(self, text: str) -> list[int]:
+        utf8(text)
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            utf8(text)
+        return [list(e.ids) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
+        """Exact where tokens are made of bytes. Where a normaliser changes or drops characters, their bytes count
+        for the token that stands for them or follows them. A text that vanishes altogether gives no tokens."""
+        total = len(utf8(text))
+        if self._bytes is not None and self._verbatim:
+            ids = self.encode_batch([text])[0]
+            counts = [len(self._bytes[i]) for i in ids]
+            if sum(counts) == total:  # else some bytes have no token
+                return ids, counts
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = list(encoding.ids)
+        own = None if self._bytes is None else [len(self._bytes[i]) for i in ids]
+        return ids, byte_lengths(text, encoding.offsets, own)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode(self._checked(ids), skip_special_tokens=True))
+
+    def save(self, directory: Path) -> None:
+        definition = json.loads(self._tokenizer.to_str()) | {"post_processor": self._post_processor}
+        write_json(directory / FILE_NAME, definition)
+        if self._bos is not None:
+            write_json(directory / CONFIG_NAME, {"bos_token": self._bos})
+
+    def last_cut(self, text: str, known: int) -> Cut | None:
+        utf8(text)
+        return self._borders.last_cut(text, known)
+
+    def bytes_of(self, token: int) -> bytes | None:
+        self._checked([token])
+        if token in self._special:
+            return b""
+        return self._bytes.get(token, b"") if self._bytes is not None and self._made_of_bytes else None
+
+    def decoding_probes(self) -> list[int]:
+        return self._probes
+
+    def joins_bytes(self, token: int) -> bool:
+        return token in self._joined
+
+
+def _changes_nothing(definition: dict[str, Any]) -> bool:
+    """Whether no step before the model adds, drops or changes characters."""
+    steps = parts(definition.get("pre_tokenizer"))
+    adds = any(step.get("add_prefix_space") or step.get("behavior") == "Removed" for step in steps)
+    return definition.get("normalizer") is None and not adds
