@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     from longread.cli.outputs import (
         check_outputs,
         figure_outputs,
+        listed,
         progress_console,
         tables_console,
         write_report,
@@ -126,6 +127,6 @@ def run(options: argparse.Namespace) -> int:
         save_plots(evaluation, Path(options.plots))
         save_charts(health.charts if health else [], Path(options.plots))
     if options.report:
-        lead = ", ".join(options.models) + f" on {options.data[0]}."
+        lead = f"{listed(options.models)} on {listed(options.data)}."
         write_report(options.report, evaluation, title="Evaluation", lead=lead, more=health)
     return 0

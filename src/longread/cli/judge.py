@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.documents import read_documents
     from longread.cli.models import open_model, table_names
-    from longread.cli.outputs import check_outputs, figure_outputs, progress_console, show_figures, write_text
+    from longread.cli.outputs import check_outputs, figure_outputs, listed, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import (
         HUMAN,
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     quality = DecodingQuality(judge.name, same, len(human), T // 2, sampling, options.seed, found, notes)
     if options.json:
         write_text(options.json, json.dumps(quality.as_json(), indent=2) + "\n")
-    lead = f"{', '.join(options.models)} on {options.data[0]}; temperature {sampling.temperature:g}, "
+    lead = f"{listed(options.models)} on {listed(options.data)}; temperature {sampling.temperature:g}, "
     lead += f"top-p {sampling.top_p:g}, repetition penalty {sampling.repetition_penalty:g}."
     figures = decoding_figures(quality)
     show_figures(options, figures, title=f"Judged by {judge.name}", lead=lead)

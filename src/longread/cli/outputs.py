@@ -226,6 +226,12 @@ def _write_to_stdout(text: str) -> None:
         raise UserError(f"cannot write to stdout: {error.strerror}; give the name of a file") from None
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names for the lead of a page: all of them, or where they are many the first, and how many more."""
+    shown = list(names) if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
 def show_figures(options: argparse.Namespace, figures: Figures, *, title: str, lead: str) -> None:
     """Prints the tables, and writes plots and page where they are wanted."""
     from longread.evaluate import figures_page, print_figures, save_charts

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from typing import NamedTuple
 
 from longread.evaluate.estimate import Estimate
 
-WIDTH, HEIGHT = 860, 360
-LEFT, RIGHT, TOP, BOTTOM = 56, 190, 16, 48
 LABEL_SPACING = 17
+LABEL_CHARACTER = 8.1
+"""Width of a character of a label, in units of the drawing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +35,34 @@ def estimate_line(label: str, points: Sequence[tuple[float, Estimate]], color: i
 
 
 def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str, log_x: bool = True) -> str:
-    """Draws the lines with direct labels at their ends; every point carries its numbers as a tooltip."""
+    """Draws the lines twice, and the page's style shows one: wide, with names at the ends of the lines, or for a narrow
+    screen, with a legend below. Every point of the wide one carries its numbers as a tooltip."""
     lines = [finite for line in lines if (finite := _finite(line)).points]
     if not lines:
         return ""
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
-    ys += [bound for line in lines for pair in line.band or [] for bound in pair]
-    scale = _Scale(min(xs), max(xs), min(ys), max(ys), log_x)
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
-        f"<title>{escape(title)}</title>",
-        *_axes(scale, x_label, y_label),
-    ]
+    longest = LABEL_CHARACTER * max(len(line.label) for line in lines)
+    wide = _Frame("wide", 860, 360, 56, round(min(max(longest, 120), 330)) + 16)
+    narrow = _Frame("narrow", 360, 260, 50, 14)
+    parts = []
+    for frame in (wide, narrow):
+        xs = [x for line in lines for x, _ in line.points]
+        ys = [y for line in lines for _, y in line.points]
+        ys += [bound for line in lines for pair in line.band or [] for bound in pair]
+        scale = _Scale(frame, min(xs), max(xs), min(ys), max(ys), log_x)
+        parts += [
+            f'<svg class="chart {frame.name}" viewBox="0 0 {frame.width} {frame.height}" role="img"',
+            f'aria-label="{escape(title)}">',
+            f"<title>{escape(title)}</title>",
+            *_axes(scale, x_label, y_label),
+            *_drawn(lines, scale),
+            *(_end_labels(lines, scale) if frame is wide else []),
+            "</svg>",
+        ]
+    return "\n".join([*parts, _legend(lines)])
+
+
+def _drawn(lines: Sequence[Line], scale: _Scale) -> list[str]:
+    parts = []
     for line in lines:
         if line.band:
             band = [(x, low, high) for (x, _), (low, high) in zip(line.points, line.band, strict=True)]
@@ -54,17 +70,28 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str,
             lower = [f"{scale.x(x):.1f},{scale.y(low):.1f}" for x, low, _ in band]
             parts.append(f'<polygon class="band c{line.color}" points="{" ".join(upper + lower[::-1])}"/>')
     for line in lines:
-        dash = ' stroke-dasharray="6 5"' if line.dashed else ""
         path = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in line.points)
-        parts.append(f'<polyline class="line c{line.color}"{dash} points="{path}"/>')
+        parts.append(f'<polyline class="line c{line.color}"{_dash(line)} points="{path}"/>')
         if len(line.points) <= 64:
             parts.extend(
                 f'<circle class="point c{line.color}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="2.6">'
                 f"<title>{escape(line.label)}: {y:.4f} at {x:,.0f}</title></circle>"
                 for x, y in line.points
             )
-    parts.extend(_end_labels(lines, scale))
-    return "\n".join([*parts, "</svg>"])
+    return parts
+
+
+def _dash(line: Line) -> str:
+    return ' stroke-dasharray="6 5"' if line.dashed else ""
+
+
+def _legend(lines: Sequence[Line]) -> str:
+    items = [
+        f'<li><svg viewBox="0 0 30 8"><path class="line c{line.color}"{_dash(line)} d="M1 4H29"/></svg>'
+        f"{escape(line.label)}</li>"
+        for line in lines
+    ]
+    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _finite(line: Line) -> Line:
@@ -74,28 +101,49 @@ def _finite(line: Line) -> Line:
     return replace(line, points=[line.points[i] for i in kept], band=band)
 
 
+class _Frame(NamedTuple):
+    """A drawing and the margins around its axes."""
+
+    name: str
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int = 16
+    bottom: int = 48
+
+    @property
+    def end(self) -> int:
+        """Where the x axis ends."""
+        return self.width - self.right
+
+
 class _Scale:
-    def __init__(self, x_min: float, x_max: float, y_min: float, y_max: float, log_x: bool) -> None:
-        self.log_x = log_x
+    def __init__(self, frame: _Frame, x_min: float, x_max: float, y_min: float, y_max: float, log_x: bool) -> None:
+        self.frame, self.log_x = frame, log_x
         self.x_min, self.x_max = x_min, x_max if x_max > x_min else x_min + 1
         self.y_ticks = nice_ticks(y_min, y_max)
         self.y_min, self.y_max = min(y_min, self.y_ticks[0]), max(y_max, self.y_ticks[-1])
+        self._most_x_ticks = (frame.end - frame.left) // 48
 
     def x(self, value: float) -> float:
         low, high, at = self.x_min, self.x_max, value
         if self.log_x:
             low, high, at = math.log2(low), math.log2(high), math.log2(value)
-        return LEFT + (at - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return self.frame.left + (at - low) / (high - low) * (self.frame.end - self.frame.left)
 
     def y(self, value: float) -> float:
-        return TOP + (self.y_max - value) / (self.y_max - self.y_min) * (HEIGHT - TOP - BOTTOM)
+        height = self.frame.height - self.frame.top - self.frame.bottom
+        return self.frame.top + (self.y_max - value) / (self.y_max - self.y_min) * height
 
     @property
     def x_ticks(self) -> list[float]:
         if not self.log_x:
-            return [tick for tick in nice_ticks(self.x_min, self.x_max) if self.x_min <= tick <= self.x_max]
+            ticks = nice_ticks(self.x_min, self.x_max, min(6, self._most_x_ticks))
+            return [tick for tick in ticks if self.x_min <= tick <= self.x_max]
         first, last = math.ceil(math.log2(self.x_min)), math.floor(math.log2(self.x_max))
-        return [2.0**power for power in range(first, last + 1, max(1, (last - first) // 9))]
+        step = max(1, math.ceil((last + 1 - first) / self._most_x_ticks))
+        return [2.0**power for power in range(first, last + 1, step)]
 
 
 def nice_ticks(low: float, high: float, target: int = 6) -> list[float]:
@@ -107,22 +155,23 @@ def nice_ticks(low: float, high: float, target: int = 6) -> list[float]:
 
 
 def _axes(scale: _Scale, x_label: str, y_label: str) -> list[str]:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    frame = scale.frame
+    left, right, bottom = frame.left, frame.end, frame.height - frame.bottom
     parts = []
     for tick in scale.y_ticks:
         y = scale.y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in scale.x_ticks:
         x = scale.x(tick)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 5}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 19}" text-anchor="middle">{_short(tick)}</text>')
-    middle = (TOP + bottom) / 2
-    place = f'x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})"'
+    center, middle = (left + right) / 2, (frame.top + bottom) / 2
+    place = f'x="10" y="{middle}" text-anchor="middle" transform="rotate(-90 10 {middle})"'
     return [
         *parts,
-        f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>',
-        f'<text class="name" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>',
+        f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>',
+        f'<text class="name" x="{center}" y="{frame.height - 8}" text-anchor="middle">{escape(x_label)}</text>',
         f'<text class="name" {place}>{escape(y_label)}</text>',
     ]
 
@@ -135,20 +184,27 @@ def _short(value: float) -> str:
 
 def _end_labels(lines: Sequence[Line], scale: _Scale) -> list[str]:
     """Labels beside the last points, moved apart where they would overlap."""
+    frame = scale.frame
     ends = sorted((scale.y(line.points[-1][1]), i) for i, line in enumerate(lines))
     parts, floor = [], -math.inf
-    lift = max(0.0, ends[0][0] + LABEL_SPACING * (len(ends) - 1) - (HEIGHT - BOTTOM)) if ends else 0.0
+    lift = max(0.0, ends[0][0] + LABEL_SPACING * (len(ends) - 1) - (frame.height - frame.bottom))
     for y, i in ends:
         floor = max(y - lift, floor + LABEL_SPACING)
         line = lines[i]
         x = scale.x(line.points[-1][0])
         parts.append(
-            f'<text class="label c{line.color}" x="{max(x, WIDTH - RIGHT) + 8:.1f}" y="{floor + 4:.1f}">'
-            f"{escape(line.label)}</text>"
+            f'<text class="label c{line.color}" x="{max(x, frame.end) + 8:.1f}" y="{floor + 4:.1f}">'
+            f"{escape(_shortened(line.label, int((frame.right - 16) / LABEL_CHARACTER)))}</text>"
         )
-        if x < WIDTH - RIGHT - 1:
+        if x < frame.end - 1:
             parts.append(
-                f'<line class="leader c{line.color}" x1="{x + 4:.1f}" x2="{WIDTH - RIGHT + 4}" '
+                f'<line class="leader c{line.color}" x1="{x + 4:.1f}" x2="{frame.end + 4}" '
                 f'y1="{y:.1f}" y2="{floor:.1f}"/>'
             )
     return parts
+
+
+def _shortened(label: str, most: int) -> str:
+    """Without its middle, if it is longer than `most` characters: names of runs begin and end differently."""
+    kept = (most - 1) // 2
+    return label if len(label) <= most else f"{label[: most - 1 - kept]}…{label[-kept:]}"

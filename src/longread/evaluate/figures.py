@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
 from longread.evaluate.chart import Line, line_chart
 from longread.evaluate.report import html_page
+
+_BORDERS = 3
+"""Characters between the contents of two columns."""
+_HEADING = 12
+"""Characters that are enough for a heading, which is then broken over several lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +53,33 @@ class Figures:
 def print_figures(figures: Figures, console: Console) -> None:
     """Prints every table, then the notes."""
     for grid in figures.grids:
-        table = Table(title=escape_markup(grid.title), title_justify="left")
-        for heading in (grid.corner, *grid.columns):
-            table.add_column(escape_markup(heading), justify="right")
-        for name, cells in grid.rows:
-            table.add_row(*map(escape_markup, (name, *cells)))
-        console.print(table)
+        print_grid(grid, console)
     for note in figures.notes:
         console.print(note, style="dim", markup=False)
+
+
+def print_grid(grid: Grid, console: Console) -> None:
+    """Prints a table. Columns that do not fit side by side follow below, with the names of the rows again."""
+    cells = [max([cell_len(row[i]) for _, row in grid.rows], default=0) for i in range(len(grid.columns))]
+    wide = [max(size, cell_len(heading)) for size, heading in zip(cells, grid.columns, strict=True)]
+    names = max(cell_len(name) for name in (grid.corner, *(name for name, _ in grid.rows)))
+    if sum(wide) + names + _BORDERS * (len(wide) + 1) + 1 > console.width:
+        wide = [max(size, min(room, _HEADING)) for size, room in zip(cells, wide, strict=True)]
+        names = min(names, max(_HEADING, console.width - max(wide, default=0) - 2 * _BORDERS - 1))
+    first = 0
+    while first < len(wide):
+        last, room = first + 1, console.width - names - _BORDERS - 1 - wide[first] - _BORDERS
+        while last < len(wide) and room >= wide[last] + _BORDERS:
+            room -= wide[last] + _BORDERS
+            last += 1
+        table = Table(title=None if first else escape_markup(grid.title), title_justify="left")
+        table.add_column(escape_markup(grid.corner), width=names, overflow="fold")
+        for heading, width in zip(grid.columns[first:last], wide[first:last], strict=True):
+            table.add_column(escape_markup(heading), justify="right", width=width, overflow="fold")
+        for name, row in grid.rows:
+            table.add_row(*map(escape_markup, (name, *row[first:last])))
+        console.print(table)
+        first = last
 
 
 def figures_page(figures: Figures, *, title: str, lead: str) -> str:
