@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from longread.cli.models import OpenModel, open_model
 from longread.config import UserError
 from longread.data import TokenDataset
 from longread.evaluate.estimate import ratio
+from longread.loading import OpenModel, open_model
 from longread.model import find_device
 from longread.record import hardware
 from longread.session import STORAGES, Session

@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from longread.cli.models import OpenModel, open_model
 from longread.config import UserError
 from longread.data import TokenDataset
 from longread.evaluate.estimate import Estimate, ratio
 from longread.inner_loop import Decoder
+from longread.loading import OpenModel, open_model
 from longread.record import hardware
 from longread.session import Session
 from longread.speculative import Speculation

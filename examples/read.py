@@ -23,8 +23,8 @@ from rich.live import Live
 from rich.table import Table
 
 from longread.checkpoint import load_model
-from longread.cli.models import OpenModel, open_model
 from longread.config import UserError
+from longread.loading import OpenModel, open_model
 from longread.session import Session
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "longread-small"
@@ -52,7 +52,7 @@ def demo(path: Path, texts: Sequence[Path], tokens: int, device: str) -> int:
     console = Console(width=100)
     opened = open_model(str(path), device)
     text = "\n\n".join(given(texts)) if texts else unseen_library(held_out_modules(path))
-    ids = [opened.tokenizer.bos_id] * (opened.tokenizer.bos_id is not None) + opened.tokenizer.encode(text)
+    ids = opened.tokenizer.beginning + opened.tokenizer.encode(text)
     if tokens <= PIECE:
         raise UserError(f"--tokens is {tokens}; give more than {PIECE}")
     if len(ids) <= PIECE:
@@ -62,7 +62,7 @@ def demo(path: Path, texts: Sequence[Path], tokens: int, device: str) -> int:
         f"{opened.model.config.num_parameters:,} parameters, {opened.model.config.num_fast_weights:,} of them learn "
         f"while reading.\nThe text: {len(ids):,} tokens, {len(opened.tokenizer.decode(ids)):,} characters.\n"
     )
-    learning, frozen = (Session(opened.model, opened.inner, learn=learn) for learn in (True, False))
+    learning, frozen = (opened.session(learn=learn) for learn in (True, False))
     losses = read_both(learning, frozen, ids, console)
     gain = [(b - a).nanmean().item() for a, b in zip(*(x.split(len(ids) // 2) for x in losses), strict=False)][:2]
     console.print(

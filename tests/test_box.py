@@ -9,7 +9,7 @@ import pytest
 import torch
 from examples.read import held_out_modules, main as read_demo, unseen_library
 
-from longread.cli.models import OpenModel, open_model
+from longread.loading import OpenModel, open_model
 from longread.session import Session
 
 BOX = Path(__file__).parents[1] / "models" / "longread-small"

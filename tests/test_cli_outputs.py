@@ -255,7 +255,7 @@ def test_numbers_that_can_only_be_slips(
     reason: str,
 ) -> None:
     """Said before a model is opened, or anything as large as the number is made."""
-    monkeypatch.setattr("longread.cli.models.open_model", lambda *_: pytest.fail("a model was opened"))
+    monkeypatch.setattr("longread.loading.open_model", lambda *_: pytest.fail("a model was opened"))
     assert reason in refused(capsys, home, *arguments)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         next_token_logits as next_token_logits,
         read as read,
     )
+    from longread.loading import OpenModel as OpenModel, open_model as open_model
     from longread.model import Transformer as Transformer, initialize as initialize
     from longread.outer_loop import end_to_end_loss as end_to_end_loss, static_loss as static_loss
     from longread.recipes import RECIPES as RECIPES, recipe as recipe
@@ -41,6 +42,7 @@ _MODULES = {
     "data": ("Sampler", "TokenDataset", "prepare"),
     "engine": ("Engine", "Limits", "Sampling"),
     "inner_loop": ("ReadingState", "begin", "next_token_logits", "read"),
+    "loading": ("OpenModel", "open_model"),
     "model": ("Transformer", "initialize"),
     "outer_loop": ("end_to_end_loss", "static_loss"),
     "recipes": ("RECIPES", "recipe"),

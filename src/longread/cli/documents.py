@@ -91,7 +91,7 @@ def _byte_lengths(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray | None
 
 
 def _of_texts(paths: Sequence[str], tokenizer: Tokenizer) -> list[Document]:
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    bos = tokenizer.beginning
     documents = []
     for i, text in enumerate(read_texts(paths)):
         ids, byte_lengths = tokenizer.encode_with_bytes(text)

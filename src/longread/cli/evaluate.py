@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.documents import longest_of, read_documents
-    from longread.cli.models import open_model, open_tokenizer, read_otherwise, table_names
+    from longread.cli.models import read_otherwise, table_names
     from longread.cli.outputs import (
         check_outputs,
         figure_outputs,
@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     )
     from longread.evaluate.positions import LONGEST
     from longread.evaluate.summary import FORMAT
+    from longread.loading import open_model, open_tokenizer
 
     for option, values in (("--lengths", options.lengths or ()), ("--indices", options.indices)):
         for value in values:

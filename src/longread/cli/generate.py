@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from longread.cli.arguments import add_model
 
 if TYPE_CHECKING:
-    from longread.cli.models import OpenModel
+    from longread.loading import OpenModel
     from longread.session import Session
     from longread.speculative import Speculation
     from longread.tokenizer import Tokenizer
@@ -62,9 +62,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.models import open_model
     from longread.cli.outputs import SESSION, Output, check_outputs
     from longread.config import UserError
+    from longread.loading import open_model
 
     check_outputs([Output("--save", options.save, SESSION)], inputs=[options.draft_session])
     if "" in options.stop:
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
-        stop_ids=[] if opened.tokenizer.bos_id is None else [opened.tokenizer.bos_id],
+        stop_ids=opened.tokenizer.beginning,
     )
     try:
         for piece in decoded(ids, opened.tokenizer, options.stop):
@@ -108,20 +108,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _session(opened: OpenModel, path: str | None) -> Session:
     """The saved session, or one that has read nothing but the beginning of a text."""
-    from longread.session import Session
-
-    if path:
-        session = Session.restore(path, opened.model, fingerprint=opened.fingerprint)
-    else:
-        session = Session(opened.model, opened.inner, fingerprint=opened.fingerprint)
-    if not session.position and opened.tokenizer.bos_id is not None:
-        session.read([opened.tokenizer.bos_id])
+    session = opened.restore(path) if path else opened.session()
+    if not session.position:
+        session.read(opened.tokenizer.beginning)
     return session
 
 
 def _with_draft(options: argparse.Namespace, opened: OpenModel, session: Session) -> Speculation:
-    from longread.cli.models import open_model
     from longread.config import UserError
+    from longread.loading import open_model
     from longread.speculative import Speculation
     from longread.speculative.speculation import DRAFT_TOKENS
 

@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.documents import read_documents
-    from longread.cli.models import open_model, table_names
+    from longread.cli.models import table_names
     from longread.cli.outputs import check_outputs, figure_outputs, listed, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import (
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
         write,
     )
     from longread.evaluate.decoding import FORMAT
+    from longread.loading import open_model
 
     check_at_most("--context", options.context)
     check_outputs(figure_outputs(options, FORMAT, ["judged_loss_by_position"]), inputs=options.data)
@@ -129,9 +130,9 @@ def run(options: argparse.Namespace) -> int:
 def _judge(path: str, device: str) -> Judge:
     from pathlib import Path
 
-    from longread.cli.models import open_model
     from longread.config import UserError
     from longread.evaluate import HuggingFaceJudge, LongreadJudge, is_hugging_face
+    from longread.loading import open_model
     from longread.model import find_device
 
     if is_hugging_face(path):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from longread.cli.arguments import MOST_TOKENS, add_device, add_outputs, check_at_most, positive
 
 if TYPE_CHECKING:
-    from longread.cli.models import OpenModel
     from longread.evaluate import Sample
+    from longread.loading import OpenModel
 
 NAME = "needle"
 MOST_ANSWER = 2**16
@@ -61,11 +61,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.models import open_model, table_names
+    from longread.cli.models import table_names
     from longread.cli.outputs import check_outputs, figure_outputs, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import Needles, needle_figures, search
     from longread.evaluate.needle import FORMAT, chart_name
+    from longread.loading import open_model
 
     _check_size(options)
     charts = [chart_name(f"S-NIAH-{number}") for number in options.variants]

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from longread.cli.arguments import add_json, add_model
 
 if TYPE_CHECKING:
-    from longread.cli.models import OpenModel
     from longread.evaluate import Evaluation, Measurement
+    from longread.loading import OpenModel
     from longread.session import Session
 
 NAME = "read"
@@ -41,7 +41,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.models import open_model
     from longread.cli.outputs import (
         PAGE,
         SESSION,
@@ -54,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     )
     from longread.evaluate import print_tables
     from longread.evaluate.summary import FORMAT
+    from longread.loading import open_model
 
     outputs = [
         Output("--save", options.save, SESSION),
@@ -121,20 +121,16 @@ class _Reader:
 
 def _readers(opened: OpenModel, options: argparse.Namespace) -> list[_Reader]:
     """The learning reader first, then the frozen control if the model has fast weights and it is wanted."""
-    from longread.session import Session
-
-    if options.session:
-        session = Session.restore(options.session, opened.model, fingerprint=opened.fingerprint)
-    else:
-        session = Session(opened.model, opened.inner, fingerprint=opened.fingerprint)
+    session = opened.restore(options.session) if options.session else opened.session()
     control = session.fork()
     control.learn = False
     readers = [_Reader(opened, session)]
     if session.learn and opened.model.config.num_suffix_blocks and not options.no_control:
         readers.append(_Reader(opened, control))
-    if not session.position and opened.tokenizer.bos_id is not None:
+    beginning = opened.tokenizer.beginning
+    if beginning and not session.position:
         for reader in readers:
-            reader.read([opened.tokenizer.bos_id], [0])
+            reader.read(beginning, [0])
     return readers
 
 

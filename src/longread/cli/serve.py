@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> int:
     limits, keys = server_limits(options.limit), read_keys(options.keys) if options.keys else Keys()
     engine_limits = _engine_limits(options)
 
-    from longread.cli.models import open_model
     from longread.engine import Engine
+    from longread.loading import open_model
     from longread.server.running import listen
     from longread.server.service import Service
 

@@ -130,7 +130,7 @@ def write(
     """Continues the first half of each document [N, T] to T tokens. A BOS is never written: no document ends."""
     half = human.shape[1] // 2
     forbidden = list(range(tokenizer.vocab_size, model.config.vocab_size))
-    forbidden += [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    forbidden += tokenizer.beginning
     rows, diverged = [], []
     started = time.perf_counter()
     for first in range(0, len(human), batch_size):
@@ -269,8 +269,7 @@ def _judge_ids(judge: Judge, tokenizer: Tokenizer, row: np.ndarray) -> tuple[lis
     text = tokenizer.decode(row.tolist())
     if judge.tokenizer.fingerprint == tokenizer.fingerprint:
         return row.tolist(), text
-    bos = [] if judge.tokenizer.bos_id is None else [judge.tokenizer.bos_id]
-    return bos + judge.tokenizer.encode(text), text
+    return judge.tokenizer.beginning + judge.tokenizer.encode(text), text
 
 
 def _sums(judge: Judge, tokenizer: Tokenizer, writing: Writing, bins: int, batch_size: int) -> np.ndarray:

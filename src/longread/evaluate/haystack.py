@@ -183,7 +183,7 @@ def _sample(
     words = {"kind": variant.value, "key": key, "value": value}
     between = "\n" if variant.haystack == "noise" else " "
     head = tokenizer.encode(INSTRUCTION.format(**words) + ("" if variant.haystack == "noise" else "\n"))
-    head = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + head
+    head = tokenizer.beginning + head
     needle, question = tokenizer.encode(between + NEEDLE.format(**words)), tokenizer.encode(QUESTION.format(**words))
     room = context_length - len(head) - len(needle) - len(question)
     if room < 0:

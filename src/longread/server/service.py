@@ -86,9 +86,8 @@ class Service:
     def encode(self, text: str, *, bos: bool) -> tuple[list[int], list[int]]:
         """Token ids of `text` and the UTF-8 bytes of each; BOS, if it is wanted and there is one, covers none."""
         ids, lengths = self.tokenizer.encode_with_bytes(text)
-        if bos and self.tokenizer.bos_id is not None:
-            return [self.tokenizer.bos_id, *ids], [0, *lengths]
-        return ids, lengths
+        beginning = self.tokenizer.beginning if bos else []
+        return [*beginning, *ids], [0] * len(beginning) + lengths
 
     def check_tokens(self, ids: list[int], param: str) -> None:
         """Refuses ids that the model does not know, before anything else is done with them."""
@@ -107,7 +106,7 @@ class Service:
     @property
     def stop_ids(self) -> frozenset[int]:
         """What ends a text: the beginning of another."""
-        return frozenset() if self.tokenizer.bos_id is None else frozenset((self.tokenizer.bos_id,))
+        return frozenset(self.tokenizer.beginning)
 
 
 def _service(request: Request) -> Service:

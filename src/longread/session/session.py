@@ -3,6 +3,9 @@
 A session is a model, the state of what it has read (`longread.inner_loop.reading`), and the newest tokens, which
 the repetition penalty looks at. Its size does not depend on how much it has read.
 
+With a tokenizer it reads texts too. A text begins with what the tokenizer puts there (`Tokenizer.beginning`, BOS), read
+before the first `str`; token ids are read exactly as they are given.
+
 Learning cannot break it: an inner step that is no number or far too long is refused (`read(..., guard=True)`), and
 where many steps have led astray they are taken back (`longread.inner_loop.rescue`). Both are counted as rolled back.
 """
@@ -25,6 +28,7 @@ from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
 from longread.session.sampling import check_sampling, draw, penalised, seeded
 from longread.session.storage import STORAGES, Storage, check_layout, packed, unpacked
+from longread.tokenizer import Tokenizer
 
 KIND = "session"
 PIECE = 65_536
@@ -66,12 +70,19 @@ class Session:
         inner: rate and clip of the steps.
         learn: False reads with the weights as they are.
         fingerprint: of the model, where it is already known; it is computed otherwise, when the session is saved.
+        tokenizer: the model's, to read texts with.
     """
 
     def __init__(
-        self, model: Transformer, inner: InnerConfig, *, learn: bool = True, fingerprint: str | None = None
+        self,
+        model: Transformer,
+        inner: InnerConfig,
+        *,
+        learn: bool = True,
+        fingerprint: str | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        self.model, self.inner = model, inner
+        self.model, self.inner, self.tokenizer = model, inner, tokenizer
         self._learn = learn
         self._fingerprint = fingerprint
         self._at_rest: ReadingState | None = begin(model)  # None while a decoder has it
@@ -176,16 +187,27 @@ class Session:
         moved, initial = (torch.stack([x.detach().norm() for x in xs]).norm() for xs in _split(pairs))
         return (moved / initial).item()
 
-    def read(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+    def read(self, text: str | Sequence[int] | Tensor) -> Tensor:
         """Reads more of the text, and learns from each mini-batch once it is complete.
 
+        Args:
+            text: token ids, read as they are; or, if the session has a tokenizer, a `str`. The first `str` of a session
+                that has read nothing begins the text: what the tokenizer puts there is read before it, as
+                `longread read` does. Each `str` is encoded by itself, so cut a text between words.
+
         Returns:
-            −log p of each token given everything before it, [n], in nats; NaN for the first token of all.
+            −log p of each token given everything before it, [n], in nats. Of a `str`, these are its own tokens. NaN
+            for the first token of all, which nothing predicts: a `str` has none where its tokenizer has a BOS.
 
         Raises:
-            UserError: a token id is not in the vocabulary; nothing has been read then.
+            UserError: a token id is not in the vocabulary, or there is no tokenizer for a `str`; nothing has been read
+                then.
         """
-        tokens = self._checked(token_ids)
+        if isinstance(text, str):
+            tokenizer = self._text_tokenizer()
+            beginning = [] if self.position else tokenizer.beginning
+            return self.read([*beginning, *tokenizer.encode(text)])[len(beginning) :]
+        tokens = self._checked(text)
         pieces = [self._read(part) for part in tokens.split(PIECE)]
         self.inner_grad_norms = torch.cat([norms for _, norms in pieces])
         window = self.model.config.window_size
@@ -202,9 +224,9 @@ class Session:
         self._counted(steps, found.rolled_back.sum() if rescued is None else steps)
         return found.nll[0], found.inner_grad_norm[0]
 
-    def score(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        """What `read` would give for these tokens; the session stays as it is."""
-        return self.fork().read(token_ids)
+    def score(self, text: str | Sequence[int] | Tensor) -> Tensor:
+        """What `read` would give for it; the session stays as it is."""
+        return self.fork().read(text)
 
     def generate(
         self,
@@ -327,7 +349,13 @@ class Session:
 
     @classmethod
     def restore(
-        cls, path: str | Path, model: Transformer, *, fingerprint: str | None = None, device: torch.device | None = None
+        cls,
+        path: str | Path,
+        model: Transformer,
+        *,
+        fingerprint: str | None = None,
+        device: torch.device | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Session:
         """The session that was saved at `path`, in the types of `model` and on its device, or to begin with on another.
 
@@ -345,6 +373,7 @@ class Session:
 
         tensors, metadata = read_tensors(path, kind=KIND, check=check)
         ((session, position),) = made
+        session.tokenizer = tokenizer
         session._state, session._recent = unpacked(
             path, tensors, model, position, metadata["storage"], device or model.device
         )
@@ -374,6 +403,11 @@ class Session:
         if self._fingerprint is None:
             self._fingerprint = fingerprint_of(self.model)
         return self._fingerprint
+
+    def _text_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("this session has no tokenizer: give token ids, or open the model with longread.open_model")
+        return self.tokenizer
 
     def _checked(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """The tokens, int64 [n], all in the vocabulary."""

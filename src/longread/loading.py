@@ -1,0 +1,105 @@
+"""A model ready to read: weights, tokenizer and device that belong together, by path or by name.
+
+Models in the box come with Longread and are found by name. In an installed package they lie in `longread/box`, in a
+checkout of the repository in `models`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from longread.checkpoint import find_tokenizer, load_model
+from longread.config import InnerConfig, UserError
+from longread.model import Transformer, find_device
+from longread.session import Session
+from longread.tokenizer import Tokenizer, load_tokenizer
+
+_INSTALLED = Path(__file__).parent / "box"
+_CHECKOUT = Path(__file__).parents[2] / "models"
+
+
+class OpenModel(NamedTuple):
+    """A model ready to read, and the tokenizer it was trained with."""
+
+    name: str
+    """Its directory's, for tables."""
+    model: Transformer
+    inner: InnerConfig
+    tokenizer: Tokenizer
+    fingerprint: str
+
+    def session(self, *, learn: bool = True) -> Session:
+        """A session that has read nothing yet, and reads texts as well as token ids."""
+        return Session(self.model, self.inner, learn=learn, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
+
+    def restore(self, path: str | Path) -> Session:
+        """The session that was saved at `path`.
+
+        Raises:
+            UserError: the file is damaged, no session, no valid one, or of another model.
+        """
+        return Session.restore(path, self.model, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
+
+
+def boxed_models() -> dict[str, Path]:
+    """The models that come with Longread: their directories by name."""
+    box = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
+    return {path.parent.name: path.parent for path in sorted(box.glob("*/config.json"))}
+
+
+def find_model(path_or_name: str | Path) -> Path:
+    """The path that was given, where something lies there; else the model in the box of that name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    box = boxed_models()
+    if os.path.exists(path_or_name):  # unlike Path.exists, False for what can be no path
+        return Path(path_or_name)
+    if str(path_or_name) in box:
+        return box[str(path_or_name)]
+    named = f", or the name of one that comes with Longread: {', '.join(box)}" if box else ""
+    raise UserError(f"there is no model at {path_or_name}; give a model, a run or a checkpoint directory{named}")
+
+
+def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
+    """Opens a model directory, a run, a checkpoint or, by its name, a model in the box.
+
+    On a GPU its products run in bfloat16, and its fast weights stay float32. On a CPU a file in half precision runs in
+    float32, which is as exact and, where products in half precision are emulated, many times faster.
+
+    Args:
+        device: "auto" takes a GPU if there is one; else a device of PyTorch, like "cpu" or "cuda:1".
+
+    Raises:
+        UserError: there is no model, no tokenizer, or they do not belong together; or the device cannot be used.
+    """
+    place, path = find_device(device), find_model(path_or_name)
+    loaded = load_model(path, device=place, dtype=torch.bfloat16 if place.type == "cuda" else None)
+    if loaded.tokenizer_path is None:
+        raise UserError(f"{path} has no tokenizer.json beside it; copy there the one it was trained with")
+    tokenizer = load_tokenizer(loaded.tokenizer_path)
+    trained_on = loaded.metadata.get("tokenizer_fingerprint")
+    if trained_on not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{loaded.tokenizer_path} is not the tokenizer of {path}; copy there the one it was trained with"
+        )
+    if tokenizer.vocab_size > loaded.model.config.vocab_size:
+        raise UserError(
+            f"{loaded.tokenizer_path} has {tokenizer.vocab_size} tokens and {path} knows "
+            f"{loaded.model.config.vocab_size}; copy there the one it was trained with"
+        )
+    if place.type == "cpu" and loaded.model.dtype.itemsize < 4:
+        loaded.model.float()
+    loaded.model.requires_grad_(False)
+    return OpenModel(path.name or str(path), loaded.model, loaded.inner, tokenizer, loaded.fingerprint)
+
+
+def open_tokenizer(path_or_name: str | Path) -> Tokenizer:
+    """The tokenizer of a model, without its weights. Raises `UserError` as `open_model` does."""
+    found = find_tokenizer(find_model(path_or_name))
+    return load_tokenizer(found) if found else open_model(path_or_name, "cpu").tokenizer
