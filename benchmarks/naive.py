@@ -7,7 +7,7 @@ loop, no recomputation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from longread.config import ModelConfig
 
 State = Mapping[str, Tensor]
+Weights = list[list[Tensor]]
+Caches = list[tuple[Tensor, Tensor] | None]
 
 
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -59,9 +61,20 @@ def mlp(p: State, name: str, x: Tensor, weights: list[Tensor] | None, c: ModelCo
 
 
 def end_to_end_losses(
-    p: State, c: ModelConfig, ids: Tensor, targets: Tensor, mask: Tensor, *, lr: float, clip: float | None
-) -> tuple[Tensor, list[list[Tensor]]]:
-    """The loss of every mini-batch, [B, T / M], and the fast weights after the last one, block by block."""
+    p: State,
+    c: ModelConfig,
+    ids: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    *,
+    lr: float,
+    clip: float | None,
+    between: Callable[[int, Weights, Caches], tuple[Weights, Caches]] = lambda i, fast, caches: (fast, caches),
+) -> tuple[Tensor, Weights]:
+    """The loss of every mini-batch, [B, T / M], and the fast weights after the last one, block by block.
+
+    `between(i, fast, caches)` gives what mini-batch i begins with instead, as other meta-gradients have it.
+    """
     B, T, M = *ids.shape, c.mini_batch_size
     prefix = [f"blocks.{i}" for i in range(c.num_prefix_blocks)]
     suffix = [f"blocks.{i}" for i in range(c.num_prefix_blocks, c.num_blocks)]
@@ -70,10 +83,11 @@ def end_to_end_losses(
         x, _ = attention(p, block, x, None, 0, c)
         x = mlp(p, f"{block}.static_mlp", x, None, c)
     fast = [[p[f"{block}.fast_mlp.{m}.weight"].expand(B, -1, -1) for m in ("gate", "up", "down")] for block in suffix]
-    caches: list = [None] * len(suffix)
+    caches: Caches = [None] * len(suffix)
     losses = []
     for start in range(0, T, M):
         part = slice(start, start + M)
+        fast, caches = between(start // M, fast, caches)
         h = x[:, part]
         for j, block in enumerate(suffix):
             h, caches[j] = attention(p, block, h, caches[j], start, c)
@@ -86,8 +100,15 @@ def end_to_end_losses(
         losses.append(loss)
         flat = [w for weights in fast for w in weights]
         gradients = torch.autograd.grad(loss.sum(), flat, create_graph=True)
-        norm = torch.stack([(g * g).sum((1, 2)) for g in gradients]).sum(0).sqrt()
+        square = torch.stack([(g * g).sum((1, 2)) for g in gradients]).sum(0)
+        norm = torch.where(square > 0, square, 1.0).sqrt()  # the derivative of √0 is not finite
         scale = torch.ones_like(norm) if clip is None else (clip / norm).clamp(max=1)
         flat = [w - lr * scale[:, None, None] * g for w, g in zip(flat, gradients, strict=True)]
         fast = [flat[i : i + 3] for i in range(0, len(flat), 3)]
     return torch.stack(losses, 1), fast
+
+
+def mean_loss(losses: Tensor, mask: Tensor) -> Tensor:
+    """The mean over sequences of the mean over mini-batches, of those that have a target."""
+    counts = mask.unflatten(1, (losses.shape[1], -1)).any(2)
+    return torch.stack([row[kept].mean() for row, kept in zip(losses, counts, strict=True) if kept.any()]).mean()

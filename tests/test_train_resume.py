@@ -95,9 +95,10 @@ def test_an_older_run_that_had_not_settled_what_to_recompute_settles_it(
     with monkeypatch.context() as older:
         older.setattr("longread.train.run.fit", lambda *args, **options: Fit(4, "auto", 0))
         train(change(loss="static"), data, tmp_path / "run")
-    assert (stored()["recompute"], stored()["tokens"]) == ("auto", 6 * 4 * 32)
+    assert stored()["recompute"] == "auto"
     train(change(loss="static", steps=8), data, tmp_path / "run", resume=True)
-    assert (stored()["recompute"], stored()["tokens"]) == ("none", 8 * 4 * 32)
+    assert stored()["recompute"] == "none"
+    assert stored()["tokens"] == rows_of(tmp_path / "run")[-1]["tokens"]
 
 
 def test_how_a_gradient_is_summed_may_change_on_resume(tmp_path: Path, data: TokenDataset) -> None:

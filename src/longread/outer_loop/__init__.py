@@ -18,7 +18,7 @@ A carry is the fast weights plus the suffix's window. `auto` takes the first tha
 gradient; all but `none` let a loss be differentiated only once.
 """
 
-from longread.outer_loop.losses import OuterLoss, end_to_end_loss, static_loss
+from longread.outer_loop.losses import OuterLoss, end_to_end_loss, mean_loss, num_counted, static_loss
 from longread.outer_loop.memory import (
     UPDATE_BYTES,
     Fit,
@@ -39,5 +39,7 @@ __all__ = [
     "end_to_end_loss",
     "fit",
     "graph_bytes",
+    "mean_loss",
+    "num_counted",
     "static_loss",
 ]

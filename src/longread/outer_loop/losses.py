@@ -1,7 +1,8 @@
 """The loss of the model as it learns, and the static loss.
 
 Two other meta-gradients are there to be compared with the exact one: "first-order" holds each inner gradient constant,
-and `truncate_after=n` cuts the chain of steps every n, keeping only W_i = W_0 + constant across the cut.
+and `truncate_after=n` cuts the chain of steps every n, keeping only W_i = W_0 + constant across the cut. What no fast
+weight has touched is not cut: the first suffix attention looks back across.
 """
 
 from __future__ import annotations
@@ -24,13 +25,32 @@ class OuterLoss(NamedTuple):
     """A loss to differentiate, and how it came about."""
 
     loss: Tensor
-    """Mean over sequences of the mean over mini-batches, []. Only this takes part in differentiation."""
+    """`mean_loss` of the mini-batches, []. Only this takes part in differentiation."""
     nll: Tensor
     """−log p of every target, masked or not, [B, T]."""
     mini_batch_loss: Tensor
-    """Mean over the unmasked targets of each mini-batch, [B, T / M]."""
+    """Mean over the unmasked targets of each mini-batch, [B, T / M]; 0 where there is none."""
     inner_grad_norm: Tensor
     """Norm of each inner gradient before clipping, [B, T / M − 1]; [B, 0] for the static loss."""
+
+
+def mean_loss(losses: Tensor, loss_mask: Tensor) -> Tensor:
+    """The loss of a batch: the mean over sequences of the mean over mini-batches, of those that have a target, [].
+
+    0 if none has. A mini-batch of padding is no mini-batch that cost nothing.
+
+    Args:
+        losses: of each mini-batch, [B, T / M].
+        loss_mask: bool [B, T], True where a target counts.
+    """
+    counts = loss_mask.unflatten(1, (losses.shape[1], -1)).any(-1)
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1).to(losses.dtype)
+    return (losses * share).sum() / num_counted(loss_mask)
+
+
+def num_counted(loss_mask: Tensor) -> Tensor:
+    """Over how many sequences of a batch its loss is a mean: those of `loss_mask` [B, T] with a target; 1 for none."""
+    return loss_mask.any(1).sum().clamp(min=1)
 
 
 def static_loss(
@@ -51,7 +71,7 @@ def static_loss(
     output, _ = model.upper(hidden, None, upper, start=0, order=1, recompute=again)
     nll = model.token_losses(output, target_ids)
     loss = mini_batch_loss(nll.unflatten(1, (-1, M)), loss_mask.unflatten(1, (-1, M)))
-    return OuterLoss(loss.mean(), nll.detach(), loss.detach(), nll.new_empty(nll.shape[0], 0))
+    return OuterLoss(mean_loss(loss, loss_mask), nll.detach(), loss.detach(), nll.new_empty(nll.shape[0], 0))
 
 
 def end_to_end_loss(
@@ -124,7 +144,7 @@ def end_to_end_loss(
         carry, first = parts[-1].carry, last
     losses = torch.cat([part.mini_batch_loss for part in parts], dim=1)
     nll, norms = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("nll", "grad_norm"))
-    return OuterLoss(losses.mean(), nll.detach(), losses.detach(), norms.detach())
+    return OuterLoss(mean_loss(losses, loss_mask), nll.detach(), losses.detach(), norms.detach())
 
 
 def _settled(recompute: Recompute, loss: Loss, model: Transformer, input_ids: Tensor) -> Schedule:

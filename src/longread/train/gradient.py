@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 from longread.config import RunConfig
 from longread.data import Batch
 from longread.model import Transformer
-from longread.outer_loop import OuterLoss, end_to_end_loss, static_loss
+from longread.outer_loop import OuterLoss, end_to_end_loss, num_counted, static_loss
 
 
 class BatchGradient(NamedTuple):
     """What was found on the way to a gradient."""
 
     loss: Tensor
-    """Mean over sequences, []."""
+    """Of the batch, [] (see `longread.outer_loop.mean_loss`)."""
     inner_grad_norm: Tensor
     """Before clipping, [B, inner steps]; [B, 0] for the static loss."""
 
@@ -27,19 +28,36 @@ def accumulate_gradient(
 ) -> BatchGradient:
     """Adds the gradient of the batch's loss, the mean over its sequences, to the gradients of `model`.
 
-    Sequences run `config.micro_batch_size` at a time; the result does not depend on it but for rounding.
+    Sequences run `config.micro_batch_size` at a time; the result does not depend on it but for rounding, since each
+    part counts by its sequences that have a target. Nothing here waits for the device.
     """
-    count = batch.input_ids.shape[0]
-    size = config.micro_batch_size or count
+    size = config.micro_batch_size or batch.input_ids.shape[0]
+    total = num_counted(batch.loss_mask)
     losses, norms = [], []
-    for start in range(0, count, size):
+    for start in range(0, batch.input_ids.shape[0], size):
         part = Batch(*(tensor[start : start + size] for tensor in batch))
         outer = _outer_loss(model, config, part, inner_lr)
-        share = part.input_ids.shape[0] / count
-        (outer.loss * share).backward()
-        losses.append(outer.loss.detach() * share)
+        loss = outer.loss * num_counted(part.loss_mask) / total
+        loss.backward()
+        losses.append(loss.detach())
         norms.append(outer.inner_grad_norm.detach())
     return BatchGradient(torch.stack(losses).sum(), torch.cat(norms))
+
+
+def inner_steps(norms: Tensor, loss_mask: Tensor, clip: float | None) -> dict[str, float]:
+    """`inner_grad_norm`, the mean over inner steps, and `inner_clipped`, the share of them that the clip shortened.
+
+    Only steps on mini-batches with a target count; empty if there is none.
+
+    Args:
+        norms: [B, steps]; loss_mask: bool [B, T].
+    """
+    B, steps = norms.shape
+    norms = norms[loss_mask.view(B, steps + 1, -1).any(-1)[:, :-1]]
+    if not norms.numel():
+        return {}
+    clipped = norms > (math.inf if clip is None else clip)
+    return {"inner_grad_norm": norms.mean().item(), "inner_clipped": clipped.double().mean().item()}
 
 
 def _outer_loss(model: Transformer, config: RunConfig, batch: Batch, inner_lr: float | Tensor) -> OuterLoss:

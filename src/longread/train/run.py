@@ -35,7 +35,7 @@ from longread.data import Batch, Sampler, TokenDataset
 from longread.model import Transformer, find_device, free_bytes, initialize
 from longread.outer_loop import activation_budget, fit
 from longread.train.captured import CapturedGradient
-from longread.train.gradient import accumulate_gradient
+from longread.train.gradient import accumulate_gradient, inner_steps
 from longread.train.optimizer import gradient_norm, make_optimizer, optimizer_tensors, restore_optimizer, update
 from longread.train.stopping import StopSignal, halt, not_finite_in, not_finite_weight
 from longread.train.validation import validation_losses
@@ -167,6 +167,7 @@ class _Run:
         self.sampler = Sampler(data, config.context_length, config.batch_size, config.seed)
         self.log = record.MetricsLog(out / METRICS_FILE)
         self.step = self.saved_step = 0
+        self.tokens = 0
         self.saved_at = time.monotonic()
         self.last_checkpoint: Path | None = None
         self._next_batch: Batch | None = None
@@ -185,11 +186,6 @@ class _Run:
             if device.type == "cuda"
             else functools.partial(accumulate_gradient, self.model, self.exact)
         )
-
-    @property
-    def tokens(self) -> int:
-        """Trained on so far."""
-        return self.step * self.config.batch_size * self.config.context_length
 
     def refuse_or_clear(self, resume: bool) -> None:
         names = (RUN_FILE, METRICS_FILE, MODEL_DIRECTORY, checkpoint.CHECKPOINTS)
@@ -296,6 +292,7 @@ class _Run:
             checkpoint.fill(self.model, found.model, where=path)
             restore_optimizer(self.model, self.optimizer, found.optimizer, path)
             self.step = self.saved_step = found.step
+            self.tokens = found.state["tokens"]
             self.last_checkpoint, size = path, found.state["metrics_bytes"]
         else:
             warnings.warn(f"{self.out} has no checkpoint: training begins at the first step", stacklevel=4)
@@ -382,8 +379,8 @@ class _Run:
         """Takes one step and returns its row. Raises `TrainingHalted` before the weights could be spoiled."""
         started = time.monotonic()
         inner_lr = self.config.inner.lr_at(self.step)
-        batch = (self._next_batch or self.sampler.batch(self.step)).to(self.device)
-        found = self.gradient(batch, inner_lr=inner_lr)
+        batch = self._next_batch or self.sampler.batch(self.step)
+        found = self.gradient(batch.to(self.device), inner_lr=inner_lr)
         norm = gradient_norm(self.model.parameters())
         self._next_batch = self.sampler.batch(self.step + 1)  # drawn while a GPU is still at work
         problem = not_finite_in(self.model, found, norm)
@@ -391,6 +388,8 @@ class _Run:
             raise halt(self.config, self.step + 1, problem, self.last_checkpoint)
         lr = update(self.model, self.optimizer, self.config.optimizer, self.step, norm)
         self.step += 1
+        tokens = int(batch.loss_mask.sum())
+        self.tokens += tokens
         row: Row = {
             "step": self.step,
             "tokens": self.tokens,
@@ -399,12 +398,10 @@ class _Run:
             "lr": lr,
         }
         if found.inner_grad_norm.numel():
-            clip = math.inf if self.config.inner.clip is None else self.config.inner.clip
             row["inner_lr"] = inner_lr
-            row["inner_grad_norm"] = found.inner_grad_norm.mean().item()
-            row["inner_clipped"] = (found.inner_grad_norm > clip).double().mean().item()
+            row |= inner_steps(found.inner_grad_norm.cpu(), batch.loss_mask, self.config.inner.clip)
         row["seconds"] = time.monotonic() - started
-        row["tokens_per_second"] = batch.input_ids.numel() / row["seconds"]
+        row["tokens_per_second"] = tokens / row["seconds"]
         return row
 
     def validate(self, row: Row) -> None:

@@ -9,6 +9,7 @@ from longread.config import RunConfig
 from longread.data import Batch, Sampler
 from longread.inner_loop import begin, mini_batch_loss, read
 from longread.model import Transformer
+from longread.outer_loop import mean_loss
 
 BATCHES = 4  # batches of the training size; enough to see a trend, few enough not to be seen in the time
 TOKENS = 2**14
@@ -29,20 +30,21 @@ def validation_losses(model: Transformer, config: RunConfig, sampler: Sampler) -
 
 def _mean_loss(model: Transformer, config: RunConfig, batches: list[Batch], *, learn: bool) -> float:
     losses = [
-        _sequence_losses(model, config, Batch(*(tensor[start : start + size] for tensor in batch)), learn=learn)
+        _mini_batch_losses(model, config, Batch(*(tensor[start : start + size] for tensor in batch)), learn=learn)
         for batch in batches
         for size in [max(1, TOKENS // config.context_length)]
         for start in range(0, len(batch.input_ids), size)
     ]
-    return torch.cat(losses).mean().item()
+    masks = [batch.loss_mask.to(model.device) for batch in batches]
+    return mean_loss(torch.cat(losses), torch.cat(masks)).item()
 
 
-def _sequence_losses(model: Transformer, config: RunConfig, batch: Batch, *, learn: bool) -> Tensor:
-    """The mean over mini-batches, as in training, [B]."""
+def _mini_batch_losses(model: Transformer, config: RunConfig, batch: Batch, *, learn: bool) -> Tensor:
+    """[B, T / M]"""
     batch = batch.to(model.device)
     tokens = torch.cat([batch.input_ids[:, :1], batch.target_ids], dim=1)
     mask = torch.cat([torch.ones_like(batch.loss_mask[:, :1]), batch.loss_mask], dim=1)
     state = begin(model, len(tokens))
     nll = read(model, state, tokens, inner=config.inner, learn=learn, loss_mask=mask).nll[:, 1:]
     M = model.config.mini_batch_size
-    return mini_batch_loss(nll.unflatten(1, (-1, M)), batch.loss_mask.unflatten(1, (-1, M))).mean(dim=1)
+    return mini_batch_loss(nll.unflatten(1, (-1, M)), batch.loss_mask.unflatten(1, (-1, M)))
