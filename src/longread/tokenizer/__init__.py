@@ -1,7 +1,7 @@
 """Text to token ids and back: bytes, or any Hugging Face tokenizer file.
 
 No tokenizer adds a beginning-of-sequence token (BOS) to what it encodes, and no text can smuggle one in: a special
-token spelled out in a text is encoded as the characters that it is. Whoever starts a document prepends `bos_id`.
+token spelled out in a text is encoded as the characters that it is. Whoever starts a document prepends `beginning`.
 
 A text that arrives in pieces goes through `StreamEncoder`, token ids that come one by one through `StreamDecoder`: both
 give what the whole would give, wherever it is cut.

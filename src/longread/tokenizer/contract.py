@@ -30,6 +30,11 @@ class Tokenizer(ABC):
     bos_id: int | None
     fingerprint: str
 
+    @property
+    def beginning(self) -> list[int]:
+        """The ids before those of a text, where a document starts: BOS, or none."""
+        return [] if self.bos_id is None else [self.bos_id]
+
     @abstractmethod
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
         """Ids, and the UTF-8 bytes of `text` that each of them covers; these sum to `len(text.encode())`."""
