@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from longread.engine import Engine, Limits
 from longread.model import Transformer, initialize
 from longread.server import Keys, ServerLimits
 from longread.server.app import create_app
+from longread.server.running import listen, make_server
 from longread.server.service import Service
 from longread.session import Session
 from longread.tokenizer import ByteTokenizer
@@ -79,6 +82,58 @@ def serving(directory: Path, **options: object) -> Iterator[TestClient]:
     """A client of an application in this process."""
     with TestClient(create_app(make_service(directory, **options)), base_url="http://localhost") as client:  # type: ignore[arg-type]
         yield client
+
+
+class Held:
+    """A function whose n-th call waits until it is let go; `entered` is set once it does."""
+
+    def __init__(self, function: Callable[..., Any], call: int = 1) -> None:
+        self._function, self._left = function, call
+        self.entered, self._let = threading.Event(), threading.Event()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            self.entered.set()
+            if not self._let.wait(120):
+                raise TimeoutError("nobody let it go")
+        return self._function(*args, **kwargs)
+
+    def go(self) -> None:
+        self._let.set()
+
+
+class Listening:
+    """An application on a socket, in a thread of this process: what it does can be held at any point."""
+
+    def __init__(self, directory: Path, **options: object) -> None:
+        self.service = make_service(directory, **options)  # type: ignore[arg-type]
+        listener = listen("127.0.0.1", 0, has_keys=bool(self.service.keys))
+        self.port = listener.getsockname()[1]
+        self.server = make_server(self.service, listener)
+        serve = self.server.serve(sockets=[listener])
+        self.thread = threading.Thread(target=lambda: asyncio.run(serve), daemon=True)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = httpx2.Client(base_url=self.url, timeout=60)
+
+    def signal(self) -> None:
+        """What the process does on SIGTERM."""
+        self.server.handle_exit(signal.SIGTERM, None)
+
+    def raw(self, data: bytes) -> bytes:
+        """Everything that is answered to some bytes, until the connection is closed."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+            connection.sendall(data)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    def __enter__(self) -> Listening:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join()
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -159,7 +214,7 @@ class Process:
                 self._started.set()
         self._started.set()
 
-    def stop(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 120) -> int:
         self.process.send_signal(number)
         return self.process.wait(timeout)
 
@@ -173,7 +228,7 @@ class Process:
             self.process.wait()
 
 
-def until(condition: object, seconds: float = 10.0) -> bool:
+def until(condition: object, seconds: float = 60.0) -> bool:
     """Waits until a condition holds; says whether it did."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -5,7 +5,7 @@ gate.py        keys, rate, size and time of every request
 service.py     what all routes share
 sessions.py    /v1/sessions; readings.py appends and scores, continuing.py generates, transfer.py moves files
 completions.py /v1/completions; chat.py /v1/chat/completions
-errors.py      what goes wrong, as HTTP; validation.py what is wrong with a request
+errors.py      what goes wrong, as HTTP; validation.py and queries.py what is wrong with a request
 about.py       health, version, models, tokenizer, metrics
 running.py     the process: binding, signals, slow clients
 

@@ -46,6 +46,10 @@ class Losses:
         """How many have been read by all who read."""
         return min(len(self._nll), len(self._nll if self._frozen is None else self._frozen))
 
+    def num_bytes(self, tokens: int) -> int | None:
+        """UTF-8 bytes of the first tokens; None where the client sent token ids."""
+        return None if self._lengths is None else sum(self._lengths[:tokens])
+
     def means(self) -> dict[str, Any]:
         """Mean losses of everything that all have read, in nats per token, and bits per byte."""
         end = self.tokens

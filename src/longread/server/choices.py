@@ -72,9 +72,9 @@ class Continuation:
                 else:
                     yield piece
         outcome = await running.result()
-        work.check()
         if not writer.stopped:
             if outcome.reason == "cancelled":
+                work.check("nothing of it is kept, so ask again, for less if it was too long")
                 raise ApiError(503, "the continuation was cancelled", code="cancelled", retry_after=1)
             self.pieces.append(writer.close())
         self.pieces[-1].reason = "stop" if writer.stopped else outcome.reason

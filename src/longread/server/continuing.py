@@ -59,7 +59,10 @@ class Continuing:
             finally:
                 await asyncio.shield(self._read(entry))
         self._service.meters.tokens.labels("written").inc(len(self._tokens))
-        work.check()
+        if self._reason == "cancelled":
+            text, position = self._writer.text, self._start + len(self._tokens)
+            facts = {"start": self._start, "position": position, "tokens": len(self._tokens), "text": text}
+            work.check(f"the {len(self._tokens)} tokens that were written stay, so go on from there", **facts)
 
     def done(self) -> dict[str, Any]:
         """The continuation, once it is over."""

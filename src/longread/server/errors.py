@@ -61,9 +61,20 @@ class ApiError(HTTPException):
             }
         }
 
+    def with_facts(self, **facts: Any) -> ApiError:
+        """The same with more in the error object."""
+        self.body["error"] |= facts
+        return self
+
     def response(self) -> JSONResponse:
         """The whole answer."""
         return JSONResponse(self.body, self.status_code, dict(self.headers or {}))
+
+
+def stopping(ended: str, **facts: Any) -> ApiError:
+    """What to say while the server stops; on another connection, for this one ends with it."""
+    message = f"the server is stopping; {ended}"
+    return ApiError(503, message, code="stopping", retry_after=5, headers={"Connection": "close"}, **facts)
 
 
 def without_paths(text: str, directories: Iterable[Path]) -> str:
@@ -76,13 +87,6 @@ def without_paths(text: str, directories: Iterable[Path]) -> str:
 def _headers(status: int, retry_after: float | None) -> dict[str, str]:
     headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
     return headers | ({"WWW-Authenticate": "Bearer"} if status == 401 else {})
-
-
-def refuse_unknown_query(request: Request, *known: str) -> None:
-    """Raises `ApiError` for a query parameter that the route does not have: a slip would change what it does."""
-    unknown = [name for name in request.query_params if name not in known]
-    if unknown:
-        raise ApiError(400, f"there is no query parameter {unknown[0]!r} here; there are {', '.join(known)}")
 
 
 def as_api_error(error: BaseException, directories: Iterable[Path] = ()) -> ApiError:

@@ -6,13 +6,12 @@ One ASGI middleware around everything else, so that no route can be reached past
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
-from collections import defaultdict
 from typing import Any
-from urllib.parse import urlsplit
 
-from longread.server.errors import ApiError
+from longread.server.errors import ApiError, stopping
 from longread.server.keys import LOCAL
 from longread.server.log import logger
 from longread.server.service import Service
@@ -20,7 +19,10 @@ from longread.server.service import Service
 HEALTH = "/health"
 PAGE = "/page/"
 RESTORE = "/v1/sessions/restore"
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.IGNORECASE | re.ASCII)
+"""What `Host` may be without keys."""
+_ONCE = {"authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"}
+_CLOSE = {"Connection": "close"}
 _RETRY_CONCURRENT = 1.0
 
 
@@ -30,13 +32,15 @@ class Gate:
     def __init__(self, app: Any, service: Service) -> None:
         self._app, self._service = app, service
         self._buckets: dict[str, _Bucket] = {}
-        self._under_way: defaultdict[str, int] = defaultdict(int)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        passage = _Passage(self._service, scope, receive, send)
+        method = scope["method"]
+        if method == "HEAD":  # every route that answers GET answers it, without the body
+            scope = scope | {"method": "GET"}
+        passage = _Passage(self._service, scope, receive, send, method)
         meters, tenant = self._service.meters, None
         with meters.under_way.track_inprogress():
             try:
@@ -52,12 +56,15 @@ class Gate:
                 await passage.answer(ApiError(500, "something went wrong inside the server; its log says what"))
             finally:
                 if tenant is not None:
-                    self._under_way[tenant] -= 1
+                    self._service.requests[tenant] -= 1
                 passage.count()
 
     def _admitted(self, scope: Any) -> str | None:
         """Whose request this is, now counted as under way; None if it is anybody's. Raises `ApiError` to refuse."""
         service, headers = self._service, _headers(scope)
+        _check_framing(scope, headers)
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "compressed bodies are not read here; send it without Content-Encoding", headers=_CLOSE)
         if not service.keys:
             _check_local(headers)
         if _is_open(scope["path"], scope["method"]):
@@ -65,16 +72,16 @@ class Gate:
         tenant = self._tenant(headers)
         limits = service.limits
         if service.stopping:
-            raise ApiError(503, "the server is stopping; try again in a moment", code="stopping", retry_after=5)
+            raise stopping("try again in a moment")
         bucket = self._buckets.setdefault(tenant, _Bucket(limits.per_minute))
         if wait := bucket.wait():
             raise ApiError(429, f"more than {limits.per_minute} requests a minute; wait", retry_after=wait)
-        if self._under_way[tenant] >= limits.concurrent:
+        if service.requests[tenant] >= limits.concurrent:
             message = f"{limits.concurrent} requests are under way already, as many as may be; wait for one to end"
             raise ApiError(429, message, retry_after=_RETRY_CONCURRENT)
         _check_length(headers, _most_bytes(service, scope["path"]))
         scope["longread.tenant"] = tenant
-        self._under_way[tenant] += 1
+        service.requests[tenant] += 1
         return tenant
 
     def _tenant(self, headers: dict[str, str]) -> str:
@@ -90,8 +97,9 @@ class Gate:
 class _Passage:
     """One request on its way through: its body is counted, its waiting is timed, its answer is noted."""
 
-    def __init__(self, service: Service, scope: Any, receive: Any, send: Any) -> None:
+    def __init__(self, service: Service, scope: Any, receive: Any, send: Any, method: str) -> None:
         self._service, self._scope, self._receive, self._send = service, scope, receive, send
+        self._method = method
         self._most = _most_bytes(service, scope["path"])
         self._bytes, self._complete = 0, False
         self._started = time.perf_counter()
@@ -121,6 +129,8 @@ class _Passage:
             for name, value in [*_security(self._scope["path"]), (b"x-request-id", self.id.encode())]:
                 if name not in names:
                     message["headers"].append((name, value))
+        elif self._method == "HEAD":
+            message = message | {"body": b""}
         try:
             await asyncio.wait_for(self._send(message), self._service.limits.stall_seconds)
         except TimeoutError:
@@ -132,7 +142,7 @@ class _Passage:
 
     def count(self) -> None:
         route = getattr(self._scope.get("route"), "path", "none")  # the template: an id would make a series of its own
-        method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
+        method = self._method if self._method in _METHODS else "other"
         meters = self._service.meters
         meters.requests.labels(method, route, str(self.status or 499)).inc()
         meters.seconds.labels(method, route).observe(time.perf_counter() - self._started)
@@ -160,28 +170,35 @@ class _Bucket:
 
 
 def _headers(scope: Any) -> dict[str, str]:
-    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+    """By their names; those that are decided by may stand there once only, or others might decide by the other."""
+    found: dict[str, str] = {}
+    for raw_name, value in scope["headers"]:
+        name = raw_name.decode("latin-1").lower()
+        if name in found and name in _ONCE:
+            raise ApiError(400, f"there are several headers {name}; send one", headers=_CLOSE)
+        found[name] = value.decode("latin-1")
+    return found
+
+
+def _check_framing(scope: Any, headers: dict[str, str]) -> None:
+    """Refuses a request whose end a proxy might see elsewhere: what follows would be taken for another request."""
+    if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
+        message = "the request says in two ways how long it is; send Content-Length or Transfer-Encoding: chunked"
+        raise ApiError(400, message, headers=_CLOSE)
 
 
 def _is_open(path: str, method: str) -> bool:
-    return method in ("GET", "HEAD") and (path in ("/", HEALTH) or path.startswith(PAGE))
+    return method == "GET" and (path in ("/", HEALTH) or path.startswith(PAGE))
 
 
 def _check_local(headers: dict[str, str]) -> None:
     """Without keys the only protection is that nobody else reaches us; a browser must not be led here by a page
     from elsewhere, neither under our name (Origin) nor under its own (DNS rebinding: Host)."""
-    if _name(f"//{headers.get('host', '')}") not in _LOOPBACK:
+    host = headers.get("host", "")
+    if not _LOOPBACK.fullmatch(host):
         raise ApiError(403, "this server has no keys and answers to localhost only; give it keys to reach it by name")
-    origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers["host"]:
+    if headers.get("origin", f"http://{host}") not in (f"http://{host}", f"https://{host}"):
         raise ApiError(403, "this server has no keys and answers no page from elsewhere; give it keys")
-
-
-def _name(address: str) -> str | None:
-    try:
-        return urlsplit(address).hostname
-    except ValueError:
-        return None
 
 
 def _most_bytes(service: Service, path: str) -> int:

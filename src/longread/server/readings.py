@@ -8,10 +8,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+from longread.config import UserError
 from longread.engine import Appended, Progress, UnknownSession, WrongPosition
 from longread.server.bins import Losses
 from longread.server.catalog import Catalog, Entry
 from longread.server.choices import merged
+from longread.server.errors import ApiError, as_api_error
 from longread.server.service import Service, number
 from longread.server.stream import Event
 from longread.server.work import Running, Work
@@ -27,6 +29,7 @@ class Reading:
         tokens: what to read instead, as it is.
         keep: the session goes on from here; False reads on a fork that is dropped.
         expected_position: where the client believes the session to be.
+        skip: tokens at the beginning that the session has read already.
         bin_size: tokens of a bin; None: no bins.
     """
 
@@ -41,10 +44,12 @@ class Reading:
         tokens: list[int] | None = None,
         keep: bool = True,
         expected_position: int | None = None,
+        skip: int = 0,
         bin_size: int | None = None,
     ) -> None:
         self._service, self._catalog, self._tenant, self._session = service, catalog, tenant, session
         self._text, self._tokens, self.keep, self._expected, self._bin = text, tokens, keep, expected_position, bin_size
+        self._skip = skip
         self._begun = time.perf_counter()
         self._reached, self._more, self._over = 0, asyncio.Event(), False
         self._pieces: deque[int] = deque()
@@ -74,7 +79,7 @@ class Reading:
                 else:
                     self._losses.add_frozen(event.nll)
                 yield "progress", self._progress(final=False)
-            self._outcome = await running.result()
+            self._outcome = await self._result(running)
             if not self._reached:  # acknowledged before: the answer is given again, without events
                 self._losses.drop_twin()
                 self._losses.add(self._outcome.nll)
@@ -82,7 +87,10 @@ class Reading:
         last = self._progress(final=True)
         if last["bins"] and last["bins"]["start"]:
             yield "progress", last
-        work.check()
+        if self._outcome.cancelled:
+            ended = f"it had read {self._reached} of {len(self._ids)} tokens"
+            remedy = "they stay read, so go on from there" if self.keep else "the session is as it was, so send less"
+            work.check(f"{ended}; {remedy}", **self._how_far())
 
     def done(self) -> dict[str, Any]:
         """The reading, once it is over."""
@@ -105,15 +113,37 @@ class Reading:
     async def _prepare(self) -> None:
         self._entry = await self._catalog.get(self._tenant, self._session)
         start = self._entry.info.position if self._expected is None else self._expected
-        lengths = None
+        lengths, skip = None, self._skip
         if self._text is not None:
-            self._ids, lengths = await self._service.run(self._service.encode, self._text, bos=start == 0)
+            self._ids, lengths = await self._service.run(self._service.encode, self._text, bos=start == skip)
+            lengths = lengths[skip:]
         else:
             self._ids = self._tokens or []
             self._service.check_tokens(self._ids, "tokens")
+        if skip > min(start, len(self._ids)):
+            message = f"skip is {skip}; the text has {len(self._ids)} tokens and the session has read {start}"
+            raise ApiError(400, f"{message}, so it can be at most the smaller of the two", param="skip")
+        self._ids = self._ids[skip:]
         self._service.check_amount(len(self._ids))
         twin = self._entry.twin is not None
         self._losses = Losses(start, lengths, bin_size=self._bin, total=len(self._ids), twin=twin)
+
+    async def _result(self, running: Running) -> Appended:
+        """The outcome; an error says how far the session came."""
+        try:
+            found: Appended = await running.result()
+        except UserError as error:
+            if not (self.keep and self._reached):
+                raise
+            raise as_api_error(error, self._service.directories).with_facts(**self._how_far()) from error
+        return found
+
+    def _how_far(self) -> dict[str, Any]:
+        """What a client needs to go on after an end that came too early; a score leaves nothing to go on from."""
+        if not self.keep:
+            return {}
+        start, tokens = self._losses.start, self._reached
+        return {"start": start, "position": start + tokens, "tokens": tokens, "bytes": self._losses.num_bytes(tokens)}
 
     async def _read(self, running: Running) -> AsyncGenerator[Progress, None]:
         async for event in running:

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from longread.config import UserError
 from longread.server.app import create_app
+from longread.server.errors import ApiError
 from longread.server.log import logger
 from longread.server.service import Service
 
@@ -18,12 +20,18 @@ HEADER_SECONDS = 20.0
 """In which a client must have sent the head of a request, once it is connected or has begun."""
 PATIENCE_SECONDS = 10.0
 """For requests to end when the server stops; then they are ended, at the next token or mini-batch."""
-GRACE_SECONDS = 20
-"""After which their connections are closed, whether they have ended or not."""
+ENDING_SECONDS = 10.0
+"""For that; then their connections are closed."""
+_TICK = 0.05
 
 
 def run(service: Service, listener: socket.socket) -> None:
     """Serves on a bound socket until SIGINT or SIGTERM, lets requests end, and closes the engine."""
+    asyncio.run(make_server(service, listener).serve(sockets=[listener]))
+
+
+def make_server(service: Service, listener: socket.socket) -> Any:
+    """A uvicorn server of the application that is to be served on the socket."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -35,35 +43,11 @@ def run(service: Service, listener: socket.socket) -> None:
         log_config=None,  # the process that serves has one already
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=1,  # requests have had their time by then
         limit_concurrency=None,
     )
-    server = _quiet_server()(config)
     host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-    async def main() -> None:
-        watch = asyncio.create_task(_announce(server, service, address))
-        try:
-            await server.serve(sockets=[listener])
-        finally:
-            watch.cancel()
-
-    asyncio.run(main())
-
-
-async def _announce(server: Any, service: Service, address: str) -> None:
-    """Says what happens. New requests are refused from the moment of the signal on; those under way may end."""
-    while not server.started:
-        await asyncio.sleep(0.02)
-    logger.info("%s is served at %s", service.name, address)
-    while not server.should_exit:
-        await asyncio.sleep(0.05)
-    service.stopping = True
-    logger.info("stopping: requests may end within %d seconds, then all sessions are saved", PATIENCE_SECONDS)
-    await asyncio.sleep(PATIENCE_SECONDS)
-    for work in list(service.works):
-        work.cut_off()
+    return _draining_server()(config, service, f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 
 def listen(host: str, port: int, *, has_keys: bool) -> socket.socket:
@@ -96,11 +80,40 @@ def find_uvicorn() -> None:
     import uvicorn  # noqa: F401
 
 
-def _quiet_server() -> type[Any]:
+def _draining_server() -> type[Any]:
     from uvicorn import Server
 
-    class Quiet(Server):
-        """Stops on a signal and leaves it at that; uvicorn would raise the signal again once everything is closed."""
+    class Draining(Server):
+        """On a signal refuses new requests, lets those under way end, and only then closes its socket.
+
+        uvicorn would close it first, so that nobody could be told to come back, and would raise the signal again at
+        the end.
+        """
+
+        def __init__(self, config: Any, service: Service, address: str) -> None:
+            super().__init__(config)
+            self._service, self._address = service, address
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            logger.info("%s is served at %s", self._service.name, self._address)
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            self._service.stopping = True
+            super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            logger.info("stopping: requests may end within %g seconds, then all sessions are saved", PATIENCE_SECONDS)
+            await self._while_busy(PATIENCE_SECONDS)
+            self._service.end()
+            await self._while_busy(ENDING_SECONDS)
+            await super().shutdown(sockets)
+
+        async def _while_busy(self, seconds: float) -> None:
+            """Waits until no request is under way, at most so long, and not if a second signal asks to hurry."""
+            end = time.monotonic() + seconds
+            while self._service.busy and time.monotonic() < end and not self.force_exit:
+                await asyncio.sleep(_TICK)
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -110,14 +123,17 @@ def _quiet_server() -> type[Any]:
                 finally:
                     self._captured_signals.clear()
 
-    return Quiet
+    return Draining
 
 
 def _impatient_protocol() -> type[asyncio.Protocol]:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
-        """Closes connections on which the head of a request does not come; uvicorn waits for it for ever."""
+        """Closes connections on which the head of a request does not come; uvicorn waits for it for ever.
+
+        A head that is no HTTP is answered as every other error.
+        """
 
         _deadline: asyncio.TimerHandle | None = None
 
@@ -135,6 +151,16 @@ def _impatient_protocol() -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
             super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+                remedy = "send it with an HTTP client"
+                answer = ApiError(
+                    400, f"this is no HTTP/1.1 request; {remedy}", headers={"Connection": "close"}
+                ).response()
+                head = b"".join(b"%s: %s\r\n" % header for header in answer.raw_headers)
+                self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%s\r\n%s" % (head, bytes(answer.body)))
+            self.transport.close()
 
         def _wait(self) -> None:
             self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -52,9 +53,14 @@ class Service:
     limits: ServerLimits = field(default_factory=ServerLimits)
     created: int = field(default_factory=lambda: int(time.time()))
     stopping: bool = False
+    """Whether new requests are refused."""
+    ending: bool = False
+    """Whether what is under way is ended too."""
+    requests: Counter[str] = field(default_factory=Counter)
+    """Under way, of each tenant."""
     meters: Meters = field(default_factory=Meters)
     works: set[Work] = field(default_factory=set)
-    """What is under way."""
+    """What requests have under way in the engine."""
 
     def __post_init__(self) -> None:
         self.scratch = self.scratch.absolute()
@@ -65,6 +71,17 @@ class Service:
     def directories(self) -> list[Path]:
         """Where files are, of which no client shall hear."""
         return [self.scratch] if self.engine.directory is None else [self.scratch, self.engine.directory]
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is under way."""
+        return any(self.requests.values())
+
+    def end(self) -> None:
+        """Ends what is under way, and what will be, at the next token or mini-batch."""
+        self.ending = True
+        for work in list(self.works):
+            work.cut_off()
 
     def tidy(self) -> None:
         """Removes what a killed server left of files on their way."""

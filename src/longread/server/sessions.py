@@ -11,7 +11,8 @@ from longread.server import continuing, readings
 from longread.server.catalog import Catalog
 from longread.server.choices import sampling_of
 from longread.server.continuing import Continuing
-from longread.server.errors import ApiError, refuse_unknown_query
+from longread.server.errors import ApiError
+from longread.server.queries import CHECKED_QUERY
 from longread.server.readings import STREAM_BIN, Reading
 from longread.server.replies import REPLIES, STREAM
 from longread.server.service import Service, Tenant, TheService
@@ -37,7 +38,7 @@ from longread.server.stream import streamed
 from longread.server.text import stops_of
 from longread.server.work import Work
 
-router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=REPLIES)
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=REPLIES, dependencies=[CHECKED_QUERY])
 
 
 def _catalog(request: Request) -> Catalog:
@@ -120,7 +121,7 @@ async def append(
     session: str, body: AppendRequest, request: Request, service: TheService, catalog: TheCatalog, tenant: Tenant
 ) -> Any:
     """Reads more of the text. Unless it streams it is finished even if the client goes away."""
-    reading = _reading(service, catalog, tenant, session, body, keep=True, expected=body.expected_position)
+    reading = _reading(service, catalog, tenant, session, body, keep=True)
     return await _answer(service, request, reading, stream=body.stream)
 
 
@@ -137,12 +138,12 @@ async def append_file(
     catalog: TheCatalog,
     tenant: Tenant,
     expected_position: Annotated[Position | None, Query(strict=False)] = None,
+    skip: Annotated[Position, Query(strict=False)] = 0,
     bin_size: Annotated[Bin | None, Query(alias="bin")] = None,
     stream: bool = False,
 ) -> Any:
     """Reads a file, which is the body: text in UTF-8."""
-    refuse_unknown_query(request, "expected_position", "bin", "stream")
-    kind = request.headers.get("content-type", "")
+    kind = request.headers.get("content-type", "").lower()
     if kind.startswith(("multipart/", "application/x-www-form-urlencoded", "application/json")):
         raise ApiError(415, f"{kind.partition(';')[0]} is not read here; send the text itself as text/plain")
     data = await request.body()
@@ -152,8 +153,8 @@ async def append_file(
         raise ApiError(400, f"byte {error.start} of the file is not UTF-8; convert it to a text file first") from None
     if "\0" in text:
         raise ApiError(400, "the file holds zero bytes and is no text; convert it to a text file first")
-    body = AppendRequest(text=text, bin=bin_size)
-    reading = _reading(service, catalog, tenant, session, body, keep=True, expected=expected_position, stream=stream)
+    body = AppendRequest(text=text, bin=bin_size, expected_position=expected_position, skip=skip, stream=stream)
+    reading = _reading(service, catalog, tenant, session, body, keep=True)
     return await _answer(service, request, reading, stream=stream)
 
 
@@ -189,10 +190,9 @@ def _reading(
     body: Passage,
     *,
     keep: bool,
-    expected: int | None = None,
-    stream: bool = False,
 ) -> Reading:
-    stream = stream or (isinstance(body, ScoreRequest) and body.stream)
+    stream = isinstance(body, ScoreRequest) and body.stream
+    append = body if isinstance(body, AppendRequest) else None
     return Reading(
         service,
         catalog,
@@ -201,7 +201,8 @@ def _reading(
         text=body.text,
         tokens=body.tokens,
         keep=keep,
-        expected_position=expected,
+        expected_position=None if append is None else append.expected_position,
+        skip=0 if append is None else append.skip,
         bin_size=STREAM_BIN if stream and body.bin is None else body.bin,
     )
 

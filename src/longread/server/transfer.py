@@ -14,13 +14,14 @@ from fastapi.responses import FileResponse
 from longread.config import UserError
 from longread.engine import Busy, TooLarge
 from longread.files import owner_only
-from longread.server.errors import ApiError, refuse_unknown_query, without_paths
+from longread.server.errors import ApiError, without_paths
+from longread.server.queries import CHECKED_QUERY
 from longread.server.replies import REPLIES
 from longread.server.service import Service, Tenant, TheService
 from longread.server.session_models import Label, SessionObject
 from longread.server.sessions import TheCatalog
 
-router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=REPLIES)
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=REPLIES, dependencies=[CHECKED_QUERY])
 
 _BINARY: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
@@ -38,11 +39,16 @@ async def download(session: str, service: TheService, catalog: TheCatalog, tenan
 
 
 class _Passing(FileResponse):
-    """A file that is gone once it has been sent, however that ended."""
+    """A file that is gone once it has been sent, however that ended.
+
+    Always the whole: parts that are asked for one after another would be parts of different states.
+    """
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() not in (b"range", b"if-range")]
+        self.headers["accept-ranges"] = "none"
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope | {"headers": headers}, receive, send)
         finally:
             Path(self.path).unlink(missing_ok=True)
 
@@ -61,7 +67,6 @@ async def restore(
     label: Annotated[Label, Query()] = "",
 ) -> dict[str, Any]:
     """A new session from a file that was downloaded before, here or elsewhere."""
-    refuse_unknown_query(request, "label")
     async with _received(service, request) as path:
         try:
             return (await catalog.restore(tenant, path, label)).shown()

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, Self
 from fastapi import Request
 
 from longread.engine import Appended, Finished, Task
-from longread.server.errors import ApiError
+from longread.server.errors import ApiError, stopping
 from longread.server.service import Service
 
 P = ParamSpec("P")
@@ -79,7 +79,7 @@ class Work:
         """Begins a task and takes charge of it."""
         running = Running(await self._service.run(begin, *args, **kwargs))
         self._running.append(running)
-        if self._over:
+        if self._over or self._service.ending:
             running.task.cancel()
         return running
 
@@ -89,10 +89,17 @@ class Work:
         for running in self._running:
             running.task.cancel()
 
-    def check(self) -> None:
-        """Raises if what has ended was ended by the clock."""
+    def check(self, ended: str, **facts: Any) -> None:
+        """Raises if it was the clock, or the end of the server, that cancelled something; not for what is finished.
+
+        Args:
+            ended: what became of it and what to do, the end of the sentence.
+            facts: the same for programs.
+        """
         if self._late:
-            raise ApiError(504, f"the request took more than {self._seconds:g} seconds; what was read stays read")
+            raise ApiError(504, f"the request took more than {self._seconds:g} seconds; {ended}", **facts)
+        if self._service.stopping:
+            raise stopping(ended, **facts)
 
     async def _wait_until_gone(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
