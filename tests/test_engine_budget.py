@@ -99,6 +99,7 @@ def test_sessions_that_have_read_nothing_take_no_room_anywhere(free: Any, tmp_pa
         assert not list(tmp_path.rglob("snapshot-*"))
     with Engine(make(), INNER, directory=tmp_path) as engine:
         assert [engine.info(sid).learn for sid in ids] == [i % 2 == 0 for i in range(40)]
+        assert {engine.info(sid).nbytes for sid in ids} == {engine.create().nbytes}
         read(engine, ids[0], text(9))
 
 

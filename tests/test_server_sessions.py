@@ -278,3 +278,43 @@ def test_a_wrong_request_changes_nothing(client: TestClient, path: str, body: di
     error = post(client, f"/v1/sessions/{one}/{path}", 400, **body)["error"]
     assert words in f"{error['param']} {error['message']}"
     assert client.get(f"/v1/sessions/{one}").json()["position"] == before
+
+
+def test_losses_stay_with_a_session_and_its_forks(client: TestClient) -> None:
+    one = session(client, compare=True)
+    whole = post(client, f"/v1/sessions/{one}/append", text=TEXT, bin=1)
+    kept = client.get(f"/v1/sessions/{one}/losses").json()
+    assert kept["session"] == one
+    for name in ("start", "tokens"):
+        assert kept[name] == whole["bins"][name]
+    for name in ("nll", "frozen_nll"):
+        assert kept[name][0] is None
+        assert kept[name][1:] == pytest.approx(whole["bins"][name][1:], abs=1e-6)
+    assert kept["scored"] == [0] + [1] * len(TEXT)
+    count = 0
+    for stop in (None, "not in there"):
+        for seed in range(9):
+            count += len(post(client, f"/v1/sessions/{one}/generate", max_tokens=3, seed=seed, stop=stop)["tokens"])
+            kept = client.get(f"/v1/sessions/{one}/losses").json()
+            assert sum(kept["written"]) == count
+            assert sum(kept["scored"]) == len(TEXT)
+            assert kept["frozen_nll"][-1] is None or not kept["written"][-1]
+    assert count > 18
+    fork = post(client, f"/v1/sessions/{one}/fork", 201)["id"]
+    post(client, f"/v1/sessions/{fork}/append", text="x" * 400)
+    longer = client.get(f"/v1/sessions/{fork}/losses").json()
+    assert sum(longer["tokens"]) == 1 + len(TEXT) + count + 400
+    assert len(longer["start"]) <= 512
+    assert len(longer["frozen_nll"]) == len(longer["start"])
+    assert client.get("/v1/sessions/nobody/losses").status_code == 404
+
+
+def test_forks_know_their_origin(client: TestClient) -> None:
+    one = session(client, TEXT, compare=True)
+    assert client.get(f"/v1/sessions/{one}").json()["parent"] is None
+    fork = post(client, f"/v1/sessions/{one}/fork", 201, label="a branch")
+    assert fork["parent"] == one
+    renamed = client.patch(f"/v1/sessions/{fork['id']}", json={"label": "renamed"}).json()
+    assert (renamed["parent"], renamed["compare"]) == (one, True)
+    client.delete(f"/v1/sessions/{one}")
+    assert client.get(f"/v1/sessions/{fork['id']}").json()["parent"] == one

@@ -12,8 +12,10 @@ tiers.py       who is on the device, in the host's memory or on the disk
 keeping.py     what lets sessions survive: snapshots and journals, in threads of their own
 store.py       the files of sessions, and what is found in them at the start
 journal.py     a journal: one checked line for each event
+curve.py       what stays of a session's losses
 """
 
+from longread.engine.curve import Curve
 from longread.engine.engine import Engine
 from longread.engine.interface import (
     Appended,
@@ -37,6 +39,7 @@ from longread.engine.tiers import least_device_bytes
 __all__ = [
     "Appended",
     "Busy",
+    "Curve",
     "Engine",
     "Finished",
     "Limits",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longread.config import InnerConfig, UserError
+from longread.engine.curve import Curve
 from longread.engine.interface import (
     Limits,
     Lost,
@@ -105,6 +106,10 @@ class Engine:
     def info(self, session_id: str, owner: str | None = None) -> SessionInfo:
         """Facts about a session. Raises `UnknownSession`, also where it belongs to another than `owner`."""
         return self._worker.call(lambda: self._info(self._members.find(session_id, owner)))
+
+    def losses(self, session_id: str, owner: str | None = None) -> Curve:
+        """Mean losses of what a session has read, by position. They are kept with it and its forks, not in its file."""
+        return self._worker.call(lambda: self._members.find(session_id, owner).losses.copy())
 
     def sessions(self, owner: str | None = None) -> list[SessionInfo]:
         """All sessions, or all of one owner, oldest first."""
@@ -215,6 +220,7 @@ class Engine:
         reader.recent.extend(session.recent)
         reader.learn, reader.position = session.learn, session.position
         reader.steps, reader.rolled_back, reader.drift = session.steps, session.rolled_back, None
+        reader.losses = Curve.beginning(session.position)
         reader.durable = self._keeping.store is not None
         self._worker.readers[reader.id] = reader
         return self._info(reader)
@@ -240,7 +246,13 @@ class Engine:
     # tasks
 
     def append(
-        self, session_id: str, tokens: Sequence[int], *, expected_position: int | None = None, key: str | None = None
+        self,
+        session_id: str,
+        tokens: Sequence[int],
+        *,
+        expected_position: int | None = None,
+        key: str | None = None,
+        wrote: bool = False,
     ) -> Task:
         """Reads tokens: events `Progress`, result `Appended`. The result is durable, and so are tokens read by then.
 
@@ -248,10 +260,12 @@ class Engine:
             expected_position: of the session before; if it is elsewhere, the task raises `WrongPosition`, unless the
                 same append was acknowledged before: then it gives the same answer again and reads nothing.
             key: makes the same append known without a position.
+            wrote: the session, or a fork of it, wrote these tokens itself; their losses are not kept.
         """
         self._members.check_tokens(tokens)
         return self._submit(
-            session_id, lambda task, reader: Job(task, reader, list(tokens), expected=expected_position, key=key)
+            session_id,
+            lambda task, reader: Job(task, reader, list(tokens), expected=expected_position, key=key, wrote=wrote),
         )
 
     def generate(self, session_id: str, sampling: Sampling) -> Task:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longread.config import InnerConfig, UserError
+from longread.engine.curve import Curve
 from longread.engine.interface import Busy
 from longread.engine.journal import Event
 from longread.engine.lanes import HOST, Lanes
@@ -116,6 +117,7 @@ class Keeping:
             nbytes=reader.nbytes,
             drift=self.drift(reader),
             learn=reader.learn,
+            losses=reader.losses.copy(),
             answers=tuple(reader.answers),
         )
         session = self._session(reader, state)
@@ -123,6 +125,7 @@ class Keeping:
         turned = self._writer.submit(lambda: store.turn(reader.id))
         if job is not None and job.ready and job.reads and not job.replay:
             rest = {"at": reader.position, "tokens": list(job.tokens[job.done :]), "learn": job.learns, "carried": True}
+            rest |= {"wrote": True} if job.wrote else {}
             before.append(self.log(reader, [rest], lambda error: None))
 
         def work() -> bool:
@@ -200,12 +203,15 @@ class Keeping:
         """Sets a reader to a snapshot on the disk, and lets it read again what has happened since."""
         reader.state, reader.tier, reader.lane = None, "disk", None
         reader.position, reader.steps, reader.rolled_back = saved.position, saved.steps, saved.rolled_back
-        reader.nbytes, reader.drift, reader.unlogged, reader.logged = saved.nbytes, saved.drift, [], 0
+        reader.nbytes = saved.nbytes if saved.generation else begin(self.model).nbytes
+        reader.drift, reader.unlogged, reader.logged = saved.drift, [], 0
+        reader.losses = saved.losses.copy()
         reader.answers.clear()
         reader.answers.extend(saved.answers)
         reader.recent.clear()
         for tokens, event in reversed(replayed(events, saved.position)):
-            job = Job(Task(), reader, tokens, learn=bool(event["learn"]), replay=True)
+            wrote = bool(event.get("wrote"))
+            job = Job(Task(), reader, tokens, learn=bool(event["learn"]), replay=True, wrote=wrote)
             if len(tokens) == len(event["tokens"]):
                 job.digest, job.key = event.get("digest"), event.get("key")
             job.task.subscribe(lambda outcome: self._replayed(reader, outcome))
@@ -254,6 +260,7 @@ class Keeping:
                 nbytes=session.nbytes,
                 drift=session.drift(),
                 learn=session.learn,
+                losses=Curve.beginning(session.position),
             )
             try:
                 store.create(reader.id, self.facts(reader))

@@ -72,7 +72,7 @@ class Members:
             twin.rest(state)
         twin.nbytes, twin.tier = origin.nbytes, tier
         twin.recent.extend(origin.recent)
-        twin.position, twin.drift = origin.position, origin.drift
+        twin.position, twin.drift, twin.losses = origin.position, origin.drift, origin.losses.copy()
         twin.steps, twin.rolled_back = origin.steps, origin.rolled_back
         return twin
 

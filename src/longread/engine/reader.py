@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from longread.engine.curve import Curve
 from longread.engine.interface import Appended, Sampling, SessionInfo
 from longread.engine.task import Task
 from longread.inner_loop import ReadingState
@@ -74,6 +75,8 @@ class Reader:
     jobs: deque[Job] = field(default_factory=deque)
     """The first is under way."""
     answers: deque[Answer] = field(default_factory=lambda: deque(maxlen=KEPT_ANSWERS))
+    losses: Curve = field(default_factory=Curve)
+    """Of all that it has read."""
     unlogged: list[int] = field(default_factory=list)
     """Tokens written since the journal was."""
     drift: float | None = 0.0
@@ -135,6 +138,8 @@ class Job:
     logprobs: int = 0
     replay: bool = False
     """Reads what a journal holds: nothing is logged or counted as new."""
+    wrote: bool = False
+    """Whether its tokens were written by the session."""
     learn: bool | None = None
     """None: as the session does."""
     started: bool = False

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from longread.config import UserError
+from longread.engine.curve import Curve
 from longread.engine.interface import Appended, Lost
 from longread.engine.journal import DamagedJournal, Event, add_events, reached, read_events
 from longread.engine.reader import Answer
@@ -56,6 +57,7 @@ class Saved:
     nbytes: int = 0
     drift: float = 0.0
     learn: bool | None = None
+    losses: Curve = field(default_factory=Curve)
     answers: tuple[Answer, ...] = ()
 
 
@@ -391,7 +393,7 @@ def _check_whole(path: Path) -> None:
 
 def _plain(saved: Saved) -> dict[str, Any]:
     """For JSON, which has no NaN."""
-    values = dataclasses.asdict(saved)
+    values = dataclasses.asdict(saved) | {"losses": saved.losses.as_json()}
     for answer in values["answers"]:
         answer["result"]["nll"] = [None if math.isnan(x) else x for x in answer["result"]["nll"]]
     return values
@@ -404,4 +406,5 @@ def _saved(values: dict[str, Any]) -> Saved:
         result["nll"] = [math.nan if x is None else float(x) for x in result["nll"]]
         answers.append(Answer(answer["start"], answer["digest"], answer["key"], Appended(**result)))
     numbers = {name: int(values[name]) for name in ("generation", "position", "steps", "rolled_back", "nbytes")}
-    return Saved(**numbers, drift=float(values["drift"]), learn=values["learn"], answers=tuple(answers))
+    losses = Curve.from_json(values["losses"]) if "losses" in values else Curve.beginning(numbers["position"])
+    return Saved(**numbers, drift=float(values["drift"]), learn=values["learn"], losses=losses, answers=tuple(answers))

@@ -140,6 +140,7 @@ class Turns:
         if token is None:
             return
         reader.position += 1
+        reader.losses.add_written(1)
         reader.recent.append(token)
         if reader.durable:
             reader.unlogged.append(token)
@@ -247,6 +248,10 @@ class Turns:
                 self._written(job)
                 continue
             reader.position += len(pieces[i])
+            if job.wrote:
+                reader.losses.add_written(len(pieces[i]))
+            else:
+                reader.losses.add(nll[i])
             reader.recent.extend(pieces[i])
             job.done += len(pieces[i])
             job.steps, job.rolled_back = job.steps + len(norms[i]), job.rolled_back + back

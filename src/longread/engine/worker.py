@@ -183,6 +183,8 @@ class Worker(threading.Thread):
         job.begun_at = reader.position
         if reader.durable and job.tokens and not job.replay:
             event = {"at": reader.position, "tokens": list(job.tokens), "learn": reader.learn}
+            if job.wrote:
+                event["wrote"] = True
             if job.digest is not None:
                 event |= {"digest": job.digest, "key": job.key}
             self.files.log(reader, [event], lambda error: self._logged(job, error))

@@ -1,10 +1,12 @@
-"""Losses of a text as they come, beside those of a frozen twin, in bins of so many tokens."""
+"""Losses of a text as they come, and as a session keeps them, beside those of a frozen twin, in bins."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Any
+
+from longread.engine import Curve
 
 LOG_2 = math.log(2)
 
@@ -95,6 +97,17 @@ class Losses:
                 bins["frozen_nll"].append(_mean(self._frozen[first:last]))
             self._shown = last
         return bins
+
+
+def kept(own: Curve, frozen: Curve | None) -> dict[str, list[Any] | None]:
+    """What a session keeps of its losses, beside what its twin keeps, in the bins of the coarser of the two."""
+    width = max(own.width, 0 if frozen is None else frozen.width)
+    bins = list(own.copy(width).bins())
+    of_frozen = {} if frozen is None else {start: mean for start, _, mean, _, _ in frozen.copy(width).bins()}
+    columns = [list(column) for column in zip(*bins, strict=True)] or [[], [], [], [], []]
+    return dict(zip(("start", "tokens", "nll", "scored", "written"), columns, strict=True)) | {
+        "frozen_nll": None if frozen is None else [of_frozen.get(start) for start in columns[0]]
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longread.engine import SessionInfo, Task, UnknownSession
+from longread.engine import Curve, SessionInfo, Task, UnknownSession
 from longread.server.errors import ApiError, without_paths
 from longread.server.service import Service, number
 
@@ -28,6 +28,8 @@ class Entry:
     info: SessionInfo
     label: str
     twin: str | None
+    parent: str | None
+    """The session that it was forked from, whether that is still there or not."""
 
     def shown(self) -> dict[str, Any]:
         """As JSON."""
@@ -36,6 +38,7 @@ class Entry:
             "id": info.id,
             "object": "session",
             "label": self.label,
+            "parent": self.parent,
             "position": info.position,
             "learn": info.learn,
             "compare": self.twin is not None,
@@ -105,6 +108,15 @@ class Catalog:
             raise UnknownSession("a twin is no session of its own")
         return entry
 
+    async def losses(self, tenant: str, session: str) -> tuple[Curve, Curve | None]:
+        """What a session keeps of its losses, and its twin of its own."""
+        entry = await self.get(tenant, session)
+        own, frozen = await self._service.run(self._engine.losses, session), None
+        if entry.twin is not None:
+            with contextlib.suppress(UnknownSession):
+                frozen = await self._service.run(self._engine.losses, entry.twin)
+        return own, frozen
+
     async def create(self, tenant: str, *, label: str, learn: bool, compare: bool) -> Entry:
         """A new session. Raises `ApiError` when the tenant has as many as it may, `Busy` when there is no room."""
         async with self._room(tenant, 1 + compare):
@@ -127,7 +139,7 @@ class Catalog:
             with contextlib.suppress(UnknownSession):
                 twin = self._engine.fork(entry.twin, _written("", hidden=True)).id
         with self._or_delete(twin):
-            return _known(self._engine.fork(entry.info.id, _written(label, twin)))
+            return _known(self._engine.fork(entry.info.id, _written(label, twin, entry.info.id)))
 
     async def restore(self, tenant: str, path: Path, label: str) -> Entry:
         """The session in a file. Raises `UserError` if the file holds none that fits."""
@@ -137,7 +149,7 @@ class Catalog:
     async def update(self, tenant: str, session: str, *, label: str | None, learn: bool | None) -> Entry:
         """Changes what is given."""
         entry = await self.get(tenant, session)
-        written = None if label is None else _written(label, entry.twin)
+        written = None if label is None else _written(label, entry.twin, entry.parent)
         return _known(await self._service.run(self._engine.update, session, label=written, learn=learn))
 
     async def delete(self, tenant: str, session: str) -> None:
@@ -161,7 +173,7 @@ class Catalog:
         """Gives up a twin that has not read the same."""
         if entry.twin is None:
             return
-        await self._service.run(self._engine.update, entry.info.id, label=_written(entry.label))
+        await self._service.run(self._engine.update, entry.info.id, label=_written(entry.label, None, entry.parent))
         with contextlib.suppress(UnknownSession):
             await self._service.run(self._engine.delete, entry.twin)
 
@@ -190,18 +202,19 @@ class Catalog:
             raise
 
 
-def _written(label: str, twin: str | None = None, *, hidden: bool = False) -> str:
-    return json.dumps({"label": label, "twin": twin, "hidden": hidden})
+def _written(label: str, twin: str | None = None, parent: str | None = None, *, hidden: bool = False) -> str:
+    return json.dumps({"label": label, "twin": twin, "parent": parent, "hidden": hidden})
 
 
 def _entry(info: SessionInfo) -> Entry | None:
     """None for a twin. A label that this server did not write, a library's for instance, is a label."""
     try:
         found = json.loads(info.label)
-        label, twin, hidden = str(found["label"]), found["twin"], found["hidden"] is True
-    except (ValueError, TypeError, KeyError):
-        return Entry(info, info.label, None)
-    return None if hidden else Entry(info, label, twin if isinstance(twin, str) else None)
+        label, hidden = str(found["label"]), found["hidden"] is True
+        twin, parent = (value if isinstance(value, str) else None for value in (found["twin"], found.get("parent")))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return Entry(info, info.label, None, None)
+    return None if hidden else Entry(info, label, twin, parent)
 
 
 def _known(info: SessionInfo) -> Entry:

@@ -107,16 +107,16 @@ class Continuing:
         """What was written is read by those who did not write it."""
         ids = [token.id for token in self._tokens]
         if self._stops and ids:
-            await self._append(self._session, ids, self._start)
+            await self._append(self._session, ids, self._start, wrote=True)
         if entry.twin is not None and ids:
             try:
-                await self._append(entry.twin, ids, self._start)
+                await self._append(entry.twin, ids, self._start, wrote=True)
             except (UnknownSession, WrongPosition):
                 await self._catalog.drop_twin(entry)
 
-    async def _append(self, session: str, ids: list[int], position: int) -> None:
+    async def _append(self, session: str, ids: list[int], position: int, *, wrote: bool = False) -> None:
         append = self._service.engine.append
-        await Running(await self._service.run(append, session, ids, expected_position=position)).result()
+        await Running(await self._service.run(append, session, ids, expected_position=position, wrote=wrote)).result()
 
     def _shown(self, piece: Piece) -> dict[str, Any]:
         return {

@@ -86,6 +86,7 @@ class SessionObject(BaseModel):
     id: str
     object: Literal["session"]
     label: str
+    parent: str | None
     position: int
     learn: bool
     compare: bool
@@ -152,6 +153,20 @@ class ReadingObject(BaseModel):
     seconds: float
     tokens_per_second: float
     bins: Bins | None
+
+
+class LossesObject(BaseModel):
+    """What a session keeps of the losses of all that it has read, as parallel lists of bins."""
+
+    session: str
+    start: list[int]
+    tokens: list[int]
+    nll: list[float | None]
+    frozen_nll: list[float | None] | None
+    scored: list[int]
+    """Tokens of a bin that `nll` is the mean of."""
+    written: list[int]
+    """Tokens of a bin that the session wrote itself."""
 
 
 class Comparison(BaseModel):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
 from longread.server import continuing, readings
+from longread.server.bins import kept
 from longread.server.catalog import Catalog
 from longread.server.choices import sampling_of
 from longread.server.continuing import Continuing
@@ -26,6 +27,7 @@ from longread.server.session_models import (
     Deleted,
     ForkRequest,
     GenerateRequest,
+    LossesObject,
     Passage,
     Position,
     ReadingObject,
@@ -79,6 +81,12 @@ async def compare(
 async def get(session: str, catalog: TheCatalog, tenant: Tenant) -> dict[str, Any]:
     """One session."""
     return (await catalog.get(tenant, session)).shown()
+
+
+@router.get("/{session}/losses", response_model=LossesObject)
+async def losses(session: str, catalog: TheCatalog, tenant: Tenant) -> dict[str, Any]:
+    """Mean losses of all that the session has read, in at most 512 bins."""
+    return {"session": session, **kept(*await catalog.losses(tenant, session))}
 
 
 @router.patch("/{session}", response_model=SessionObject)
