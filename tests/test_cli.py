@@ -22,7 +22,6 @@ import pytest
 from longread.checkpoint import load_model
 from longread.cli import build_parser, main
 from longread.cli.arguments import changed
-from longread.cli.generate import decoded
 from longread.cli.texts import BLOCK, read_tokens
 from longread.config import UserError
 from longread.recipes import toy
@@ -451,9 +450,3 @@ def test_settings_are_typed() -> None:
     assert (config.model.qk_norm, config.loss) == (False, "static")
     with pytest.raises(UserError, match="loss is 'both'; it must be one of end-to-end, static"):
         changed(toy(), ["loss=both"])
-
-
-def test_a_character_waits_for_its_bytes() -> None:
-    ids = ByteTokenizer().encode("naïve – ok")
-    assert list(decoded(iter(ids), ByteTokenizer())) == list("naïve – ok")
-    assert "".join(decoded(iter(ids[:3]), ByteTokenizer())) == "na\N{REPLACEMENT CHARACTER}"

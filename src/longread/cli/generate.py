@@ -8,8 +8,8 @@ Example:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import add_model
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from longread.loading import OpenModel
     from longread.session import Session
     from longread.speculative import Speculation
-    from longread.tokenizer import Tokenizer
 
 NAME = "generate"
 
@@ -65,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from longread.cli.outputs import SESSION, Output, check_outputs
     from longread.config import UserError
     from longread.loading import open_model
+    from longread.session import text_of
 
     check_outputs([Output("--save", options.save, SESSION)], inputs=[options.draft_session])
     if "" in options.stop:
@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
     session.learn = learns and not options.frozen
     pair = _with_draft(options, opened, session) if options.draft else None
     writer = pair or session
+    sessions = [pair.verifier, pair.drafter] if pair else [session]
     writer.read(opened.tokenizer.encode(options.prompt))
     ids = writer.generate(
         options.max_tokens,
@@ -90,12 +91,12 @@ def run(options: argparse.Namespace) -> int:
         stop_ids=opened.tokenizer.beginning,
     )
     try:
-        for piece in decoded(ids, opened.tokenizer, options.stop):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        with contextlib.closing(text_of(ids, opened.tokenizer, sessions, stops=options.stop)) as text:
+            for piece in text:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
         sys.stdout.write("\n")
     finally:  # what was written until an interrupt has been read too, and is kept
-        ids.close()
         if options.save:
             session.learn = learns  # --frozen is about this command, not about all who go on with the session
             session.save(options.save)
@@ -129,17 +130,3 @@ def _with_draft(options: argparse.Namespace, opened: OpenModel, session: Session
     guessing.learn = guessing.learn and not options.frozen
     count = DRAFT_TOKENS if options.draft_tokens is None else options.draft_tokens
     return Speculation(session, guessing, draft_tokens=count)
-
-
-def decoded(ids: Iterator[int], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Iterator[str]:
-    """The text of token ids as it becomes certain, up to the first of `stops`; no id is taken after that."""
-    from longread.tokenizer import StreamDecoder
-
-    decoder = StreamDecoder(tokenizer, stops=stops)
-    for token in ids:
-        if text := decoder.push(token):
-            yield text
-        if decoder.stopped:
-            return
-    if text := decoder.close():
-        yield text

@@ -28,6 +28,7 @@ from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
 from longread.session.sampling import check_sampling, draw, penalised, seeded
 from longread.session.storage import STORAGES, Storage, check_layout, packed, unpacked
+from longread.session.writing import text_of
 from longread.tokenizer import Tokenizer
 
 KIND = "session"
@@ -302,12 +303,55 @@ class Session:
             self._recent = [*self._recent, token][-window:]
             yield token
 
+    def write(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 200,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stops: Sequence[str] = (),
+    ) -> Generator[str, None, None]:
+        """Reads a prompt and continues the text, as `longread generate` does; gives the text as it becomes certain.
+
+        Args:
+            prompt: read at once, before the first piece of text is asked for.
+            stops: ends before the first of these texts, of which the session then has read nothing.
+
+        The others are those of `generate`. A text also ends where the model would begin another.
+
+        Raises:
+            UserError: a setting is out of range, there is nothing to continue, or the session has no tokenizer.
+        """
+        tokenizer = self._text_tokenizer()
+        if "" in stops:
+            raise UserError("a stop text is empty; give the text before which to end")
+        self.read(prompt)
+        ids = self.generate(
+            max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop_ids=tokenizer.beginning,
+        )
+        return text_of(ids, tokenizer, [self], stops=stops)
+
     def fork(self) -> Session:
         """Another reader of the same text up to here. It shares all memory until one of the two reads on."""
         state = self._state  # out of a decoder, which only one session can have
         twin = Session.__new__(Session)
         twin.__dict__.update(self.__dict__ | {"_at_rest": state, "_recent": list(self._recent)})
         return twin
+
+    def go_back(self, before: Session) -> None:
+        """Forgets all that was read since `before` was forked off."""
+        self._state, self._recent = before.state, before.recent
+        self._steps, self._rolled_back = before.steps, before.rolled_back
 
     def describe(self) -> Description:
         """Position, size, drift and health, as facts that can be shown."""
