@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+from longread.extras import PACKAGES
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "longread"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -174,6 +176,12 @@ def test_every_optional_package_is_an_extra() -> None:
     assert {line["extra"] for line in OPTIONAL.values()} == set(extras) - {"test"}
     for package, line in OPTIONAL.items():
         assert any(re.match(rf"{package}\b", requirement) for requirement in extras[line["extra"]])
+
+
+def test_every_extra_says_what_installs_it() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    del extras["test"]
+    assert {extra: " ".join(re.split("[<>=]", x)[0] for x in given) for extra, given in extras.items()} == PACKAGES
 
 
 def test_files_stay_small() -> None:

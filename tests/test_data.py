@@ -409,13 +409,13 @@ def test_a_hub_dataset_without_the_field(hub: FakeHub, tmp_path: Path) -> None:
     ("module", "spec", "extra"),
     [("pyarrow", "x.parquet", "parquet"), ("datasets", "hf:x", "hub"), ("zarr", "array", "zarr")],
 )
-def test_a_missing_package_names_its_extra(
+def test_a_missing_package_says_what_installs_it(
     module: str, spec: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_parquet(tmp_path / "x.parquet", text=["one"])
     write_array(tmp_path / "array", [1, 2])
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"pip install '\.\[{extra}\]' in Longread's folder"):
+    with pytest.raises(UserError, match=rf"run pip install {module}$"):
         prepare([spec if extra == "hub" else tmp_path / spec], tmp_path / "out", BYTES)
 
 

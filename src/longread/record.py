@@ -23,6 +23,7 @@ import torch
 
 from longread import __version__
 from longread.config import RunConfig, UserError
+from longread.extras import install_command
 
 TIMING_FIELDS = ("seconds", "tokens_per_second")
 """Fields of a row of metrics.jsonl that differ between two runs of one config; all others are the same."""
@@ -150,7 +151,7 @@ def open_tracker(name: str, *, directory: Path, run_id: str, run: Mapping[str, A
     try:
         return TRACKERS[name](directory, run_id, run, step)
     except ImportError:
-        raise UserError(f"tracker {name} is not installed; run pip install '.[{name}]' in Longread's folder") from None
+        raise UserError(f"tracker {name} is not installed; run {install_command(name)}") from None
     except OSError as error:
         raise UserError(f"tracker {name} cannot write below {directory}: {error.strerror or error}") from error
 

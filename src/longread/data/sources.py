@@ -16,6 +16,7 @@ import numpy as np
 from longread.config import UserError
 from longread.data.decoding import NotText, decode_text
 from longread.data.locate import HUB_PREFIX, Source
+from longread.extras import install_command
 
 BLOCK_BYTES = 1 << 20
 PIECE_CHARACTERS = 1 << 20
@@ -158,7 +159,7 @@ def _parquet_rows(path: str, field: str) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError("Parquet needs pyarrow; run pip install '.[parquet]' in Longread's folder") from None
+        raise UserError(f"Parquet needs pyarrow; run {install_command('parquet')}") from None
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
@@ -179,7 +180,7 @@ def _hub_rows(name: str, field: str) -> Iterator[Any]:
     try:
         import datasets
     except ImportError:
-        raise UserError("Hugging Face datasets need datasets; run pip install '.[hub]' in Longread's folder") from None
+        raise UserError(f"Hugging Face datasets need datasets; run {install_command('hub')}") from None
     path, *rest = name.removeprefix(HUB_PREFIX).split(":")
     if not path or len(rest) > 2:
         raise UserError(f"{name} is not a dataset name; write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
@@ -202,7 +203,7 @@ class TokenArray:
         try:
             import zarr
         except ImportError:
-            raise UserError("token arrays need zarr; run pip install '.[zarr]' in Longread's folder") from None
+            raise UserError(f"token arrays need zarr; run {install_command('zarr')}") from None
         self.path = path
         try:
             self._array = zarr.open_array(path, mode="r")

@@ -30,6 +30,7 @@ from longread.engine.curve import Curve
 from longread.engine.interface import Appended, Lost
 from longread.engine.journal import DamagedJournal, Event, add_events, reached, read_events
 from longread.engine.reader import Answer
+from longread.extras import install_command
 from longread.files import (
     close_to_others,
     make_durable,
@@ -343,7 +344,7 @@ def _storage(url: str) -> tuple[Any, str]:
     try:
         import fsspec  # type: ignore[import-untyped]
     except ImportError:
-        raise UserError(f'{url} needs fsspec; run pip install ".[fsspec]" in Longread\'s folder') from None
+        raise UserError(f"{url} needs fsspec; run {install_command('fsspec')}") from None
     try:
         filesystem, there = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:

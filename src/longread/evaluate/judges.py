@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig, UserError
+from longread.extras import install_command
 from longread.inner_loop import begin, read
 from longread.model import Transformer
 from longread.tokenizer import Tokenizer, load_tokenizer
@@ -103,8 +104,7 @@ def _from_pretrained(path: Path, device: torch.device) -> Any:
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise UserError(
-            f"{path} is a Hugging Face model; to judge with it run pip install '.[hf]' in Longread's folder, or give a "
-            "Longread model"
+            f"{path} is a Hugging Face model; to judge with it run {install_command('hf')}, or give a Longread model"
         ) from None
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -11,6 +11,7 @@ from longread.evaluate.chart import Line, estimate_line
 from longread.evaluate.estimate import Estimate
 from longread.evaluate.figures import Chart, colors
 from longread.evaluate.summary import Evaluation, Result
+from longread.extras import install_command
 
 
 def save_plots(evaluation: Evaluation, directory: Path) -> list[Path]:
@@ -45,7 +46,7 @@ def check_plots_can_be_drawn() -> None:
     try:
         import matplotlib.backends.backend_agg  # noqa: F401
     except ImportError:
-        raise UserError("plots need matplotlib; run pip install '.[plots]' in Longread's folder") from None
+        raise UserError(f"plots need matplotlib; run {install_command('plots')}") from None
 
 
 def save_charts(charts: Sequence[Chart], directory: Path) -> list[Path]:

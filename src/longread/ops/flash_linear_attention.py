@@ -79,7 +79,7 @@ def _is_installed() -> bool:
     if importlib.util.find_spec("fla") is not None:
         return True
     warnings.warn(
-        "recurrent mixers run without kernels, which is slower; run pip install '.[fla]' in Longread's folder",
+        "recurrent mixers run without kernels, which is slower; run pip install fla-core",
         stacklevel=2,
     )
     return False

@@ -18,6 +18,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from longread.config import UserError
+from longread.extras import install_command
 from longread.server.keys import Keys, read_keys
 from longread.server.limits import ServerLimits
 
@@ -37,7 +38,7 @@ def check_installed() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("longread"):
             raise
-        raise UserError(f'serving needs {error.name}; run pip install ".[serve]" in Longread\'s folder') from None
+        raise UserError(f"serving needs {error.name}; run {install_command('serve')}") from None
 
 
 def serve(service: Service, listener: socket.socket) -> None:

@@ -1,0 +1,22 @@
+"""Packages that Longread can use and does not require, by the extra of pyproject.toml that lists them."""
+
+from __future__ import annotations
+
+PACKAGES = {
+    "plots": "matplotlib",
+    "parquet": "pyarrow",
+    "hub": "datasets",
+    "zarr": "zarr",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "fla": "fla-core",
+    "hf": "transformers",
+    "fsspec": "fsspec",
+    "serve": "fastapi uvicorn pydantic prometheus-client",
+}
+
+
+def install_command(extra: str) -> str:
+    """What installs the packages of an extra, wherever Longread itself was installed from."""
+    return f"pip install {PACKAGES[extra]}"
