@@ -34,7 +34,7 @@ def test_a_diverging_run_halts_with_a_diagnosis_and_saves_nothing_of_it(tmp_path
         steps=40, optimizer__lr=1e12, optimizer__initial_lr=1e-3, optimizer__warmup_steps=5, checkpoint_every=1
     )
     config = change(config, optimizer__decay_steps=40, optimizer__clip=None)
-    with pytest.raises(TrainingHalted, match=r"halted at step \d+: .*lower lr \(it is 1e\+12\)") as halted:
+    with pytest.raises(TrainingHalted, match=r"halted at step \d+: .*lower optimizer.lr \(it is 1e\+12\)") as halted:
         train(config, data, tmp_path / "run")
     rows = rows_of(tmp_path / "run")
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)

@@ -339,10 +339,13 @@ class RunConfig(_Checked):
     precision: Precision = "auto"
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
+    max_bad_steps: int | None = 50
+    """Steps in a row with an exploded loss or gradient at which the run halts (`longread.train.divergence`); None: it
+    goes on."""
 
     def _check(self) -> None:
         self._at_least(1, "context_length", "batch_size", "micro_batch_size", "steps", "truncate_after")
-        self._at_least(1, "evaluate_every", "checkpoint_every")
+        self._at_least(1, "evaluate_every", "checkpoint_every", "max_bad_steps")
         self._at_least(0, "seed")
         if self.seed >= 2**63:
             raise UserError(f"seed is {self.seed}; it must be below 2^63")

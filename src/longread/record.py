@@ -104,6 +104,17 @@ class MetricsLog:
                     os.truncate(self.path, size)
                 raise
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows so far; lines that are none are passed over."""
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    row = json.loads(line)
+                    if isinstance(row, dict):
+                        yield row
+
     def make_durable(self) -> None:
         """Returns when every line so far would survive a power cut."""
         if self.path.exists():

@@ -66,8 +66,9 @@ def write_checkpoint(
     state: Mapping[str, Any],
     tokenizer_fingerprint: str | None = None,
     keep: int = 2,
+    spare: Path | None = None,
 ) -> Path:
-    """Writes the checkpoint of `step` finished steps, then deletes all but the newest `keep`.
+    """Writes the checkpoint of `step` finished steps, then deletes all but the newest `keep` and `spare`.
 
     Raises `UserError` when it cannot be written; the older checkpoints are still whole then.
     """
@@ -92,7 +93,7 @@ def write_checkpoint(
             remove_tree(aside)
     with atomic_files(path / MARKER_FILE) as (marker,):
         marker.write_text(_size_and_sum(path / MANIFEST_FILE)["sha256"])
-    _keep_newest(run, keep)
+    _keep_newest(run, keep, spare)
     return path
 
 
@@ -157,8 +158,8 @@ def _committed(run: Path) -> list[Path]:
     return sorted(marker.parent for marker in (run / CHECKPOINTS).glob(f"step-*/{MARKER_FILE}"))
 
 
-def _keep_newest(run: Path, keep: int) -> None:
-    kept = set(_committed(run)[-keep:])
+def _keep_newest(run: Path, keep: int, spare: Path | None) -> None:
+    kept = {*_committed(run)[-keep:], spare}
     for path in (run / CHECKPOINTS).glob("step-*"):
         if path not in kept:
             _discard(path)

@@ -4,8 +4,10 @@ optimizer   AdamW, clipping by global norm, the state of both by parameter name
 gradient    the meta-gradient of one batch, accumulated over micro-batches
 captured    the same as one CUDA graph
 validation  the loss on held-out text, read learning and read frozen
-stopping    SIGTERM, SIGINT, and the halt at numbers that are not finite
+divergence  whether the steps of a run are still good
+stopping    SIGTERM, SIGINT, and the halt at numbers that are not finite or a run that diverges
 run         the run: start or resume, step, record, checkpoint, finish
+agreement   what must be as it was when a run goes on
 progress    a line or a bar for people
 """
 

@@ -72,6 +72,8 @@ def describe(row: Mapping[str, Any]) -> str:
         parts.append(f"validation {row['validation_loss']:.4f}{frozen}")
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     parts.append(f"grad {row['grad_norm']:.3g}")
+    if "bad_steps" in row:
+        parts.append(f"diverging for {row['bad_steps']}")
     if "inner_grad_norm" in row:
         parts.append(f"inner grad {row['inner_grad_norm']:.3g}, {row['inner_clipped']:.0%} clipped")
     return "  ".join(parts)

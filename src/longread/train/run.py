@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import shutil
 import sys
@@ -34,10 +33,12 @@ from longread.config import Precision, RunConfig, UserError
 from longread.data import Batch, Sampler, TokenDataset
 from longread.model import Transformer, find_device, free_bytes, initialize
 from longread.outer_loop import activation_budget, fit
+from longread.train.agreement import ROUNDING, data_identity, differences, refuse_other_config, refuse_other_data
 from longread.train.captured import CapturedGradient
+from longread.train.divergence import SAID_AFTER, Divergence
 from longread.train.gradient import accumulate_gradient, inner_steps
 from longread.train.optimizer import gradient_norm, make_optimizer, optimizer_tensors, restore_optimizer, update
-from longread.train.stopping import StopSignal, halt, not_finite_in, not_finite_weight
+from longread.train.stopping import StopSignal, diverged, halt, not_finite_in, not_finite_weight
 from longread.train.validation import validation_losses
 
 Row = dict[str, Any]
@@ -53,8 +54,6 @@ _MAY_CHANGE = (
     "rope_base",
     "init_std",
 )  # of a model's config, between the run that made it and one that goes on with it
-_ROUNDING = ("recompute", "micro_batch_size")
-"""Of a run's config, what changes nothing but the order of sums."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,10 @@ class TrainResult:
     model: Transformer
     step: int
     """Finished steps, over all starts of the run."""
+    saved_step: int
+    """Of the newest checkpoint, from which the run can go on; fewer than `step` where the last steps were bad."""
     tokens: int
+    """Targets trained on, over all starts."""
     seconds: float
     """Since this start."""
     row: Row | None
@@ -105,8 +107,9 @@ def train(
         on_step: called with each row of metrics.jsonl once it is written.
 
     Returns when the last step is done, or after the current one when SIGTERM or SIGINT arrives; either way with a
-    checkpoint. Raises `UserError` when data, config, `out` and device do not go together or another process trains
-    in `out`, and `TrainingHalted` when a number is not finite.
+    checkpoint, of the last good step if the run had begun to diverge. Raises `UserError` when data, config, `out` and
+    device do not go together or another process trains in `out`, and `TrainingHalted` when a number is not finite or
+    the run diverges for `config.max_bad_steps` steps.
     """
     started, out = time.monotonic(), Path(out)
     with contextlib.ExitStack() as stack:
@@ -126,14 +129,16 @@ def train(
             if validation is not None and (last or _due(run.step, config.evaluate_every)):
                 run.validate(row)
             run.record(row)
+            run.refuse_to_diverge(row)
             if last or run.should_save:
                 run.save()
             if on_step is not None:
                 on_step(row)
-        if run.step > run.saved_step:
+        if run.step > run.saved_step and not run.is_bad:
             run.save()
         finished = run.finish() if run.step >= config.steps else None
-    return TrainResult(run.model, run.step, run.tokens, time.monotonic() - started, row, finished, stop.number)
+    seconds = time.monotonic() - started
+    return TrainResult(run.model, run.step, run.saved_step, run.tokens, seconds, row, finished, stop.number)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -170,11 +175,14 @@ class _Run:
         self.tokens = 0
         self.saved_at = time.monotonic()
         self.last_checkpoint: Path | None = None
+        self.last_good: Path | None = None
+        """The newest checkpoint whose weights are known to be good, by the loss of the step after it."""
+        self.divergence = Divergence(config.model.vocab_size)
         self._next_batch: Batch | None = None
         self.refuse_or_clear(resume)
         newest = self._newest_checkpoint() if resume else None
         if resume and newest is None and os.path.exists(out / RUN_FILE):
-            self._refuse_other_config(files.read_json(out / RUN_FILE, kind="run")["config"])
+            refuse_other_config(files.read_json(out / RUN_FILE, kind="run")["config"], config)
         self.model = self._new_model()
         self.initial = self._begin(initial, has_checkpoint=newest is not None)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -241,7 +249,7 @@ class _Run:
                 f"{path} has mixer {mixers[0]} and this run has {mixers[1]}; begin with a model of its kind"
             )
         wanted = dataclasses.asdict(self.config.model)
-        for name, before, now in _differences(dataclasses.asdict(loaded.model.config), wanted):
+        for name, before, now in differences(dataclasses.asdict(loaded.model.config), wanted):
             if name not in _MAY_CHANGE:
                 raise UserError(
                     f"{path} has {name} {before!r} and this run has {now!r}; begin with a model of its shape"
@@ -281,8 +289,8 @@ class _Run:
         size = 0
         if path is not None:
             found = checkpoint.read_checkpoint(path)
-            self._refuse_other_config(found.state["config"])
-            self._refuse_other_data(found.state["data"])
+            refuse_other_config(found.state["config"], self.config)
+            refuse_other_data(found.state["data"], self.data)
             if found.state["precision"] != self.exact.precision:
                 raise UserError(
                     f"this run was computed in {found.state['precision']}, but auto means {self.exact.precision} on "
@@ -294,51 +302,27 @@ class _Run:
             self.step = self.saved_step = found.step
             self.tokens = found.state["tokens"]
             self.last_checkpoint, size = path, found.state["metrics_bytes"]
+            if good := found.state.get("last_good"):
+                self.last_good = path.parent / good
         else:
             warnings.warn(f"{self.out} has no checkpoint: training begins at the first step", stacklevel=4)
         if not self.log.truncate(size):
             warnings.warn(f"{self.log.path} lacks rows from before step {self.step}; training goes on", stacklevel=2)
+        self.divergence = Divergence(self.config.model.vocab_size, self.log.rows())
 
     def _keep_rounding(self, state: Mapping[str, Any]) -> None:
         """Takes over what the run settled on, but for what the config now asks for otherwise."""
-        settled = {name: state.get(name, state["config"][name]) for name in _ROUNDING}
+        settled = {name: state.get(name, state["config"][name]) for name in ROUNDING}
         if settled["recompute"] == "auto":  # of revisions that could recompute nothing with the static loss
             settled["recompute"] = "none"
         settled["micro_batch_size"] = settled["micro_batch_size"] or self.config.batch_size
-        for name in _ROUNDING:
+        for name in ROUNDING:
             if getattr(self.config, name) != state["config"][name]:
                 before, settled[name] = settled[name], getattr(self.exact, name)
                 warnings.warn(
                     f"{name} was {before!r} and is {settled[name]!r} from now on; sums round differently", stacklevel=5
                 )
         self.exact = dataclasses.replace(self.exact, **settled)
-
-    def _refuse_other_config(self, stored: Mapping[str, Any]) -> None:
-        given = dataclasses.asdict(self.config)
-        stored = {**stored, **{name: given[name] for name in _ROUNDING}}
-        # Rates depend on decay_steps, not on steps, so a longer run begins with the same steps as a shorter one.
-        if stored.get("steps", math.inf) <= given["steps"]:
-            stored = {**stored, "steps": given["steps"]}
-        for name, before, now in _differences(stored, given):
-            raise UserError(
-                f"{name} was {before!r} when this run began and is {now!r} now; resume with what it was, "
-                "or train into another directory"
-            )
-
-    def _refuse_other_data(self, stored: Mapping[str, Any]) -> None:
-        for name, before, now in _differences(stored, self._data_identity()):
-            raise UserError(
-                f"the {name} of the data was {before!r} when this run began and is {now!r} now; "
-                "resume with the same data, or train into another directory"
-            )
-
-    def _data_identity(self) -> dict[str, Any]:
-        return {
-            "vocab_size": self.data.vocab_size,
-            "tokenizer": self.data.tokenizer_fingerprint,
-            "number of tokens": self.data.num_tokens,
-            "index": files.digest(self.data.index, {}),
-        }
 
     @contextlib.contextmanager
     def recording(self, trackers: Sequence[str]) -> Iterator[None]:
@@ -400,6 +384,11 @@ class _Run:
         if found.inner_grad_norm.numel():
             row["inner_lr"] = inner_lr
             row |= inner_steps(found.inner_grad_norm.cpu(), batch.loss_mask, self.config.inner.clip)
+        self.divergence.see(row["loss"], row["grad_norm"])
+        if self.divergence.bad_steps:
+            row["bad_steps"] = self.divergence.bad_steps
+        elif self.last_checkpoint is not None and self.saved_step == self.step - 1:
+            self.last_good = self.last_checkpoint
         row["seconds"] = time.monotonic() - started
         row["tokens_per_second"] = tokens / row["seconds"]
         return row
@@ -410,12 +399,30 @@ class _Run:
             row |= validation_losses(self.model, self.exact, self.validation_sampler)
         except BaseException:
             self.record(row)
-            self.save()
+            if not self.is_bad:
+                self.save()
             raise
+
+    def refuse_to_diverge(self, row: Row) -> None:
+        """Warns when several steps in a row were bad, and raises `TrainingHalted` when they are too many."""
+        bad, most = self.divergence.bad_steps, self.config.max_bad_steps
+        numbers = self.divergence.describe(row["loss"], row["grad_norm"]) if bad else ""
+        if bad == most:
+            raise diverged(self.config, self.step, bad, numbers, self.last_good)
+        if bad == SAID_AFTER:
+            outlook = "goes on, as max_bad_steps is none" if most is None else f"halts at {most} such steps in a row"
+            warnings.warn(f"training diverges since step {self.step - bad + 1}: {numbers}; it {outlook}", stacklevel=3)
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the run may be about to halt, so that its weights must not be what it resumes from."""
+        return self.divergence.bad_steps > 0 and self.config.max_bad_steps is not None
 
     @property
     def should_save(self) -> bool:
-        """Whether a checkpoint is due after this step, by number or by the clock."""
+        """Whether a checkpoint is due after this step, by number or by the clock. Of bad weights none is."""
+        if self.is_bad:
+            return False
         if self.config.checkpoint_every is None:
             return time.monotonic() - self.saved_at > LONGEST_UNSAVED
         return _due(self.step, self.config.checkpoint_every)
@@ -434,14 +441,21 @@ class _Run:
         self.log.make_durable()
         state = {
             "config": dataclasses.asdict(self.config),
-            "data": self._data_identity(),
+            "data": data_identity(self.data),
             "sampler_seed": self.config.seed,
             "precision": self.exact.precision,
             "recompute": self.exact.recompute,
             "micro_batch_size": self.exact.micro_batch_size,
             "tokens": self.tokens,
             "metrics_bytes": self.log.size,
+            "last_good": self.last_good and self.last_good.name,
         }
+        if self.divergence.bad_steps:
+            warnings.warn(
+                f"the checkpoint of step {self.step} holds weights of a run that diverges; the last good one, "
+                f"{self.last_good}, is kept",
+                stacklevel=3,
+            )
         self.last_checkpoint = checkpoint.write_checkpoint(
             self.out,
             self.step,
@@ -450,6 +464,7 @@ class _Run:
             optimizer=optimizer_tensors(self.model, self.optimizer),
             state=state,
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
+            spare=self.last_good,
         )
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
@@ -460,13 +475,3 @@ class _Run:
         provenance = {"run": self.config.name, "step": self.step, "tokens": self.tokens}
         checkpoint.save_model(directory, self.model, self.config.inner, self.data.tokenizer_fingerprint, provenance)
         return directory
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted name and both values of every field that differs."""
-    for name in dict.fromkeys([*before, *now]):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield f"{prefix}{name}", old, new

@@ -1,10 +1,11 @@
-"""How a run ends before its last step: asked to, or because its numbers are no longer finite."""
+"""How a run ends before its last step: asked to, or because its numbers are no longer finite, or it diverges."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingHalted(UserError):
-    """Loss, gradients or weights are not finite. The message says which, when, what is left, and what to try."""
+    """Numbers are not finite, or the run diverges. The message says what, when, what is left, and what to try."""
 
     exit_status = 3
 
@@ -80,5 +81,17 @@ def halt(config: RunConfig, step: int, problem: str, last_good: object) -> Train
     kept = f"the last good checkpoint is {last_good}" if last_good else "there is no earlier checkpoint"
     return TrainingHalted(
         f"training halted at step {step}: {problem}; nothing of this step was saved, {kept}; train again with a lower "
-        f"lr (it is {config.optimizer.lr:g}), a longer warm-up, a smaller inner lr ({config.inner.lr:g}) or float32"
+        f"optimizer.lr (it is {config.optimizer.lr:g}), a longer warm-up, a smaller inner.lr ({config.inner.lr:g}) or "
+        "precision float32"
+    )
+
+
+def diverged(config: RunConfig, step: int, bad_steps: int, numbers: str, last_good: Path | None) -> TrainingHalted:
+    """The exception for a run whose last `bad_steps` steps, up to `step`, were bad; `numbers` are those of the last."""
+    first = step - bad_steps + 1
+    kept = f"--init {last_good} begins with the last good checkpoint" if last_good else "there is no good checkpoint"
+    return TrainingHalted(
+        f"training halted at step {step}: it diverges since step {first}: {numbers}; nothing was saved since then, "
+        f"{kept}; train into another directory with a lower optimizer.lr (it is {config.optimizer.lr:g}), a longer "
+        f"warm-up or a smaller inner.lr ({config.inner.lr:g}); max_bad_steps, {config.max_bad_steps}, sets when to halt"
     )

@@ -1,0 +1,59 @@
+"""What must be as it was when a run goes on: all of its config that decides a number, and the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from longread import files
+from longread.config import RunConfig, UserError
+from longread.data import TokenDataset
+
+ROUNDING = ("recompute", "micro_batch_size")
+"""Of a run's config, what changes nothing but the order of sums."""
+_FREE = (*ROUNDING, "max_bad_steps")
+
+
+def refuse_other_config(stored: Mapping[str, Any], config: RunConfig) -> None:
+    """Raises `UserError` where `config` would compute other steps than the run did that `stored` belongs to."""
+    given = dataclasses.asdict(config)
+    stored = {**stored, **{name: given[name] for name in _FREE}}
+    # Rates depend on decay_steps, not on steps, so a longer run begins with the same steps as a shorter one.
+    if stored.get("steps", math.inf) <= given["steps"]:
+        stored = {**stored, "steps": given["steps"]}
+    for name, before, now in differences(stored, given):
+        raise UserError(
+            f"{name} was {before!r} when this run began and is {now!r} now; resume with what it was, "
+            "or train into another directory"
+        )
+
+
+def refuse_other_data(stored: Mapping[str, Any], data: TokenDataset) -> None:
+    """Raises `UserError` where `data` is not what `data_identity` described as `stored`."""
+    for name, before, now in differences(stored, data_identity(data)):
+        raise UserError(
+            f"the {name} of the data was {before!r} when this run began and is {now!r} now; "
+            "resume with the same data, or train into another directory"
+        )
+
+
+def data_identity(data: TokenDataset) -> dict[str, Any]:
+    """What tells a data set from another."""
+    return {
+        "vocab_size": data.vocab_size,
+        "tokenizer": data.tokenizer_fingerprint,
+        "number of tokens": data.num_tokens,
+        "index": files.digest(data.index, {}),
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values of every field that differs."""
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}", old, new
