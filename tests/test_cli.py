@@ -22,11 +22,9 @@ import pytest
 from longread.checkpoint import load_model
 from longread.cli import build_parser, main
 from longread.cli.arguments import changed
-from longread.cli.texts import BLOCK, read_tokens
 from longread.config import UserError
 from longread.recipes import toy
 from longread.session import Session
-from longread.tokenizer import ByteTokenizer
 
 MICROSCOPIC = [
     *("--set", "model.width=16", "--set", "model.num_blocks=2", "--set", "model.num_heads=2"),
@@ -39,23 +37,26 @@ SENTENCES = "".join(f"Sentence {i} of the text says {i * i % 101}, and not {i % 
 # Commands and options, frozen: whoever changes these changes what users have in their scripts.
 COMMAND_LINE = {
     "prepare": "SOURCE --out --tokenizer --train-tokenizer --documents --validation-fraction --field --exclude "
-    "--vocab-size --bos-id --overwrite --json --quiet",
+    "--vocab-size --bos-id --encoding --errors --keep-line-ends --overwrite --json --quiet",
     "train": "RECIPE --data --out --method --context-length --validation --init --resume --seed --set --tracker "
     "--device",
     "read": "FILE --model --device --session --save --no-control --json --quiet --report",
     "generate": "--model --device --session --prompt --max-tokens --temperature --top-p --top-k --repetition-penalty "
     "--seed --stop --frozen --save --draft --draft-session --draft-tokens",
-    "evaluate": "MODEL --data --documents --max-tokens --min-tokens --lengths --indices --window --mini-batch "
+    "evaluate": "MODEL --data --encoding --errors --keep-line-ends --markup "
+    "--documents --max-tokens --min-tokens --lengths --indices --window --mini-batch "
     "--batch-size --no-control --health --json --quiet --plots --report --device",
-    "needle": "MODEL --variants --contexts --depths --samples --seed --haystack --repeat-haystack --max-tokens "
+    "needle": "MODEL --variants --contexts --depths --samples --seed --haystack --encoding --errors --keep-line-ends "
+    "--markup --repeat-haystack --max-tokens "
     "--batch-size --no-control --json --quiet --plots --report --device",
-    "judge": "MODEL --judge --data --context --documents --temperature --top-p --repetition-penalty --seed --bins "
+    "judge": "MODEL --judge --data --encoding --errors --keep-line-ends --markup "
+    "--context --documents --temperature --top-p --repetition-penalty --seed --bins "
     "--batch-size --no-control --json --quiet --plots --report --device",
     "convert": "SOURCE DIR",
     "bench": "WORK --sizes --methods --contexts --sequences --repeats --profile --from --json --report --plots "
     "--device",
     "serve": "--model --device --directory --name --host --port --keys --device-memory --host-memory --disk "
-    "--max-sessions --max-batch --max-waiting --batch-invariant --limit",
+    "--max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends --limit",
     "estimate": "MODEL --context-length --train --precision --memory",
 }
 
@@ -247,10 +248,10 @@ def test_stdin_that_is_interrupted_keeps_what_was_read(home: Path, tmp_path: Pat
     [
         (b"", "is empty; give a text"),
         (b"\xef\xbb\xbf", "is empty; give a text"),
-        (b"\xef\xbb", "is not UTF-8 text"),
-        (b"text\0text", "is not UTF-8 text"),
-        (b"caf\xe9 au lait", "is not UTF-8 text"),
-        (None, "cannot read .*: No such file"),
+        (b"\xef\xbb", "is not valid UTF-8 from byte 0 on"),
+        (b"text\0text", "is no text: its byte 4 is zero"),
+        (b"caf\xe9 au lait", "is not valid UTF-8 from byte 3 on"),
+        (None, "is unreadable: No such file or directory; check its path"),
     ],
 )
 def test_a_text_that_cannot_be_read(
@@ -323,26 +324,6 @@ def test_output_that_cannot_be_written_is_said_before_the_work(
     assert "File name too long" in fails(capsys, *read, "--report", "x" * 300)
     monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
     assert "not a directory that may be written to" in fails(capsys, *read, "--json", tmp_path / "x.json")
-
-
-def test_a_text_without_spaces_is_read_in_pieces(tmp_path: Path) -> None:
-    path = tmp_path / "line.txt"
-    path.write_text("é" * 3 * BLOCK + " and a word")
-    pieces = list(read_tokens(str(path), ByteTokenizer()))
-    assert len(pieces) > 3
-    assert max(len(ids) for ids, _ in pieces) <= 2 * BLOCK
-    assert ByteTokenizer().decode([i for ids, _ in pieces for i in ids]) == path.read_text()
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "text.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\n \xef\xbb\xbftwo")
-    expected = list(b"one\r\n \xef\xbb\xbftwo")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
-    for name in (str(path), "-"):
-        pieces = list(read_tokens(name, ByteTokenizer()))
-        assert [i for ids, _ in pieces for i in ids] == expected
-        assert sum(sum(lengths) for _, lengths in pieces) == len(expected)
 
 
 def test_data_whose_replacement_was_killed_are_evaluated(home: Path, tmp_path: Path) -> None:

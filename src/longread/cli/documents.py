@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from longread.config import UserError
-from longread.data import TokenDataset, finish_replacement, read_texts
+from longread.data import TextFormat, TokenDataset, finish_replacement, read_texts
 from longread.evaluate import Document, in_common
 from longread.tokenizer import Tokenizer
 
@@ -21,11 +21,13 @@ def read_documents(
     min_tokens: int = 2,
     max_tokens: int | None = None,
     asked_by: str = "--min-tokens",
+    text_format: TextFormat | None = None,
 ) -> dict[str, list[Document]]:
     """The `first` documents of at least `min_tokens`, cut to `max_tokens`; `asked_by` set the minimum.
 
     Args:
         tokenizers: by the name of the model that reads with it.
+        text_format: of texts; a data set says its own.
 
     Returns:
         The documents by fingerprint of tokenizer. Several hold the same texts, each with the bytes common to them.
@@ -38,7 +40,7 @@ def read_documents(
     for name, tokenizer in tokenizers.items():
         if tokenizer.fingerprint not in readings:
             found = _of_dataset(paths[0], name, tokenizer, several) if len(paths) == 1 else None
-            readings[tokenizer.fingerprint] = _of_texts(paths, tokenizer) if found is None else found
+            readings[tokenizer.fingerprint] = _of_texts(paths, tokenizer, text_format) if found is None else found
     kept = [
         i
         for i, same in enumerate(zip(*readings.values(), strict=True))
@@ -90,10 +92,10 @@ def _byte_lengths(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray | None
     return np.array([0] * len(bos) + lengths) if bos + again == ids else None
 
 
-def _of_texts(paths: Sequence[str], tokenizer: Tokenizer) -> list[Document]:
+def _of_texts(paths: Sequence[str], tokenizer: Tokenizer, text_format: TextFormat | None) -> list[Document]:
     bos = tokenizer.beginning
     documents = []
-    for i, text in enumerate(read_texts(paths)):
+    for i, text in enumerate(read_texts(paths, text_format=text_format)):
         ids, byte_lengths = tokenizer.encode_with_bytes(text)
         documents.append(Document(f"text {i + 1}", np.array(bos + ids), np.array([0] * len(bos) + byte_lengths)))
     return documents

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 from longread.cli.arguments import add_device, add_outputs, check_at_most, positive
+from longread.cli.texts import add_text_format, format_of
 
 NAME = "evaluate"
 
@@ -22,6 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, runs or checkpoints")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="a data set, or texts and directories")
+    add_text_format(parser)
     parser.add_argument("--documents", type=positive, metavar="N", help="read only the first N")
     parser.add_argument("--max-tokens", type=positive, metavar="T", help="read only the first T of each document")
     parser.add_argument("--min-tokens", type=positive, default=2, metavar="T", help="leave out shorter documents")
@@ -89,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
         first=options.documents,
         min_tokens=options.min_tokens,
         max_tokens=options.max_tokens,
+        text_format=format_of(options),
     )
     longest, unit = longest_of(texts)
     for option, values in (("--lengths", options.lengths or ()), ("--indices", options.indices)):

@@ -12,6 +12,7 @@ import json
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import add_device, add_outputs, check_at_most, positive
+from longread.cli.texts import add_text_format, format_of
 
 if TYPE_CHECKING:
     from longread.evaluate import Judge
@@ -24,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the writers: model directories, runs, checkpoints")
     parser.add_argument("--judge", required=True, metavar="MODEL", help="a Longread or Hugging Face model directory")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="a data set, or texts and directories")
+    add_text_format(parser)
     parser.add_argument(
         "--context", type=positive, default=2048, metavar="T", help="tokens, half read, half written (default 2048)"
     )
@@ -90,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
         min_tokens=T,
         max_tokens=T,
         asked_by="--context",
+        text_format=format_of(options),
     )[tokenizer.fingerprint]
     human = prompts(documents, T)
     names = table_names(options.models)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import MOST_TOKENS, add_device, add_outputs, check_at_most, positive
+from longread.cli.texts import add_text_format, format_of
 
 if TYPE_CHECKING:
     from longread.evaluate import Sample
@@ -22,6 +22,9 @@ NAME = "needle"
 MOST_ANSWER = 2**16
 MOST_PROMPT_TOKENS = 16 * MOST_TOKENS
 """2 GiB."""
+
+USED_CHARACTERS = 256
+"""Of one text, for each token of the longest context; the rest of a longer text is not read."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=positive, default=10, metavar="N", help="prompts for each depth (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default 0)")
     parser.add_argument("--haystack", nargs="+", default=[], metavar="PATH", help="texts for variants 2 and 3")
+    add_text_format(parser)
     parser.add_argument("--repeat-haystack", action="store_true", help="repeat texts that are too short")
     parser.add_argument(
         "--max-tokens", type=positive, default=128, metavar="N", help="of an answer (default 128, as in RULER)"
@@ -137,7 +141,7 @@ def _samples(options: argparse.Namespace, opened: OpenModel) -> list[Sample]:
     if 1 in options.variants:
         haystacks["noise"] = noise(opened.tokenizer, longest)
     if options.haystack and set(options.variants) & {2, 3}:
-        texts = read_texts(list(map(Path, options.haystack)))
+        texts = read_texts(options.haystack, text_format=format_of(options), longest=USED_CHARACTERS * longest)
         haystacks["essay"] = essays(texts, opened.tokenizer, longest, repeat=options.repeat_haystack)
     return [
         sample

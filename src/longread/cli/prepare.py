@@ -11,6 +11,7 @@ import json
 import sys
 
 from longread.cli.arguments import add_json, check_at_most, positive
+from longread.cli.texts import add_text_format, format_of
 
 NAME = "prepare"
 FORMAT = "longread-prepare/1"
@@ -42,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="file or folder; repeatable")
     parser.add_argument("--vocab-size", type=positive, metavar="N", help="of token arrays; needs no tokenizer")
     parser.add_argument("--bos-id", type=int, metavar="ID", help="of token arrays")
+    add_text_format(parser, markup=False)
     parser.add_argument("--overwrite", action="store_true", help="replace the data set at DIR")
     add_json(parser, "what was made")
 
@@ -57,17 +59,20 @@ def run(options: argparse.Namespace) -> int:
         tables_console,
         write_text,
     )
-    from longread.data import Progress, prepare, read_texts
+    from longread.data import Progress, prepare, read_pieces
     from longread.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
     check_outputs([Output("--json", options.json, figures_of(FORMAT))], inputs=options.sources)
     if options.overwrite:
         check_data_set(options.out)
+    text_format = format_of(options)
     tokenizer: Tokenizer | None = None
     if options.train_tokenizer:
         check_at_most("--train-tokenizer", options.train_tokenizer, MOST_ENTRIES, "entries")
-        texts = read_texts(options.sources, text_field=options.field, exclude=options.exclude)
-        tokenizer = train_bpe(texts, options.train_tokenizer)
+        pieces = read_pieces(
+            options.sources, text_field=options.field, exclude=options.exclude, text_format=text_format
+        )
+        tokenizer = train_bpe(pieces, options.train_tokenizer, show_progress=progress_console(options).is_terminal)
     elif not options.vocab_size:
         tokenizer = load_tokenizer(options.tokenizer)
     with progress_console(options).status("reading") as status:
@@ -85,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
             exclude=options.exclude,
             vocab_size=options.vocab_size,
             bos_id=options.bos_id,
+            text_format=text_format,
             overwrite=options.overwrite,
             progress=show,
         )

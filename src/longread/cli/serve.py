@@ -54,6 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="compute each session by itself: it gets bit for bit what it would get alone, slower",
     )
     parser.add_argument(
+        "--keep-line-ends", action="store_true", help="read carriage returns (default: CRLF and CR become LF)"
+    )
+    parser.add_argument(
         "--limit",
         action="append",
         default=[],
@@ -96,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
             device=str(opened.model.device),
             keys=keys,
             limits=limits,
+            keep_line_ends=options.keep_line_ends,
             scratch=directory / "passing",
         )
         serve(service, listener)

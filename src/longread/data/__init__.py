@@ -1,16 +1,18 @@
 """Token shards and the batches drawn from them.
 
-`prepare` turns texts or token arrays into shards, `TokenDataset` opens them, `Sampler` draws batches; `decode_text` is
-how any text file is read.
+`prepare` turns texts or token arrays into shards, `TokenDataset` opens them, `Sampler` draws batches. `TextFile` and
+`decode_text` are how any text is read, and `TextFormat` says what may differ.
 """
 
 from __future__ import annotations
 
-from longread.data.decoding import NotText, decode_text
-from longread.data.prepare import Progress, TextEncoder, prepare, read_texts
+from longread.data.documents import read_pieces, read_texts
+from longread.data.prepare import Progress, TextEncoder, prepare
 from longread.data.sampler import Batch, Sampler
 from longread.data.shards import Documents, TokenDataset
 from longread.data.staging import finish_replacement
+from longread.data.text import NotText, TextFormat, decode_text
+from longread.data.text_files import TextFile, Unreadable, open_texts
 
 __all__ = [
     "Batch",
@@ -19,9 +21,14 @@ __all__ = [
     "Progress",
     "Sampler",
     "TextEncoder",
+    "TextFile",
+    "TextFormat",
     "TokenDataset",
+    "Unreadable",
     "decode_text",
     "finish_replacement",
+    "open_texts",
     "prepare",
+    "read_pieces",
     "read_texts",
 ]

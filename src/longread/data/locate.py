@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from longread.config import UserError
+from longread.data.kinds import refuse_address
 
 Kind = Literal["text", "jsonl", "parquet", "hub", "array"]
 HUB_PREFIX = "hf:"
@@ -50,6 +51,7 @@ def locate(specs: Iterable[str | Path], *, exclude: Sequence[str] = (), out: Pat
 def _behind(spec: str, exclude: Sequence[str], out: Path | None) -> list[Source]:
     if spec.startswith(HUB_PREFIX):
         return [Source(spec, "hub", named=True)]
+    refuse_address(spec)
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         node = _zarr_node(path)

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
 
 from longread.config import UserError
 from longread.data.locate import Source, locate
 from longread.data.shards import VALIDATION, Documents, ShardWriter, TokenDataset, read_index
-from longread.data.sources import PIECE_CHARACTERS, Document, TokenArray, read_documents
+from longread.data.sources import Document, TokenArray, read_documents
 from longread.data.staging import staged_directory
+from longread.data.text import TextFormat
 
 SHARD_TOKENS = 1 << 27
+PIECE_CHARACTERS = 1 << 20
+"""A document this long or shorter is encoded in one go; a longer one in pieces, so that memory stays bounded."""
 BATCH_CHARACTERS = PIECE_CHARACTERS * max(1, min(32, (os.cpu_count() or 1) // 2))
 """Text that is encoded at a time, so that a tokenizer can use every core; memory is bounded by it."""
+
+
+class CutText(Protocol):
+    """A piece of a document, and what its tokenizer must know of what stands before it."""
+
+    @property
+    def text(self) -> str: ...
 
 
 class TextEncoder(Protocol):
@@ -36,7 +47,9 @@ class TextEncoder(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def cut(self, pieces: Iterable[str], least: int) -> Iterator[CutText]: ...
+
+    def encode_cut(self, pieces: Sequence[Any]) -> list[list[int]]: ...
 
     def save(self, directory: Path) -> None: ...
 
@@ -62,12 +75,13 @@ def prepare(
     exclude: Sequence[str] = (),
     vocab_size: int | None = None,
     bos_id: int | None = None,
+    text_format: TextFormat | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> TokenDataset:
     """Writes the documents of `sources` to the directory `out`, in order, and opens it.
 
-    `sources`: UTF-8 text files (a document each, without a byte order mark), directories, globs, `.jsonl` and
+    `sources`: text files (a document each, without a byte order mark), directories, globs, `.jsonl` and
     `.parquet` (a document per row, in `text_field`), each also as `.gz` where it is text,
     `hf:NAME[:CONFIGURATION][:SPLIT]`, and Zarr token arrays (cut into documents at BOS). Every text starts with BOS if
     the tokenizer has one.
@@ -76,7 +90,9 @@ def prepare(
     `validation_fraction`: about this share of the documents goes to `out/validation` instead (`.validation`), chosen
     by a hash of how each begins; the choice does not depend on order or names, and copies stay together.
     `exclude`: patterns of names or paths left out of directories and globs. `vocab_size`, `bos_id`: for token arrays
-    without a tokenizer; by default the largest id plus one, and no BOS. `overwrite`: replace a dataset at `out`.
+    without a tokenizer; by default the largest id plus one, and no BOS. `text_format`: how bytes are made into text,
+    recorded with the data; by default UTF-8, or what a byte order mark says, and carriage returns become line feeds;
+    HTML is taken as it is. `overwrite`: replace a dataset at `out`.
 
     Files in directories and globs that are binary, empty, unreadable or shorter than 2 tokens, and rows without text,
     are counted in `.index["skipped"]`; a file that was named itself is an error. Raises `UserError`; then nothing is
@@ -89,6 +105,7 @@ def prepare(
         raise UserError(f"validation_fraction is {validation_fraction}; it must lie in [0, 1)")
     if shard_tokens < 1:
         raise UserError(f"shard_tokens is {shard_tokens}; it must be at least 1")
+    text_format = text_format or TextFormat(markup=True)
     out = Path(out).expanduser()
     with staged_directory(out, may_replace=_is_dataset if overwrite else None) as staging:
         found = locate(sources, exclude=exclude, out=out)
@@ -101,31 +118,23 @@ def prepare(
         train = ShardWriter(staging, vocab_size, shard_tokens)
         validation = ShardWriter(staging / VALIDATION, vocab_size, shard_tokens) if validation_fraction else None
         with contextlib.closing(train), contextlib.closing(validation or train):
-            stream = _Preparation(tokenizer, bos_id, train, validation, validation_fraction, text_field, progress)
+            stream = _Preparation(
+                tokenizer, bos_id, train, validation, validation_fraction, text_field, text_format, progress
+            )
             for source in found:
                 stream.read(source)
             stream.finish(documents)
     return TokenDataset.open(out)
 
 
-def read_texts(
-    sources: Sequence[str | Path], *, text_field: str = "text", exclude: Sequence[str] = ()
-) -> Iterator[str]:
-    """The texts of `sources` as `prepare` reads them, in pieces of at most a million characters, to train a tokenizer
-    on. Raises `UserError`."""
-    for source in locate(sources, exclude=exclude):
-        if source.kind == "array":
-            raise UserError(f"{source.name} holds token ids, not text; give text to train a tokenizer on")
-        for document in read_documents(source, text_field, Counter()):
-            yield from document.pieces
-
-
 class _Piece(NamedTuple):
-    """A part of a document's text; `first` where it begins."""
+    """A part of a document's text: the `number`-th, and whether it is the only one. `begin` is how the text begins."""
 
     document: Document
-    first: bool
-    text: str
+    number: int
+    only: bool
+    begin: str
+    cut: CutText
 
 
 @dataclass
@@ -138,6 +147,7 @@ class _Preparation:
     validation: ShardWriter | None
     validation_fraction: float
     text_field: str
+    text_format: TextFormat
     progress: Callable[[Progress], None] | None
     skipped: Counter[str] = field(default_factory=Counter)
     num_bytes: int = 0
@@ -156,10 +166,10 @@ class _Preparation:
                     self._begin(source.name, run.row, run.tokens.tobytes())
                 self._add(source.name, run.tokens, None)
         elif self.tokenizer is not None:
-            for document in read_documents(source, self.text_field, self.skipped):
-                for i, text in enumerate(document.pieces):
-                    self._waiting.append(_Piece(document, i == 0, text))
-                    self._characters += len(text)
+            for document in read_documents(source, self.text_field, self.skipped, self.text_format):
+                for piece in _cut(document, self.tokenizer):
+                    self._waiting.append(piece)
+                    self._characters += len(piece.cut.text)
                     if self._characters >= BATCH_CHARACTERS:
                         self._encode()
 
@@ -178,6 +188,7 @@ class _Preparation:
                 "bos_id": self.bos_id,
                 "tokenizer": self.tokenizer and self.tokenizer.fingerprint,
                 "documents": documents,
+                **({} if self.tokenizer is None else {"text": self.text_format.as_json()}),
                 "skipped": dict(sorted(self.skipped.items())),
             }
             if self.tokenizer is not None:
@@ -189,21 +200,21 @@ class _Preparation:
         pieces, self._waiting, self._characters = self._waiting, [], 0
         if self.tokenizer is None or not pieces:
             return
-        for piece, ids in zip(pieces, self.tokenizer.encode_batch([piece.text for piece in pieces]), strict=True):
+        for piece, ids in zip(pieces, self.tokenizer.encode_cut([piece.cut for piece in pieces]), strict=True):
             self._add_text(piece, ids)
 
     def _add_text(self, piece: _Piece, ids: list[int]) -> None:
         document = piece.document
-        if piece.first:
-            if len(ids) < 2:  # then it is all of the document
-                if document.named:
-                    raise UserError(f"{document.source} has {len(ids)} tokens of text; give at least 2")
-                self.skipped["too short"] += 1
-                return
-            self._begin(document.source, document.row, piece.text.encode())
+        if piece.only and len(ids) < 2:
+            if document.named:
+                raise UserError(f"{document.source} has {len(ids)} tokens of text; give at least 2")
+            self.skipped["too short"] += 1
+            return
+        if piece.number == 0:
+            self._begin(document.source, document.row, piece.begin.encode())
             if self.bos_id is not None:
                 ids = [self.bos_id, *ids]
-        self._add(document.source, np.array(ids, dtype=np.int64), len(piece.text.encode()))
+        self._add(document.source, np.array(ids, dtype=np.int64), len(piece.cut.text.encode()))
 
     def _begin(self, source: str, row: int | None, start: bytes) -> None:
         self.writer = self.train
@@ -220,6 +231,21 @@ class _Preparation:
             num_documents = sum(writer.num_documents for writer in self.writers)
             num_tokens = sum(writer.num_tokens for writer in self.writers)
             self.progress(Progress(num_documents, num_tokens, self.num_bytes, source))
+
+
+def _cut(document: Document, tokenizer: TextEncoder) -> Iterator[_Piece]:
+    """A document in pieces, cut where no token is."""
+    start: list[str] = []
+    held, rest = 0, iter(document.pieces)
+    while held <= PIECE_CHARACTERS and (piece := next(rest, None)) is not None:
+        start.append(piece)
+        held += len(piece)
+    begin = "".join(start)[:PIECE_CHARACTERS]
+    cuts = iter(tokenizer.cut(itertools.chain(start, rest), PIECE_CHARACTERS))
+    first, second = next(cuts, None), next(cuts, None)
+    for number, cut in enumerate(itertools.chain([first, second], cuts)):
+        if cut is not None:
+            yield _Piece(document, number, second is None, "" if number else begin, cut)
 
 
 def _checked_vocabulary(sources: Sequence[Source], vocab_size: int | None, bos_id: int | None) -> int:

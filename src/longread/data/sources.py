@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longread.config import UserError
-from longread.data.decoding import NotText, decode_text
 from longread.data.locate import HUB_PREFIX, Source
+from longread.data.text import NotText, TextFormat
+from longread.data.text_files import TextFile, Unreadable
 from longread.extras import install_command
 
-BLOCK_BYTES = 1 << 20
-PIECE_CHARACTERS = 1 << 20
-"""A document this long or shorter is encoded in one go; a longer one in pieces, so that memory stays bounded."""
 ARRAY_BLOCK = 1 << 20
+HELD_CHARACTERS = 1 << 20
+"""A file that was found in a directory is read to its end before it counts as text; twice, if it is longer."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +40,24 @@ class TokenRun(NamedTuple):
     tokens: np.ndarray
 
 
-class _Unusable(UserError):
-    """A file that holds no text. `kind` is the word under which it is counted when it is skipped."""
-
-    def __init__(self, path: str, kind: str, remedy: str) -> None:
-        super().__init__(f"{path} is {kind}; {remedy}")
-        self.kind = kind.partition(":")[0]
-
-
-def read_documents(source: Source, text_field: str, skipped: Counter[str]) -> Iterator[Document]:
-    """The documents of one source that holds text.
+def read_documents(
+    source: Source, text_field: str, skipped: Counter[str], text_format: TextFormat
+) -> Iterator[Document]:
+    """The documents of one source that holds text, in pieces of any length.
 
     Files that hold no text are counted in `skipped`, unless they were named: then, as for rows that cannot be read,
     `UserError`. Rows without text are counted.
     """
     if source.kind == "text":
-        yield from _read_text_file(source, skipped)
+        yield from _read_text_file(source, skipped, text_format)
         return
-    reader = {"jsonl": _jsonl_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind]
+    rows = {
+        "jsonl": lambda: _jsonl_rows(source.name, text_field, text_format),
+        "parquet": lambda: _parquet_rows(source.name, text_field),
+        "hub": lambda: _hub_rows(source.name, text_field),
+    }[source.kind]
     empty = True
-    for row, text in enumerate(reader(source.name, text_field)):
+    for row, text in enumerate(rows()):
         empty = False
         if text is None or text == "":
             skipped["empty"] += 1
@@ -70,78 +66,51 @@ def read_documents(source: Source, text_field: str, skipped: Counter[str]) -> It
             raise UserError(f"{text_field} of {source.name}:{row} is {type(text).__name__}; it must be a text")
         # JSON may spell half a surrogate pair, which no UTF-8 can hold.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        slices = (text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS))
-        yield Document(source.name, row, cut(slices))
+        yield Document(source.name, row, [text_format.normalized(text)])
     if empty:
         if source.named:
             raise UserError(f"{source.name} has no rows; give a source with text")
         skipped["empty"] += 1
 
 
-def cut(blocks: Iterable[str]) -> Iterator[str]:
-    """Joins `blocks` and cuts the text again, before a space where possible, into pieces of at most PIECE_CHARACTERS.
-
-    Tokenizers split before a space between words, so such a cut changes no token.
-    """
-    buffer = ""
-    for block in blocks:
-        buffer += block
-        while len(buffer) > PIECE_CHARACTERS:
-            end = buffer.rfind(" ", PIECE_CHARACTERS // 2, PIECE_CHARACTERS)
-            end = end if end > 0 else PIECE_CHARACTERS
-            yield buffer[:end]
-            buffer = buffer[end:]
-    if buffer:
-        yield buffer
-
-
-def _read_text_file(source: Source, skipped: Counter[str]) -> Iterator[Document]:
+def _read_text_file(source: Source, skipped: Counter[str], text_format: TextFormat) -> Iterator[Document]:
+    file = TextFile(source.name, text_format, named=source.named)
+    start: list[str] = []
+    held = 0
     try:
-        pieces = cut(_decoded(source.name))
-        start = list(itertools.islice(pieces, 2))
+        pieces = iter(file)
+        for piece in pieces:
+            start.append(piece)
+            held += len(piece)
+            if held > HELD_CHARACTERS:
+                break
         if not start:
-            raise _Unusable(source.name, "empty", "give a file with text")
-        rest: Iterable[str] = pieces
-        if not source.named and len(start) == 2:  # read it all before promising that it is text
+            raise Unreadable(source.name, NotText("is empty", "give a file with text", kind="empty"))
+        if not source.named and held > HELD_CHARACTERS:  # read it all before promising that it is text
             for _ in pieces:
                 pass
-            start, rest = [], cut(_decoded(source.name))
-    except _Unusable as error:
+            start, pieces = [], iter(file)
+    except Unreadable as error:
         if source.named:
             raise
         skipped[error.kind] += 1
         return
-    yield Document(source.name, None, itertools.chain(start, rest), source.named)
+    yield Document(source.name, None, itertools.chain(start, pieces), source.named)
 
 
-def _blocks(path: str) -> Iterator[bytes]:
-    try:
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                yield block
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise _Unusable(path, "damaged: it ends in .gz but is not whole gzip data", "pack it again") from None
-    except OSError as error:
-        raise _Unusable(path, f"unreadable: {error.strerror}", "check its permissions") from None
+def _lines(path: str, text_format: TextFormat) -> Iterator[str]:
+    parts: list[str] = []
+    for piece in TextFile(path, text_format):
+        end, *others = piece.split("\n")
+        parts.append(end)
+        for line in others:
+            yield "".join(parts)
+            parts = [line]
+    yield "".join(parts)
 
 
-def _decoded(path: str) -> Iterator[str]:
-    try:
-        yield from decode_text(_blocks(path))
-    except NotText as error:
-        raise _Unusable(path, f"binary: {error}", "give UTF-8 text") from None
-
-
-def _lines(path: str) -> Iterator[bytes]:
-    rest = b""
-    for block in _blocks(path):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest
-
-
-def _jsonl_rows(path: str, field: str) -> Iterator[Any]:
-    for number, line in enumerate(_lines(path), start=1):
+def _jsonl_rows(path: str, field: str, text_format: TextFormat) -> Iterator[Any]:
+    for number, line in enumerate(_lines(path, text_format), start=1):
         if not line.strip():
             continue
         try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 from fastapi import Depends, Request
 
 from longread.config import ModelConfig
+from longread.data import TextFormat
 from longread.engine import Engine
 from longread.files import make_private
 from longread.server.errors import ApiError
@@ -51,6 +52,8 @@ class Service:
     """Where files lie on their way in and out; it belongs to this server alone."""
     keys: Keys = field(default_factory=Keys)
     limits: ServerLimits = field(default_factory=ServerLimits)
+    keep_line_ends: bool = False
+    """Whether carriage returns of texts are read; else CRLF and CR become LF, as wherever the library reads text."""
     created: int = field(default_factory=lambda: int(time.time()))
     stopping: bool = False
     """Whether new requests are refused."""
@@ -102,6 +105,7 @@ class Service:
 
     def encode(self, text: str, *, bos: bool) -> tuple[list[int], list[int]]:
         """Token ids of `text` and the UTF-8 bytes of each; BOS, if it is wanted and there is one, covers none."""
+        text = TextFormat(keep_line_ends=self.keep_line_ends).normalized(text)
         ids, lengths = self.tokenizer.encode_with_bytes(text)
         beginning = self.tokenizer.beginning if bos else []
         return [*beginning, *ids], [0] * len(beginning) + lengths

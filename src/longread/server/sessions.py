@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from email.message import Message
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
+from longread.data import NotText, TextFormat, decode_text
 from longread.server import continuing, readings
 from longread.server.bins import kept
 from longread.server.catalog import Catalog
@@ -150,17 +152,19 @@ async def append_file(
     bin_size: Annotated[Bin | None, Query(alias="bin")] = None,
     stream: bool = False,
 ) -> Any:
-    """Reads a file, which is the body: text in UTF-8."""
+    """Reads a file, which is the body: text in UTF-8, or as its byte order mark or the charset of its type says."""
     kind = request.headers.get("content-type", "").lower()
     if kind.startswith(("multipart/", "application/x-www-form-urlencoded", "application/json")):
         raise ApiError(415, f"{kind.partition(';')[0]} is not read here; send the text itself as text/plain")
-    data = await request.body()
+    charset = Message()
+    charset["content-type"] = kind
+    text_format = TextFormat(charset.get_content_charset(), keep_line_ends=True, markup=kind.startswith("text/html"))
     try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise ApiError(400, f"byte {error.start} of the file is not UTF-8; convert it to a text file first") from None
-    if "\0" in text:
-        raise ApiError(400, "the file holds zero bytes and is no text; convert it to a text file first")
+        text = "".join(decode_text([await request.body()], text_format))
+    except NotText as error:
+        raise ApiError(
+            400, f"the file {error.reason}; send plain text, and name its charset in Content-Type if it is not UTF-8"
+        ) from None
     body = AppendRequest(text=text, bin=bin_size, expected_position=expected_position, skip=skip, stream=stream)
     reading = _reading(service, catalog, tenant, session, body, keep=True)
     return await _answer(service, request, reading, stream=stream)

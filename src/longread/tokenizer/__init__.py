@@ -14,7 +14,7 @@ from longread.tokenizer.byte import ByteTokenizer
 from longread.tokenizer.contract import Tokenizer
 from longread.tokenizer.decoding import StreamDecoder
 from longread.tokenizer.definition import FILE_NAME
-from longread.tokenizer.encoding import Cutter, StreamEncoder, Stretch
+from longread.tokenizer.encoding import StreamEncoder
 from longread.tokenizer.hugging_face import BOS, HuggingFaceTokenizer
 from longread.tokenizer.loading import load_tokenizer
 
@@ -22,11 +22,9 @@ __all__ = [
     "BOS",
     "FILE_NAME",
     "ByteTokenizer",
-    "Cutter",
     "HuggingFaceTokenizer",
     "StreamDecoder",
     "StreamEncoder",
-    "Stretch",
     "Tokenizer",
     "load_tokenizer",
     "train_bpe",

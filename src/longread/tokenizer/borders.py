@@ -19,7 +19,7 @@ from typing import Any
 
 import tokenizers
 
-from longread.tokenizer.contract import Cut
+from longread.tokenizer.cutting import Cut
 from longread.tokenizer.definition import BYTE, parts
 from longread.tokenizer.lengths import is_border
 

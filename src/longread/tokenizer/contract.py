@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from longread.config import UserError
-
-
-class Cut(NamedTuple):
-    """A place in a text where one token ends and another begins, whatever stands before the text and comes after it."""
-
-    end: int
-    """The place, in characters."""
-    start: int
-    """Where a context begins: the tokens after `end` are those of the text from here on, without the first ones."""
-    ids: list[int]
-    """The tokens of the text between `start` and `end`."""
-    settled: int
-    """So many of the last `ids` are the same whatever stands before `start`."""
+from longread.tokenizer.cutting import Cut, Cutter, Stretch
 
 
 class Tokenizer(ABC):
@@ -46,6 +33,18 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text; some tokenizers work on many at once."""
         return [self.encode(text) for text in texts]
+
+    def cut(self, pieces: Iterable[str], least: int) -> Iterator[Stretch]:
+        """A text that comes in pieces, in stretches of about `least` characters, to be given to `encode_cut`."""
+        cutter = Cutter(self.last_cut, least)
+        for piece in pieces:
+            yield from cutter.push(piece)
+        yield from cutter.close()
+
+    def encode_cut(self, stretches: Sequence[Stretch]) -> list[list[int]]:
+        """The ids of each stretch: those of a text that was cut make up the ids of that text."""
+        found = self.encode_batch([stretch.context + stretch.text for stretch in stretches])
+        return [stretch.own(ids) for stretch, ids in zip(stretches, found, strict=True)]
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:

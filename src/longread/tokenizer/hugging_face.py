@@ -11,7 +11,8 @@ import tokenizers
 
 from longread.config import UserError
 from longread.tokenizer.borders import Borders
-from longread.tokenizer.contract import Cut, Tokenizer, utf8
+from longread.tokenizer.contract import Tokenizer, utf8
+from longread.tokenizer.cutting import Cut
 from longread.tokenizer.definition import BYTE, CONFIG_NAME, FILE_NAME, fingerprint, parts, write_json
 from longread.tokenizer.lengths import byte_lengths, byte_level_tokens
 
