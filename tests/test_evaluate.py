@@ -79,9 +79,32 @@ def test_what_is_not_scored_does_not_count() -> None:
     assert loss.total() == (4.0, 2, 0)
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (9, 2.262), (10, 2.228), (30, 2.042), (1000, 1.962)])
-def test_student_quantiles(freedom: int, quantile: float) -> None:
-    assert student_quantile(freedom) == pytest.approx(quantile, abs=2e-3)
+@pytest.mark.parametrize("freedom", [*range(1, 15), 20, 30, 100, 1000])
+def test_student_quantiles(freedom: int) -> None:
+    """2.5 % of Student's density lie above, by integration; tabulated ones are rounded to three decimals."""
+    x = np.linspace(0, student_quantile(freedom), 20_001)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    below = np.trapezoid(scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2), x)
+    assert below == pytest.approx(0.475, abs=2e-5 if freedom < 10 else 8e-6)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "sizes", "mean", "half_width"),
+    [
+        ([1.0, 3.0], [1, 1], 2.0, 12.706 * math.sqrt(2 / 2)),
+        ([1.0, 2.0, 6.0], [1, 1, 1], 3.0, 4.303 * math.sqrt(7 / 3)),
+        ([5.0, 10.0, 30.0, 15.0], [5, 5, 5, 5], 3.0, 3.182 * math.sqrt(14 / 3 / 4)),
+        # residuals -0.75 and 0.75 of two documents, over four tokens
+        ([2.0, 9.0, 0.0], [1, 3, 0], 2.75, 12.706 * math.sqrt(2 * 1.125) / 4),
+    ],
+)
+def test_intervals_of_few_documents(amounts: list[float], sizes: list[int], mean: float, half_width: float) -> None:
+    """Student's t of the documents' means where sizes are equal; the variance divides by n - 1."""
+    estimate = ratio(np.array(amounts), np.array(sizes))
+    assert estimate is not None
+    assert (estimate.mean, estimate.n) == (mean, sum(size > 0 for size in sizes))
+    assert estimate.half_width == pytest.approx(half_width, rel=1e-12)
+    assert estimate.low == pytest.approx(mean - half_width, rel=1e-12)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -167,6 +190,13 @@ def test_figures_side_by_side(measurements: list[Measurement]) -> None:
     ]
     expected = sum(loss.between(0, 64)[0] for loss in measurements[0].losses if loss.num_positions >= 64) / (3 * 64)
     assert learning.by_context_length[1].score.nats_per_token.mean == pytest.approx(expected)
+    # its last half: positions T/2 to T, the losses of tokens T/2 + 1 to T
+    for row in learning.by_context_length:
+        T = row.context_length
+        read = [Session(model(), INNER).read(torch.from_numpy(text.tokens)) for text in documents(80, 70, 33, 150)]
+        halves = [nll[T // 2 + 1 : T + 1].mean().item() for nll in read if len(nll) > T]
+        assert row.last_half.nats_per_token.mean == pytest.approx(np.mean(halves))
+        assert row.last_half.nats_per_token.n == len(halves)
     assert learning.at_index[0].start == 10
     assert learning.at_index[0].score.nats_per_token.mean == pytest.approx(
         np.mean([loss.between(10, 11)[0] for loss in measurements[0].losses])

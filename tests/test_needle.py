@@ -24,12 +24,13 @@ from longread.evaluate import (
     continue_texts,
     essays,
     make_samples,
+    needle,
     needle_figures,
     noise,
     search,
     wilson,
 )
-from longread.evaluate.continuation import _chosen, _penalised, _uniform
+from longread.evaluate.continuation import Continuation, _chosen, _penalised, _uniform
 from longread.evaluate.haystack import NOISE
 from longread.model import Transformer, initialize
 from longread.session import Session
@@ -310,6 +311,18 @@ def test_a_reading_that_diverges_is_wrong_and_said() -> None:
     assert not any(trial.found for trial in result.trials)
     assert "m, learning: 2 of 2 readings were no longer finite" in needle_figures(Needles([result])).notes[0]
     assert Needles([result]).as_json()["results"][0]["trials"][0]["value_nats"] is None
+
+
+def test_what_a_diverged_reading_says_is_no_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words are arbitrary, the needle's value among them."""
+    tokenizer = ByteTokenizer()
+    samples = make_samples(tokenizer, VARIANTS[1], noise(tokenizer, 500), 500, [0.5], 2, seed=0)
+    said = torch.tensor([tokenizer.encode(f" {sample.value}") for sample in samples])
+    monkeypatch.setattr(needle, "continue_texts", lambda *_, **__: Continuation(said, [None, 507], None))
+    result = search("m", model(), INNER, tokenizer, samples, learn=True)
+    assert [sample.value in trial.answer for sample, trial in zip(samples, result.trials, strict=True)] == [True, True]
+    assert [trial.found for trial in result.trials] == [True, False]
+    assert accuracies(result.trials)[0].all == wilson(1, 2)
 
 
 def stored(directory: Path, tokenizer: Tokenizer, suffix: int = 1) -> Path:

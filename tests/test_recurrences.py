@@ -221,6 +221,7 @@ def test_no_gradient_from_kernels_that_a_compiler_makes_wrong(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is missing: the extra fla")
 @each_recurrence
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200, 1024])
 @pytest.mark.parametrize(("J", "H"), [(64, 64), (128, 64), (96, 192), (120, 240)])
