@@ -32,7 +32,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
 demo: $(DEMO_READY) ## a trained model reads a long text and learns from it (a minute)
-	$(PYTHON) examples/read.py
+	$(PYTHON) -m longread demo
 
 demo-train: $(DEMO_READY) ## train, read and compare three models on this machine's own text (10 minutes)
 	$(PYTHON) examples/demo.py

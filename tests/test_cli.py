@@ -52,6 +52,7 @@ COMMAND_LINE = {
     "judge": "MODEL --judge --data --encoding --errors --keep-line-ends --markup "
     "--context --documents --temperature --top-p --repetition-penalty --seed --bins "
     "--batch-size --no-control --json --quiet --plots --report --device",
+    "demo": "FILE --model --device --tokens",
     "convert": "SOURCE DIR",
     "bench": "WORK --sizes --methods --contexts --sequences --repeats --profile --from --json --report --plots "
     "--device",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,8 @@ class OpenModel(NamedTuple):
     inner: InnerConfig
     tokenizer: Tokenizer
     fingerprint: str
+    provenance: dict[str, Any]
+    """What its config.json says of where it comes from."""
 
     def session(self, *, learn: bool = True) -> Session:
         """A session that has read nothing yet, and reads texts as well as token ids."""
@@ -96,7 +98,8 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
     if place.type == "cpu" and loaded.model.dtype.itemsize < 4:
         loaded.model.float()
     loaded.model.requires_grad_(False)
-    return OpenModel(path.name or str(path), loaded.model, loaded.inner, tokenizer, loaded.fingerprint)
+    provenance = loaded.metadata.get("provenance", {})
+    return OpenModel(path.name or str(path), loaded.model, loaded.inner, tokenizer, loaded.fingerprint, provenance)
 
 
 def open_tokenizer(path_or_name: str | Path) -> Tokenizer:

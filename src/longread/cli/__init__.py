@@ -1,6 +1,6 @@
 """The command line. One file a command; heavy imports happen when a command runs, so that --help is instant.
 
-    longread prepare | train | read | generate | evaluate | needle | judge | convert | bench | serve |
+    longread demo | prepare | train | read | generate | evaluate | needle | judge | convert | bench | serve |
              estimate
 
 Wrong input ends with one sentence on stderr and exit status 2.
@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Sequence
 
 from longread import __version__
-from longread.cli import bench, convert, estimate, evaluate, generate, judge, needle, prepare, read, serve, train
+from longread.cli import bench, convert, demo, estimate, evaluate, generate, judge, needle, prepare, read, serve, train
+from longread.cli.arguments import settle_model
 from longread.config import UserError
 
-_COMMANDS = (prepare, train, read, generate, evaluate, needle, judge, convert, bench, serve, estimate)
+_COMMANDS = (demo, prepare, train, read, generate, evaluate, needle, judge, convert, bench, serve, estimate)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     logging.basicConfig(format="longread: %(message)s", stream=sys.stderr)
+    settle_model(options)
     try:
         return int(options.run(options))
     except UserError as error:

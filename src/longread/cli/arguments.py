@@ -5,19 +5,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from longread.config import RunConfig, UserError
 
+DEFAULT_MODEL = "longread-small"
 MOST_TOKENS = 2**24
 """That an evaluation holds in memory at once: 128 times the paper's longest context."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The options of a command that runs one model."""
-    parser.add_argument("--model", required=True, help="a model directory, a run, or a checkpoint")
+    parser.add_argument(
+        "--model",
+        help=f"a model directory, a run, a checkpoint, or the name of a model that comes with Longread (default "
+        f"{DEFAULT_MODEL}, which does)",
+    )
     add_device(parser)
+
+
+def settle_model(options: argparse.Namespace) -> None:
+    """Where a command runs a model and none is named, takes the one that comes with Longread, and says so on stderr."""
+    if getattr(options, "model", "") is None:
+        options.model = DEFAULT_MODEL
+        if not getattr(options, "quiet", False):
+            print(f"longread: with the model {DEFAULT_MODEL}; --model takes another", file=sys.stderr)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

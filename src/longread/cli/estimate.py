@@ -127,10 +127,11 @@ def session_bytes(model: Transformer) -> int:
 def _config(name: str) -> ModelConfig:
     from longread.checkpoint import load_model
     from longread.config import UserError
+    from longread.loading import boxed_models, find_model
     from longread.recipes import RECIPES, recipe
 
-    if Path(name).exists():
-        return load_model(name).model.config
+    if Path(name).exists() or name in boxed_models():
+        return load_model(find_model(name)).model.config
     if name not in RECIPES:
         raise UserError(f"there is no model at {name}; give a directory, or one of the recipes {', '.join(RECIPES)}")
     return recipe(name).model

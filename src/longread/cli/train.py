@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status; of a run that a signal has stopped, 128 and its number."""
     from longread.config import UserError
     from longread.data import TokenDataset
+    from longread.loading import find_model
     from longread.recipes import recipe
     from longread.train import Progress, train
 
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
             data,
             options.out,
             validation=validation,
-            initial=options.init,
+            initial=str(find_model(options.init)) if options.init else None,
             device=options.device,
             resume=options.resume,
             trackers=options.tracker,

@@ -1,63 +1,62 @@
-"""A trained model reads a long text that it has never seen, and learns from it; the same weights read it frozen beside.
+"""Let a model learn from a long text that it has never seen, and read it frozen beside.
 
-    make demo        or: python examples/read.py [--model models/longread-small] [--tokens 16384] [TEXT ...]
-
-Without TEXT it reads modules of the running Python's standard library that were held out when the model was trained.
+Without FILE it reads modules of the running Python's standard library that were held out when the model was trained.
 Prints the loss of both readings by position, what learning has gained, and how each would go on. Takes seconds.
+
+Example:
+  longread demo
+  longread demo book.txt --tokens 65536
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import sysconfig
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-
-from longread.checkpoint import load_model
+from longread.cli.arguments import add_model
 from longread.config import UserError
-from longread.loading import OpenModel, open_model
-from longread.session import Session
 
-MODEL = Path(__file__).resolve().parents[1] / "models" / "longread-small"
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from longread.loading import OpenModel
+    from longread.session import Session
+
+NAME = "demo"
 TOKENS = 16_384
 PIECE = 1024
 """Tokens that both readers read in turn."""
 CONTINUATION = 120
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", type=Path, metavar="TEXT")
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"to read (default {TOKENS})")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
-    try:
-        return demo(options.model, options.texts, options.tokens, options.device)
-    except UserError as error:
-        print(f"read: error: {error}", file=sys.stderr)
-        return 2
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    parser.add_argument("texts", nargs="*", metavar="FILE", help="texts to read, one after another")
+    add_model(parser)
+    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"to read at most (default {TOKENS:,})")
 
 
-def demo(path: Path, texts: Sequence[Path], tokens: int, device: str) -> int:
-    console = Console(width=100)
-    opened = open_model(str(path), device)
-    text = "\n\n".join(given(texts)) if texts else unseen_library(held_out_modules(path))
-    ids = opened.tokenizer.beginning + opened.tokenizer.encode(text)
-    if tokens <= PIECE:
-        raise UserError(f"--tokens is {tokens}; give more than {PIECE}")
+def run(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
+    from rich.console import Console
+
+    from longread.data import read_texts
+    from longread.loading import open_model
+
+    if options.tokens <= PIECE:
+        raise UserError(f"--tokens is {options.tokens}; give more than {PIECE}")
+    opened = open_model(options.model, options.device)
+    text = "\n\n".join(read_texts(options.texts)) if options.texts else unseen_library(opened)
+    ids = (opened.tokenizer.beginning + opened.tokenizer.encode(text))[: options.tokens]
     if len(ids) <= PIECE:
         raise UserError(f"the text has {len(ids)} tokens; give one of more than {PIECE}")
-    ids = ids[:tokens]
+    console = Console(width=100)
     console.print(
         f"{opened.model.config.num_parameters:,} parameters, {opened.model.config.num_fast_weights:,} of them learn "
         f"while reading.\nThe text: {len(ids):,} tokens, {len(opened.tokenizer.decode(ids)):,} characters.\n"
@@ -71,12 +70,15 @@ def demo(path: Path, texts: Sequence[Path], tokens: int, device: str) -> int:
     )
     for name, session in (("learning", learning), ("frozen", frozen)):
         console.print(f"[bold]How it goes on, {name}:[/bold]")
-        console.print(written(session, opened), "\n", markup=False, highlight=False)
+        console.print(continuation(session), "\n", markup=False, highlight=False)
     return 0
 
 
 def read_both(learning: Session, frozen: Session, ids: list[int], console: Console) -> list[torch.Tensor]:
     """Both read the text piece by piece; returns the loss of every token, [tokens] each."""
+    import torch
+    from rich.live import Live
+
     found: list[list[torch.Tensor]] = [[], []]
     seconds = [0.0, 0.0]
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
@@ -92,6 +94,8 @@ def read_both(learning: Session, frozen: Session, ids: list[int], console: Conso
 
 def table(losses: list[torch.Tensor], seconds: list[float]) -> Table:
     """Losses by octave of positions, as far as they have been read."""
+    from rich.table import Table
+
     read = len(losses[0])
     edges = [0, PIECE]
     while edges[-1] < read:
@@ -105,38 +109,25 @@ def table(losses: list[torch.Tensor], seconds: list[float]) -> Table:
     return shown
 
 
-def written(session: Session, opened: OpenModel) -> str:
-    tokens = session.fork().generate(CONTINUATION, temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=0)
-    return opened.tokenizer.decode(tokens)
+def continuation(session: Session) -> str:
+    """How a session would go on; it stays where it is."""
+    return "".join(
+        session.fork().write(max_tokens=CONTINUATION, temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=0)
+    )
 
 
-def given(paths: Sequence[Path]) -> list[str]:
-    try:
-        return [path.read_text(encoding="utf-8") for path in paths]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read a text: {error}") from None
+def unseen_library(opened: OpenModel) -> str:
+    """The standard library's modules that a model was not trained on, as its config.json says: a text as in training.
 
-
-def held_out_modules(path: Path) -> list[str]:
-    """The standard library's modules that the model was not trained on, as its config.json says."""
-    provenance: dict[str, Any] = load_model(path).metadata.get("provenance", {})
-    modules = provenance.get("held_out_modules")
-    if not modules:
-        raise UserError(f"{path} does not say which modules it has not seen; name texts to read")
-    return list(modules)
-
-
-def unseen_library(modules: Sequence[str]) -> str:
-    """The source of these modules, file after file, each after a line with its name: a text as in training."""
+    File after file, each after a line with its name.
+    """
     library, parts = Path(sysconfig.get_paths()["stdlib"]), []
-    for module in modules:
+    for module in opened.provenance.get("held_out_modules", ()):
         place = library / module
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place] if place.is_file() else []:
             name = file.relative_to(library).as_posix()
             if "/test" not in name and file.stat().st_size >= 200:
                 parts.append(f"# python/{name}\n{file.read_text(encoding='utf-8', errors='replace').rstrip()}\n")
+    if not parts:
+        raise UserError(f"{opened.name} names no part of Python's library here that it has not seen; give FILE to read")
     return "\n\n".join(parts)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
