@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longread.checkpoint import find_tokenizer, load_model
+from longread.checkpoint import LoadedModel, find_tokenizer, load_model
 from longread.config import InnerConfig, UserError
 from longread.model import Transformer, find_device
 from longread.session import Session
@@ -82,6 +82,16 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
     """
     place, path = find_device(device), find_model(path_or_name)
     loaded = load_model(path, device=place, dtype=torch.bfloat16 if place.type == "cuda" else None)
+    tokenizer = tokenizer_of(loaded, path)
+    if place.type == "cpu" and loaded.model.dtype.itemsize < 4:
+        loaded.model.float()
+    loaded.model.requires_grad_(False)
+    provenance = loaded.metadata.get("provenance", {})
+    return OpenModel(path.name or str(path), loaded.model, loaded.inner, tokenizer, loaded.fingerprint, provenance)
+
+
+def tokenizer_of(loaded: LoadedModel, path: Path) -> Tokenizer:
+    """The tokenizer beside the model that was loaded from `path`. Raises `UserError` if there is none, or another's."""
     if loaded.tokenizer_path is None:
         raise UserError(f"{path} has no tokenizer.json beside it; copy there the one it was trained with")
     tokenizer = load_tokenizer(loaded.tokenizer_path)
@@ -95,11 +105,7 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
             f"{loaded.tokenizer_path} has {tokenizer.vocab_size} tokens and {path} knows "
             f"{loaded.model.config.vocab_size}; copy there the one it was trained with"
         )
-    if place.type == "cpu" and loaded.model.dtype.itemsize < 4:
-        loaded.model.float()
-    loaded.model.requires_grad_(False)
-    provenance = loaded.metadata.get("provenance", {})
-    return OpenModel(path.name or str(path), loaded.model, loaded.inner, tokenizer, loaded.fingerprint, provenance)
+    return tokenizer
 
 
 def open_tokenizer(path_or_name: str | Path) -> Tokenizer:

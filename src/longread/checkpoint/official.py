@@ -96,6 +96,7 @@ def import_official(directory: str | Path) -> tuple[Transformer, InnerConfig]:
         raise UserError(f"{directory / CONFIG_FILE} is no config of the official layout: {error}") from None
     model = build(config)
     tensors, _ = read_safetensors(directory / OFFICIAL_WEIGHTS_FILE)
+    model.to(next(iter(tensors.values())).dtype if tensors else None)
     fill(model, from_official(tensors, config), where=directory / OFFICIAL_WEIGHTS_FILE)
     return model, inner
 

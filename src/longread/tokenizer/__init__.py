@@ -16,7 +16,7 @@ from longread.tokenizer.decoding import StreamDecoder
 from longread.tokenizer.definition import FILE_NAME
 from longread.tokenizer.encoding import StreamEncoder
 from longread.tokenizer.hugging_face import BOS, HuggingFaceTokenizer
-from longread.tokenizer.loading import load_tokenizer
+from longread.tokenizer.loading import copy_tokenizer, load_tokenizer
 
 __all__ = [
     "BOS",
@@ -26,6 +26,7 @@ __all__ = [
     "StreamDecoder",
     "StreamEncoder",
     "Tokenizer",
+    "copy_tokenizer",
     "load_tokenizer",
     "train_bpe",
 ]

@@ -12,6 +12,7 @@ from longread.config import UserError
 
 FILE_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+SPECIAL_NAME = "special_tokens_map.json"
 BYTES = {"format": "longread-bytes", "format_version": 1}
 """The definition of the tokenizer of bytes."""
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")

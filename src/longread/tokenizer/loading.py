@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import tokenizers
@@ -9,7 +10,7 @@ import tokenizers
 from longread.config import UserError
 from longread.tokenizer.byte import ByteTokenizer
 from longread.tokenizer.contract import Tokenizer
-from longread.tokenizer.definition import BYTES, CONFIG_NAME, FILE_NAME, read_json
+from longread.tokenizer.definition import BYTES, CONFIG_NAME, FILE_NAME, SPECIAL_NAME, read_json
 from longread.tokenizer.hugging_face import HuggingFaceTokenizer
 
 
@@ -39,7 +40,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def _named_bos(directory: Path) -> str | None:
-    for name in (CONFIG_NAME, "special_tokens_map.json"):
+    for name in (CONFIG_NAME, SPECIAL_NAME):
         path = directory / name
         token = read_json(path).get("bos_token") if path.is_file() else None
         if isinstance(token, dict):
@@ -47,3 +48,13 @@ def _named_bos(directory: Path) -> str | None:
         if isinstance(token, str):
             return token
     return None
+
+
+def copy_tokenizer(path: Path, directory: Path) -> None:
+    """Copies a tokenizer.json, and what `load_tokenizer` reads beside it, as they are. Raises `UserError`."""
+    for name in (FILE_NAME, CONFIG_NAME, SPECIAL_NAME):
+        if (path.parent / name).is_file():
+            try:
+                shutil.copyfile(path.parent / name, directory / name)
+            except OSError as error:
+                raise UserError(f"cannot copy {path.parent / name} to {directory}: {error.strerror}") from None
