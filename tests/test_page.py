@@ -166,7 +166,7 @@ def test_fork_save_restore_delete(page_server: Process, visit: Callable[..., Any
     page.locator("#head").wait_for()
     assert page.input_value("#label") == "A-branch"
     assert f"{position:,} tokens" in page.inner_text("#facts")
-    assert page.locator("#no-curve").is_visible()
+    page.locator("#no-curve").wait_for()
     page.reload()
     page.locator("#head").wait_for()
     assert page.input_value("#label") == "A-branch"
@@ -226,9 +226,11 @@ def test_hostile_text_is_text(page_server: Process, visit: Callable[..., Any]) -
 
 
 @pytest.mark.browser
-def test_stop_keeps_what_was_read(page_server: Process, visit: Callable[..., Any]) -> None:
+def test_stop_keeps_what_was_read(page_server: Process, visit: Callable[..., Any], tmp_path: Path) -> None:
     page = visit(page_server)
-    page.fill("#text", TEXT * 40)
+    (tmp_path / "long.txt").write_text(TEXT * 40)  # a browser takes long to lay out so much text in a field
+    page.set_input_files("#file", tmp_path / "long.txt")
+    page.locator("#chip").wait_for()
     page.click("#read")
     page.locator("#plot path.strong.learning").wait_for()
     page.click("#stop")

@@ -54,6 +54,31 @@ def test_scripts_and_markup_know_each_other() -> None:
         assert len(text.splitlines()) <= 350, file.name
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_borders_and_inks_stand_out(scheme: str) -> None:
+    """WCAG 2.2: 4.5 : 1 for text, 3 : 1 for what shows where a control is, and for the lines of plots."""
+    blocks = re.findall(r":root \{(.*?)\}", (PAGE / "style.css").read_text(), re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): #(\w{6})", blocks[scheme == "dark"]))
+    assert len(blocks) == 2
+
+    def light(name: str) -> float:
+        parts = [int(colours[name][i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    def ratio(one: str, other: str) -> float:
+        low, high = sorted((light(one), light(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    wanted = {"strong-rule": 3.0, "focus": 3.0} | dict.fromkeys(
+        ("ink", "soft", "learning", "frozen", "gained", "lost", "danger", "a", "b"), 4.5
+    )
+    found = {(name, on): ratio(name, on) for name in wanted for on in ("page", "sheet", "tint")}
+    assert {pair: value for pair, value in found.items() if value < wanted[pair[0]]} == {}
+    assert ratio("on-ink", "ink") >= 4.5
+    assert ratio("on-ink", "danger") >= 4.5
+
+
 @pytest.mark.browser
 def test_figures(page_server: Process, visit: Callable[..., Any]) -> None:
     found = visit(page_server).evaluate(
@@ -77,6 +102,9 @@ def test_figures(page_server: Process, visit: Callable[..., Any]) -> None:
             quantile: [f.quantile([3, 1, null, 2], 0.5), f.quantile([], 0.5)],
             apart: [f.apart([10, 12], 15, 0, 100), f.apart([98, 99], 15, 0, 100)],
             spread: [f.spread(5), f.spread(0), f.spread(1)],
+            time: [[2026, 4, 9, 8, 5], [2026, 0, 31, 23, 59], [2024, 11, 1, 12, 0]].map((then) =>
+              f.formatTime(new Date(...then) / 1000, new Date(2026, 4, 9, 23, 0) / 1000)),
+            never: f.formatTime(undefined),
           };
         }""".replace("HOSTILE", json.dumps(HOSTILE))
     )
@@ -102,6 +130,8 @@ def test_figures(page_server: Process, visit: Callable[..., Any]) -> None:
     assert found["none"] == []
     assert found["quantile"] == [2, None]
     assert found["apart"] == [[10, 25], [85, 100]]
+    assert found["time"] == ["08:05", "31 Jan, 23:59", "1 Dec 2024"]
+    assert found["never"] == "–"
     assert found["spread"] == [[0, 4, 2, 1, 3], [], [0]]
 
 
@@ -182,3 +212,30 @@ def test_history(page_server: Process, visit: Callable[..., Any]) -> None:
     assert found["at"] == [-1, 0, 2, 4, 6]
     assert found["bins"][0] == [0, 4, 2, 3, 1]
     assert found["bins"][1] == [4, 9, 4, 6, 2]
+
+
+@pytest.mark.browser
+def test_history_that_the_server_kept(page_server: Process, visit: Callable[..., Any]) -> None:
+    found = visit(page_server).evaluate(
+        """async () => {
+          const { History } = await import("/page/history.js");
+          const bins = { start: [0, 4, 8, 12, 16], tokens: [4, 4, 4, 4, 2], nll: [3, 2, null, null, 1],
+                         frozen_nll: [3, 4, null, null, 2], scored: [3, 4, 0, 0, 1], written: [0, 0, 4, 4, 1] };
+          const h = History.kept({ ...bins }, 20);
+          const { first, position, written } = h;
+          const mean = h.recent();
+          const before = h.around(5);
+          h.expect("and on");
+          h.add({ start: [20, 21], tokens: [1, 1], bytes: [3, 3], nll: [5, 7], frozen_nll: null });
+          const none = History.kept({ start: [], tokens: [], nll: [], frozen_nll: null, scored: [], written: [] }, 9);
+          return { first, position, written, mean, before, text: h.text(), there: h.around(21),
+                   of: h.meanOfBytes(0, 99), none: [none.first, none.position, none.length] };
+        }"""
+    )
+    assert (found["first"], found["position"], found["written"]) == (0, 20, [[8, 18]])
+    assert found["mean"] == {"nll": 18 / 8, "frozen": 27 / 8, "gain": pytest.approx(9 / 8), "tokens": 8}
+    assert found["before"] == ["", ""], "no text of it is here"
+    assert found["text"] == "and on"
+    assert found["there"] == ["and", " on"]
+    assert found["of"]["nll"] == 6, "only what this tab has seen"
+    assert found["none"] == [9, 9, 0]

@@ -13,7 +13,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from longread.session import Session
-from tests.server import BOS, INNER, TEXT, M, direct, events, make_model, post, serving, session
+from tests.server import ALICE, BOS, INNER, TEXT, M, bearer, direct, events, make_model, post, serving, session
 
 
 @pytest.fixture(scope="module")
@@ -318,3 +318,16 @@ def test_forks_know_their_origin(client: TestClient) -> None:
     assert (renamed["parent"], renamed["compare"]) == (one, True)
     client.delete(f"/v1/sessions/{one}")
     assert client.get(f"/v1/sessions/{fork['id']}").json()["parent"] == one
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_a_lost_session_of_nobody_knows_whom_is_told_of_where_all_are_one(keys: bool, tmp_path: Path) -> None:
+    headers = bearer(ALICE) if keys else {}
+    with serving(tmp_path, keys=keys) as client:
+        client.headers.update(headers)
+        one = session(client, TEXT)
+    (tmp_path / "sessions" / one / "session.json").write_text("no JSON")
+    with serving(tmp_path, keys=keys) as client:
+        client.headers.update(headers)
+        lost = client.get("/v1/sessions").json()["lost"]
+    assert [entry["id"] for entry in lost] == ([] if keys else [one])

@@ -89,7 +89,8 @@ class Catalog:
         return sorted(entries, key=lambda entry: entry.info.used, reverse=True)
 
     def lost(self, tenant: str) -> list[dict[str, Any]]:
-        """What the engine could not restore of the tenant's sessions."""
+        """What the engine could not restore of the tenant's sessions, and of nobody knows whose without keys."""
+        owners = {tenant} if self._service.keys else {tenant, ""}
         return [
             {
                 "id": lost.id,
@@ -98,7 +99,7 @@ class Catalog:
                 "reason": without_paths(lost.reason, self._service.directories),
             }
             for lost in self._engine.lost
-            if lost.owner == tenant
+            if lost.owner in owners
         ]
 
     async def get(self, tenant: str, session: str) -> Entry:

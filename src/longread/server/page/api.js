@@ -102,7 +102,8 @@ export class Api {
   }
 
   models = () => this.json("GET", "v1/models");
-  sessions = async () => (await this.json("GET", "v1/sessions")).data;
+  sessions = () => this.json("GET", "v1/sessions");
+  losses = (id) => this.json("GET", at(id, "losses"));
   session = (id) => this.json("GET", at(id));
   create = (fields) => this.json("POST", "v1/sessions", { json: fields });
   change = (id, fields) => this.json("PATCH", at(id), { json: fields });

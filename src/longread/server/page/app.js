@@ -2,9 +2,10 @@
 
 import { Api } from "./api.js";
 import { CompareView } from "./compare-view.js";
-import { $, alarm, announce, clearAlarms, confirmed, make, say } from "./dom.js";
-import { formatCount, tokens } from "./figures.js";
+import { $, alarm, announce, clearAlarms, confirmed, fragment, keepingFocus, say } from "./dom.js";
+import { formatCount, shortId, tokens } from "./figures.js";
 import { Reader } from "./reader.js";
+import { lossOf, nameOf, showSessions } from "./session-list.js";
 import { SessionView, download } from "./session-view.js";
 
 const LABEL = 200; // characters of a name
@@ -15,6 +16,7 @@ class App {
 
   constructor() {
     this.api = new Api();
+    this.lost = [];
     this.view = new SessionView(this);
     this.compare = new CompareView(this);
     this.#listen();
@@ -60,21 +62,40 @@ class App {
   }
 
   #route() {
-    const id = decodeURIComponent(location.hash.slice(1));
+    keepingFocus(() => this.#show());
+  }
+
+  #show() {
+    const id = fragment();
     const comparing = id === "compare" || id.startsWith("compare-");
     $("compare-view").hidden = !comparing;
     $("session-view").hidden = comparing;
     if (comparing) {
       document.title = "Compare · Longread";
       this.compare.show(id.slice("compare-".length) || null);
-    } else this.view.reader = this.#readers.get(id) ?? null;
+    } else {
+      this.view.reader = this.#readers.get(id) ?? null;
+      if (id && !this.view.reader && this.api.ready) this.#missing(id);
+    }
     $("side").classList.remove("open");
     $("toggle-list").setAttribute("aria-expanded", "false");
     this.#list();
   }
 
+  #missing(id) {
+    const lost = this.lost.find((one) => one.id === id);
+    alarm(
+      new Error(
+        lost
+          ? `Of session ${shortId(id)} nothing is left: ${lossOf(lost)}. ${lost.reason}.`
+          : `There is no session ${id.slice(0, 40)}; it may have been deleted. Choose another, or read a text.`,
+      ),
+    );
+  }
+
   async #refresh() {
-    const infos = await this.api.sessions();
+    const { data: infos, lost } = await this.api.sessions();
+    this.lost = lost;
     const there = new Set(infos.map((info) => info.id));
     for (const info of infos) {
       const known = this.#readers.get(info.id);
@@ -86,33 +107,14 @@ class App {
     this.#order = infos.map((info) => info.id).filter((id) => this.#readers.has(id));
     for (const id of this.#readers.keys()) if (!this.#order.includes(id)) this.#order.unshift(id);
     this.#list();
+    this.view.follow();
   }
 
   #list() {
-    const current = decodeURIComponent(location.hash.slice(1));
-    $("no-sessions").hidden = this.#order.length > 0;
-    say($("toggle-list"), this.#order.length ? `Sessions (${this.#order.length})` : "Sessions");
-    const list = $("sessions");
-    while (list.childElementCount > this.#order.length) list.lastElementChild.remove();
-    this.#order.forEach((id, i) => {
-      let row = list.children[i];
-      if (!row) {
-        row = make(
-          "li",
-          {},
-          make("button", { type: "button" }, make("span", { class: "who" }), make("span", { class: "what" })),
-        );
-        list.append(row);
-      }
-      const { info, activity, history } = this.#readers.get(id);
-      const [button] = row.children;
-      button.dataset.id = id;
-      say(button.children[0], info.label || "Without a name");
-      const doing = { reading: `reading, ${formatCount(history.position)}`, writing: "writing" }[activity?.kind];
-      say(button.children[1], (doing ?? tokens(info.position)) + (info.learn ? "" : " · frozen"));
-      if (id === current) button.setAttribute("aria-current", "true");
-      else button.removeAttribute("aria-current");
-    });
+    showSessions(
+      this.#order.map((id) => this.#readers.get(id)),
+      this.lost,
+    );
   }
 
   #listen() {
@@ -176,8 +178,10 @@ class App {
     say($("key-about"), `${why} It stays in this tab, and is forgotten when you close it.`);
     $("key").value = this.api.key;
     if (!(await confirmed($("key-dialog"), $("key-cancel")))) return false;
-    this.api.key = $("key").value.trim();
+    const key = $("key").value.trim();
     $("key").value = "";
+    if (/[^\x21-\x7e]/.test(key)) return this.#askKey("A key has neither spaces nor letters beyond a to z.");
+    this.api.key = key;
     await this.start();
     return true;
   }
@@ -216,7 +220,7 @@ class App {
     const { reader } = this.view;
     say(
       $("delete-about"),
-      `“${reader.info.label || "Without a name"}” has read ${tokens(reader.info.position)}. They cannot be had back.`,
+      `“${nameOf(reader.info)}”, ${shortId(reader.id)}, has read ${tokens(reader.info.position)}. They cannot be had back.`,
     );
     if (!(await confirmed($("delete-dialog"), $("delete-cancel")))) return;
     reader.kept?.running?.abort();
@@ -225,7 +229,6 @@ class App {
     this.#order = this.#order.filter((id) => id !== reader.id);
     this.#go("");
     announce("Deleted.");
-    $("new").focus();
   }
 }
 

@@ -1,11 +1,12 @@
 // Two sessions side by side: facts, one text scored by both, one beginning continued by both.
 
-import { $, announce, make, say } from "./dom.js";
+import { $, alarm, announce, keepingFocus, make, say } from "./dom.js";
 import { comparePlot } from "./curves.js";
-import { formatBytes, formatCount, formatLoss, formatPercent, formatSigned } from "./figures.js";
+import { formatBytes, formatCount, formatLoss, formatPercent, formatSigned, formatTime } from "./figures.js";
 import { History } from "./history.js";
 import { Plot } from "./plot.js";
 import { Reader } from "./reader.js";
+import { distinct, originOf } from "./session-list.js";
 import { showPlace } from "./session-view.js";
 import { number, showTurns } from "./writing.js";
 
@@ -14,6 +15,7 @@ const FINE = 1 << 15; // characters up to which every token is asked for
 export class CompareView {
   #histories = null;
   #running = null;
+  #scoring = false;
 
   constructor(app) {
     this.app = app;
@@ -38,7 +40,7 @@ export class CompareView {
     for (const side of ["a", "b"]) {
       $(`compare-${side}`).replaceChildren(
         ...infos.map((info) =>
-          make("option", { value: info.id }, `${info.label || "Without a name"}  ·  ${formatCount(info.position)}`),
+          make("option", { value: info.id }, distinct(info)),
         ),
       );
     }
@@ -73,10 +75,14 @@ export class CompareView {
       );
       return;
     }
+    for (const info of pair) {
+      const reader = this.app.reader(info.id);
+      if (!reader.loaded) reader.load().then(() => this.#facts(), alarm);
+    }
     const seen = (info) => this.app.reader(info.id)?.history.recent().nll ?? null;
     const rows = [
       ["Read", (info) => `${formatCount(info.position)} tokens`],
-      ["Mean loss while reading, in this tab", (info) => formatLoss(seen(info))],
+      ["Mean loss while reading", (info) => formatLoss(seen(info))],
       ["Learns", (info) => (info.learn ? "yes" : "no")],
       [
         "Steps",
@@ -84,6 +90,9 @@ export class CompareView {
       ],
       ["Weights moved by", (info) => formatPercent(info.drift)],
       ["Size", (info) => formatBytes(info.nbytes)],
+      ["Made", (info) => formatTime(info.created)],
+      ["Origin", (info) => originOf(info, this.app.infos()) || "–"],
+      ["Id", (info) => info.id],
     ];
     $("compare-facts").replaceChildren(
       ...rows.map(([name, value]) =>
@@ -98,7 +107,8 @@ export class CompareView {
       $("probe-text").focus();
       throw new Error("There is no text yet; paste one to score.");
     }
-    $("probe-go").disabled = true;
+    if (this.#scoring) return;
+    this.#scoring = true; // the button stays as it is, and keeps the focus
     say($("probe-facts"), "Scoring …");
     try {
       const sessions = this.#pair().map((info) => info.id);
@@ -118,7 +128,7 @@ export class CompareView {
       say($("probe-facts"), "");
       throw error;
     } finally {
-      $("probe-go").disabled = false;
+      this.#scoring = false;
     }
   }
 
@@ -132,13 +142,19 @@ export class CompareView {
     showPlace($("probe-under"), history, x + history.first);
   }
 
+  #writing(now) {
+    keepingFocus(() => {
+      $("both-go").disabled = now;
+      $("both-stop").hidden = !now;
+    });
+  }
+
   async #write() {
     const prompt = $("both-prompt").value;
     const fields = { max_tokens: number("both-tokens", 200), temperature: 0.8, seed: number("both-seed", 0) };
     const writers = this.#pair().map((info) => new Reader(this.app.api, { ...info }));
     this.#running = writers;
-    $("both-go").disabled = true;
-    $("both-stop").hidden = false;
+    this.#writing(true);
     writers.forEach((writer, i) => {
       const output = $(`output-${"ab"[i]}`);
       writer.addEventListener("change", () => showTurns(output, writer.turns, Boolean(writer.activity)));
@@ -150,8 +166,7 @@ export class CompareView {
       announce("Both have written.");
     } finally {
       this.#running = null;
-      $("both-go").disabled = false;
-      $("both-stop").hidden = true;
+      this.#writing(false);
     }
   }
 }

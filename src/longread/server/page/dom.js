@@ -21,6 +21,38 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** What the address names after its #; as it stands where it is no valid escape. */
+export function fragment() {
+  const raw = location.hash.slice(1);
+  try {
+    return decodeURIComponent(raw);
+  } catch {
+    return raw;
+  }
+}
+
+const usable = (element) => element.checkVisibility() && !element.disabled;
+
+/**
+ * Runs `change`. Where that hides, disables or removes what has the focus, the focus does not fall back to the top of
+ * the page: a control of the same bar takes it, or else the heading of the part where it was.
+ */
+export function keepingFocus(change) {
+  const before = document.activeElement;
+  const parts = [];
+  for (let part = before?.parentElement; part; part = part.parentElement) parts.push(part);
+  change();
+  if (!parts.length || before === document.body || (before.isConnected && usable(before))) return;
+  for (const part of parts.filter((candidate) => candidate.isConnected && candidate.checkVisibility())) {
+    const bar = part.matches(".bar, .sheet, #alerts");
+    const next = [...part.querySelectorAll(bar ? "button, textarea" : "h1, h2")].find(usable);
+    if (!next) continue;
+    if (!bar) next.tabIndex = -1;
+    next.focus({ preventScroll: true });
+    return;
+  }
+}
+
 /** Tells screen readers, politely. */
 export function announce(text) {
   $("announcer").textContent = "";
@@ -34,14 +66,14 @@ export function alarm(error) {
   if (error.name !== "ApiError" && error.constructor !== Error) console.error(error); // a fault of the page itself
   const close = make("button", { class: "quiet", type: "button", "aria-label": "Dismiss this message" }, "Dismiss");
   const note = make("div", { class: "note" }, make("p", {}, text), close);
-  close.addEventListener("click", () => note.remove());
+  close.addEventListener("click", () => keepingFocus(() => note.remove()));
   const notes = $("alerts");
   for (const other of notes.querySelectorAll("p")) if (other.textContent === text) other.parentElement.remove();
   notes.append(note);
   while (notes.childElementCount > 3) notes.firstElementChild.remove();
 }
 
-export const clearAlarms = () => $("alerts").replaceChildren();
+export const clearAlarms = () => keepingFocus(() => $("alerts").replaceChildren());
 
 /** Runs `draw` at most once a frame, and about ten times a second. */
 export function calmly(draw) {

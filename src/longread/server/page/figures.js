@@ -52,6 +52,21 @@ export function formatSeconds(seconds) {
   return rest ? `${count.format(minutes)} min ${rest} s` : `${count.format(minutes)} min`;
 }
 
+const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
+
+/** When something was, in seconds since the epoch: the time today, before that with the day, of other years the day. */
+export function formatTime(seconds, now = Date.now() / 1000) {
+  if (!known(seconds)) return NONE;
+  const [then, today] = [seconds, now].map((time) => new Date(1000 * time));
+  const clock = [then.getHours(), then.getMinutes()].map((part) => String(part).padStart(2, "0")).join(":");
+  if (then.toDateString() === today.toDateString()) return clock;
+  const day = `${then.getDate()} ${MONTHS[then.getMonth()]}`;
+  return then.getFullYear() === today.getFullYear() ? `${day}, ${clock}` : `${day} ${then.getFullYear()}`;
+}
+
+/** As much of an id as tells sessions apart. */
+export const shortId = (id) => id.slice(0, 8);
+
 /** `n` tokens, in words. */
 export const tokens = (n) => `${formatCount(n)} ${n === 1 ? "token" : "tokens"}`;
 

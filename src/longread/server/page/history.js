@@ -1,4 +1,5 @@
-// What this tab has seen a session read: losses by position, and the text they belong to. Pure: no page, no network.
+// What a session has read: losses by position, and the text they belong to as far as this tab has seen it. Pure: no page,
+// no network.
 
 /** Losses in the order of reading, each with the bytes of text that it covers. */
 export class History {
@@ -27,6 +28,21 @@ export class History {
     return this.#covered;
   }
 
+  /** The losses that the server keeps of a session at `position`; no text of it is here. */
+  static kept({ written, ...bins }, position) {
+    const history = new History(bins.start[0] ?? position);
+    history.add(bins);
+    history.byteStart.fill(-1);
+    bins.start.forEach((start, i) => {
+      if (2 * written[i] < bins.tokens[i]) return;
+      const last = history.written.at(-1);
+      if (last?.[1] === start) last[1] += bins.tokens[i];
+      else history.written.push([start, start + bins.tokens[i]]);
+    });
+    history.settle(position, false);
+    return history;
+  }
+
   /** Announces text whose losses are about to come; returns its size in bytes. */
   expect(text) {
     const bytes = new TextEncoder().encode(text);
@@ -40,7 +56,7 @@ export class History {
     return bytes.length;
   }
 
-  /** Takes over bins as the server sends them: parallel lists of start, tokens, bytes, nll, frozen_nll. */
+  /** Takes over bins as the server sends them: parallel lists of start, tokens, bytes, nll, frozen_nll, scored. */
   add(bins) {
     bins.start.forEach((start, i) => {
       if (start < this.position) return; // told before
@@ -48,8 +64,9 @@ export class History {
       this.tokens.push(bins.tokens[i]);
       this.nll.push(bins.nll[i] ?? null);
       this.frozen.push(bins.frozen_nll?.[i] ?? null);
-      this.sums.nll.push(this.nll.at(-1), bins.tokens[i]);
-      this.sums.frozen.push(this.frozen.at(-1), bins.tokens[i]);
+      const weight = bins.scored?.[i] ?? bins.tokens[i];
+      this.sums.nll.push(this.nll.at(-1), weight);
+      this.sums.frozen.push(this.frozen.at(-1), weight);
       this.byteStart.push(this.#covered);
       this.#covered = Math.min(this.#size, this.#covered + (bins.bytes?.[i] ?? 0));
       this.position = start + bins.tokens[i];
@@ -102,11 +119,12 @@ export class History {
     return firstAtLeast(this.start, position + 1) - 1;
   }
 
-  /** The text around a position: some bytes before it, and after. */
+  /** The text around a position: some bytes before it, and after; nothing where this tab has not seen it. */
   around(position, before = 90, after = 150) {
     const i = this.at(position);
     if (i < 0) return ["", ""];
     const byte = this.byteStart[i];
+    if (byte < 0) return ["", ""];
     return [this.slice(byte - before, byte), this.slice(byte, Math.min(byte + after, this.#covered))];
   }
 

@@ -254,7 +254,7 @@ function axis(model, x, bottom, { left, right, narrow }) {
       draw("line", { class: "axis", x1: x(tick), x2: x(tick), y1: bottom, y2: bottom + 4 }),
       draw(
         "text",
-        { class: "tick", x: x(tick), y: bottom + 17, "text-anchor": "middle" },
+        { class: "tick", x: x(tick), y: bottom + 17, "text-anchor": x(tick) > right - 8 && narrow ? "end" : "middle" },
         formatTick(tick, model.x[1]),
       ),
     );

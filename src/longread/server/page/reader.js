@@ -1,4 +1,4 @@
-// One session as this tab knows it: what the server says of it, what it was seen reading, what it does now.
+// One session as this tab knows it: what the server says and keeps of it, what it was seen reading, what it does now.
 
 import { ApiError } from "./api.js";
 import { binWidth, passages, pieces, spread } from "./figures.js";
@@ -11,11 +11,14 @@ const RUN_UP = 160; // characters before a passage, so that its first word is in
 
 /** Tells "change" to whoever looks at it. */
 export class Reader extends EventTarget {
+  #loading = null;
+
   constructor(api, info) {
     super();
     this.api = api;
     this.info = info;
     this.history = new History(info.position);
+    this.loaded = info.position === 0; // whether it is known what the server keeps of its losses
     this.activity = null; // { kind, from, share, rate, note, stop }
     this.rates = []; // of this reading: [position, tokens/s]
     this.turns = []; // { prompt, text, end, tokens, rate, copy }
@@ -32,6 +35,21 @@ export class Reader extends EventTarget {
 
   async refresh() {
     this.info = await this.api.session(this.id);
+    this.changed();
+  }
+
+  /** Asks for the losses that the server keeps, where this tab did not see all that the session read. */
+  load() {
+    if (this.loaded && this.history.position === this.info.position) return Promise.resolve();
+    this.#loading ??= this.#load().finally(() => (this.#loading = null));
+    return this.#loading;
+  }
+
+  async #load() {
+    const losses = await this.api.losses(this.id);
+    this.history = History.kept(losses, this.info.position);
+    this.kept = null;
+    this.loaded = true;
     this.changed();
   }
 
@@ -77,6 +95,7 @@ export class Reader extends EventTarget {
   /** Reads a text, piece by piece. Resolves when it is read or stopped. */
   async read(text) {
     const activity = this.#begin("reading");
+    await this.load().catch(() => {});
     const total = new TextEncoder().encode(text).length;
     const bin = total <= FINEST ? 1 : binWidth(total, FINEST);
     const speed = new Speed();
@@ -130,6 +149,7 @@ export class Reader extends EventTarget {
     const activity = this.#begin("writing");
     const turn = { prompt, text: "", end: null, tokens: 0, rate: null, copy };
     this.turns.push(turn);
+    await this.load().catch(() => {});
     let writer = this;
     try {
       if (copy) writer = new Reader(this.api, await this.api.fork(this.id, `${this.info.label} (asked)`));

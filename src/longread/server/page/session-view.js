@@ -1,6 +1,6 @@
 // One session on the screen: its name and facts, the text that goes in, the curves that come out.
 
-import { $, announce, calmly, make, say } from "./dom.js";
+import { $, alarm, announce, calmly, keepingFocus, make, say } from "./dom.js";
 import { readingPlot } from "./curves.js";
 import {
   binWidth,
@@ -12,11 +12,13 @@ import {
   formatRate,
   formatSeconds,
   formatSigned,
+  formatTime,
   titleOf,
   tokens,
 } from "./figures.js";
 import { resample } from "./history.js";
 import { Plot, spark } from "./plot.js";
+import { lossOf, nameOf, originOf } from "./session-list.js";
 import { Taught } from "./taught.js";
 import { Writing } from "./writing.js";
 
@@ -59,6 +61,14 @@ export class SessionView {
     this.plot.cursor(null);
     $("label").value = reader?.info.label ?? "";
     this.#draw();
+    this.follow();
+  }
+
+  /** Shows what the server says of the session by now, and the losses of what was read elsewhere. */
+  follow() {
+    if (!this.#reader || this.#reader.activity) return;
+    this.draw();
+    this.#reader.load().catch(alarm);
   }
 
   get reader() {
@@ -89,8 +99,10 @@ export class SessionView {
 
   #setFile(file) {
     this.#file = file;
-    $("text").hidden = Boolean(file);
-    $("chip").hidden = !file;
+    keepingFocus(() => {
+      $("text").hidden = Boolean(file);
+      $("chip").hidden = !file;
+    });
     if (!file) return;
     say($("chip-name"), file.name);
     say($("chip-size"), formatBytes(new Blob([file.text]).size));
@@ -123,8 +135,6 @@ export class SessionView {
     } catch (error) {
       if (reader.info.position === from && this.#reader === reader) $("text").value = text;
       throw error;
-    } finally {
-      if (document.activeElement === $("stop")) $("main").focus({ preventScroll: true });
     }
     const read = reader.info.position - from;
     reader.spent = { tokens: read, seconds: (performance.now() - begun) / 1000 };
@@ -136,6 +146,10 @@ export class SessionView {
   }
 
   #draw() {
+    keepingFocus(() => this.#show());
+  }
+
+  #show() {
     const reader = this.#reader;
     const reading = reader?.activity?.kind === "reading";
     $("session-view").classList.toggle("draft", !reader);
@@ -146,7 +160,7 @@ export class SessionView {
     $("read").disabled = Boolean(reader?.activity);
     const curve = Boolean(reader) && (reader.history.length > 0 || reading);
     $("watch").hidden = !curve;
-    $("no-curve").hidden = !reader || curve || reader.info.position === 0;
+    $("no-curve").hidden = !reader?.loaded || curve || reader.info.position === 0;
     if (!reader) {
       $("taught").hidden = true;
       document.title = "Longread";
@@ -160,8 +174,13 @@ export class SessionView {
 
   #head({ info, activity }) {
     say($("heading"), info.label || "Session without a name");
+    const identity = [`Session ${info.id}`, `made ${formatTime(info.created)}`, `used ${formatTime(info.used)}`];
+    const lost = this.app.lost.find(({ id }) => id === info.id);
+    say($("identity"), [...identity, originOf(info, this.app.infos())].filter(Boolean).join("  ·  "));
+    $("loss").hidden = !lost;
+    if (lost) say($("loss"), `Of this session ${lossOf(lost)}. ${lost.reason}.`);
     if (document.activeElement !== $("label")) $("label").value = info.label;
-    $("label").placeholder = "Without a name";
+    $("label").placeholder = nameOf({});
     const facts = [
       `${formatBytes(info.nbytes)} ${{ device: "on the device", host: "in memory", disk: "on disk" }[info.tier] ?? ""}`,
     ];
@@ -205,10 +224,9 @@ export class SessionView {
 
   #under(x) {
     const history = this.#reader?.history;
-    const shown = x !== null && history?.covered > 0;
     $("under").hidden = !history?.length;
-    if (shown) showPlace($("under"), history, x);
-    else say($("under"), "Point at the plot to see the text there.");
+    if (x === null || !history?.length) say($("under"), "Point at the plot to see the text there.");
+    else showPlace($("under"), history, x);
   }
 
   #choose(passage) {
@@ -240,6 +258,7 @@ function expectedEnd({ activity, history }) {
 
 /** Shows the text around a position, its word marked. */
 export function showPlace(element, history, position) {
+  if (!history.around(position).join("")) return say(element, "This tab has not seen the text there.");
   const [before, after] = history.around(position).map((text) => text.replace(/\s+/g, " "));
   const [head] = /\S*$/.exec(before);
   const [tail] = /^\S*/.exec(after);
