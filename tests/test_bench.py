@@ -36,7 +36,7 @@ from longread.bench.rows import KEYS, make_row
 from longread.bench.training import measure_first_step
 from longread.cli import main
 from longread.config import InnerConfig, ModelConfig, UserError
-from longread.inner_loop import begin, read, step
+from longread.inner_loop import begin, optimizers, read
 from longread.model import Transformer
 from longread.outer_loop import end_to_end_loss, static_loss
 from longread.recipes import RECIPES, recipe
@@ -199,12 +199,12 @@ def test_what_may_be_computed_again_is_what_may_fit(monkeypatch: pytest.MonkeyPa
 
 def make_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inner step goes one per cent too far, in the timed precision only."""
-    right = step.clipped_sgd
+    right = optimizers.clipped_sgd
 
     def wrong(weights: Any, gradients: Any, *, lr: Any, **options: Any) -> Any:
         return right(weights, gradients, lr=lr * (1.01 if weights[0].dtype == torch.float32 else 1.0), **options)
 
-    monkeypatch.setattr(step, "clipped_sgd", wrong)
+    monkeypatch.setattr(optimizers, "clipped_sgd", wrong)
 
 
 def test_no_speed_on_red(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

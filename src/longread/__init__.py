@@ -25,9 +25,15 @@ if TYPE_CHECKING:
         begin as begin,
         next_token_logits as next_token_logits,
         read as read,
+        register_inner_optimizer as register_inner_optimizer,
     )
     from longread.loading import OpenModel as OpenModel, open_model as open_model
-    from longread.model import Transformer as Transformer, initialize as initialize
+    from longread.model import (
+        RecurrentMixer as RecurrentMixer,
+        Transformer as Transformer,
+        initialize as initialize,
+        register_mixer as register_mixer,
+    )
     from longread.outer_loop import end_to_end_loss as end_to_end_loss, static_loss as static_loss
     from longread.recipes import RECIPES as RECIPES, recipe as recipe
     from longread.session import Session as Session
@@ -41,9 +47,9 @@ _MODULES = {
     "config": ("InnerConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "UserError"),
     "data": ("Sampler", "TokenDataset", "prepare"),
     "engine": ("Engine", "Limits", "Sampling"),
-    "inner_loop": ("ReadingState", "begin", "next_token_logits", "read"),
+    "inner_loop": ("ReadingState", "begin", "next_token_logits", "read", "register_inner_optimizer"),
     "loading": ("OpenModel", "open_model"),
-    "model": ("Transformer", "initialize"),
+    "model": ("RecurrentMixer", "Transformer", "initialize", "register_mixer"),
     "outer_loop": ("end_to_end_loss", "static_loss"),
     "recipes": ("RECIPES", "recipe"),
     "session": ("Session",),

@@ -13,8 +13,9 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 
 class UserError(ValueError):
@@ -30,6 +31,22 @@ Recompute = Literal["auto", "none", "blocks", "sqrt", "step"]
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 
 HYBRID_PERIOD = 6  # hybrid attention: every sixth block sees everything (5 windowed : 1 full)
+INNER_OPTIMIZERS = {"sgd"}
+"""Names of the rules of the inner step; `longread.register_inner_optimizer` adds to them."""
+
+
+class MixerPlan(NamedTuple):
+    """What a config has to know about a mixer that was registered."""
+
+    num_parameters: Callable[[ModelConfig], int]
+    """Of one sub-layer, without the norms before and after it."""
+    kept_numbers: tuple[int, int]
+    """A token, for the gradient, as multiples of D: in the type of the products, and in float32."""
+
+
+REGISTERED_MIXERS: dict[str, MixerPlan] = {}
+"""`longread.register_mixer` adds to them."""
+
 CONVOLUTION_WIDTH = 4  # tokens that the short convolution of a recurrent mixer sees, its own included
 
 
@@ -56,6 +73,16 @@ class _Checked:
             return cls(**made)
         except TypeError as error:
             raise UserError(f"{cls.__name__}: {error}") from None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes. A field that is `later` than the format is left out while it has its default, so that
+        files, and what is made of them, stay what they were."""
+        values = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if not f.metadata.get("later") or getattr(self, f.name) != f.default
+        }
+        return {name: value.as_dict() if isinstance(value, _Checked) else value for name, value in values.items()}
 
     def __post_init__(self) -> None:
         for name, type_ in typing.get_type_hints(type(self)).items():
@@ -136,7 +163,8 @@ class ModelConfig(_Checked):
     mini_batch_size: int
     num_suffix_blocks: int = 0
     attention: AttentionPattern = "window"
-    mixer: Mixer = "attention"
+    mixer: str = "attention"
+    """One of `Mixer`, or a registered one, which alternates with windowed attention as "mamba2" does."""
     binding: BindingConfig = field(default_factory=BindingConfig)
     rope_base: float = 500_000.0
     norm_eps: float = 1e-6
@@ -148,6 +176,12 @@ class ModelConfig(_Checked):
     """Standard deviation of the initial matrices; None draws each at fan_in^-1/2 and the embedding at 0.02."""
 
     def _check(self) -> None:
+        known = (*typing.get_args(Mixer), *REGISTERED_MIXERS)
+        if self.mixer not in known:
+            raise UserError(
+                f"mixer is {self.mixer!r}; it must be one of {', '.join(known)}, or be registered with "
+                "longread.register_mixer before it is named"
+            )
         self._at_least(1, "vocab_size", "width", "num_blocks", "num_heads", "mlp_hidden", "window_size")
         self._at_least(1, "mini_batch_size")
         self._at_least(0, "num_suffix_blocks")
@@ -192,7 +226,7 @@ class ModelConfig(_Checked):
             return None
         return self.window_size
 
-    def mixers_of(self, block: int) -> tuple[Mixer, ...]:
+    def mixers_of(self, block: int) -> tuple[str, ...]:
         """The sub-layers of `block` through which tokens exchange information, in their order."""
         if self.mixer == "attention":
             return ("attention",)
@@ -226,8 +260,10 @@ class ModelConfig(_Checked):
         embeddings = self.vocab_size * D * (1 if self.tie_embeddings else 2)
         return embeddings + mixers + (L + S) * mlp + D
 
-    def _mixer_parameters(self, kind: Mixer) -> int:
+    def _mixer_parameters(self, kind: str) -> int:
         """Numbers of one sub-layer, without the norms before and after it."""
+        if kind in REGISTERED_MIXERS:
+            return REGISTERED_MIXERS[kind].num_parameters(self)
         D, N, H, C = self.width, self.num_heads, self.head_dim, CONVOLUTION_WIDTH
         if kind == "mamba2":
             heads, mixed = self.num_ssd_heads, 2 * D + 2 * self.ssd_state_size
@@ -254,7 +290,8 @@ class ModelConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InnerConfig(_Checked):
-    """The inner loop (paper Eq. 2 and 5): clipped SGD on the fast weights, one step a mini-batch."""
+    """The inner loop (paper Eq. 2 and 5): one step on the fast weights a mini-batch, of clipped SGD if nothing else is
+    said."""
 
     lr: float = 1.0
     clip: float | None = 1.0
@@ -262,9 +299,16 @@ class InnerConfig(_Checked):
     warmup_from: float = 0.1
     warmup_steps: int = 0
     """Outer steps over which the rate climbs from `warmup_from` to `lr`; 0: constant."""
+    optimizer: str = field(default="sgd", metadata={"later": True})
+    """The rule of the step: "sgd", or a registered one."""
 
     def _check(self) -> None:
         self._at_least(0, "lr", "warmup_from", "warmup_steps")
+        if self.optimizer not in INNER_OPTIMIZERS:
+            raise UserError(
+                f"optimizer is {self.optimizer!r}; it must be one of {', '.join(sorted(INNER_OPTIMIZERS))}, or be "
+                "registered with longread.register_inner_optimizer before it is named"
+            )
         if self.clip is not None and self.clip <= 0:
             raise UserError(f"clip is {self.clip}; it must be positive, or none to switch clipping off")
 

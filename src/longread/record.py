@@ -7,7 +7,6 @@ TensorBoard, Weights & Biases or Trackio.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import math
@@ -32,7 +31,7 @@ TIMING_FIELDS = ("seconds", "tokens_per_second")
 def describe_run(config: RunConfig, command: Sequence[str]) -> dict[str, Any]:
     """The facts of run.json: what was run, with which code, where and when."""
     return {
-        "config": dataclasses.asdict(config),
+        "config": config.as_dict(),
         "command": list(command),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": code_commit(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,8 @@ def write_model(
     values = {
         "fingerprint": fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint,
-        "model": dataclasses.asdict(model.config),
-        "inner": dataclasses.asdict(inner),
+        "model": model.config.as_dict(),
+        "inner": inner.as_dict(),
         "provenance": dict(extra or {}),
     }
     write_json(config, values, kind=KIND)

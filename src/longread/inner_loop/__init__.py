@@ -1,5 +1,6 @@
 """The inner loop: what a reader does with the tokens it reads.
 
+optimizers.py  the rules of the inner step, and where another is registered
 step.py      the loss of a mini-batch, one step on it, the scan over mini-batches (paper Eq. 2 and 5)
 state.py     what is left of a text after it has been read
 reading.py   any text in any pieces: the same steps, taken as soon as their tokens have arrived
@@ -9,6 +10,7 @@ decoding.py  one token after the other, for writing
 """
 
 from longread.inner_loop.decoding import Decoder
+from longread.inner_loop.optimizers import InnerOptimizer, optimizer_named, register_inner_optimizer
 from longread.inner_loop.reading import Reading, begin, next_token_logits, read
 from longread.inner_loop.rescue import rescue
 from longread.inner_loop.state import ReadingState
@@ -17,6 +19,7 @@ from longread.inner_loop.step import Carry, Scan, Step, inner_step, mini_batch_l
 __all__ = [
     "Carry",
     "Decoder",
+    "InnerOptimizer",
     "Reading",
     "ReadingState",
     "Scan",
@@ -25,7 +28,9 @@ __all__ = [
     "inner_step",
     "mini_batch_loss",
     "next_token_logits",
+    "optimizer_named",
     "read",
+    "register_inner_optimizer",
     "rescue",
     "scan",
 ]

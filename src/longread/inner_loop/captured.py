@@ -25,10 +25,10 @@ from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop.capture import capturing
+from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import from_matrices, inner_gradient, matrices
 from longread.model import Past, Transformer
-from longread.ops.clipped_sgd import clipped_sgd_
 
 STRETCH = 2048
 """Tokens for which the lower half runs at once, or one mini-batch if that is longer."""
@@ -39,10 +39,12 @@ TOLERANCE = 0.05
 
 
 class _Found(NamedTuple):
-    """What a graph leaves in its places: nll [B, tokens], norms [B, mini-batches], the last output [B, D]."""
+    """What a graph leaves in its places: nll [B, tokens], norms and, where the optimizer says it, refusals
+    [B, mini-batches], the last output [B, D]."""
 
     nll: Tensor
     grad_norm: Tensor
+    refused: Tensor | None
     output: Tensor
 
 
@@ -95,19 +97,20 @@ class CapturedReader:
 
     def read(
         self, state: ReadingState, tokens: Tensor, mask: Tensor, longest: Tensor | None
-    ) -> tuple[ReadingState, Tensor, Tensor] | None:
+    ) -> tuple[ReadingState, Tensor, Tensor, Tensor | None] | None:
         """Reads M · n tokens, and one that is only a target; the mask has none for the first token.
 
         `longest` is the limit of a step for a reader with a guard (see `longread.ops.clipped_sgd`).
 
         Returns:
-            the state after them, their nll, and the norms of the steps' gradients; None if the captured graph has
+            the state after them, their nll, the norms of the steps' gradients, and which steps were refused, where the
+            optimizer says it itself; None if the captured graph has
             turned out to compute something else.
         """
         past = self._load(state)
         if self._longest is not None and longest is not None:
             self._longest.copy_(longest)
-        nll, norms, first, done, total = [], [], 0, 0, mask.shape[1]
+        nll, norms, refusals, first, done, total = [], [], [], 0, 0, mask.shape[1]
         while done < total:
             count = self.long if total - done >= self.long else self.M
             if first + count > self.room:
@@ -124,9 +127,10 @@ class CapturedReader:
             graph.replay()
             nll.append(found.nll.clone())
             norms.append(found.grad_norm.clone())
+            refusals += [] if found.refused is None else [found.refused.clone()]
             done, first, past = done + count, first + count, min(self.K, past + count)
         after = self._state(state, self._seen(first, past), total, found.output)
-        return after, torch.cat(nll, 1), torch.cat(norms, 1)
+        return after, torch.cat(nll, 1), torch.cat(norms, 1), torch.cat(refusals, 1) if refusals else None
 
     def _to_the_front(self, first: int) -> None:
         for strip in self._strips:
@@ -169,7 +173,8 @@ class CapturedReader:
         split, upper, lower = self.model.num_lower_attentions, torch.cuda.current_stream(), torch.cuda.Stream()
         lower.wait_stream(upper)
         # kept to the end: memory that is free again would be used again by the other stream
-        hidden, found, norms = [], [], []
+        hidden, found, updates = [], [], []
+        optimizer = optimizer_named(self.inner.optimizer)
         for begin in range(0, place.tokens, self.stretch):
             end = min(begin + self.stretch, place.tokens)
             with torch.cuda.stream(lower):
@@ -193,8 +198,8 @@ class CapturedReader:
                 order=0,
             )
             self._append(self._strips[split:], step.own, place.first + begin)
-            norms.append(
-                clipped_sgd_(
+            updates.append(
+                optimizer.step_(
                     self._fast,
                     step.gradients,
                     self._working,
@@ -205,7 +210,13 @@ class CapturedReader:
             )
             found.append(step)
         self._position += place.tokens
-        return _Found(torch.cat([f.nll for f in found], 1), torch.stack(norms, 1), found[-1].output[:, -1])
+        refusals = [update.refused for update in updates if update.refused is not None]
+        return _Found(
+            torch.cat([f.nll for f in found], 1),
+            torch.stack([update.grad_norm for update in updates], 1),
+            torch.stack(refusals, 1) if refusals else None,
+            found[-1].output[:, -1],
+        )
 
     def _before(self, place: _Place, tokens: int) -> list[Past]:
         """What the token that comes so many after the first of a graph can see."""

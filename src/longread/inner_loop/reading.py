@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
+from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import Carry, Step, inner_step, longest_step
 from longread.model import Past, Transformer
@@ -88,7 +89,7 @@ def read(
 
     Args:
         tokens: int64 [B, n], n >= 0.
-        inner: rate and clip of the steps; its warm-up belongs to training and is over here.
+        inner: rule, rate and clip of the steps; its warm-up belongs to training and is over here.
         learn: False reads with the weights as they are, and drops an unfinished mini-batch: tokens read
             frozen are never learned from, nor is a mini-batch that they interrupt.
         loss_mask: bool [B, n], False for tokens that are no targets of the inner loss; None: all count.
@@ -126,6 +127,8 @@ class _Reader:
     top: int
     nll: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
+    refusals: list[Tensor] = field(default_factory=list)
+    """Of each step, where the optimizer says it itself."""
     top_log_p: list[Tensor] = field(default_factory=list)
     top_ids: list[Tensor] = field(default_factory=list)
 
@@ -160,6 +163,8 @@ class _Reader:
         """Which of the steps with these norms were not taken."""
         if not norms.numel() or self.longest is None:
             return torch.zeros_like(norms, dtype=torch.bool)
+        if self.refusals:
+            return torch.stack(self.refusals, dim=1)
         return refused(norms, lr=self.inner.lr, clip=self.inner.clip, longest=self.longest)
 
     def learn(self, tokens: Tensor, mask: Tensor) -> None:
@@ -194,9 +199,10 @@ class _Reader:
         found = None if reader is None else reader.read(self.state, tokens, mask, self.longest)
         if found is None:
             return False
-        self.state, nll, norms = found
+        self.state, nll, norms, refusals = found
         self.nll.append(nll)
         self.norms += norms.unbind(1)
+        self.refusals += [] if refusals is None else refusals.unbind(1)
         return True
 
     def skim(self, tokens: Tensor) -> None:
@@ -255,6 +261,7 @@ class _Reader:
             clip=self.inner.clip,
             order=0,
             longest=self.longest,
+            optimizer=optimizer_named(self.inner.optimizer),
         )
         self._learned(step, before)
 
@@ -273,6 +280,7 @@ class _Reader:
             clip=self.inner.clip,
             order=0,
             longest=self.longest,
+            optimizer=optimizer_named(self.inner.optimizer),
         )
         self.nll.append(step.nll)
         self._look(step.output)
@@ -282,6 +290,7 @@ class _Reader:
     def _learned(self, step: Step, before: tuple[Past, ...]) -> None:
         state, model = self.state, self.model
         self.norms.append(step.grad_norm)
+        self.refusals += [] if step.refused is None else [step.refused]
         self._move(
             fast=step.fast,
             upper_pasts=model.advance(before, step.own, model.num_lower_attentions),

@@ -1,4 +1,4 @@
-"""The loss of a mini-batch, one step of SGD on it, and the scan over mini-batches (paper Eq. 2 and 5).
+"""The loss of a mini-batch, one step on it, and the scan over mini-batches (paper Eq. 2 and 5).
 
 Training, evaluation and serving all take this one step; `order` says what may be differentiated afterwards:
 0 nothing (reading), 1 the losses but not the steps (first-order meta-gradient), 2 everything (exact).
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longread.inner_loop.optimizers import CLIPPED_SGD, InnerOptimizer
 from longread.model import FastWeights, Past, Transformer
 from longread.model.layers import SwiGLU
-from longread.ops.clipped_sgd import clipped_sgd
 
 
 class Carry(NamedTuple):
@@ -36,6 +36,8 @@ class Step(NamedTuple):
     """Norm of each sequence's gradient before clipping, [B]."""
     output: Tensor
     """Of `Transformer.upper`, [B, M, D]."""
+    refused: Tensor | None
+    """As in `Update`."""
 
 
 class Scan(NamedTuple):
@@ -122,8 +124,9 @@ def inner_step(
     clip: float | None,
     order: int,
     longest: Tensor | None = None,
+    optimizer: InnerOptimizer = CLIPPED_SGD,
 ) -> Step:
-    """Scores one mini-batch with the weights of `carry`, then takes one clipped SGD step on it.
+    """Scores one mini-batch with the weights of `carry`, then takes one step on it.
 
     With order 2 the step stays differentiable with respect to all that `inner_gradient` holds constant.
 
@@ -131,7 +134,7 @@ def inner_step(
         hidden: [B, M, D], from `Transformer.lower`.
         target_ids, loss_mask: [B, M]; the mask is True where the target counts.
         start: position of the first token.
-        lr, clip: rate, and largest norm per sequence (None: no clipping).
+        lr, clip: of the step; of SGD rate, and largest norm per sequence (None: no clipping).
         order: 0, 1 or 2, as explained at the top of this file.
         longest: guards the step at order 0 (see `longest_step`).
     """
@@ -143,8 +146,8 @@ def inner_step(
     found = inner_gradient(model, working, carry.pasts, hidden, target_ids, loss_mask, start=start, order=order)
     if order == 0:
         weights = [w.detach() for w in weights]
-    new, grad_norm = clipped_sgd(weights, found.gradients, lr=lr, clip=clip, longest=longest)
-    return Step(from_matrices(new), found.own, found.nll, found.loss, grad_norm, found.output)
+    new, norm, refused = optimizer.step(weights, found.gradients, lr=lr, clip=clip, longest=longest)
+    return Step(from_matrices(new), found.own, found.nll, found.loss, norm, found.output, refused)
 
 
 def scan(
@@ -159,6 +162,7 @@ def scan(
     clip: float | None,
     order: int,
     last_step: bool = True,
+    optimizer: InnerOptimizer = CLIPPED_SGD,
 ) -> Scan:
     """Reads T tokens, a multiple of M, mini-batch by mini-batch.
 
@@ -177,7 +181,9 @@ def scan(
                 nll.append(model.token_losses(output, inputs[1]))
                 loss.append(mini_batch_loss(nll[-1], inputs[2]))
             else:
-                step = inner_step(model, carry, *inputs, start=start + i * M, lr=lr, clip=clip, order=order)
+                step = inner_step(
+                    model, carry, *inputs, start=start + i * M, lr=lr, clip=clip, order=order, optimizer=optimizer
+                )
                 carry = Carry(step.fast, model.advance(carry.pasts, step.own, model.num_lower_attentions))
                 nll.append(step.nll)
                 loss.append(step.loss)

@@ -3,6 +3,8 @@
 from longread.model.device import find_device, free_bytes
 from longread.model.fingerprint import fingerprint_of
 from longread.model.mixers.attention import Attention, Past, Ring
+from longread.model.mixers.recurrent import RecurrentMixer
+from longread.model.mixers.registry import register_mixer
 from longread.model.transformer import FastWeights, MixerPast, Transformer, initialize
 
 __all__ = [
@@ -10,10 +12,12 @@ __all__ = [
     "FastWeights",
     "MixerPast",
     "Past",
+    "RecurrentMixer",
     "Ring",
     "Transformer",
     "find_device",
     "fingerprint_of",
     "free_bytes",
     "initialize",
+    "register_mixer",
 ]

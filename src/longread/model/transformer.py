@@ -18,10 +18,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from longread.config import ModelConfig
 from longread.model.layers import MLP, Linear, NoNorm, RMSNorm, SwiGLU
 from longread.model.mixers.attention import Attention, Past
-from longread.model.mixers.gated_deltanet import GatedDeltaNet
-from longread.model.mixers.mamba2 import Mamba2
 from longread.model.mixers.recurrent import RecurrentMixer
-from longread.model.mixers.ttt_kvb import KeyValueBinding
+from longread.model.mixers.registry import RECURRENT
 from longread.ops.attention import KEPT_OPERATIONS
 from longread.ops.cross_entropy import cross_entropy
 from longread.ops.linear import SharedWeight
@@ -34,11 +32,6 @@ MixerPast = Any
 """Of one mixer: attention's `Past`, or the state of a recurrent one, another NamedTuple of tensors [B, ...]."""
 
 EMBEDDING_STD = 0.02
-_RECURRENT: dict[str, type[Mamba2] | type[GatedDeltaNet] | type[KeyValueBinding]] = {
-    "mamba2": Mamba2,
-    "gated_deltanet": GatedDeltaNet,
-    "ttt_kvb": KeyValueBinding,
-}
 
 
 class Block(nn.Module):
@@ -64,7 +57,7 @@ class Block(nn.Module):
             if kind == "attention":
                 self.attention = Attention(config, config.window_of(index), *norms)
             else:
-                setattr(self, kind, _RECURRENT[kind](config, *norms))
+                setattr(self, kind, RECURRENT[kind](config, *norms))
         if index >= config.num_prefix_blocks:
             self.fast_mlp = mlp()
         self.static_mlp = mlp()

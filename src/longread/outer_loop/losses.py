@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longread.config import Loss, MetaGradient, Recompute
+from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.step import Carry, Scan, from_matrices, matrices, mini_batch_loss, scan
 from longread.model import FastWeights, Transformer
 from longread.outer_loop.memory import Schedule, choose_recompute
@@ -82,6 +83,7 @@ def end_to_end_loss(
     *,
     inner_lr: float | Tensor,
     inner_clip: float | None,
+    inner_optimizer: str = "sgd",
     meta_gradient: MetaGradient = "exact",
     truncate_after: int | None = None,
     recompute: Recompute = "auto",
@@ -93,6 +95,7 @@ def end_to_end_loss(
         loss_mask: bool [B, T], True where the target counts, in the inner loss as in the outer one.
         inner_lr: rate; a tensor [] where it changes under a CUDA graph.
         inner_clip: largest gradient norm of one sequence; None: no clipping.
+        inner_optimizer: rule of the steps, as `InnerConfig.optimizer` names it.
         meta_gradient: "exact", or "first-order", which holds each inner gradient constant.
         truncate_after: cut the chain of steps every so many steps; None: never.
         recompute: which activations are kept (see `longread.outer_loop`); all schedules give the same gradient.
@@ -121,6 +124,7 @@ def end_to_end_loss(
             clip=inner_clip,
             order=order,
             last_step=last < count,
+            optimizer=optimizer_named(inner_optimizer),
         )
 
     lower_pasts, upper_pasts = model.empty_pasts(B)

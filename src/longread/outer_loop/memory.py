@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from longread.config import Loss, ModelConfig, RunConfig
+from longread.config import REGISTERED_MIXERS, Loss, ModelConfig, RunConfig
 from longread.model import free_bytes
 
 Schedule = Literal["none", "blocks", "sqrt", "step"]
@@ -136,7 +136,7 @@ def block_bytes(config: ModelConfig, context_length: int, itemsize: int, *, kern
     banded = 0 if kernels or config.attention == "full" or config.window_size >= context_length else 13
     mixing = 0
     for kind in (kind for i in range(config.num_blocks) for kind in config.mixers_of(i)):
-        narrow, wide = MIXER_NUMBERS[kind]
+        narrow, wide = MIXER_NUMBERS[kind] if kind in MIXER_NUMBERS else REGISTERED_MIXERS[kind].kept_numbers
         mixing += (narrow + (banded if kind == "attention" else 0)) * itemsize + wide * max(4, itemsize)
     return config.width * mixing // config.num_blocks + 3 * config.mlp_hidden * itemsize
 

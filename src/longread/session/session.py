@@ -12,7 +12,6 @@ where many steps have led astray they are taken back (`longread.inner_loop.rescu
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,7 +383,7 @@ class Session:
         metadata = {
             "model_fingerprint": self._model_fingerprint(),
             "learn": self.learn,
-            "inner": dataclasses.asdict(self.inner),
+            "inner": self.inner.as_dict(),
             "storage": storage,
             **{name: f"{count:{_DIGITS}}" for name, count in counts.items()},
         }

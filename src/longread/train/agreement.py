@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ _FREE = (*ROUNDING, "max_bad_steps")
 
 def refuse_other_config(stored: Mapping[str, Any], config: RunConfig) -> None:
     """Raises `UserError` where `config` would compute other steps than the run did that `stored` belongs to."""
-    given = dataclasses.asdict(config)
+    given = config.as_dict()
     stored = {**stored, **{name: given[name] for name in _FREE}}
     # Rates depend on decay_steps, not on steps, so a longer run begins with the same steps as a shorter one.
     if stored.get("steps", math.inf) <= given["steps"]:

@@ -68,6 +68,7 @@ def _outer_loss(model: Transformer, config: RunConfig, batch: Batch, inner_lr: f
         *batch,
         inner_lr=inner_lr,
         inner_clip=config.inner.clip,
+        inner_optimizer=config.inner.optimizer,
         meta_gradient=config.meta_gradient,
         truncate_after=config.truncate_after,
         recompute=config.recompute,

@@ -440,7 +440,7 @@ class _Run:
             raise halt(self.config, self.step, problem, self.last_checkpoint)
         self.log.make_durable()
         state = {
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.as_dict(),
             "data": data_identity(self.data),
             "sampler_seed": self.config.seed,
             "precision": self.exact.precision,
