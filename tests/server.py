@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,25 +82,6 @@ def serving(directory: Path, **options: object) -> Iterator[TestClient]:
     """A client of an application in this process."""
     with TestClient(create_app(make_service(directory, **options)), base_url="http://localhost") as client:  # type: ignore[arg-type]
         yield client
-
-
-class Held:
-    """A function whose n-th call waits until it is let go; `entered` is set once it does."""
-
-    def __init__(self, function: Callable[..., Any], call: int = 1) -> None:
-        self._function, self._left = function, call
-        self.entered, self._let = threading.Event(), threading.Event()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._left -= 1
-        if self._left == 0:
-            self.entered.set()
-            if not self._let.wait(120):
-                raise TimeoutError("nobody let it go")
-        return self._function(*args, **kwargs)
-
-    def go(self) -> None:
-        self._let.set()
 
 
 class Listening:

@@ -150,19 +150,31 @@ def test_steps_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
         assert engine.stats()["rounds"] < len(ids) * 3 * M  # they did write together
 
 
-def test_nothing_of_a_broken_reader_stays_in_its_lane() -> None:
-    """Its numbers, which need not be finite, are not even multiplied by 0."""
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["key", "value", "all"])
+def test_nothing_of_a_broken_reader_stays_in_its_lane(number: float, where: str) -> None:
+    """Its numbers, which need not be finite, are not even multiplied by 0; not in the lane that the last moves to."""
     model = make()
     broken, fresh = after(model, 5 * M + 3, 0), after(model, 1, 1)
-    for past in (*broken.lower_pasts, *broken.upper_pasts):
-        past.value.fill_(torch.inf)
-    lanes = Places(model, 2, learn=True)
+    pasts = [x for past in (*broken.lower_pasts, *broken.upper_pasts) for x in (past.key, past.value)]
+    for x in {"key": pasts[::2], "value": pasts[1::2], "all": broken.tensors}[where]:
+        if x.is_floating_point():
+            x.fill_(number)
+    lanes = Places(model, 3, learn=True)
     lanes.put(0, broken, learn=True)
+    lanes.put(1, fresh, learn=True)
+    lanes.read(torch.tensor([3, 3]))
     lanes.leave(0)
-    lanes.put(0, fresh, learn=True)
-    lanes.read(torch.tensor([3]))
-    expected = read(model, fresh, torch.tensor([[3]]), inner=INNER).state
-    torch.testing.assert_close(lanes.logits(1), model.logits(expected.output))
+    lanes.move(1, 0)
+    lanes.put(1, fresh, learn=True)
+    lanes.put(2, broken, learn=True)
+    lanes.leave(2)
+    lanes.put(2, fresh, learn=False)
+    lanes.read(torch.tensor([4, 3, 3]))
+    once = read(model, fresh, torch.tensor([[3]]), inner=INNER).state
+    twice = read(model, once, torch.tensor([[4]]), inner=INNER).state
+    expected = torch.cat([model.logits(state.output) for state in (twice, once, once)])
+    torch.testing.assert_close(lanes.logits(3), expected)
 
 
 def test_room_does_not_depend_on_the_way() -> None:

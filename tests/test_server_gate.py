@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors.torch import save_file
 
 from longread.config import UserError
 from longread.engine import Limits
-from longread.server import Keys, ServerLimits, read_keys
+from longread.server import Keys, ServerLimits, keys, read_keys
 from longread.server.running import listen
-from tests.server import ALICE, BOB, TEXT, Held, bearer, post, serving, session
+from tests.held import Held
+from tests.server import ALICE, BOB, TEXT, bearer, post, serving, session
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +129,8 @@ def test_keys_come_from_a_private_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.touch(mode=0o600)
     file.write_text(f"# keys\n\nalice {ALICE}\nalice {BOB}\n")
-    keys = read_keys(file)
-    assert (keys.tenant(ALICE), keys.tenant(BOB), keys.tenant("else")) == ("alice", "alice", None)
+    found = read_keys(file)
+    assert (found.tenant(ALICE), found.tenant(BOB), found.tenant("else")) == ("alice", "alice", None)
     for text, words in (
         ("alice\n", "line 1"),
         ("alice short\n", "not usable"),
@@ -146,6 +148,17 @@ def test_keys_come_from_a_private_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         read_keys(tmp_path / "none")
     assert ALICE not in repr(vars(Keys([("alice", ALICE)])))
+
+
+def test_a_key_is_compared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose hash differs in a single byte, wherever that is, opens nothing."""
+    assert keys._hashed(ALICE) == hashlib.sha256(ALICE.encode()).digest()
+    known = bytes(range(32))
+    hashes = {ALICE: known} | {f"key {i}": known[:i] + b"\xff" + known[i + 1 :] for i in range(32)}
+    hashes |= {"first half": known[:16], "first byte": known[:1], "longer": known + b"\0", "none": b""}
+    monkeypatch.setattr(keys, "_hashed", hashes.__getitem__)
+    opened = [key for key in hashes if Keys([("alice", ALICE)]).tenant(key) is not None]
+    assert opened == [ALICE]
 
 
 def test_a_body_may_be_so_long(tmp_path: Path) -> None:
@@ -365,6 +378,10 @@ def test_a_full_disk_is_no_fault_of_the_client(tmp_path: Path, monkeypatch: pyte
                 assert answer.status_code == 503, answer.text
                 assert answer.headers["retry-after"] == "60"
                 assert str(tmp_path) not in answer.text
+            answer = client.patch(f"/v1/sessions/{one}", json={"label": "lost later", "learn": False})
+            assert answer.status_code == 503, answer.text
+            shown = client.get(f"/v1/sessions/{one}").json()
+            assert (shown["label"], shown["learn"]) == ("", True)
         assert client.get(f"/v1/sessions/{one}").json()["position"] == 1 + len(TEXT)
         assert post(client, f"/v1/sessions/{one}/append", text="more")["start"] == 1 + len(TEXT)
 

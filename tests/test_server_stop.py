@@ -17,7 +17,8 @@ from longread.config import UserError
 from longread.engine import Busy, turns
 from longread.server import ServerLimits, running
 from longread.server.work import Work
-from tests.server import BOS, TEXT, Held, Listening, direct, events, post, serving, session
+from tests.held import Held
+from tests.server import BOS, TEXT, Listening, direct, events, post, serving, session
 
 LONG = TEXT * 3
 EARLY = ("start", "position", "tokens", "bytes")

@@ -125,18 +125,37 @@ class Engine:
 
         def work() -> Any:
             reader = self._members.find(session_id)
-            if learn is not None and learn != reader.learn:
-                if reader.lane is not None and reader.job is not None:
-                    self._worker.lanes.leave(reader.job)
-                self._keeping.flush(reader)
-                reader.learn = learn
-            reader.label = reader.label if label is None else label
+            old_learn, old_label = reader.learn, reader.label
+            self._set(reader, learn, label)
             info = self._info(reader)
             if not reader.durable:
                 return info
-            return _then(self._keeping.describe(reader), lambda _: info)
+            described = self._keeping.describe(reader)
+
+            def undo() -> None:  # what nobody can keep has not happened; unless it has been changed again
+                was_learning = old_learn if reader.learn == learn else None
+                self._set(reader, was_learning, old_label if reader.label == label else None)
+
+            def kept() -> SessionInfo:
+                try:
+                    described.result()
+                except UserError:
+                    self._worker.call(undo)
+                    raise
+                return info
+
+            return kept
 
         return self._worker.call(work)
+
+    def _set(self, reader: Reader, learn: bool | None, label: str | None) -> None:
+        if learn is not None and learn != reader.learn:
+            if reader.lane is not None and reader.job is not None:
+                self._worker.lanes.leave(reader.job)
+            self._keeping.flush(reader)
+            reader.learn = learn
+        if label is not None:
+            reader.label = label
 
     def fork(self, session_id: str, label: str = "") -> SessionInfo:
         """Another session that has read the same. It takes no memory and no room on the disk of its own yet."""

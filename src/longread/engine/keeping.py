@@ -5,6 +5,7 @@ Journals and snapshots have a thread each, since a snapshot takes seconds and a 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ class Keeping:
         self.model, self.inner, self.store = model, inner, store
         self._lanes, self._mover, self._post = lanes, mover, post
         self._writer = ThreadPoolExecutor(1, "longread-journal")
+        self._owed: dict[str, list[Event]] = {}  # cuts that the disk did not take; changed in the journals' thread
         self.lose: Callable[[Reader, str], None] = lambda reader, reason: None
 
     def close(self) -> None:
@@ -72,7 +74,28 @@ class Keeping:
         """Makes events durable; `done` hears of an error, after which none of them has happened."""
         store = self.required
         reader.logged += sum(len(event.get("tokens", ())) for event in events)
-        return self._in_background(self._writer, lambda: store.log(reader.id, events), done)
+
+        def work() -> None:
+            store.log(reader.id, self._owed.get(reader.id, []) + events)
+            self._owed.pop(reader.id, None)
+
+        return self._in_background(self._writer, work, done)
+
+    def cut(self, reader: Reader, done: Callable[[UserError | None], None]) -> None:
+        """Makes durable that the rest of a text was not read; where the disk refuses, with the next event at last.
+
+        Else that event would not go on from where the journal ends, and would be lost with it after a crash.
+        """
+        store, event = self.required, {"cut": reader.position}
+
+        def work() -> None:
+            try:
+                store.log(reader.id, [event])
+            except BaseException:
+                self._owed[reader.id] = [event]
+                raise
+
+        self._in_background(self._writer, work, done)
 
     def describe(self, reader: Reader) -> Future[Any]:
         """Makes the facts about a reader durable."""
@@ -189,7 +212,7 @@ class Keeping:
     def reopen(self, reader: Reader) -> None:
         """Forgets what a reader has in memory: it is again what is durable of it."""
         saved, events = self.required.reopen(reader.id)
-        self.adopt(reader, saved, consistent(events, saved.position)[0])
+        self.adopt(reader, saved, consistent(events + self._owed.get(reader.id, []), saved.position)[0])
 
     def give_back(self, reader: Reader) -> None:
         """Does what can be done for a reader whose state in memory is gone."""
@@ -203,7 +226,7 @@ class Keeping:
         """Sets a reader to a snapshot on the disk, and lets it read again what has happened since."""
         reader.state, reader.tier, reader.lane = None, "disk", None
         reader.position, reader.steps, reader.rolled_back = saved.position, saved.steps, saved.rolled_back
-        reader.nbytes = saved.nbytes if saved.generation else begin(self.model).nbytes
+        reader.nbytes = saved.nbytes if saved.generation else self._empty_nbytes
         reader.drift, reader.unlogged, reader.logged = saved.drift, [], 0
         reader.losses = saved.losses.copy()
         reader.answers.clear()
@@ -290,7 +313,12 @@ class Keeping:
     def remove(self, reader: Reader) -> Future[Any]:
         """Deletes a reader's files, after all that is still being written to them."""
         store = self.required
-        return self._writer.submit(lambda: self._mover.submit(lambda: store.remove(reader.id)))
+
+        def after_the_journal() -> Future[Any]:
+            self._owed.pop(reader.id, None)
+            return self._mover.submit(lambda: store.remove(reader.id))
+
+        return self._writer.submit(after_the_journal)
 
     def check_room(self, largest: int = 0, limit: int | None = None) -> None:
         """Raises `Busy` where the files of one more session would be too much."""
@@ -346,6 +374,11 @@ class Keeping:
             )
 
         return make
+
+    @functools.cached_property
+    def _empty_nbytes(self) -> int:
+        """Of a session that has read nothing."""
+        return begin(self.model).nbytes
 
     @property
     def required(self) -> Store:

@@ -78,6 +78,8 @@ class _Files:
     journal: int
     """That events go into now."""
     nbytes: int = 0
+    named: int = -1
+    """The journal whose name in the folder is known to be durable."""
 
 
 @dataclass
@@ -164,11 +166,14 @@ class Store:
         """Makes events durable. After a `UserError` none of them has happened."""
         with self._lock:
             files = self._files[session_id]
-            path = self.folder(session_id) / f"journal-{files.journal}.jsonl"
-        new = not path.exists()
+            number = files.journal
+        path = self.folder(session_id) / f"journal-{number}.jsonl"
+        if files.named != number:  # before the events, which could not be taken back if this failed
+            with writing(path):
+                os.close(owner_only(path, os.O_WRONLY | os.O_CREAT))
+                make_durable(self.folder(session_id))
+            files.named = number
         files.nbytes += add_events(path, events)
-        if new:
-            make_durable(self.folder(session_id))
 
     def turn(self, session_id: str) -> int:
         """Begins the journal of the next snapshot; returns its number."""
@@ -220,8 +225,13 @@ class Store:
         """Deletes a session's files."""
         self._files.pop(session_id, None)
         folder = self.folder(session_id)
-        (folder / "session.json").unlink(missing_ok=True)  # first: what is left half-way is no session
-        remove_tree(folder)
+        with writing(folder):
+            (folder / "session.json").unlink(missing_ok=True)  # first: what is left half-way is no session
+            try:
+                if folder.exists():
+                    make_durable(folder)
+            finally:
+                remove_tree(folder)
 
     def recover(self) -> list[Recovered]:
         """All sessions that can go on; `lost` says what cannot.
@@ -376,6 +386,7 @@ def consistent(events: list[Event], position: int) -> tuple[list[Event], int]:
 def _copy(path: Path, copy: Path) -> None:
     with path.open("rb") as file, open(copy, "wb", opener=owner_only) as new:
         shutil.copyfileobj(file, new)
+    make_durable(copy)
 
 
 def _check_whole(path: Path) -> None:

@@ -233,7 +233,7 @@ class Worker(threading.Thread):
         if reader.state is None and reader.tier == "device":
             self._end(job, error)
         elif job.ready and reader.durable and not job.replay and job.reads:
-            self.files.log(reader, [{"cut": reader.position}], lambda failed: self._end(job, error))
+            self.files.cut(reader, lambda failed: self._end(job, error))
             job.closing, job.ready = True, False
         elif job.ready and reader.unlogged:
             self.close_writing(job, error)
@@ -245,7 +245,7 @@ class Worker(threading.Thread):
         job.closing, job.ready = True, False
         result = job.appended(cancelled)
         if cancelled and reader.durable and not job.replay:
-            self.files.log(reader, [{"cut": reader.position}], lambda error: self._end(job, error or result))
+            self.files.cut(reader, lambda error: self._end(job, error or result))
             return
         if job.digest is not None and not cancelled:
             kept = (
