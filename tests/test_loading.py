@@ -103,3 +103,17 @@ def test_without_a_tokenizer_a_text_is_refused(opened: OpenModel) -> None:
         session.read(TEXT)
     assert session.position == 0
     assert opened.session().read("").tolist() == []
+
+
+def test_what_is_printed_says_what_it_is(opened: OpenModel) -> None:
+    facts = "15,520 parameters, 2,304 of them learn every 32 tokens; products in float32, on cpu"
+    assert repr(opened) == f"<OpenModel tiny: {facts}>"
+    shown = str(opened.model)
+    assert facts in shown
+    assert "(embedding): Embedding(257, 16)" in shown
+    assert "2 heads, window 64" in shown
+    assert "(gate): Linear(16 → 24)" in shown
+    session = opened.session(learn=False)
+    session.read("text")
+    assert repr(session) == "<Session: 5 tokens read, 0 inner steps, frozen, on cpu>"
+    assert "parameters, none of them fast weights; products" in str(tiny.make(num_suffix_blocks=0))

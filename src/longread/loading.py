@@ -34,6 +34,9 @@ class OpenModel(NamedTuple):
     provenance: dict[str, Any]
     """What its config.json says of where it comes from."""
 
+    def __repr__(self) -> str:
+        return f"<OpenModel {self.name}: {self.model.extra_repr()}>"
+
     def session(self, *, learn: bool = True) -> Session:
         """A session that has read nothing yet, and reads texts as well as token ids."""
         return Session(self.model, self.inner, learn=learn, fingerprint=self.fingerprint, tokenizer=self.tokenizer)

@@ -25,6 +25,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype)) if self.shared is None else self.shared(x)
 
+    def extra_repr(self) -> str:
+        return "{1} → {0}".format(*self.weight.shape)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, with a gain; it can turn or add to a residual in the same pass."""
@@ -36,6 +39,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, turn: Tensor | None = None) -> Tensor:
         return rms_norm(x, self.weight, self.eps, residual=residual, turn=turn)
+
+    def extra_repr(self) -> str:
+        return str(len(self.weight))
 
 
 class NoNorm(nn.Module):

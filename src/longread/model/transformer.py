@@ -102,6 +102,14 @@ class Transformer(nn.Module):
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
         initialize(self)
 
+    def extra_repr(self) -> str:
+        config = self.config
+        learning = "none of them fast weights"
+        if config.num_suffix_blocks:
+            learning = f"{config.num_fast_weights:,} of them learn every {config.mini_batch_size:,} tokens"
+        where = f"products in {str(self.dtype).removeprefix('torch.')}, on {self.device}"
+        return f"{config.num_parameters:,} parameters, {learning}; {where}"
+
     @property
     def prefix(self) -> list[Block]:
         """The blocks without a fast MLP."""

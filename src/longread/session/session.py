@@ -93,6 +93,10 @@ class Session:
         self.inner_grad_norms = torch.empty(0)
         """Norms, before clipping, of the gradients of the steps that the newest call of `read` came to, [steps]."""
 
+    def __repr__(self) -> str:
+        reads = "learning" if self.learn else "frozen"
+        return f"<Session: {self.position:,} tokens read, {self.steps:,} inner steps, {reads}, on {self.model.device}>"
+
     @classmethod
     def resume(
         cls,

@@ -69,6 +69,9 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
         self.query_norm, self.key_norm = (RMSNorm(H, config.norm_eps) if config.qk_norm else NoNorm() for _ in range(2))
 
+    def extra_repr(self) -> str:
+        return f"{self.num_heads} heads, {'full' if self.window is None else f'window {self.window:,}'}"
+
     def forward(self, x: Tensor, past: Past | Ring, *, turn: Tensor, order: int) -> tuple[Tensor, Past]:
         """Adds the sub-layer to x.
 
