@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from longread.cli import main
 from longread.cli.documents import read_documents
 from longread.cli.texts import BLOCK, read_tokens
-from longread.data import TextFormat
+from longread.data import TextFormat, TokenDataset
 from longread.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 BYTES = ByteTokenizer()
@@ -58,9 +59,28 @@ def test_tokens_do_not_depend_on_the_file(encoding: str, packed: bool, tmp_path:
 
 @pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
 def test_a_long_text_is_one_document(name: str, tmp_path: Path) -> None:
-    text = "a grey gull over the pier " * 50_000
+    text = "a grey gull over the pier " * 41_000
     (tmp_path / name).write_text(text if name.endswith("txt") else f'{{"text": "{text}"}}')
     (document,) = read_documents([str(tmp_path / name)], {"model": BPE})[BPE.fingerprint]
     assert document.tokens.tolist() == [BPE.bos_id, *BPE.encode(text)]
     assert document.byte_lengths is not None
     assert document.byte_lengths.sum() == len(text)
+
+
+def test_a_data_set_with_its_own_tokenizer_can_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the tide goes out\r\n" * 50)
+    arguments = ["prepare", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--train-tokenizer", "270"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--overwrite", "--keep-line-ends"]) == 0
+    assert TokenDataset.open(tmp_path / "out").index["text"]["line_ends"] == "kept"
+
+
+def test_bytes_become_text_as_the_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_bytes("Möwe über\r\nMeer".encode("latin-1"))
+    arguments = ["prepare", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "a.txt is not valid UTF-8 from byte 1 on; name its encoding" in capsys.readouterr().err
+    assert main([*arguments, "--encoding", "no"]) == 2
+    assert "there is no encoding 'no'" in capsys.readouterr().err
+    assert main([*arguments, "--encoding", "latin-1"]) == 0
+    assert BYTES.decode(TokenDataset.open(tmp_path / "out").document(0)) == "Möwe über\nMeer"

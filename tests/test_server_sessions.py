@@ -56,6 +56,33 @@ def test_a_file_is_a_text(client: TestClient) -> None:
     assert client.get(f"/v1/sessions/{one}").json()["position"] == 1 + len(TEXT)
 
 
+def test_a_file_may_have_another_encoding_and_any_line_ends(client: TestClient) -> None:
+    one, many = session(client), "Möwe\r\nüber\rMeer"
+    expected = len("Möwe\nüber\nMeer".encode())
+    for kind, data in (
+        ("text/plain", many.encode()),
+        ("text/plain", many.encode("utf-16")),
+        ("Text/Plain; Charset=Latin-1", many.encode("latin-1")),
+        ("text/html", b"<!doctype html>" + many.encode()),
+    ):
+        before = client.get(f"/v1/sessions/{one}").json()["position"]
+        answer = client.post(f"/v1/sessions/{one}/append/file", content=data, headers={"Content-Type": kind})
+        assert answer.status_code == 200, answer.text
+        extra = 15 * (kind == "text/html") + (before == 0)
+        assert answer.json()["position"] == before + expected + extra
+    before = client.get(f"/v1/sessions/{one}").json()["position"]
+    for kind, data, words in (
+        ("text/plain", b"<!doctype html>", "the file is an HTML page"),
+        ("text/plain", b"%PDF-1.4", "the file is a PDF file"),
+        ("text/plain; charset=nonsense", b"abc", "there is no encoding 'nonsense'"),
+    ):
+        refused = client.post(f"/v1/sessions/{one}/append/file", content=data, headers={"Content-Type": kind})
+        assert refused.status_code == 400
+        assert words in refused.json()["error"]["message"]
+    assert client.get(f"/v1/sessions/{one}").json()["position"] == before
+    assert post(client, f"/v1/sessions/{one}/append", text=many)["position"] == before + expected
+
+
 def test_a_frozen_twin_reads_along(client: TestClient) -> None:
     one = session(client, compare=True)
     first = post(client, f"/v1/sessions/{one}/append", text=TEXT[:50])

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from longread.config import UserError
 from longread.tokenizer import BOS, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer, train_bpe
+from longread.tokenizer.bpe import LONGEST_WORD, _without_long_words
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. " * 20,
@@ -117,6 +118,28 @@ def test_training_is_deterministic_and_keeps_every_byte(texts: list[str], size: 
 def test_training_learns_merges() -> None:
     assert BPE.vocab_size == 320
     assert len(BPE.encode(CORPUS[0])) < len(CORPUS[0]) / 2
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "7", "-", " ", "\n", "x1", "ab"])
+def test_words_of_any_length_are_learned_from_in_parts(letter: str) -> None:
+    """A word that is too long is cut, and nothing else is: the merges are those of its parts among other words."""
+    text = "some words " + letter * 2000 + " and others"
+    words = [text[a:b] for _, (a, b) in tokenizers.pre_tokenizers.ByteLevel(False).pre_tokenize_str(text)]
+    parts = [word[i : i + LONGEST_WORD] for word in words for i in range(0, len(word), LONGEST_WORD)]
+    assert [*_without_long_words(text, tokenizers.pre_tokenizers.ByteLevel(False))] != [text] or max(
+        map(len, words)
+    ) <= LONGEST_WORD
+    learned = train_bpe([text], 300)
+    assert learned.fingerprint == train_bpe(parts, 300).fingerprint
+    assert learned.decode(learned.encode(text)) == text
+
+
+def test_ordinary_text_is_not_cut() -> None:
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(False)
+    for text in (CORPUS[1], "a" * LONGEST_WORD, "https://example.org/" + "path/to/" * 100, " " * 256 + "x"):
+        pieces = list(_without_long_words(text, byte_level))
+        assert "".join(pieces) == text
+        assert len(pieces) == 1
 
 
 @pytest.mark.parametrize("size", [257, 0, -1])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from random import Random
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from longread.config import UserError
 from longread.tokenizer import StreamEncoder, Tokenizer
+from longread.tokenizer.cutting import Cut
 from tests.tokenizer_kinds import KINDS, hard_text, tokenizer_of
 
 
@@ -42,3 +46,83 @@ def test_pieces_give_the_tokens_of_the_whole(kind: str, seed: int) -> None:
     assert ids == tokenizer.encode(text)
     assert sum(lengths) == len(text.encode()) or not ids
     assert streamed(tokenizer, cut(text, draw)) == (ids, lengths)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nothing can be cut"])
+def test_ordinary_text_waits_for_little_of_what_follows(kind: str) -> None:
+    """What waits and what is encoded again are short, however long the text and however small its pieces."""
+    tokenizer, encoder = tokenizer_of(kind), StreamEncoder(tokenizer_of(kind))
+    text = "The tide comes in, and the gulls don't mind 12 of 1999. She said: no!\n" * 200
+    encoded, encode = 0, tokenizer.encode_with_bytes
+
+    def counting(part: str) -> tuple[list[int], list[int]]:
+        nonlocal encoded
+        encoded += len(part)
+        return encode(part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "encode_with_bytes", counting)
+        covered = sum(sum(encoder.push(text[i : i + 500])[1]) for i in range(0, len(text), 500))
+    assert covered > len(text) - 700
+    assert encoded < 2.5 * len(text)
+
+
+def test_a_tokenizer_without_places_to_cut_waits_for_all() -> None:
+    tokenizer = tokenizer_of("nothing can be cut")
+    encoder = StreamEncoder(tokenizer)
+    assert [encoder.push("ab" * 1000) for _ in range(9)] == [([], [])] * 9
+    assert encoder.close() == tokenizer.encode_with_bytes("ab" * 9000)
+
+
+@pytest.mark.parametrize("kind", ["own bpe", "llama 2", "digits from the right"])
+@pytest.mark.parametrize("run", ["a", " ", "1", "\n", "\u0301"])
+def test_a_long_run_is_looked_at_a_few_times_only(kind: str, run: str) -> None:
+    """Wherever it cannot be cut, the next look waits until it has doubled."""
+    tokenizer, text = tokenizer_of(kind), "so " + run * 20_000 + " it goes"
+    looks, last_cut = [], tokenizer.last_cut
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "last_cut", lambda t, known: looks.append(len(t)) or last_cut(t, known))
+        got = streamed(tokenizer, [text[i : i + 50] for i in range(0, len(text), 50)])
+    assert got == tokenizer.encode_with_bytes(text)
+    assert sum(looks) < 3 * len(text)
+
+
+class FarSighted(Tokenizer):
+    """Its tokens are letters, and capitals after an x anywhere before; its cuts know nothing of that."""
+
+    vocab_size, bos_id, fingerprint = 256, None, "far"
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) - 32 * ("x" in text[:i]) for i, c in enumerate(text)]
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
+        return self.encode(text), [1] * len(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(map(chr, ids)).lower()
+
+    def save(self, directory: Path) -> None: ...
+
+    def last_cut(self, text: str, known: int) -> Cut | None:
+        place = len(text) - 10
+        return Cut(place, place - 5, self.encode(text)[place - 5 : place], 5)
+
+
+def test_tokens_that_turn_out_other_than_they_were_are_never_given() -> None:
+    encoder = StreamEncoder(FarSighted())
+    with pytest.raises(UserError, match="this tokenizer's tokens depend on text far away"):
+        encoder.push(("x" + "a" * 70_000) * 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_is_cut_for_a_batch_has_the_tokens_of_the_whole(kind: str) -> None:
+    draw, tokenizer = Random(7), tokenizer_of(kind)
+    text = hard_text(draw, 5000)
+    stretches = list(tokenizer.cut(cut(text, draw), 400))
+    assert "".join(stretch.text for stretch in stretches) == text
+    assert [i for ids in tokenizer.encode_cut(stretches) for i in ids] == tokenizer.encode(text)
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(UserError, match="half a surrogate pair"):
+        StreamEncoder(tokenizer_of("own bpe")).push("a\ud83e")

@@ -99,7 +99,7 @@ def tokenizer_of(loaded: LoadedModel, path: Path) -> Tokenizer:
         raise UserError(f"{path} has no tokenizer.json beside it; copy there the one it was trained with")
     tokenizer = load_tokenizer(loaded.tokenizer_path)
     trained_on = loaded.metadata.get("tokenizer_fingerprint")
-    if trained_on not in (None, tokenizer.fingerprint):
+    if trained_on is not None and not tokenizer.has_fingerprint(trained_on):
         raise UserError(
             f"{loaded.tokenizer_path} is not the tokenizer of {path}; copy there the one it was trained with"
         )

@@ -75,7 +75,8 @@ def _of_dataset(path: str, name: str, tokenizer: Tokenizer, several: bool) -> li
             f"{path} holds tokens and does not say of which tokenizer, and the models have different ones; "
             "give the texts themselves"
         )
-    if dataset.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+    made_with = dataset.tokenizer_fingerprint
+    if made_with is not None and not tokenizer.has_fingerprint(made_with):
         raise UserError(f"{path} was prepared with another tokenizer than {name}; give the texts themselves")
     documents = []
     for i in range(dataset.num_documents):

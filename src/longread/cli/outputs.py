@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from longread.evaluate import Evaluation, Figures
 
-_OF_A_DATA_SET = re.compile(r"validation|(validation/)?(index\.json|tokenizer\.json|tokens-\d+\.bin)")
+_OF_A_DATA_SET = re.compile(r"validation|(validation/)?(index\.json|tokenizer(_config)?\.json|tokens-\d+\.bin)")
 
 
 _STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")

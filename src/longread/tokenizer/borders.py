@@ -13,6 +13,7 @@ window and further ahead than the margin for one certain character, such as "all
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -89,24 +90,33 @@ class Borders:
         staying = [i for i in borders if i <= agreed][:-BORDERS_BEHIND]
         for i in [i for i in possible if i in staying][: -1 - _TRIES : -1]:
             if self._ids(window[: reached[i - 1]]) == ids[:i]:
+                if begin == 0 and reached[i - 1] > WINDOW:
+                    return self._from_nearer(window, encoding, reached, [j for j in borders if j < i], i)
                 return Cut(begin + reached[i - 1], begin, ids[:i], i - settled)
         return None
+
+    def _from_nearer(
+        self, text: str, encoding: tokenizers.Encoding, reached: list[int], borders: list[int], i: int
+    ) -> Cut:
+        """The cut before token `i`, with a context that is shorter than all that is known of the text."""
+        near = [j for j in borders if reached[i - 1] - WINDOW < reached[j - 1] <= reached[i - 1] - SETTLING]
+        for j in near[:1]:
+            again = self._tokenizer.encode(text[reached[j - 1] :], add_special_tokens=False)
+            behind = len(encoding.ids) - i
+            same = _common(_from_the_end(encoding), _from_the_end(again))
+            if same > behind:
+                return Cut(reached[i - 1], reached[j - 1], list(again.ids[: len(again.ids) - behind]), same - behind)
+        return Cut(reached[i - 1], 0, list(encoding.ids[:i]), i)
 
     def _same_from_elsewhere(self, begin: int, text: str, encoding: tokenizers.Encoding, settled: int) -> bool:
         """Whether the text ends in these tokens and words too if it is encoded from before `begin` on.
 
         One character before shows every rule that counts characters (digits in threes).
         """
-
-        def end(of: tokenizers.Encoding) -> list[tuple[int, int]]:
-            """Ids, and the words that they belong to, counted from the last."""
-            words = [word or 0 for word in of.word_ids[-count:]]
-            return [(token, word - words[-1]) for token, word in zip(of.ids[-count:], words, strict=True)]
-
-        count = len(encoding.ids) - settled
+        known, count = _from_the_end(encoding), len(encoding.ids) - settled
         starts = {begin - shift for shift in (1, 2, WINDOW) if shift <= begin}
         there = (self._tokenizer.encode(text[start:], add_special_tokens=False) for start in starts)
-        return all(end(other) == end(encoding) for other in there)
+        return all(_common(known, _from_the_end(other)) >= count for other in there)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
@@ -153,6 +163,12 @@ class Borders:
         return {left[-1] + right[0] for left, right in pairs}
 
 
-def _common(left: list[int], right: list[int]) -> int:
-    """So many first ids are the same."""
+def _from_the_end(encoding: tokenizers.Encoding) -> list[tuple[int, int]]:
+    """The ids, the last first, each with the number of its word, counted from the last too."""
+    words = [word or 0 for word in encoding.word_ids]
+    return [(token, words[-1] - word) for token, word in zip(encoding.ids[::-1], words[::-1], strict=True)]
+
+
+def _common(left: Sequence[object], right: Sequence[object]) -> int:
+    """So many first items are the same."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

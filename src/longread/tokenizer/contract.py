@@ -22,6 +22,10 @@ class Tokenizer(ABC):
         """The ids before those of a text, where a document starts: BOS, or none."""
         return [] if self.bos_id is None else [self.bos_id]
 
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        """Whether a file that carries `fingerprint` was made with this tokenizer; earlier versions wrote others."""
+        return fingerprint == self.fingerprint
+
     @abstractmethod
     def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
         """Ids, and the UTF-8 bytes of `text` that each of them covers; these sum to `len(text.encode())`."""

@@ -19,10 +19,40 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token for one byte, of a character that has no token of its own (byte fallback)."""
 
 
+_OPTIONS = {
+    "unk_token": (None,),
+    "unk_id": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "fuse_unk": (None, False),
+    "byte_fallback": (None, False),
+    "ignore_merges": (None, False),
+    "max_input_chars_per_word": (None,),
+}
+"""What decides the ids beside vocabulary and merges, with the values that change nothing."""
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
 def fingerprint(definition: dict[str, Any], bos_id: int | None) -> str:
     """Over what decides the ids: not over decoding, padding, or how a version of the library writes its file."""
     model = definition["model"]
-    canonical = {
+    options = {name: model[name] for name, plain in _OPTIONS.items() if model.get(name) not in plain}
+    # A special token is never looked for in a text, so how it would be found decides nothing.
+    found = [
+        [token["id"], *(token[flag] for flag in _FLAGS)] for token in definition["added_tokens"] if not token["special"]
+    ]
+    details = {name: value for name, value in (("options", options), ("found", found)) if value}
+    return _digest(_canonical(definition, bos_id) | details)
+
+
+def former_fingerprint(definition: dict[str, Any], bos_id: int | None) -> str:
+    """As files of earlier versions carry it: without the model's options and the flags of added tokens."""
+    return _digest(_canonical(definition, bos_id))
+
+
+def _canonical(definition: dict[str, Any], bos_id: int | None) -> dict[str, Any]:
+    model = definition["model"]
+    return {
         "type": model.get("type"),
         "vocabulary": model.get("vocab"),
         "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())],
@@ -31,6 +61,9 @@ def fingerprint(definition: dict[str, Any], bos_id: int | None) -> str:
         "pre_tokenizer": definition.get("pre_tokenizer"),
         "bos_id": bos_id,
     }
+
+
+def _digest(canonical: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,31 +13,53 @@ from longread.config import UserError
 from longread.tokenizer.borders import Borders
 from longread.tokenizer.contract import Tokenizer, utf8
 from longread.tokenizer.cutting import Cut
-from longread.tokenizer.definition import BYTE, CONFIG_NAME, FILE_NAME, fingerprint, parts, write_json
+from longread.tokenizer.definition import (
+    BYTE,
+    CONFIG_NAME,
+    FILE_NAME,
+    fingerprint,
+    former_fingerprint,
+    parts,
+    write_json,
+)
 from longread.tokenizer.lengths import byte_lengths, byte_level_tokens
 
 BOS = "<|bos|>"
 _COMMON_BOS = (BOS, "<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
+_CLASS = "[CLS]"  # of BERT; it begins a text, but no text goes on from it
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer`; `bos` names its BOS token, None looks for one with a common name."""
+    """A `tokenizers.Tokenizer`, without whatever makes its encoding random, pads it or cuts it off.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, bos: str | None = None) -> None:
+    Args:
+        bos: the BOS token. None takes the one that the tokenizer's own template begins with; without a template, one
+            with a common name.
+        has_bos: False for texts that begin with none.
+
+    Raises:
+        UserError: it has no tokens, or no such BOS.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, bos: str | None = None, *, has_bos: bool = True) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True
+        for name in ("dropout", "alpha", "nbest_size"):  # of BPE; of Unigram, in newer versions of the library
+            if getattr(tokenizer.model, name, None) is not None:
+                setattr(tokenizer.model, name, None)
         self._tokenizer = tokenizer
         vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise UserError("the tokenizer has no tokens; give one that was trained")
         if bos is not None and bos not in vocabulary:
             raise UserError(f"the BOS token {bos!r} is not in the tokenizer's vocabulary of {len(vocabulary)}")
-        self._bos = bos or next((name for name in _COMMON_BOS if name in vocabulary), None)
+        definition = json.loads(tokenizer.to_str())
+        self._bos = (bos or _usual_bos(definition, vocabulary)) if has_bos else None
         self.bos_id = None if self._bos is None else vocabulary[self._bos]
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
-        definition = json.loads(tokenizer.to_str())
         self.fingerprint = fingerprint(definition, self.bos_id)
+        self._former_fingerprint = former_fingerprint(definition, self.bos_id)
         self._post_processor = definition.get("post_processor")
         tokenizer.post_processor = None  # it adds special tokens, which nobody wants here, and moves offsets
         self._special = {added["id"] for added in definition.get("added_tokens", ()) if added["special"]}
@@ -48,6 +70,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._joined = {i for t, i in vocabulary.items() if BYTE.fullmatch(t)} if "ByteFallback" in decoder else set()
         self._probes = [vocabulary[t] for t in ("▁a", "a", "▁", " ", "Ġ", ".", ",", "##s") if t in vocabulary]
         self._borders = Borders(tokenizer, definition)
+
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        return fingerprint in (self.fingerprint, self._former_fingerprint)
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
@@ -78,8 +103,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         definition = json.loads(self._tokenizer.to_str()) | {"post_processor": self._post_processor}
         write_json(directory / FILE_NAME, definition)
-        if self._bos is not None:
-            write_json(directory / CONFIG_NAME, {"bos_token": self._bos})
+        write_json(directory / CONFIG_NAME, {"bos_token": self._bos})
 
     def last_cut(self, text: str, known: int) -> Cut | None:
         utf8(text)
@@ -96,6 +120,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def joins_bytes(self, token: int) -> bool:
         return token in self._joined
+
+
+def _usual_bos(definition: dict[str, Any], vocabulary: dict[str, int]) -> str | None:
+    """What the template puts before a text; without a template, the first common name there is."""
+    for template in parts(definition.get("post_processor")):
+        if template["type"] == "TemplateProcessing":
+            begin: dict[str, dict[str, str]] = next(iter(template["single"]), {})
+            first = begin.get("SpecialToken", {}).get("id")
+            return first if first in vocabulary and first != _CLASS else None
+    return next((name for name in _COMMON_BOS if name in vocabulary), None)
 
 
 def _changes_nothing(definition: dict[str, Any]) -> bool:
