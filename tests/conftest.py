@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import os
@@ -21,6 +22,12 @@ def pytest_configure() -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # decides what Triton is when it is first imported, by whomever
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
