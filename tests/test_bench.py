@@ -328,7 +328,7 @@ def test_a_first_step_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) 
         (["--methods", "naive"], "there is no method 'naive'"),
         (
             ["train", "--sizes", "toy", "--contexts", "100"],
-            "context_length 100 is not a multiple of mini_batch_size",
+            "context_length 100 is not a multiple of model.mini_batch_size",
         ),
         (["train", "--sizes", "3b", "--methods", "full", "--contexts", "4096"], "full attention has a rotary base"),
         (

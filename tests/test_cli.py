@@ -38,8 +38,8 @@ SENTENCES = "".join(f"Sentence {i} of the text says {i * i % 101}, and not {i % 
 COMMAND_LINE = {
     "prepare": "SOURCE --out --tokenizer --train-tokenizer --documents --validation-fraction --field --exclude "
     "--vocab-size --bos-id --encoding --errors --keep-line-ends --overwrite --json --quiet",
-    "train": "RECIPE --data --out --method --context-length --validation --init --resume --seed --set --tracker "
-    "--device",
+    "train": "RECIPE --data --out --method --context-length --steps --lr --batch-size --validation --init --resume "
+    "--seed --set --tracker --device --json --quiet",
     "read": "FILE --model --device --session --save --no-control --json --quiet --report",
     "generate": "--model --device --session --prompt --max-tokens --temperature --top-p --top-k --repetition-penalty "
     "--seed --stop --frozen --save --draft --draft-session --draft-tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,9 @@ from unittest import mock
 import pytest
 import torch
 
+from longread import files
 from longread.cli import main
+from longread.config import RunConfig
 from tests.test_cli import MICROSCOPIC, SENTENCES, fails
 
 
@@ -43,15 +46,29 @@ def test_an_interrupted_training_goes_on(home: Path, tmp_path: Path, capsys: pyt
     [
         (["toy2"], "no recipe 'toy2'; choose one of toy, small, small-extend, 125m"),
         (["toy", "--method", "rnn"], "no method 'rnn'"),
-        (["toy", "--context-length", "100"], "100 is not a multiple of mini_batch_size 32; use 96 or 128"),
-        (["toy", "--set", "inner.lr=nan"], "lr is nan; it must be a finite number"),
-        (["toy", "--set", "inner.clip=-1"], "clip is -1; it must be positive"),
-        (["toy", "--set", "optimizer.lr=-0.1"], "lr is -0.1; it must be positive"),
+        (
+            ["toy", "--context-length", "100"],
+            "context_length 100 is not a multiple of model.mini_batch_size 32; use 96 or 128",
+        ),
+        (["toy", "--set", "inner.lr=nan"], "error: inner.lr is nan; it must be a finite number"),
+        (["toy", "--set", "inner.clip=-1"], "error: inner.clip is -1; it must be positive"),
+        (["toy", "--set", "optimizer.lr=-0.1"], "error: optimizer.lr is -0.1; it must be positive"),
         (
             ["toy", "--set", "model.depth=3"],
             "--set model.depth: there is no such field; there are name, model.vocab_size",
         ),
         (["toy", "--set", "model=3"], "no such field"),
+        (["toy", "--lr", "0"], "error: optimizer.lr is 0.0; it must be positive"),
+        (["toy", "--lr", "nan"], "error: optimizer.lr is nan; it must be a finite number"),
+        (["toy", "--set", "model.window_size=0"], "error: model.window_size is 0; it must be at least 1"),
+        (["toy", "--set", "model.binding.clip=0"], "error: model.binding.clip is 0; it must be positive"),
+        (["toy", "--set", "optimizer.beta2=1"], "error: optimizer.beta2 is 1; it must lie in [0, 1)"),
+        (["toy", "--set", "model.num_heads=3"], "error: model.width 128 does not divide into model.num_heads, 3;"),
+        (
+            ["toy", "--steps", "40", "--set", "optimizer.warmup_steps=41"],
+            "error: optimizer.warmup_steps is 41; it cannot exceed optimizer.decay_steps, 40",
+        ),
+        (["toy", "--set", "max_bad_steps=0"], "error: max_bad_steps is 0; it must be at least 1"),
         (["toy", "--set", "steps"], "has no value"),
         (["toy", "--set", "steps=many"], "steps is 'many'; it must be a whole number"),
         (["toy", "--set", "model.vocab_size=100"], "vocab_size 100, but the data has 257"),
@@ -97,6 +114,93 @@ def test_a_rate_that_decays_over_other_steps(home: Path, tmp_path: Path, capsys:
     )
     assert main([*arguments, "--resume"]) == 0
     assert "decays" not in capsys.readouterr().err
+
+
+def config_of(run: Path) -> RunConfig:
+    return RunConfig.from_dict(files.read_json(run / "run.json", kind="run")["config"])
+
+
+TINY = [*MICROSCOPIC[:12], *MICROSCOPIC[18:]]
+"""MICROSCOPIC with the steps and the schedules of the recipe."""
+
+
+def test_the_dials_of_a_run(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "toy", "--data", str(home / "data"), *TINY[:12], *TINY[14:], "--out"]
+    dials = ["--steps", "10", "--lr", "1e-3", "--batch-size", "3", "--seed", "7"]
+    assert main([*arguments, str(tmp_path / "run"), *dials]) == 0
+    config = config_of(tmp_path / "run")
+    assert (config.steps, config.optimizer.decay_steps) == (10, 10)
+    assert (config.optimizer.warmup_steps, config.inner.warmup_steps) == (1, 1)
+    assert (config.optimizer.lr, config.batch_size, config.seed) == (1e-3, 3, 7)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_shorter_run_scales_its_schedules_but_for_those_that_are_set(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "toy", "--data", str(home / "data"), *TINY, "--out"]
+    own = ["--set", "optimizer.warmup_steps=3", "--set", "inner.warmup_steps=6"]
+    for name, settings in (("a", ["--set", "steps=10"]), ("b", [*own, "--set", "steps=10"]), ("c", ["--steps", "10"])):
+        assert main([*arguments, str(tmp_path / name), *settings]) == 0
+    a, b, c = (config_of(tmp_path / name) for name in "abc")
+    assert a == c
+    assert (a.optimizer.warmup_steps, a.inner.warmup_steps, a.optimizer.decay_steps) == (1, 1, 10)
+    assert (b.optimizer.warmup_steps, b.inner.warmup_steps, b.optimizer.decay_steps) == (3, 6, 10)
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert said == ["longread: warning: 6 of 10 steps warm up; lower inner.warmup_steps, or train longer"]
+
+
+def test_a_run_goes_on_with_the_schedules_that_it_began_with(home: Path, tmp_path: Path) -> None:
+    """Whatever its recipe has become since: more steps than there were, or another beginning of the warm-up."""
+    arguments = ["train", "toy", "--data", str(home / "data"), *TINY, "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--steps", "10", "--set", "optimizer.initial_lr=0"]) == 0
+    assert main([*arguments, "--resume", "--steps", "12"]) == 0
+    assert main([*arguments, "--resume"]) == 0
+    config = config_of(tmp_path / "run")
+    assert (config.steps, config.optimizer.decay_steps, config.optimizer.warmup_steps) == (12, 10, 1)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rates) == 12
+    assert rates[:2] == [0.0, 3e-3]
+
+
+def test_the_last_row_as_json(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "toy", "--data", str(home / "data"), *MICROSCOPIC, "--out", str(tmp_path / "run")]
+    capsys.readouterr()
+    assert main([*arguments, "--json", "-"]) == 0
+    said = capsys.readouterr()
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert json.loads(said.out) == {"format": "longread-training/1", **row}
+    assert "3 steps" in said.err
+    assert main([*arguments, "--resume", "--json", str(tmp_path / "row.json"), "--quiet"]) == 0
+    assert json.loads((tmp_path / "row.json").read_text())["step"] == 3
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "")
+    assert "which is no file of figures" in fails(capsys, *arguments, "--json", home / "text.txt")
+
+
+def test_a_diverging_training_has_a_status_of_its_own(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*TINY, "--steps", "60", "--lr", "30", "--set", "optimizer.weight_decay=0", "--set", "max_bad_steps=3"]
+    arguments = ["train", "toy", "--data", home / "data", "--out", tmp_path / "run", *settings]
+    assert "it diverges since step" in fails(capsys, *arguments, status=3)
+
+
+def test_short_notes_are_padded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """64 notes of 15 bytes have fewer tokens than one context."""
+    (tmp_path / "notes").mkdir()
+    for i in range(64):
+        (tmp_path / "notes" / f"{i}.txt").write_text(f"note {i:02} says so")
+    data = tmp_path / "data"
+    arguments = ["train", "toy", "--data", data, "--out", tmp_path / "run", *MICROSCOPIC, "--context-length", 2048]
+    assert main(["prepare", str(tmp_path / "notes"), "--out", str(data), "--validation-fraction", "0.1"]) == 0
+    assert main([str(a) for a in arguments]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in rows] == [30, 60, 90]
+    joined = ["prepare", tmp_path / "notes", "--out", tmp_path / "joined", "--documents", "join"]
+    assert main([str(a) for a in joined]) == 0
+    arguments[3], arguments[5] = tmp_path / "joined", tmp_path / "other"
+    assert "shorten the context, or prepare with documents reset, whose windows are padded" in fails(capsys, *arguments)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -175,11 +175,18 @@ def test_documents_of_one_token_have_no_window() -> None:
 # --- bad input ---
 
 
-@pytest.mark.parametrize("documents", ["reset", "join"])
-def test_too_few_tokens(documents: Documents) -> None:
-    assert Sampler(dataset((10,), documents), 9, 1, 0).num_windows == 1
+def test_too_few_tokens_for_a_window_that_is_not_padded() -> None:
+    assert Sampler(dataset((10,), "join"), 9, 1, 0).num_windows == 1
     with pytest.raises(UserError, match="has 10 tokens; a window of context_length 10 needs 11: prepare more text"):
-        Sampler(dataset((10,), documents), 10, 1, 0)
+        Sampler(dataset((10,), "join"), 10, 1, 0)
+
+
+def test_fewer_tokens_than_a_context_are_padded_windows() -> None:
+    sampler = Sampler(dataset((3, 1, 4), "reset"), 16, 2, 0)
+    assert sampler.num_windows == 2
+    tokens, _, mask = sampler.batch(0)
+    assert sorted(mask.sum(1).tolist()) == [2, 3]
+    assert (tokens[~mask] == (sampler.dataset.bos_id or 0)).sum() >= 2 * 16 - 5 - 2
 
 
 def test_only_documents_of_one_token() -> None:

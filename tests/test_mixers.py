@@ -279,8 +279,8 @@ def test_methods_are_what_they_are_called() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"mixer": "ttt_kvb", "num_suffix_blocks": 1}, "no fast MLPs; set num_suffix_blocks to 0 instead of 1"),
-        ({"mixer": "mamba2", "attention": "hybrid"}, "goes with attention window, not with hybrid"),
+        ({"mixer": "ttt_kvb", "num_suffix_blocks": 1}, "no fast MLPs; set model.num_suffix_blocks to 0 instead of 1"),
+        ({"mixer": "mamba2", "attention": "hybrid"}, "goes with model.attention window, not with hybrid"),
         ({"mixer": "gated_deltanet", "width": 18, "num_heads": 1}, "width 18 is not a multiple of 4"),
         ({"mixer": "mamba"}, "one of attention, mamba2, gated_deltanet, ttt_kvb"),
     ],
@@ -365,7 +365,9 @@ def test_a_run_that_was_interrupted_ends_the_same(changes: dict, data: TokenData
 
 def test_a_model_with_another_mixer_is_no_beginning(data: TokenDataset, tmp_path: Path) -> None:
     train(run_of(1, mixer="mamba2"), data, tmp_path / "first")
-    with pytest.raises(UserError, match="first has mixer mamba2 and this run has gated_deltanet; begin with a model"):
+    with pytest.raises(
+        UserError, match=r"first has model\.mixer mamba2 and this run has gated_deltanet; begin with a model"
+    ):
         train(run_of(1, mixer="gated_deltanet"), data, tmp_path / "second", initial=tmp_path / "first")
     assert not (tmp_path / "second").exists()
 

@@ -46,6 +46,37 @@ def test_methods_have_equal_parameters(size: str) -> None:
     assert 0.6 < without_embedding / NAMED_SIZE[size] < 1.1
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_only_the_papers_own_schedule_begins_with_a_step_of_rate_zero(name: str) -> None:
+    optimizer = recipe(name).optimizer
+    if name in ("toy", "small", "small-extend"):
+        assert optimizer.lr_at(0) == pytest.approx(optimizer.lr / optimizer.warmup_steps)
+        assert optimizer.lr_at(0) < optimizer.lr_at(1) < optimizer.lr_at(optimizer.warmup_steps) == optimizer.lr
+    else:
+        assert optimizer.lr_at(0) == 0.0
+
+
+def test_other_steps_scale_the_schedules() -> None:
+    """By the dial as by the function; what a size of its own says of its steps is the same."""
+    short = recipe("toy", steps=40)
+    assert (short.steps, short.optimizer.decay_steps) == (40, 40)
+    assert (short.optimizer.warmup_steps, short.inner.warmup_steps) == (4, 4)
+    assert short.optimizer.initial_lr == pytest.approx(toy(steps=40).optimizer.initial_lr, rel=1e-12)
+    short_125m = recipe("125m", steps=100)
+    assert (short_125m.optimizer.warmup_steps, short_125m.inner.warmup_steps) == (10, 10)
+    assert short_125m.optimizer.initial_lr == 0.0
+    assert recipe("small-extend", steps=20).inner.warmup_steps == 0
+    assert recipe("toy", steps=1).optimizer.decay_steps == 1
+    assert recipe("toy", steps=250) == recipe("toy")
+
+
+def test_the_other_dials() -> None:
+    config = recipe("toy", lr=6e-3, batch_size=2)
+    assert config.batch_size == 2
+    assert config.optimizer.lr == 6e-3
+    assert config.optimizer.initial_lr == pytest.approx(2 * recipe("toy").optimizer.initial_lr)
+
+
 def test_narrowed() -> None:
     bases = {size: row.mlp_hidden for size, row in SIZES.items()}
     assert [narrowed(bases[s], SIZES[s].num_blocks, SIZES[s].num_blocks // 4) for s in SIZES] == [
@@ -91,7 +122,10 @@ def test_every_recipe_can_be_made() -> None:
         ({"name": "125m", "context_length": 16384}, "pre-training is at 8192 tokens; for 16384 use 125m-extend"),
         ({"name": "125m-extend", "context_length": 10000}, "10000 does not divide the batch of 1048576"),
         ({"name": "125m-extend", "method": "full", "context_length": 262144}, "rotary base for 8192"),
-        ({"name": "toy", "context_length": 1000}, "1000 is not a multiple of mini_batch_size 32; use 992 or 1024"),
+        (
+            {"name": "toy", "context_length": 1000},
+            "1000 is not a multiple of model.mini_batch_size 32; use 992 or 1024",
+        ),
     ],
 )
 def test_what_cannot_be_made(arguments: dict, reason: str) -> None:

@@ -53,6 +53,8 @@ CONVOLUTION_WIDTH = 4  # tokens that the short convolution of a recurrent mixer 
 class _Checked:
     """Shared by every config: construction from plain data, with unknown or mistyped fields refused."""
 
+    _path = ""  # of this config in a `RunConfig`, so that messages name a field as `--set` takes it
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Builds the config from what `dataclasses.asdict` gave. Raises `UserError` on unknown or wrong fields."""
@@ -88,9 +90,9 @@ class _Checked:
         for name, type_ in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
             if not _is_a(value, type_):
-                raise UserError(f"{name} is {value!r}; it must be {_describe(type_)}")
+                raise UserError(f"{self._path}{name} is {value!r}; it must be {_describe(type_)}")
             if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{name} is {value}; it must be a finite number")
+                raise UserError(f"{self._path}{name} is {value}; it must be a finite number")
         self._check()
 
     def _check(self) -> None:
@@ -100,7 +102,7 @@ class _Checked:
         for name in names:
             value = getattr(self, name)
             if value is not None and value < limit:
-                raise UserError(f"{name} is {value}; it must be at least {limit}")
+                raise UserError(f"{self._path}{name} is {value}; it must be at least {limit}")
 
 
 def _is_a(value: Any, type_: Any) -> bool:
@@ -128,6 +130,8 @@ def _describe(type_: Any) -> str:
 class BindingConfig(_Checked):
     """The inner loop of mixer "ttt_kvb" (paper Eq. 7 to 9): a step of each layer for itself, a mini-batch at a time."""
 
+    _path = "model.binding."
+
     lr: float = 1.0
     """Rate of the step; the network scales it down to a rate of each token, between 0 and this."""
     clip: float | None = 1.0
@@ -138,7 +142,7 @@ class BindingConfig(_Checked):
     def _check(self) -> None:
         self._at_least(0, "lr")
         if self.clip is not None and self.clip <= 0:
-            raise UserError(f"clip is {self.clip}; it must be positive, or none to switch clipping off")
+            raise UserError(f"{self._path}clip is {self.clip}; it must be positive, or none to switch clipping off")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +157,8 @@ class ModelConfig(_Checked):
     - "ttt_kvb" has windowed attention and after it, as a sub-layer of its own, a layer of key-value binding, in every
       block (section 2.4).
     """
+
+    _path = "model."
 
     vocab_size: int
     width: int
@@ -179,33 +185,40 @@ class ModelConfig(_Checked):
         known = (*typing.get_args(Mixer), *REGISTERED_MIXERS)
         if self.mixer not in known:
             raise UserError(
-                f"mixer is {self.mixer!r}; it must be one of {', '.join(known)}, or be registered with "
+                f"model.mixer is {self.mixer!r}; it must be one of {', '.join(known)}, or be registered with "
                 "longread.register_mixer before it is named"
             )
         self._at_least(1, "vocab_size", "width", "num_blocks", "num_heads", "mlp_hidden", "window_size")
         self._at_least(1, "mini_batch_size")
         self._at_least(0, "num_suffix_blocks")
         if self.width % self.num_heads:
-            raise UserError(f"width {self.width} does not divide into {self.num_heads} heads; choose a multiple")
+            raise UserError(
+                f"model.width {self.width} does not divide into model.num_heads, {self.num_heads}; choose a multiple"
+            )
         if self.head_dim % 2:
-            raise UserError(f"the head dimension {self.head_dim} is odd; rotary embedding needs an even one")
+            raise UserError(
+                f"model.width / model.num_heads is {self.head_dim}; it must be even, as rotary embedding needs it"
+            )
         if self.num_suffix_blocks > self.num_blocks:
-            raise UserError(f"num_suffix_blocks is {self.num_suffix_blocks}; there are only {self.num_blocks} blocks")
+            raise UserError(
+                f"model.num_suffix_blocks is {self.num_suffix_blocks}; there are only {self.num_blocks} blocks"
+            )
         if self.rope_base <= 1:
-            raise UserError(f"rope_base is {self.rope_base}; it must be above 1")
+            raise UserError(f"model.rope_base is {self.rope_base}; it must be above 1")
         if self.norm_eps <= 0:
-            raise UserError(f"norm_eps is {self.norm_eps}; it must be positive")
+            raise UserError(f"model.norm_eps is {self.norm_eps}; it must be positive")
         if self.init_std is not None and self.init_std <= 0:
-            raise UserError(f"init_std is {self.init_std}; it must be positive")
+            raise UserError(f"model.init_std is {self.init_std}; it must be positive")
         if self.mixer != "attention" and self.num_suffix_blocks:
             raise UserError(
-                f"mixer {self.mixer} has no fast MLPs; set num_suffix_blocks to 0 instead of {self.num_suffix_blocks}"
+                f"model.mixer {self.mixer} has no fast MLPs; set model.num_suffix_blocks to 0 instead of "
+                f"{self.num_suffix_blocks}"
             )
         if self.mixer != "attention" and self.attention != "window":
-            raise UserError(f"mixer {self.mixer} goes with attention window, not with {self.attention}")
+            raise UserError(f"model.mixer {self.mixer} goes with model.attention window, not with {self.attention}")
         if self.mixer == "gated_deltanet" and self.width % (4 * self.num_delta_heads):
             raise UserError(
-                f"width {self.width} is not a multiple of {4 * self.num_delta_heads}, as Gated DeltaNet needs"
+                f"model.width {self.width} is not a multiple of {4 * self.num_delta_heads}, as Gated DeltaNet needs"
             )
 
     @property
@@ -293,6 +306,8 @@ class InnerConfig(_Checked):
     """The inner loop (paper Eq. 2 and 5): one step on the fast weights a mini-batch, of clipped SGD if nothing else is
     said."""
 
+    _path = "inner."
+
     lr: float = 1.0
     clip: float | None = 1.0
     """Largest norm of one sequence's gradient over all its fast weights; None: no clipping."""
@@ -306,11 +321,11 @@ class InnerConfig(_Checked):
         self._at_least(0, "lr", "warmup_from", "warmup_steps")
         if self.optimizer not in INNER_OPTIMIZERS:
             raise UserError(
-                f"optimizer is {self.optimizer!r}; it must be one of {', '.join(sorted(INNER_OPTIMIZERS))}, or be "
-                "registered with longread.register_inner_optimizer before it is named"
+                f"inner.optimizer is {self.optimizer!r}; it must be one of {', '.join(sorted(INNER_OPTIMIZERS))}, or "
+                "be registered with longread.register_inner_optimizer before it is named"
             )
         if self.clip is not None and self.clip <= 0:
-            raise UserError(f"clip is {self.clip}; it must be positive, or none to switch clipping off")
+            raise UserError(f"{self._path}clip is {self.clip}; it must be positive, or none to switch clipping off")
 
     def lr_at(self, step: int) -> float:
         """The inner rate during outer step `step`, counted from 0."""
@@ -322,6 +337,8 @@ class InnerConfig(_Checked):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig(_Checked):
     """The outer loop's AdamW: linear warm-up, then cosine to `end_lr` at `decay_steps`."""
+
+    _path = "optimizer."
 
     lr: float
     initial_lr: float = 0.0
@@ -339,16 +356,19 @@ class OptimizerConfig(_Checked):
         self._at_least(0, "initial_lr", "end_lr", "warmup_steps", "weight_decay")
         self._at_least(1, "decay_steps")
         if self.lr <= 0:
-            raise UserError(f"lr is {self.lr}; it must be positive")
+            raise UserError(f"optimizer.lr is {self.lr}; it must be positive")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)")
         if self.eps <= 0:
-            raise UserError(f"eps is {self.eps}; it must be positive")
+            raise UserError(f"optimizer.eps is {self.eps}; it must be positive")
         if self.clip is not None and self.clip <= 0:
-            raise UserError(f"clip is {self.clip}; it must be positive, or none to switch clipping off")
+            raise UserError(f"{self._path}clip is {self.clip}; it must be positive, or none to switch clipping off")
         if self.warmup_steps > self.decay_steps:
-            raise UserError(f"warmup_steps is {self.warmup_steps}; it cannot exceed decay_steps, {self.decay_steps}")
+            raise UserError(
+                f"optimizer.warmup_steps is {self.warmup_steps}; it cannot exceed optimizer.decay_steps, "
+                f"{self.decay_steps}"
+            )
 
     def lr_at(self, step: int) -> float:
         """The rate of update `step`, counted from 0: the first update of a warm-up uses `initial_lr`."""
@@ -398,7 +418,7 @@ class RunConfig(_Checked):
             lower = self.context_length // M * M
             near = f"{lower} or {lower + M}" if lower else f"{M}"
             raise UserError(
-                f"context_length {self.context_length} is not a multiple of mini_batch_size {M}; use {near}"
+                f"context_length {self.context_length} is not a multiple of model.mini_batch_size {M}; use {near}"
             )
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise UserError(
@@ -406,5 +426,5 @@ class RunConfig(_Checked):
             )
         if self.loss == "end-to-end" and not self.model.num_suffix_blocks:
             raise UserError(
-                "loss end-to-end needs fast weights: set num_suffix_blocks to 1 or more, or use loss static"
+                "loss end-to-end needs fast weights: set model.num_suffix_blocks to 1 or more, or use loss static"
             )

@@ -130,8 +130,8 @@ def with_mixer(config: ModelConfig, mixer: Mixer, *, multiple: int = 128) -> Mod
     hidden = round((config.mlp_hidden - excess) / multiple) * multiple
     if hidden < multiple:
         raise UserError(
-            f"mixer {mixer} needs as many parameters as MLPs of {math.ceil(excess)} hidden units have, but mlp_hidden "
-            f"is {config.mlp_hidden}; make it larger"
+            f"mixer {mixer} needs as many parameters as MLPs of {math.ceil(excess)} hidden units have, but "
+            f"model.mlp_hidden is {config.mlp_hidden}; make it larger"
         )
     return dataclasses.replace(mixed, mlp_hidden=hidden)
 
@@ -209,7 +209,7 @@ def toy(
         model=_mixed(model, method, multiple=8),
         loss=_loss(method),
         inner=InnerConfig(warmup_steps=warmup),
-        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=warmup, decay_steps=steps),
+        optimizer=_optimizer(3e-3, warmup, steps),
         context_length=context_length,
         batch_size=8,
         steps=steps,
@@ -233,7 +233,7 @@ def small(
         model=_small_model(method, context_length, vocab_size),
         loss=_loss(method),
         inner=InnerConfig(warmup_steps=warmup),
-        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=warmup, decay_steps=steps),
+        optimizer=_optimizer(3e-3, warmup, steps),
         context_length=context_length,
         batch_size=max(1, 2**16 // context_length),
         steps=steps,
@@ -258,12 +258,41 @@ def small_extend(
         name=f"small-{method}-{context_length}",
         model=_small_model(method, context_length, vocab_size),
         loss=_loss(method),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=round(0.1 * steps), decay_steps=steps),
+        optimizer=_optimizer(1e-3, round(0.1 * steps), steps),
         context_length=context_length,
         batch_size=max(1, 2**17 // context_length),
         steps=steps,
         seed=seed,
     )
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """`config` over another number of steps, and its schedules with it: warm-ups and decay keep their share of them."""
+
+    def scaled(count: int) -> int:
+        return round(count * steps / config.steps)
+
+    if steps == config.steps:
+        return config
+    optimizer, inner = config.optimizer, config.inner
+    warmup = scaled(optimizer.warmup_steps)
+    return dataclasses.replace(
+        config,
+        steps=steps,
+        optimizer=dataclasses.replace(
+            optimizer,
+            initial_lr=optimizer.initial_lr * optimizer.warmup_steps / max(1, warmup),
+            warmup_steps=warmup,
+            decay_steps=max(1, scaled(optimizer.decay_steps)),
+        ),
+        inner=dataclasses.replace(inner, warmup_steps=scaled(inner.warmup_steps)),
+    )
+
+
+def with_lr(config: RunConfig, lr: float) -> RunConfig:
+    """`config` with another outer rate, from which its warm-up begins as far away as before."""
+    initial = config.optimizer.initial_lr * lr / config.optimizer.lr
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr, initial_lr=initial))
 
 
 def recipe(
@@ -272,11 +301,14 @@ def recipe(
     *,
     context_length: int | None = None,
     vocab_size: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
     seed: int = 0,
 ) -> RunConfig:
     """A run by name: "toy", a size ("small", "125m" … "3b"), or a size and "-extend". Raises `UserError` for any other.
 
-    `None` leaves a dial to the recipe.
+    `None` leaves a dial to the recipe. Other `steps` scale the schedules (`with_steps`).
     """
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
@@ -287,7 +319,12 @@ def recipe(
         if context_length not in (None, PRETRAINING_CONTEXT):
             raise UserError(f"pre-training is at {PRETRAINING_CONTEXT} tokens; for {context_length} use {name}-extend")
         del dials["context_length"]
-    return RECIPES[name](method, seed=seed, **{dial: value for dial, value in dials.items() if value is not None})
+    config = RECIPES[name](method, seed=seed, **{dial: value for dial, value in dials.items() if value is not None})
+    if steps is not None:
+        config = with_steps(config, steps)
+    if lr is not None:
+        config = with_lr(config, lr)
+    return config if batch_size is None else dataclasses.replace(config, batch_size=batch_size)
 
 
 def _of(make: Callable[..., RunConfig], size: str) -> Callable[..., RunConfig]:
@@ -307,6 +344,12 @@ def _row(size: str) -> Size:
     if size not in SIZES:
         raise UserError(f"there is no size {size!r}; choose one of {', '.join(SIZES)}")
     return SIZES[size]
+
+
+def _optimizer(lr: float, warmup_steps: int, steps: int) -> OptimizerConfig:
+    """AdamW of our own sizes. The first update has a rate, unlike in the paper's schedule: a step of a short run."""
+    initial = lr / max(1, warmup_steps)
+    return OptimizerConfig(lr=lr, initial_lr=initial, warmup_steps=warmup_steps, decay_steps=steps)
 
 
 def _suffix(num_blocks: int, method: Method) -> int:

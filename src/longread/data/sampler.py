@@ -44,15 +44,16 @@ class Sampler:
     """
 
     def __init__(self, dataset: TokenDataset, context_length: int, batch_size: int, seed: int) -> None:
-        """Raises `UserError` for sizes below 1, a negative seed, and a dataset shorter than one window."""
+        """Raises `UserError` for sizes below 1, a negative seed, and a dataset that gives no window."""
         sizes = (("context_length", context_length, 1), ("batch_size", batch_size, 1), ("seed", seed, 0))
         for name, value, limit in sizes:
             if value < limit:
                 raise UserError(f"{name} is {value}; it must be at least {limit}")
-        if dataset.num_tokens <= context_length:
+        if dataset.documents == "join" and dataset.num_tokens <= context_length:
             raise UserError(
                 f"{dataset.directory} has {dataset.num_tokens} tokens; a window of context_length {context_length} "
-                f"needs {context_length + 1}: prepare more text or shorten the context"
+                f"needs {context_length + 1}: prepare more text, shorten the context, or prepare with documents reset, "
+                "whose windows are padded"
             )
         self.dataset = dataset
         self.context_length = context_length

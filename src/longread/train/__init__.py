@@ -13,6 +13,7 @@ progress    a line or a bar for people
 
 from __future__ import annotations
 
+from longread.train.agreement import begun_config, with_schedules_of
 from longread.train.gradient import BatchGradient, accumulate_gradient
 from longread.train.optimizer import clip_gradients, make_optimizer, update
 from longread.train.progress import Progress
@@ -26,9 +27,11 @@ __all__ = [
     "TrainResult",
     "TrainingHalted",
     "accumulate_gradient",
+    "begun_config",
     "clip_gradients",
     "make_optimizer",
     "train",
     "update",
     "validation_losses",
+    "with_schedules_of",
 ]

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from longread import files
 from longread.config import RunConfig, UserError
 from longread.data import TokenDataset
 
+RUN_FILE = "run.json"
 ROUNDING = ("recompute", "micro_batch_size")
 """Of a run's config, what changes nothing but the order of sums."""
 _FREE = (*ROUNDING, "max_bad_steps")
+
+
+def begun_config(out: str | Path) -> RunConfig | None:
+    """The config of the run in the directory `out`; None if there is none."""
+    path = Path(out) / RUN_FILE
+    return RunConfig.from_dict(files.read_json(path, kind="run")["config"]) if os.path.exists(path) else None
+
+
+def with_schedules_of(config: RunConfig, begun: RunConfig) -> RunConfig:
+    """`config` with the steps of `begun`, and with its warm-ups and decay, which more steps would not change."""
+    optimizer, inner = begun.optimizer, begun.inner
+    return dataclasses.replace(
+        config,
+        steps=begun.steps,
+        optimizer=dataclasses.replace(
+            config.optimizer,
+            initial_lr=optimizer.initial_lr,
+            warmup_steps=optimizer.warmup_steps,
+            decay_steps=optimizer.decay_steps,
+        ),
+        inner=dataclasses.replace(config.inner, warmup_steps=inner.warmup_steps),
+    )
 
 
 def refuse_other_config(stored: Mapping[str, Any], config: RunConfig) -> None:

@@ -33,7 +33,14 @@ from longread.config import Precision, RunConfig, UserError
 from longread.data import Batch, Sampler, TokenDataset
 from longread.model import Transformer, find_device, free_bytes, initialize
 from longread.outer_loop import activation_budget, fit
-from longread.train.agreement import ROUNDING, data_identity, differences, refuse_other_config, refuse_other_data
+from longread.train.agreement import (
+    ROUNDING,
+    RUN_FILE,
+    data_identity,
+    differences,
+    refuse_other_config,
+    refuse_other_data,
+)
 from longread.train.captured import CapturedGradient
 from longread.train.divergence import SAID_AFTER, Divergence
 from longread.train.gradient import accumulate_gradient, inner_steps
@@ -43,17 +50,15 @@ from longread.train.validation import validation_losses
 
 Row = dict[str, Any]
 
-RUN_FILE, METRICS_FILE, MODEL_DIRECTORY = "run.json", "metrics.jsonl", "model"
+METRICS_FILE, MODEL_DIRECTORY = "metrics.jsonl", "model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _VALIDATION_SEED = 0
 LONGEST_UNSAVED = 600.0
 """Seconds between checkpoints where `checkpoint_every` does not say when."""
 _UNKNOWN: dict[str, Any] = {}
 """What a run without a record of it began with."""
-_MAY_CHANGE = (
-    "rope_base",
-    "init_std",
-)  # of a model's config, between the run that made it and one that goes on with it
+_MAY_CHANGE = ("model.rope_base", "model.init_std")
+"""Between the run that made a model and one that goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -246,10 +251,10 @@ class _Run:
         mixers = loaded.model.config.mixer, self.config.model.mixer
         if mixers[0] != mixers[1]:
             raise UserError(
-                f"{path} has mixer {mixers[0]} and this run has {mixers[1]}; begin with a model of its kind"
+                f"{path} has model.mixer {mixers[0]} and this run has {mixers[1]}; begin with a model of its kind"
             )
         wanted = dataclasses.asdict(self.config.model)
-        for name, before, now in differences(dataclasses.asdict(loaded.model.config), wanted):
+        for name, before, now in differences(dataclasses.asdict(loaded.model.config), wanted, "model."):
             if name not in _MAY_CHANGE:
                 raise UserError(
                     f"{path} has {name} {before!r} and this run has {now!r}; begin with a model of its shape"
