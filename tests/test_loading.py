@@ -115,5 +115,5 @@ def test_what_is_printed_says_what_it_is(opened: OpenModel) -> None:
     assert "(gate): Linear(16 → 24)" in shown
     session = opened.session(learn=False)
     session.read("text")
-    assert repr(session) == "<Session: 5 tokens read, 0 inner steps, frozen, on cpu>"
+    assert repr(session) == "<Session: 5 tokens read, 0 inner steps, drift 0.000, 0.0 MiB, frozen, on cpu>"
     assert "parameters, none of them fast weights; products" in str(tiny.make(num_suffix_blocks=0))

@@ -366,21 +366,49 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--depths", "1.5"], "--depths 1.5 is not between 0"),
         (["--depths", "nan"], "--depths nan is not between 0"),
         (["--contexts", "50"], "a context of 50 tokens is too short for the needle"),
+        (["--contexts", "4096", "50"], "a context of 50 tokens is too short for the needle"),
+        (["--variants", "1", "3", "--contexts", "380", "--haystack", "LONG"], "question of S-NIAH-3 take 38"),
         (["--variants", "3", "--haystack", "SHORT"], "fewer than the context of 4,096; give more text"),
         (["--variants", "3", "--haystack", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
 )
 def test_commands_that_cannot_begin(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    reason: str,
 ) -> None:
+    monkeypatch.setattr("longread.evaluate.search", unwanted)
+    if "too short" in reason or "take" in reason:
+        monkeypatch.setattr("longread.evaluate.essays", unwanted)
+        monkeypatch.setattr("longread.evaluate.noise", unwanted)
     (tmp_path / "short.txt").write_text("A short text. It ends.")
-    arguments = [str(tmp_path / "short.txt") if a == "SHORT" else a for a in arguments]
+    (tmp_path / "long.txt").write_text(ESSAY)
+    names = {"SHORT": "short.txt", "LONG": "long.txt"}
+    arguments = [str(tmp_path / names[a]) if a in names else a for a in arguments]
     directory = stored(tmp_path / "m", ByteTokenizer())
     assert main(["needle", str(directory), *arguments, "--json", str(tmp_path / "n.json")]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("longread: error: ")]
     assert len(errors) == 1
     assert reason in errors[0]
     assert not (tmp_path / "n.json").exists()
+
+
+def test_a_length_that_only_the_second_model_cannot_read_is_refused_before_the_first_has_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longread.evaluate.search", unwanted)
+    few = stored(tmp_path / "few", TOKENIZERS["bpe"])
+    many = stored(tmp_path / "many", ByteTokenizer())
+    assert main(["needle", str(few), str(many), "--contexts", "360", "--samples", "2"]) == 2
+    assert "a context of 360 tokens is too short for the needle" in capsys.readouterr().err
+    assert main(["needle", str(many), str(tmp_path / "none"), "--samples", "2"]) == 2
+    assert "there is no model at" in capsys.readouterr().err
+
+
+def unwanted(*_: object, **__: object) -> None:
+    raise AssertionError("what is impossible was begun all the same")
 
 
 def test_offsets_of_long_haystacks_vary() -> None:

@@ -260,3 +260,36 @@ def test_settings_out_of_range_are_refused(options: dict, reason: str) -> None:
 def test_nothing_cannot_be_continued() -> None:
     with pytest.raises(UserError, match="nothing to continue"):
         Session(make(), INNER).generate(5)
+
+
+def test_a_session_says_what_it_is_and_goes_on() -> None:
+    """To look at it while it writes ends nothing, and takes no turn from another session that writes with the model."""
+    model = make().double()
+    sessions, alone = [Session(model, INNER) for _ in range(2)], Session(make().double(), INNER)
+    size = f"{sessions[0].nbytes / 2**20:.1f} MiB"
+    assert repr(sessions[0]) == f"<Session: 0 tokens read, 0 inner steps, drift 0.000, {size}, learning, on cpu>"
+    for session in (*sessions, alone):
+        session.read(text(3 * M + 1))
+    expected = list(alone.generate(M, seed=5))
+    texts = [session.generate(M, seed=5) for session in sessions]
+    for i, token in enumerate(expected):
+        assert [next(written) for written in texts] == [token, token]
+        decoders = [session._decoder for session in sessions]
+        said = {repr(session) for session in sessions}
+        assert [session._decoder for session in sessions] == decoders
+        assert len(said) == 1
+        assert said.pop().startswith(
+            f"<Session: {3 * M + 2 + i} tokens read, {sessions[0].steps} inner steps, drift 0."
+        )
+    drift = f"drift {sessions[0].drift():.3f}, "
+    sessions[0].learn = False
+    assert drift in repr(sessions[0])
+    assert repr(sessions[0]).endswith("MiB, frozen, on cpu>")
+    assert "drift 0.000" in repr(after(9, num_suffix_blocks=0))
+
+
+def test_a_session_that_refused_a_step_says_so() -> None:
+    session = Session(make(), INNER)
+    session.read(text(9))
+    session._counted(0, 2)
+    assert " inner steps, 2 rolled back, drift" in repr(session)

@@ -8,15 +8,17 @@ Example:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import MOST_TOKENS, add_device, add_outputs, check_at_most, positive
 from longread.cli.texts import add_text_format, format_of
 
 if TYPE_CHECKING:
-    from longread.evaluate import Sample
-    from longread.loading import OpenModel
+    from longread.evaluate import Haystack, Sample
+    from longread.tokenizer import Tokenizer
 
 NAME = "needle"
 MOST_ANSWER = 2**16
@@ -70,9 +72,10 @@ def run(options: argparse.Namespace) -> int:
     from longread.config import UserError
     from longread.evaluate import Needles, needle_figures, search
     from longread.evaluate.needle import FORMAT, chart_name
-    from longread.loading import open_model
+    from longread.loading import open_model, open_tokenizer
 
-    _check_size(options)
+    check_at_most("--contexts", max(options.contexts))
+    check_at_most("--max-tokens", options.max_tokens, MOST_ANSWER)
     charts = [chart_name(f"S-NIAH-{number}") for number in options.variants]
     check_outputs(figure_outputs(options, FORMAT, dict.fromkeys(charts)), inputs=[*options.haystack])
     wrong = next((depth for depth in options.depths if not 0 <= depth <= 1), None)
@@ -80,10 +83,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--depths {wrong} is not between 0 (the needle first) and 1 (the needle last)")
     if not options.haystack and set(options.variants) & {2, 3}:
         raise UserError("S-NIAH-2 and 3 hide the needle in essays; name texts with --haystack, or use --variants 1")
+    tokenizers = {tokenizer.fingerprint: tokenizer for tokenizer in map(open_tokenizer, options.models)}
+    _check_size(options, len(tokenizers))
+    prompts = _prompts(options, list(tokenizers.values()))
     searches, console = [], progress_console(options)
     for path, name in zip(options.models, table_names(options.models), strict=True):
         opened = open_model(path, options.device)
-        samples = _samples(options, opened)
+        samples = prompts[opened.tokenizer.fingerprint]
         learns = opened.model.config.num_suffix_blocks > 0
         for learn in (True, False) if learns and not options.no_control else (learns,):
             way = "learning" if learn else "frozen"
@@ -116,13 +122,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_size(options: argparse.Namespace) -> None:
-    """Raises `UserError` if prompts or answers would not fit into memory; all prompts of a model are made at once."""
+def _check_size(options: argparse.Namespace, num_tokenizers: int) -> None:
+    """Raises `UserError` if the prompts would not fit into memory: those of each tokenizer are all made at once."""
     from longread.config import UserError
 
-    check_at_most("--contexts", max(options.contexts))
-    check_at_most("--max-tokens", options.max_tokens, MOST_ANSWER)
-    prompts = options.samples * len(set(options.depths)) * len(set(options.variants))
+    prompts = num_tokenizers * options.samples * len(set(options.depths)) * len(set(options.variants))
     tokens = prompts * sum(set(options.contexts))
     if tokens > MOST_PROMPT_TOKENS:
         raise UserError(
@@ -131,29 +135,36 @@ def _check_size(options: argparse.Namespace) -> None:
         )
 
 
-def _samples(options: argparse.Namespace, opened: OpenModel) -> list[Sample]:
-    """All prompts, in the tokens of one model."""
+def _prompts(options: argparse.Namespace, tokenizers: Sequence[Tokenizer]) -> dict[str, list[Sample]]:
+    """All prompts in the tokens of each tokenizer, by its fingerprint; what is impossible is refused first."""
+    from longread.evaluate import VARIANTS, check_context, make_samples
+
+    depths, variants = sorted(set(options.depths)), [VARIANTS[number] for number in sorted(set(options.variants))]
+    places = list(itertools.product(variants, sorted(set(options.contexts))))
+    for tokenizer, (variant, context) in itertools.product(tokenizers, places):
+        check_context(tokenizer, variant, context, depths, options.samples, options.seed)
+    prompts = {}
+    for tokenizer in tokenizers:
+        haystacks = _haystacks(options, tokenizer)
+        prompts[tokenizer.fingerprint] = [
+            sample
+            for variant, context in places
+            for sample in make_samples(
+                tokenizer, variant, haystacks[variant.haystack], context, depths, options.samples, options.seed
+            )
+        ]
+    return prompts
+
+
+def _haystacks(options: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Haystack]:
     from longread.data import read_texts
-    from longread.evaluate import VARIANTS, essays, make_samples, noise
+    from longread.evaluate import essays, noise
 
     longest = max(options.contexts)
     haystacks = {}
     if 1 in options.variants:
-        haystacks["noise"] = noise(opened.tokenizer, longest)
+        haystacks["noise"] = noise(tokenizer, longest)
     if options.haystack and set(options.variants) & {2, 3}:
         texts = read_texts(options.haystack, text_format=format_of(options), longest=USED_CHARACTERS * longest)
-        haystacks["essay"] = essays(texts, opened.tokenizer, longest, repeat=options.repeat_haystack)
-    return [
-        sample
-        for number in sorted(set(options.variants))
-        for context in sorted(set(options.contexts))
-        for sample in make_samples(
-            opened.tokenizer,
-            VARIANTS[number],
-            haystacks[VARIANTS[number].haystack],
-            context,
-            sorted(set(options.depths)),
-            options.samples,
-            options.seed,
-        )
-    ]
+        haystacks["essay"] = essays(texts, tokenizer, longest, repeat=options.repeat_haystack)
+    return haystacks

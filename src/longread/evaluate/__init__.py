@@ -23,7 +23,7 @@ from longread.evaluate.decoding import (
 )
 from longread.evaluate.estimate import Estimate, ratio, wilson
 from longread.evaluate.figures import Chart, Figures, Grid, figures_page, html_sections, print_figures
-from longread.evaluate.haystack import VARIANTS, Haystack, Sample, Variant, essays, make_samples, noise
+from longread.evaluate.haystack import VARIANTS, Haystack, Sample, Variant, check_context, essays, make_samples, noise
 from longread.evaluate.health import Divergence, Health, InnerSteps, settle
 from longread.evaluate.health_figures import health_figures
 from longread.evaluate.judges import HuggingFaceJudge, Judge, LongreadJudge, is_hugging_face
@@ -69,6 +69,7 @@ __all__ = [
     "Writing",
     "accuracies",
     "bin_edges",
+    "check_context",
     "check_judge",
     "check_plots_can_be_drawn",
     "check_vocabulary",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -163,18 +163,40 @@ def make_samples(
         UserError: instruction, needle and question alone are longer than the context.
     """
     return [
-        _sample(
-            tokenizer, variant, haystack, context_length, depth, f"{seed} {variant.number} {context_length} {depth} {i}"
-        )
-        for depth in depths
-        for i in range(per_depth)
+        _sample(tokenizer, variant, haystack, context_length, depth, draw)
+        for depth, draw in _draws(variant, context_length, depths, per_depth, seed)
     ]
 
 
-def _sample(
-    tokenizer: Tokenizer, variant: Variant, haystack: Haystack, context_length: int, depth: float, seed: str
-) -> Sample:
-    draw = random.Random(seed)  # noqa: S311 (no secret)
+def check_context(
+    tokenizer: Tokenizer, variant: Variant, context_length: int, depths: Sequence[float], per_depth: int, seed: int
+) -> None:
+    """Raises the `UserError` of `make_samples` with the same arguments, before there is a haystack."""
+    for _, draw in _draws(variant, context_length, depths, per_depth, seed):
+        _parts(tokenizer, variant, context_length, draw)
+
+
+def _draws(
+    variant: Variant, context_length: int, depths: Sequence[float], per_depth: int, seed: int
+) -> Iterator[tuple[float, random.Random]]:
+    """The depth of each sample, and what all of it is drawn with."""
+    for depth in depths:
+        for i in range(per_depth):
+            yield depth, random.Random(f"{seed} {variant.number} {context_length} {depth} {i}")  # noqa: S311 (no secret)
+
+
+class _Parts(NamedTuple):
+    """Of a prompt all but the haystack, which has `room` tokens."""
+
+    key: str
+    value: str
+    head: list[int]
+    needle: list[int]
+    question: list[int]
+    room: int
+
+
+def _parts(tokenizer: Tokenizer, variant: Variant, context_length: int, draw: random.Random) -> _Parts:
     key = f"{draw.choice(ADJECTIVES.split())}-{draw.choice(NOUNS.split())}"
     if variant.value == "number":
         value = str(draw.randint(10**6, 10**7 - 1))
@@ -191,6 +213,13 @@ def _sample(
             f"a context of {context_length} tokens is too short for the needle: instruction, needle and question of "
             f"{variant.name} take {context_length - room}; give at least --contexts {context_length - room + 64}"
         )
+    return _Parts(key, value, head, needle, question, room)
+
+
+def _sample(
+    tokenizer: Tokenizer, variant: Variant, haystack: Haystack, context_length: int, depth: float, draw: random.Random
+) -> Sample:
+    key, value, head, needle, question, room = _parts(tokenizer, variant, context_length, draw)
     starts = haystack.gaps[haystack.gaps <= len(haystack.tokens) - room]
     first = int(draw.choice(starts.tolist())) if haystack.varied else 0
     place = _place(haystack.gaps - first, room, depth)

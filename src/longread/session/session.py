@@ -93,10 +93,6 @@ class Session:
         self.inner_grad_norms = torch.empty(0)
         """Norms, before clipping, of the gradients of the steps that the newest call of `read` came to, [steps]."""
 
-    def __repr__(self) -> str:
-        reads = "learning" if self.learn else "frozen"
-        return f"<Session: {self.position:,} tokens read, {self.steps:,} inner steps, {reads}, on {self.model.device}>"
-
     @classmethod
     def resume(
         cls,
@@ -185,11 +181,24 @@ class Session:
 
     def drift(self) -> float:
         """How far reading has moved the fast weights: ‖W − W_0‖ / ‖W_0‖; 0 for a model without any."""
-        pairs = list(zip(matrices(self._state.fast), matrices(self.model.initial_fast_weights(1)), strict=True))
+        return self._drift(self._state)
+
+    def _drift(self, state: ReadingState) -> float:
+        pairs = list(zip(matrices(state.fast), matrices(self.model.initial_fast_weights(1)), strict=True))
         if not pairs:
             return 0.0
         moved, initial = (torch.stack([x.detach().norm() for x in xs]).norm() for xs in _split(pairs))
         return (moved / initial).item()
+
+    def __repr__(self) -> str:
+        state = self._at_rest if self._decoder is None else self._decoder.state()  # which goes on with it
+        facts = [f"{self.position:,} tokens read", f"{self.steps:,} inner steps"]
+        if self.rolled_back:
+            facts.append(f"{self.rolled_back:,} rolled back")
+        if state is not None:
+            facts += [f"drift {self._drift(state):.3f}", f"{state.nbytes / 2**20:.1f} MiB"]
+        facts += ["learning" if self.learn else "frozen", f"on {self.model.device}"]
+        return f"<Session: {', '.join(facts)}>"
 
     def read(self, text: str | Sequence[int] | Tensor) -> Tensor:
         """Reads more of the text, and learns from each mini-batch once it is complete.
