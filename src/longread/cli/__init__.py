@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve beside any other busy process
     options = build_parser().parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _show_warning
     logging.basicConfig(format="longread: %(message)s", stream=sys.stderr)
     settle_model(options)
@@ -60,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"longread: error: {error}", file=sys.stderr)
         return int(getattr(error, "exit_status", 2))
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return int(getattr(stop, "exit_status", 130))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -1,57 +1,76 @@
-"""Read a text of any length, learning from it, and compare with the same weights read frozen.
+"""Read texts of any length, learning from them, and compare with the same weights read frozen.
 
 Example:
   longread read book.txt --model runs/toy --save book.session
+  longread read book.txt --model runs/toy --save book.session --resume
   zcat log.gz | longread read - --model runs/toy --session book.session --save book.session
+
+With --save the session is kept every half minute and whenever the reading ends: by Ctrl-C, SIGTERM, a bad byte, too
+little memory. The same command with --resume goes on at the byte where it stopped and ends with the session, on a CPU
+bit for bit, that it would have without the stop. Texts that do not begin with what was read are refused; a pipe has to
+begin again.
+
+--session reads the texts after all that the session has read. Only if it was stopped in the middle of just these files
+does it go on there instead.
+
+The frozen control reads the same with weights that learn nothing, which takes up to as long again. So it reads files of
+up to 256 KiB in all; --control lets it read longer ones, and pipes. It has no part in a reading that goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import math
-import signal
-import time
-from collections.abc import Iterator
-from pathlib import Path
+import shlex
+import sys
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import add_json, add_model
+from longread.cli.texts import add_text_format, format_of
 
 if TYPE_CHECKING:
-    from longread.evaluate import Evaluation, Measurement
-    from longread.loading import OpenModel
-    from longread.session import Session
+    from longread.cli.reading.inputs import Inputs
+    from longread.cli.reading.saving import Autosave
+    from longread.session import TextPrefix
 
 NAME = "read"
-INTERRUPTED = 130
+MOST_CONTROL_BYTES = 2**18
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
-    parser.add_argument("text", metavar="FILE", help="a UTF-8 text; - reads stdin")
+    parser.add_argument(
+        "texts", nargs="+", metavar="FILE", help="a text, or several, or directories of texts, in order; - reads stdin"
+    )
     add_model(parser)
+    add_text_format(parser)
     parser.add_argument("--session", metavar="FILE", help="go on with this saved session")
-    parser.add_argument("--save", metavar="FILE", help="keep the session here")
-    parser.add_argument("--no-control", action="store_true", help="leave out the frozen reading; twice as fast")
+    parser.add_argument("--save", metavar="FILE", help="keep the session here, now and then and at the end")
+    parser.add_argument("--resume", action="store_true", help="go on where the reading stopped that --save keeps")
+    parser.add_argument(
+        "--save-every", type=float, metavar="SECONDS", help="how often to save (default 30; rarer if saving takes long)"
+    )
+    parser.add_argument(
+        "--control",
+        action=argparse.BooleanOptionalAction,
+        help="read the frozen control too (default: of files of up to 256 KiB)",
+    )
     add_json(parser)
     parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.outputs import (
-        PAGE,
-        SESSION,
-        Output,
-        check_outputs,
-        figures_of,
-        tables_console,
-        write_report,
-        write_text,
-    )
-    from longread.evaluate import print_tables
+    from longread.cli.outputs import PAGE, SESSION, Output, check_outputs, figures_of
+    from longread.cli.reading.beginning import begin
+    from longread.cli.reading.course import Course
+    from longread.cli.reading.inputs import Inputs
+    from longread.cli.reading.pieces import OtherText
+    from longread.cli.reading.progress import ReadingProgress
+    from longread.cli.reading.readers import Readers
+    from longread.cli.reading.results import write_results
+    from longread.cli.reading.saving import Autosave, check_room
+    from longread.cli.reading.stops import StopSignals
+    from longread.config import UserError
     from longread.evaluate.summary import FORMAT
     from longread.loading import open_model
 
@@ -60,160 +79,55 @@ def run(options: argparse.Namespace) -> int:
         Output("--json", options.json, figures_of(FORMAT)),
         Output("--report", options.report, PAGE),
     ]
-    check_outputs(outputs, inputs=[options.text])
+    check_outputs(outputs, inputs=options.texts)
+    if options.resume and not (options.save or options.session):
+        raise UserError("--resume does not say which reading to go on with; give --save or --session")
+    inputs = Inputs(options.texts, format_of(options))
     opened = open_model(options.model, options.device)
-    readers = _readers(opened, options)
-    interrupted = _read(opened, readers, options)
-    evaluation = _evaluation(readers, interrupted)
-    session = readers[0].session
     if options.save:
-        session.save(options.save)
-    screen = tables_console(options)
-    print_tables(evaluation, screen)
-    kept = f"; kept in {options.save}" if options.save else ""
-    size = f"{session.nbytes / 2**20:.1f} MiB of state, drift {session.drift():.3f}"
-    screen.out(f"{session.position:,} tokens read, {size}{kept}", highlight=False)
-    if options.json:
-        write_text(options.json, json.dumps(evaluation.as_json(), indent=2) + "\n")
-    if options.report:
-        write_report(
-            options.report, evaluation, title=f"Reading {Path(options.text).name}", lead=f"With {opened.name}."
-        )
-    return INTERRUPTED if interrupted else 0
+        check_room(options.save, opened.model)
+    session, begun, file = begin(opened, inputs, session=options.session, save=options.save, resume=options.resume)
+    readers = Readers(opened, session, control=_wants_control(options, inputs, begun))
+    notes = readers.go_on(begun) if begun else []
+    saving = Autosave(options.save, every=options.save_every, saved=begun if file == options.save else None)
+    progress = ReadingProgress(inputs, quiet=options.quiet)
+    with StopSignals(lambda first: _answer(saving, first)) as stops:
+        course = Course(opened, readers, saving, stops, progress)
+        ended = course.read(inputs, begun, live=inputs.piped)
+        if isinstance(ended, OtherText):
+            raise UserError(f"{file} has read another text: {ended}; give the text that it was reading")
+        if ended is not None or saving.refused:
+            print(_how_to_go_on(options, saving), file=sys.stderr)
+        if ended is not None and not course.pieces_read:
+            raise ended
+        with stops.open():  # a second signal leaves the figures out
+            write_results(options, opened, readers, notes, stops.name or str(ended) if ended else None)
+    if isinstance(ended, Exception):
+        raise ended
+    if saving.refused:
+        raise saving.refused
+    return 128 + stops.number if stops.number else 0
 
 
-class _Reader:
-    """A session and the losses of what it reads in this command."""
-
-    def __init__(self, opened: OpenModel, session: Session) -> None:
-        from longread.evaluate import InnerSteps, Measurement, PositionLoss, bin_edges
-
-        config = opened.model.config
-        self.session = session
-        self.measurement: Measurement = Measurement(
-            opened.name,
-            session.learn and config.num_suffix_blocks > 0,
-            [PositionLoss(bin_edges())],
-            InnerSteps(opened.inner.clip),
-            config.num_parameters,
-            config.num_fast_weights,
-        )
-
-    def read(self, ids: list[int], byte_lengths: list[int]) -> None:
-        import numpy as np
-
-        from longread.evaluate import settle
-
-        started, position = time.perf_counter(), self.session.position
-        nll = self.session.read(ids).double().cpu().numpy()
-        self.measurement.seconds += time.perf_counter() - started
-        self.measurement.tokens += len(ids)
-        norms = self.session.inner_grad_norms.double().cpu().numpy()
-        M = self.session.model.config.mini_batch_size
-        nll, found = settle("the text", nll, np.ones(len(ids), dtype=bool), norms, start=position, M=M)
-        if found and not self.measurement.diverged:
-            self.measurement.diverged.append(found)
-        self.measurement.losses[0].add(nll, np.array(byte_lengths))
-        self.measurement.inner_steps.add(norms)
-        if math.isfinite(drift := self.session.drift()):
-            self.measurement.drift[self.session.position] = [drift]
+def _wants_control(options: argparse.Namespace, inputs: Inputs, begun: TextPrefix | None) -> bool:
+    """Whether the frozen control reads too. It cannot have read the beginning that an earlier command has read."""
+    if options.control is not None or begun is not None:
+        return bool(options.control and begun is None)
+    return inputs.size is not None and inputs.size <= MOST_CONTROL_BYTES
 
 
-def _readers(opened: OpenModel, options: argparse.Namespace) -> list[_Reader]:
-    """The learning reader first, then the frozen control if the model has fast weights and it is wanted."""
-    session = opened.restore(options.session) if options.session else opened.session()
-    control = session.fork()
-    control.learn = False
-    readers = [_Reader(opened, session)]
-    if session.learn and opened.model.config.num_suffix_blocks and not options.no_control:
-        readers.append(_Reader(opened, control))
-    beginning = opened.tokenizer.beginning
-    if beginning and not session.position:
-        for reader in readers:
-            reader.read(beginning, [0])
-    return readers
+def _answer(saving: Autosave, first: bool) -> str:
+    """To a signal, while it takes effect."""
+    if not first:
+        return "ending at once, without the figures; what is saved stays saved"
+    if saving.path is None:
+        return "stopping; without --save only the figures are left of what was read"
+    return f"stopping, and keeping what was read in {saving.path}"
 
 
-def _read(opened: OpenModel, readers: list[_Reader], options: argparse.Namespace) -> bool:
-    """Reads to the end of the text, or to an interrupt; says which. What was read is never half-learned."""
-    from longread.cli.outputs import progress_console
-    from longread.cli.texts import read_tokens
-
-    console = progress_console(options)
-    with _interruptible() as interrupt, console.status("reading") as status:
-        try:
-            for ids, byte_lengths in read_tokens(options.text, opened.tokenizer):
-                with interrupt.held():
-                    for reader in readers:
-                        reader.read(ids, byte_lengths)
-                status.update(_progress(readers))
-        except KeyboardInterrupt:
-            if readers[0].session.position <= 1:
-                raise
-            console.print("interrupted: what follows is about the text read so far")
-            return True
-    return False
-
-
-def _progress(readers: list[_Reader]) -> str:
-    nats, _, num_bytes = readers[0].measurement.losses[0].total()
-    bits = 1 / (math.log(2) * max(1, num_bytes))
-    seconds = sum(reader.measurement.seconds for reader in readers)
-    line = f"{readers[0].session.position:,} tokens, {readers[0].measurement.tokens / max(seconds, 1e-9):,.0f} tokens/s"
-    if num_bytes:
-        line += f", {nats * bits:.3f} bits per byte"
-        if len(readers) > 1:
-            frozen = readers[1].measurement.losses[0].total()[0]
-            line += f", {(frozen - nats) * bits:+.3f} gained by learning"
-    return line
-
-
-class _Interrupt:
-    """SIGINT that waits while a piece of text is being learned, so that all readers stay at one position."""
-
-    def __init__(self) -> None:
-        self._holding = self._requested = False
-
-    def __call__(self, *_: object) -> None:
-        if self._holding and not self._requested:
-            self._requested = True
-        else:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        self._holding = True
-        try:
-            yield
-        finally:
-            self._holding = False
-        if self._requested:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[_Interrupt]:
-    interrupt = _Interrupt()
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _evaluation(readers: list[_Reader], interrupted: bool) -> Evaluation:
-    from longread.evaluate import default_lengths, summarize
-
-    session = readers[0].session
-    M = session.model.config.mini_batch_size
-    notes = ["The reading was interrupted: the figures are about its beginning."] if interrupted else []
-    if readers[0].measurement.learn and not readers[0].measurement.inner_steps.count:
-        tokens = readers[0].measurement.tokens
-        notes.append(f"{tokens:,} tokens complete no mini-batch of {M}: nothing could be learned from them.")
-    if session.rolled_back:
-        notes.append(
-            f"{session.rolled_back:,} of {session.steps:,} inner steps would have done damage and were rolled back: "
-            "their mini-batches were read without learning."
-        )
-    longest = readers[0].measurement.losses[0].num_positions
-    return summarize([reader.measurement for reader in readers], lengths=default_lengths(longest), notes=notes)
+def _how_to_go_on(options: argparse.Namespace, saving: Autosave) -> str:
+    """After a stop: the command that continues, if anything can be continued."""
+    if saving.saved is None:
+        return f"longread: {saving}" + ("" if saving.path else "; with --save FILE a reading can be gone on with")
+    arguments = options.arguments if "--resume" in options.arguments else [*options.arguments, "--resume"]
+    return f"longread: {saving}; this goes on there:\n  {shlex.join(['longread', *arguments])}"

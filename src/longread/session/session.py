@@ -25,6 +25,7 @@ from longread.files import Layout, read_tensors, write_tensors_atomically
 from longread.inner_loop import Decoder, ReadingState, begin, read, rescue
 from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
+from longread.session.prefix import TextPrefix, count_of, fixed_width
 from longread.session.sampling import check_sampling, draw, penalised, seeded
 from longread.session.storage import STORAGES, Storage, check_layout, packed, unpacked
 from longread.session.writing import text_of
@@ -33,9 +34,6 @@ from longread.tokenizer import Tokenizer
 KIND = "session"
 PIECE = 65_536
 """Tokens after which it is looked whether learning has gone astray, in one call of `read`."""
-_MOST = 2**53
-_DIGITS = 20
-"""Counts have a fixed width in a file, so that its size does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,7 @@ class Session:
         self._recent: list[int] = []
         self._steps = 0
         self._rolled_back: int | Tensor = 0  # a tensor until it is asked for: a GPU is not waited for
+        self._text: TextPrefix | None = None
         self.inner_grad_norms = torch.empty(0)
         """Norms, before clipping, of the gradients of the steps that the newest call of `read` came to, [steps]."""
 
@@ -116,6 +115,15 @@ class Session:
     def recent(self) -> list[int]:
         """The newest tokens, at most a window of them, oldest first."""
         return list(self._recent)
+
+    @property
+    def text(self) -> TextPrefix | None:
+        """How far it is in a text, where whoever reads has said so and nothing else has been read since."""
+        return self._text if self._text is not None and self._text.position == self.position else None
+
+    @text.setter
+    def text(self, text: TextPrefix | None) -> None:
+        self._text = text
 
     @property
     def learn(self) -> bool:
@@ -398,8 +406,10 @@ class Session:
             "learn": self.learn,
             "inner": self.inner.as_dict(),
             "storage": storage,
-            **{name: f"{count:{_DIGITS}}" for name, count in counts.items()},
+            **{name: fixed_width(count) for name, count in counts.items()},
         }
+        if self.text is not None:
+            metadata["text"] = self.text.as_metadata()
         tensors = packed(state, self._recent, self.model, storage)
         write_tensors_atomically(path, tensors, metadata, kind=KIND, private=True)  # it holds tokens, and more
 
@@ -444,7 +454,8 @@ class Session:
             inner, learn = InnerConfig.from_dict(metadata["inner"]), metadata["learn"]
             if not isinstance(learn, bool) or metadata["storage"] not in STORAGES:
                 raise ValueError(f"learn is {learn!r:.60} and storage {metadata['storage']!r:.60}")
-            counts = [_count(metadata, name) for name in ("position", "steps", "rolled_back")]
+            counts = [count_of(metadata, name) for name in ("position", "steps", "rolled_back")]
+            text = TextPrefix.from_metadata(metadata["text"]) if "text" in metadata else None
         except UserError as error:
             raise UserError(f"{path} is no valid session: {error!s:.200}") from None
         except (KeyError, TypeError, ValueError) as error:
@@ -453,6 +464,7 @@ class Session:
         if metadata.get("model_fingerprint") != session._model_fingerprint():
             raise UserError(f"{path} belongs to another model; give the model that read it")
         session._counted(*counts[1:])
+        session.text = text
         return session, counts[0]
 
     def _model_fingerprint(self) -> str:
@@ -477,10 +489,3 @@ class Session:
 def _split(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """What was added to each weight, and the initial weights."""
     return [w - w0.to(w.device) for w, w0 in pairs], [w0.to(w.device) for w, w0 in pairs]
-
-
-def _count(metadata: dict[str, Any], name: str) -> int:
-    text = metadata[name]
-    if not isinstance(text, str) or len(text) != _DIGITS or not text.strip().isdecimal() or int(text) > _MOST:
-        raise ValueError(f"{name} is {text!r:.60}, not a number")
-    return int(text)

@@ -1,0 +1,157 @@
+"""Tokens of texts, in pieces that end at positions which depend on nothing but the model and the texts.
+
+A product of few rows is not rounded as the same rows in a product of many. So a reading that stopped and went on is
+the one that was never disturbed, bit for bit, only if both are cut at the same places; and a session is kept only
+there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from longread.config import ModelConfig, UserError
+from longread.session import TextPrefix
+from longread.tokenizer import StreamEncoder, Tokenizer
+
+LONGEST_PIECE = {"cpu": 1024, "cuda": 16_384}
+"""Tokens. On a CPU shorter ones cost time, a sixth more at 128; on a GPU long ones are read as CUDA graphs."""
+MOST_WORK = 8e9
+"""Parameters times tokens of a piece on a CPU, where it is longer than a mini-batch: about a second on two cores."""
+
+
+class Piece(NamedTuple):
+    """What is read at once."""
+
+    ids: list[int]
+    byte_lengths: list[int]
+    """UTF-8 bytes that each token covers; BOS covers none."""
+    prefix: TextPrefix
+    """Of the texts, this piece included."""
+
+
+class OtherText(UserError):
+    """The texts do not begin with what a session has read."""
+
+
+def next_cut(position: int, config: ModelConfig, device: str) -> int:
+    """Where a piece ends that begins at `position`: M, 2M, 4M, …, then at every multiple of the longest piece."""
+    longest, size = LONGEST_PIECE.get(device, LONGEST_PIECE["cpu"]), config.mini_batch_size
+    if device == "cpu":
+        longest = min(longest, int(MOST_WORK / config.num_parameters))
+    while size * 2 <= longest:
+        if position < size:
+            return size
+        size *= 2
+    return (position // size + 1) * size
+
+
+class _Waiting(NamedTuple):
+    """Tokens that have not been read yet, and the UTF-8 bytes of the text from there on."""
+
+    ids: list[int]
+    byte_lengths: list[int]
+    data: bytes
+
+
+class Pieces:
+    """The pieces of texts that are read one after another.
+
+    Args:
+        texts: each in strings, and encoded by itself.
+        position: of the session; one that has read nothing begins as the tokenizer says, with BOS.
+        begun: what the session has read of these texts already. It is passed over, and compared.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[Iterable[str]],
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        device: str,
+        *,
+        position: int,
+        begun: TextPrefix | None = None,
+    ) -> None:
+        self._texts, self._tokenizer, self._config, self._device = texts, tokenizer, config, device
+        self._beginning = [] if position else tokenizer.beginning
+        self._begun = begun
+        self._bytes_over = begun.segment_bytes if begun else 0  # to be passed over without looking at their tokens
+        self._position = begun.segment_position if begun else position + len(self._beginning)  # of the next token
+        self._hash, self._bytes = hashlib.sha256(), 0
+        self._segment = self._position, 0
+        self._waiting = _Waiting([], [], b"")
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Raises `OtherText` if the texts do not begin with what has been read."""
+        for text in self._texts:
+            encoder = StreamEncoder(self._tokenizer)
+            self._segment = self._position, self._bytes
+            for string in text:
+                kept = self._pass_over(string)
+                self._grow(kept, *encoder.push(kept))
+                yield from self._whole()
+            self._grow("", *encoder.close())
+            yield from self._whole()
+            if piece := self.rest():
+                yield piece
+        if self._begun is not None:
+            raise OtherText(f"the text ends after {self._bytes:,} bytes, and {self._begun.num_bytes:,} of it were read")
+
+    @property
+    def share_taken(self) -> float:
+        """Of all bytes that have come, those that the pieces hold."""
+        return self._bytes / max(1, self._bytes + len(self._waiting.data))
+
+    def rest(self) -> Piece | None:
+        """What is certain of the text and not enough for a piece: to be read where nothing more comes."""
+        if self._begun is not None or not self._waiting.ids:
+            return None
+        return self._take(len(self._waiting.ids))
+
+    def _pass_over(self, string: str) -> str:
+        if not self._bytes_over:
+            return string
+        data = string.encode()
+        over = data[: self._bytes_over]
+        self._hash.update(over)
+        self._bytes += len(over)
+        self._bytes_over -= len(over)
+        self._segment = self._position, self._bytes
+        try:
+            return data[len(over) :].decode()
+        except UnicodeDecodeError:
+            raise OtherText("the text does not begin with what was read") from None
+
+    def _grow(self, string: str, ids: list[int], byte_lengths: list[int]) -> None:
+        known = self._waiting
+        self._waiting = _Waiting(known.ids + ids, known.byte_lengths + byte_lengths, known.data + string.encode())
+
+    def _whole(self) -> Iterator[Piece]:
+        """All pieces that end at their cut."""
+        if self._begun is not None and not self._bytes_over:
+            self._take(min(self._begun.position - self._position, len(self._waiting.ids)))
+            if self._position == self._begun.position:
+                self._compare(self._begun)
+        while self._begun is None:
+            count = next_cut(self._position - len(self._beginning), self._config, self._device) - self._position
+            if len(self._waiting.ids) < count:
+                break
+            yield self._take(count)
+
+    def _compare(self, begun: TextPrefix) -> None:
+        if (self._bytes, self._hash.hexdigest()) != (begun.num_bytes, begun.sha256):
+            raise OtherText(f"its first {begun.num_bytes:,} bytes are not those that were read")
+        self._begun = None
+
+    def _take(self, count: int) -> Piece:
+        ids, byte_lengths, data = self._waiting
+        size = sum(byte_lengths[:count])
+        self._hash.update(data[:size])
+        self._bytes += size
+        self._position += count
+        self._waiting = _Waiting(ids[count:], byte_lengths[count:], data[size:])
+        prefix = TextPrefix(self._position, self._bytes, self._hash.hexdigest(), False, *self._segment)
+        beginning, self._beginning = self._beginning, []
+        return Piece(beginning + ids[:count], [0] * len(beginning) + byte_lengths[:count], prefix)

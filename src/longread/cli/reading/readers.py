@@ -1,0 +1,109 @@
+"""Sessions that read the same pieces, learning and frozen, and the figures of what they read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from longread.cli.reading.figures import add_drift, packed, unpack_into
+from longread.cli.reading.pieces import Piece
+from longread.evaluate import InnerSteps, Measurement, PositionLoss, bin_edges, settle
+from longread.loading import OpenModel
+from longread.session import Session, TextPrefix
+
+
+class _Found(NamedTuple):
+    """A session that has read a piece, and what that gave."""
+
+    session: Session
+    nll: np.ndarray
+    norms: np.ndarray
+    seconds: float
+
+
+class MeasuredSession:
+    """A session, and the figures of what it reads in this command and read in those that it goes on from."""
+
+    def __init__(self, opened: OpenModel, session: Session) -> None:
+        config = opened.model.config
+        self.session = session
+        self.measurement = Measurement(
+            opened.name,
+            session.learn and config.num_suffix_blocks > 0,
+            [PositionLoss(bin_edges())],
+            InnerSteps(opened.inner.clip),
+            config.num_parameters,
+            config.num_fast_weights,
+        )
+
+    def look(self, ids: list[int]) -> _Found:
+        """Reads tokens on a fork: nothing here changes."""
+        started, fork = time.perf_counter(), self.session.fork()
+        nll = fork.read(ids).double().cpu().numpy()
+        norms = fork.inner_grad_norms.double().cpu().numpy()
+        return _Found(fork, nll, norms, time.perf_counter() - started)
+
+    def keep(self, found: _Found, piece: Piece) -> None:
+        """Makes what `look` gave its own."""
+        measurement, start = self.measurement, self.session.position
+        M = self.session.model.config.mini_batch_size
+        scored = np.ones(len(piece.ids), dtype=bool)
+        nll, broken = settle("the text", found.nll, scored, found.norms, start=start, M=M)
+        if broken and not measurement.diverged:
+            measurement.diverged.append(broken)
+        self.session = found.session
+        measurement.seconds += found.seconds
+        measurement.tokens += len(piece.ids)
+        measurement.losses[0].add(nll, np.array(piece.byte_lengths))
+        measurement.inner_steps.add(found.norms)
+        add_drift(measurement, self.session.position, self.session.drift())
+
+
+class Readers:
+    """The session that learns, and beside it the same weights frozen, if that is wanted."""
+
+    def __init__(self, opened: OpenModel, session: Session, *, control: bool) -> None:
+        self._all = [MeasuredSession(opened, session)]
+        if control and session.learn and opened.model.config.num_suffix_blocks:
+            frozen = session.fork()
+            frozen.learn = False
+            self._all.append(MeasuredSession(opened, frozen))
+
+    @property
+    def session(self) -> Session:
+        """The one that learns."""
+        return self._all[0].session
+
+    @property
+    def measurements(self) -> Sequence[Measurement]:
+        """Of each reader, the learning one first."""
+        return [reader.measurement for reader in self._all]
+
+    def go_on(self, begun: TextPrefix) -> list[str]:
+        """Takes over the figures that were kept with the session; what is to be said about those that come."""
+        if unpack_into(self._all[0].measurement, begun.figures, "the text"):
+            return []
+        return [f"The figures are about the text from byte {begun.num_bytes:,} on, not about what was read before."]
+
+    def look(self, piece: Piece) -> list[_Found]:
+        """All readers read a piece, and nothing changes: whatever goes wrong, nothing is half-read."""
+        return [reader.look(piece.ids) for reader in self._all]
+
+    def keep(self, found: list[_Found], piece: Piece) -> None:
+        """What `look` gave counts."""
+        for reader, one in zip(self._all, found, strict=True):
+            reader.keep(one, piece)
+        self._say(piece.prefix)
+
+    def finish(self) -> None:
+        """The texts have ended: what comes later begins a segment of its own."""
+        text = self.session.text
+        if text is not None:
+            self._say(replace(text, whole=True, segment_position=text.position, segment_bytes=text.num_bytes))
+
+    def _say(self, prefix: TextPrefix) -> None:
+        self.session.text = replace(prefix, figures=packed(self._all[0].measurement))

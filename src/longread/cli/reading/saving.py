@@ -1,0 +1,84 @@
+"""The session file of a reading: room for it, its turn by the clock, and how a later command goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from longread.config import UserError
+from longread.engine import largest_session
+from longread.model import Transformer
+from longread.session import Session, TextPrefix
+
+EVERY = 30.0
+"""Seconds between two saves, if these cost little."""
+MOST_COST = 0.02
+"""Share of the time that saving may take."""
+_OVERHEAD = 2**20
+"""Bytes of a session file beside its state: the header, figures, and the newest tokens."""
+
+
+def check_room(path: str, model: Transformer) -> None:
+    """Raises `UserError` if the disk has no room for a session beside the one that it replaces."""
+    place = Path(os.path.realpath(path)).parent
+    while not place.exists():
+        place = place.parent
+    need, free = largest_session(model) + _OVERHEAD, shutil.disk_usage(place).free
+    if need > free:
+        raise UserError(
+            f"--save {path} needs {need / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} left; "
+            "free some space or choose another place"
+        )
+
+
+class Autosave:
+    """Keeps a session in a file, now and then and at the end.
+
+    Args:
+        path: None keeps nothing.
+        saved: what the file holds already.
+        every: seconds between two saves; None: `EVERY`, or more where they cost more than `MOST_COST` of the time.
+        clock: seconds, of any beginning.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        *,
+        saved: TextPrefix | None = None,
+        every: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.path, self._every, self._clock = path, every, clock
+        self.saved = saved
+        """What the file holds."""
+        self.refused: UserError | None = None
+        """Why the newest save could not be written; what was saved before it is still there."""
+        self._due = clock()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to save."""
+        return self.path is not None and self._clock() >= self._due
+
+    def save(self, session: Session) -> None:
+        """Saves what has been read of a text, if the file does not hold it yet; says in `refused` if that failed."""
+        if self.path is None or session.text is None or session.text == self.saved:
+            return
+        began = self._clock()
+        try:
+            session.save(self.path)
+            self.saved, self.refused = session.text, None
+        except UserError as error:
+            self.refused = error
+        now = self._clock()
+        self._due = now + (max(EVERY, (now - began) / MOST_COST) if self._every is None else self._every)
+
+    def __str__(self) -> str:
+        """What is safe, for people."""
+        if self.saved is None:
+            return "nothing is saved"
+        return f"{self.path} holds the text up to byte {self.saved.num_bytes:,}"
