@@ -73,6 +73,14 @@ def _known_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
+def short_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test of what surrounds the gates: texts of four short mini-batches, and few tokens written."""
+    for name, value in {"_VOCABULARY": 100, "_MINI_BATCH": 32, "_TOKENS": 128}.items():
+        monkeypatch.setattr(f"longread.bench.gate.{name}", value)
+    monkeypatch.setattr("longread.bench.decode.LEAST_WRITTEN", 32)
+
+
+@pytest.fixture
 def measured_machine() -> None:
     """For a test that wants the real one."""
 
@@ -170,6 +178,7 @@ def test_a_wrong_step_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_gradients("swa", 32, CPU).passed
 
 
+@pytest.mark.usefixtures("short_gates")
 @pytest.mark.parametrize("method", ["e2e", "swa"])
 def test_a_schedule_that_is_wrong_is_red(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Transformer.lower
@@ -207,6 +216,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "clipped_sgd", wrong)
 
 
+@pytest.mark.usefixtures("short_gates")
 def test_no_speed_on_red(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_wrong(monkeypatch)
     path = tmp_path / "rows.json"
@@ -237,6 +247,7 @@ def test_a_fast_path_that_withdraws_is_red() -> None:
         warnings.warn("something else", stacklevel=1)
 
 
+@pytest.mark.usefixtures("short_gates")
 @pytest.mark.parametrize("work", ["prefill", "decode"])
 def test_other_scores_than_in_pieces_are_red(monkeypatch: pytest.MonkeyPatch, work: str) -> None:
     """Reading at once learns, reading in pieces or writing does not: a bug that the small gate does not see."""
@@ -254,6 +265,7 @@ def test_other_scores_than_in_pieces_are_red(monkeypatch: pytest.MonkeyPatch, wo
     assert "RED, no time taken" in outcome.failures[0][1]
 
 
+@pytest.mark.usefixtures("short_gates")
 def test_what_does_not_fit_is_a_line_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from longread.bench import prefill
 
@@ -280,6 +292,7 @@ def test_full_attention_ends_where_its_cache_does() -> None:
 # The command.
 
 
+@pytest.mark.usefixtures("short_gates")
 @pytest.mark.usefixtures("measured_machine")
 def test_everything_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, report = tmp_path / "rows.json", tmp_path / "page.md"
@@ -301,6 +314,7 @@ def test_everything_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert {plot.name for plot in (tmp_path / "plots").iterdir()} == {"prefill.svg", "training.svg", "decoding.svg"}
 
 
+@pytest.mark.usefixtures("short_gates")
 @pytest.mark.parametrize("work", ["train", "prefill", "decode"])
 def test_a_profile_is_a_table_of_kinds(work: str) -> None:
     outcome = run_cases([Case(work, "swa", "toy", 32)], CPU, repeats=1, profile=True)
