@@ -158,12 +158,14 @@ def test_a_text_that_ended_early_can_be_continued(tmp_path: Path, monkeypatch: p
 def test_more_cannot_be_skipped_than_was_read(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
         one = session(client, "abc")
+        url, here = f"/v1/sessions/{one}/append", {"expected_position": 4}
         for body in ({"text": "abcdef", "skip": 5}, {"text": "ab", "skip": 4}, {"tokens": [1], "skip": 2}):
-            error = post(client, f"/v1/sessions/{one}/append", 400, **body)["error"]
+            error = post(client, url, 400, **here, **body)["error"]
             assert error["param"] == "skip"
             assert "at most the smaller of the two" in error["message"]
-        assert post(client, f"/v1/sessions/{one}/append", text="abcdef", skip=4)["tokens"] == 3
-        assert post(client, f"/v1/sessions/{one}/append", text="abcdef", skip=7)["tokens"] == 0
+        assert "give both" in post(client, url, 400, text="abcdef", skip=4)["error"]["message"]
+        assert post(client, url, text="abcdef", skip=4, **here)["tokens"] == 3
+        assert post(client, url, text="abcdef", skip=7, expected_position=7)["tokens"] == 0
 
 
 def test_a_text_that_a_client_ended_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,9 @@ class Reading:
         self._entry = await self._catalog.get(self._tenant, self._session)
         start = self._entry.info.position if self._expected is None else self._expected
         lengths, skip = None, self._skip
+        if skip and self._expected is None:
+            message = f"skip is {skip}, and expected_position is not given; give both, so that nothing is left out"
+            raise ApiError(400, message, param="skip")
         if self._text is not None:
             self._ids, lengths = await self._service.run(self._service.encode, self._text, bos=start == skip)
             lengths = lengths[skip:]

@@ -63,7 +63,7 @@ class AppendRequest(ScoreRequest):
     expected_position: Position | None = None
     """Where the session stands. The same append sent twice, with this, is read once."""
     skip: Position = 0
-    """Tokens at the beginning that the session has read already, of an append that ended early."""
+    """Tokens at the beginning that the session has read already, of an append that ended early; needs a position."""
 
 
 class CompareRequest(Passage):
