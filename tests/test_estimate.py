@@ -32,12 +32,19 @@ def test_no_session_is_larger_and_some_are_as_large() -> None:
     assert max(sizes) == session_bytes(session.model)
 
 
-def test_a_3b_session_is_small_beside_full_attention(capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_3b_as_many_write_as_the_benchmark_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """On an H200 20 took the whole budget, and of full attention one wrote, two did not (benchmarks/results)."""
     found = figures(capsys, "3b", "--precision", "bfloat16", "--memory", "139")
     assert found["one session, at any length"] == "3.86 GiB"
     assert found["keys and values of full attention at 131,072 tokens"] == "40.00 GiB"
-    assert found["sessions that write at once in 139 GiB"] == "29"
-    assert found["texts of full attention that write at once in 139 GiB"] == "3"
+    assert found["sessions that write at once"] == "20"
+    assert found["texts of full attention that write at once"] == "1"
+
+
+def test_a_small_model_is_held_back_by_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures(capsys, "small", "--precision", "float32", "--memory", "139")
+    assert found["sessions that write at once, the most that may (--max-batch)"] == "32"
+    assert int(found["sessions that lie there, none of which writes"].replace(",", "")) > 1000
 
 
 def test_the_documentation_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,12 +91,13 @@ def test_figures_are_of_this_machine_unless_asked_otherwise(
 def test_too_little_memory_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     for memory, words in (
         ("1", "The parameters alone take 5.40 GiB; give more --memory."),
-        ("9", "The parameters leave 3.60 GiB, and a session that writes takes 4.51 GiB; give more --memory."),
+        ("9", "The parameters leave 3.60 GiB, sessions may take 2.52 GiB of that, and one that enters the place "),
     ):
         assert main(["estimate", "3b", "--precision", "bfloat16", "--memory", memory]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[-3].split()[-1] == "0"
-        assert lines[-1] == words
+        assert lines[-1].startswith(words)
+        assert lines[-1].endswith("; give more --memory.")
 
 
 def test_rows_that_say_nothing_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +107,9 @@ def test_rows_that_say_nothing_are_left_out(tmp_path: Path, capsys: pytest.Captu
     assert [words.split(",")[0] for words in found] == [
         "parameters",
         "one session at 131",
-        "sessions that write at once in 1 GiB",
+        "for sessions",
+        "sessions that lie there",
+        "sessions that write at once",
     ]
 
 

@@ -45,7 +45,7 @@ def each_clipped(
 
 def explodes(weights: Sequence[Tensor], gradients: Sequence[Tensor], **_: object) -> list[Tensor]:
     """Far too long a step for every second sequence, a short one for the others."""
-    odd = torch.arange(weights[0].shape[0]).view(-1, 1, 1) % 2 == 0
+    odd = torch.arange(weights[0].shape[0], device=weights[0].device).view(-1, 1, 1) % 2 == 0
     return [torch.where(odd, w + 1e6, w - 1e-3 * g) for w, g in zip(weights, gradients, strict=True)]
 
 

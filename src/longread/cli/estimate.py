@@ -8,6 +8,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,34 +50,53 @@ def run(options: argparse.Namespace) -> int:
     config, precision = _config(options.model), _precision(options.precision)
     if options.train is not None:
         return _training(config, precision, options.train, options.context_length, options.memory)
+    return _sessions(config, precision, options.context_length, options.memory)
+
+
+def _sessions(config: ModelConfig, precision: str, context: int, memory: float | None) -> int:
+    """Says what a session takes at rest and while it writes and, of a device's memory, how many of them fit."""
+    from longread.engine import capacity, session_sizes
+    from longread.engine.capacity import MOST_TOGETHER
+    from longread.engine.tiers import SHARE
+
     model = _on_no_device(config, precision)
     item = model.dtype.itemsize
     weights = config.num_parameters * item
-    full = sum(config.window_of(i) is None for i in range(config.num_blocks))
-    growing = 2 * full * options.context_length * config.width * item
-    session = session_bytes(model) + growing
-    dense = 2 * config.num_blocks * options.context_length * config.width * item
-    writing = config.num_fast_weights * item
+    full = any(config.window_of(i) is None for i in range(config.num_blocks))
+    session = session_sizes(model, context)
+    dense_config = dataclasses.replace(config, attention="full", mixer="attention", num_suffix_blocks=0)
+    dense = session_sizes(_on_no_device(dense_config, precision), context)
     rows = [
         (f"parameters, {config.num_parameters / 1e6:,.1f} million in {precision}", weights),
-        ("one session" + (f" at {options.context_length:,} tokens" if full else ", at any length"), session),
+        ("one session" + (f" at {context:,} tokens" if full else ", at any length"), session.resting),
     ]
-    if writing:
+    if config.num_fast_weights:
         rows.append(("  of that fast weights, in float32", config.num_fast_weights * 4))
-        rows.append(("more while it writes: its fast weights once more", writing))
-    if growing < dense:
-        rows.append((f"keys and values of full attention at {options.context_length:,} tokens", dense))
+        rows.append(("more in the place where it writes", session.writing - session.resting))
+    beside_dense = dense.resting > session.resting and config != dense_config
+    if beside_dense:
+        rows.append((f"keys and values of full attention at {context:,} tokens", _dense_bytes(config, context, item)))
     for what, size in rows:
         print(f"{what:60} {_shown(size):>12}")
-    if options.memory is None:
+    if memory is None:
         return 0
-    room = int(options.memory * 2**30) - weights
-    fitting = [("sessions", session + writing)] + [("texts of full attention", dense)] * (growing < dense)
-    for what, size in fitting:
-        print(f"{f'{what} that write at once in {options.memory:g} GiB':60} {max(0, room // size):>12,}")
-    if room < session + writing:
-        print(_too_small(room, weights, session + writing))
+    free = int(memory * 2**30) - weights
+    found = capacity(free, session)
+    print(f"{f'for sessions, {100 * SHARE:.0f} % of what is left of {memory:g} GiB':60} {_shown(found.budget):>12}")
+    print(f"{'sessions that lie there, none of which writes':60} {found.resting:>12,}")
+    writing = [("sessions", found.writing)] + [
+        ("texts of full attention", capacity(free, dense).writing)
+    ] * beside_dense
+    for what, count in writing:
+        most = ", the most that may (--max-batch)" if count == MOST_TOGETHER else ""
+        print(f"{f'{what} that write at once{most}':60} {count:>12,}")
+    if not found.writing:
+        print(_too_small(free, weights, found.budget, session.resting + session.place))
     return 0
+
+
+def _dense_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
+    return 2 * config.num_blocks * context * config.width * itemsize
 
 
 def _training(config: ModelConfig, precision: str, sequences: int, context: int, memory: float | None) -> int:
@@ -108,12 +128,13 @@ def _training(config: ModelConfig, precision: str, sequences: int, context: int,
     return 0
 
 
-def _too_small(room: int, weights: int, session: int) -> str:
-    """Why not even one session fits."""
-    if room <= 0:
+def _too_small(free: int, weights: int, budget: int, session: int) -> str:
+    """Why not even one session can write."""
+    if free <= 0:
         return f"The parameters alone take {_shown(weights)}; give more --memory."
     return (
-        f"The parameters leave {_shown(room)}, and a session that writes takes {_shown(session)}; give more --memory."
+        f"The parameters leave {_shown(free)}, sessions may take {_shown(budget)} of that, and one that enters the "
+        f"place where it writes takes {_shown(session)}; give more --memory."
     )
 
 

@@ -6,6 +6,7 @@ task.py        work under way: events, result, cancelling
 worker.py      the thread that does the work, in turns
 reader.py      what is known of a session, and of a piece of work for it
 lanes.py       sessions that write, a token of all of them at a time
+capacity.py    how many that can be, before there is an engine
 cells.py       the same one by one, where a batch must change no bit
 sampling.py    the next tokens of many texts, each with its own settings and seed
 tiers.py       who is on the device, in the host's memory or on the disk
@@ -15,6 +16,7 @@ journal.py     a journal: one checked line for each event
 curve.py       what stays of a session's losses
 """
 
+from longread.engine.capacity import Capacity, SessionBytes, capacity, session_sizes
 from longread.engine.curve import Curve
 from longread.engine.engine import Engine
 from longread.engine.interface import (
@@ -39,6 +41,7 @@ from longread.engine.tiers import least_device_bytes
 __all__ = [
     "Appended",
     "Busy",
+    "Capacity",
     "Curve",
     "Engine",
     "Finished",
@@ -46,6 +49,7 @@ __all__ = [
     "Lost",
     "Progress",
     "Sampling",
+    "SessionBytes",
     "SessionInfo",
     "Task",
     "Token",
@@ -53,6 +57,8 @@ __all__ = [
     "TopTokens",
     "UnknownSession",
     "WrongPosition",
+    "capacity",
     "largest_session",
     "least_device_bytes",
+    "session_sizes",
 ]

@@ -264,6 +264,13 @@ class Places:
             self._graphs.clear()
 
 
+def place_nbytes(model: Transformer, position: int) -> int:
+    """Bytes of a lane for a session of a token at `position`. For a model on the meta device, where nothing is made."""
+    places = Places(model, 1, learn=True)
+    places._make_room(position)
+    return places.nbytes
+
+
 def room(position: int) -> int:
     """Slots of attention without a window for a token at `position`, more than that.
 

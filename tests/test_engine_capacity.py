@@ -1,0 +1,76 @@
+"""How many sessions write at once: by the arithmetic of `capacity`, and in an engine with that budget."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from longread.engine import Engine, Limits, Sampling, Token, capacity, session_sizes
+from longread.engine.lanes import Lanes
+from longread.engine.reader import Job
+from longread.engine.tiers import SHARE
+from longread.inner_loop import begin, read
+from longread.inner_loop.places import Places, place_nbytes
+from longread.model import Transformer
+from tests.tiny import INNER, M, config, make, text
+
+K = 24
+
+
+def on_no_device(**changes: object) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config(**changes))
+
+
+@pytest.mark.parametrize("attention", ["window", "full", "hybrid"])
+def test_a_place_is_as_large_as_it_is_said_to_be(attention: str) -> None:
+    model = make(window_size=K, attention=attention).requires_grad_(False)
+    tokens = torch.tensor([text(5 * K + M)])
+    state = read(model, begin(model), tokens, inner=INNER).state
+    places = Places(model, 1, learn=True)
+    places.put(0, state, learn=True)
+    sizes = session_sizes(on_no_device(window_size=K, attention=attention), state.position)
+    assert sizes.place == places.nbytes == place_nbytes(model, state.position)
+    assert sizes.beside == sum(x.nbytes for w in state.fast for x in w)
+    assert state.nbytes <= sizes.resting <= state.nbytes + 2 * M * model.config.width * 4 * 4
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_an_engine_lets_as_many_write(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, together, enter, reached = make(window_size=K).requires_grad_(False), [], Lanes.enter, threading.Event()
+
+    def entering(lanes: Lanes, job: Job) -> None:
+        enter(lanes, job)
+        together.append(len(lanes.jobs))
+        if len(lanes.jobs) >= most:
+            reached.set()
+
+    monkeypatch.setattr(Lanes, "enter", entering)
+    size = session_sizes(model, 0)
+    room = size.resting + size.place + (most - 1) * size.writing + size.place // 3
+    assert capacity(-(-room * 10 // 7), size).writing == most
+    assert capacity(int((room - size.place // 2) / SHARE), size).writing == most - 1
+    endless = Sampling(max_tokens=100_000, temperature=0)
+    with Engine(model, INNER, limits=Limits(device_bytes=room)) as engine:
+        ids = [engine.create().id for _ in range(most + 2)]
+        for i, sid in enumerate(ids):
+            engine.append(sid, text(2 * K, i)).result(60)
+        tasks = [engine.generate(sid, endless) for sid in ids[:most]]
+        assert reached.wait(120)
+        tasks += [engine.generate(sid, endless) for sid in ids[most:]]
+        written = (event for event in tasks[0] if isinstance(event, Token))
+        assert len(list(itertools.islice(written, 5 * M))) == 5 * M  # time for one more to come in, if it could
+        for task in tasks:
+            task.cancel()
+    assert max(together) == most
+
+
+def test_what_has_no_lanes_is_counted_by_its_sessions() -> None:
+    size = session_sizes(on_no_device(mixer="mamba2", num_suffix_blocks=0), 0)
+    assert size.place == 0
+    assert capacity(10 * size.resting, size)[1:] == (7, 7)
+    assert capacity(0, size)[1:] == (0, 0)
+    assert capacity(-1, size)[1:] == (0, 0)
