@@ -355,6 +355,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert figures["results"][0]["accuracy"][0]["all"]["n"] == 4
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"s_niah_1.png", "s_niah_3.png"}
     page = (tmp_path / "n.html").read_text()
+    assert "a context counts each model&#x27;s own tokens" in page
+    assert f"{learning} and {static}, hidden in {tmp_path / 'essay.txt'}." in page
     assert page.count('class="chart wide"') == page.count('class="chart narrow"') == 2
     assert "0.00 [0.00, 0.49]" in page
 

@@ -24,7 +24,10 @@ NAME = "needle"
 MOST_ANSWER = 2**16
 MOST_PROMPT_TOKENS = 16 * MOST_TOKENS
 """2 GiB."""
-
+DIFFERENT_TOKENIZERS = (
+    "The models have different tokenizers, and a context counts each model's own tokens: the same T is another length "
+    "of text for each."
+)
 USED_CHARACTERS = 256
 """Of one text, for each token of the longest context; the rest of a longer text is not read."""
 
@@ -68,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.models import table_names
-    from longread.cli.outputs import check_outputs, figure_outputs, progress_console, show_figures, write_text
+    from longread.cli.outputs import check_outputs, figure_outputs, listed, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import Needles, needle_figures, search
     from longread.evaluate.needle import FORMAT, chart_name
@@ -114,10 +117,11 @@ def run(options: argparse.Namespace) -> int:
                         on_samples=show,
                     )
                 )
-    needles = Needles(searches)
+    needles = Needles(searches, [DIFFERENT_TOKENIZERS] if len(tokenizers) > 1 else [])
     if options.json:
         write_text(options.json, json.dumps(needles.as_json(), indent=2) + "\n")
-    title, lead = "Needle in a haystack", ", ".join(map(str, options.models)) + "."
+    title, lead = "Needle in a haystack", listed(options.models)
+    lead += f", hidden in {listed(options.haystack)}." if options.haystack else "."
     show_figures(options, needle_figures(needles), title=title, lead=lead)
     return 0
 
