@@ -142,8 +142,7 @@ def test_fork_save_restore_delete(page_server: Process, visit: Callable[..., Any
     page = visit(page_server)
     read(page)
     page.click("#fork")
-    page.locator("#sessions .who", has_text="The Book of Depths, fork").first.wait_for()
-    page.wait_for_url("**/#*")
+    page.locator("#sessions [aria-current] .who", has_text="The Book of Depths, fork").wait_for()
     assert page.input_value("#label") == "The Book of Depths, fork"
     assert page.locator("#plot path.strong.learning").count() == 1  # the fork has seen the same
     page.fill("#label", "A branch")

@@ -68,6 +68,7 @@ def test_a_fork_and_another_tab_show_the_same_curve(page_server: Process, visit:
     before = figures(page)
     page.click("#fork")
     page.locator("#identity", has_text="fork of").wait_for()
+    assert page.locator(".passage").count() > 0, "and the fork's own tab still has the text"
     other = page.context.new_page()
     other.goto(page.url)
     other.locator("#plot path.strong.frozen").wait_for()

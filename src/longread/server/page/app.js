@@ -191,6 +191,7 @@ class App {
     const info = await this.api.fork(reader.id, forkName(reader.info.label).slice(0, LABEL));
     const fork = new Reader(this.api, info);
     fork.history = reader.history.copy();
+    fork.loaded = reader.loaded;
     fork.turns = reader.turns.map((turn) => ({ ...turn }));
     fork.kept = reader.kept && {
       ...reader.kept,

@@ -149,7 +149,7 @@ export class Reader extends EventTarget {
     const activity = this.#begin("writing");
     const turn = { prompt, text: "", end: null, tokens: 0, rate: null, copy };
     this.turns.push(turn);
-    await this.load().catch(() => {});
+    if (!copy) await this.load().catch(() => {});
     let writer = this;
     try {
       if (copy) writer = new Reader(this.api, await this.api.fork(this.id, `${this.info.label} (asked)`));

@@ -58,6 +58,9 @@ function showRow(row, { info, activity, history }, infos) {
 
 function showLost(lost, infos) {
   $("lost").hidden = !lost.length;
+  const signature = JSON.stringify([lost, infos.filter(({ id }) => lost.some((one) => one.id === id)).map(nameOf)]);
+  if ($("lost").dataset.signature === signature) return;
+  $("lost").dataset.signature = signature;
   const rows = lost.map((one) => {
     const info = infos.find(({ id }) => id === one.id);
     return make(
