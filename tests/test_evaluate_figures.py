@@ -119,6 +119,12 @@ def test_nothing_covers_its_neighbour_or_leaves_the_drawing() -> None:
     assert re.fullmatch("a-run-with-a-name.*….*seeds-1-2-3, frozen", max(labels, key=len))
 
 
+@pytest.mark.parametrize("size", range(1, 41))
+def test_a_name_that_has_room_is_whole(size: int) -> None:
+    html = line_chart([Line("n" * size, [(1.0, 2.0), (3.0, 4.0)])], title="", x_label="", y_label="")
+    assert [label for _, label in texts(html, "label")] == ["n" * size]
+
+
 def test_many_inputs_are_named_and_the_rest_counted() -> None:
     assert listed(["a"]) == "a"
     assert listed(["a", "b", "c"]) == "a, b and c"

@@ -41,7 +41,7 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str,
     if not lines:
         return ""
     longest = LABEL_CHARACTER * max(len(line.label) for line in lines)
-    wide = _Frame("wide", 860, 360, 56, round(min(max(longest, 120), 330)) + 16)
+    wide = _Frame("wide", 860, 360, 56, math.ceil(min(max(longest, 120), 330)) + 16)
     narrow = _Frame("narrow", 360, 260, 50, 14)
     parts = []
     for frame in (wide, narrow):
