@@ -14,6 +14,8 @@ from longread.tokenizer import StreamEncoder, Tokenizer
 from longread.tokenizer.cutting import Cut
 from tests.tokenizer_kinds import KINDS, hard_text, tokenizer_of
 
+UNCUT = {"nothing can be cut", "unigram without words"}
+
 
 def streamed(tokenizer: Tokenizer, pieces: list[str]) -> tuple[list[int], list[int]]:
     encoder = StreamEncoder(tokenizer)
@@ -48,7 +50,7 @@ def test_pieces_give_the_tokens_of_the_whole(kind: str, seed: int) -> None:
     assert streamed(tokenizer, cut(text, draw)) == (ids, lengths)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nothing can be cut"])
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - UNCUT))
 def test_ordinary_text_waits_for_little_of_what_follows(kind: str) -> None:
     """What waits and what is encoded again are short, however long the text and however small its pieces."""
     tokenizer, encoder = tokenizer_of(kind), StreamEncoder(tokenizer_of(kind))
@@ -67,8 +69,9 @@ def test_ordinary_text_waits_for_little_of_what_follows(kind: str) -> None:
     assert encoded < 2.5 * len(text)
 
 
-def test_a_tokenizer_without_places_to_cut_waits_for_all() -> None:
-    tokenizer = tokenizer_of("nothing can be cut")
+@pytest.mark.parametrize("kind", sorted(UNCUT))
+def test_a_tokenizer_without_places_to_cut_waits_for_all(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
     encoder = StreamEncoder(tokenizer)
     assert [encoder.push("ab" * 1000) for _ in range(9)] == [([], [])] * 9
     assert encoder.close() == tokenizer.encode_with_bytes("ab" * 9000)
@@ -126,3 +129,23 @@ def test_a_text_that_is_cut_for_a_batch_has_the_tokens_of_the_whole(kind: str) -
 def test_half_a_surrogate_pair_is_refused() -> None:
     with pytest.raises(UserError, match="half a surrogate pair"):
         StreamEncoder(tokenizer_of("own bpe")).push("a\ud83e")
+
+
+MARKS = [kind for kind in KINDS if kind.startswith(("metaspace", "llama 2", "unigram", "gpt-2 with"))]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {*MARKS, *UNCUT, "fixed length", "scripts"}))
+@pytest.mark.parametrize("text", ["the tide", " the tide", "\n\nthe tide", "  é gull.", "1234567", ".", ""])
+def test_without_a_mark_a_text_that_goes_on_is_any_text(kind: str, text: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    assert tokenizer.encode_inside(text) == tokenizer.encode_with_bytes(text)
+
+
+def test_spaces_are_not_doubled_where_a_text_goes_on() -> None:
+    for kind in ("llama 2", "metaspace first", "gpt-2 with a space first"):
+        tokenizer = tokenizer_of(kind)
+        halves = tokenizer.encode("the tide") + tokenizer.encode_inside(" comes in")[0]
+        assert tokenizer.decode(halves).strip() == "the tide comes in"
+        assert tokenizer.decode(tokenizer.encode("the tide") + tokenizer.encode(" comes in")).count("  ") <= 1
+        glued = tokenizer.encode("the ti") + tokenizer.encode_inside("de")[0]
+        assert tokenizer.decode(glued).strip() == "the tide"

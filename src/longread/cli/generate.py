@@ -80,7 +80,8 @@ def run(options: argparse.Namespace) -> int:
     pair = _with_draft(options, opened, session) if options.draft else None
     writer = pair or session
     sessions = [pair.verifier, pair.drafter] if pair else [session]
-    writer.read(opened.tokenizer.encode(options.prompt))
+    fresh, tokenizer = session.position <= len(opened.tokenizer.beginning), opened.tokenizer
+    writer.read(tokenizer.encode(options.prompt) if fresh else tokenizer.encode_inside(options.prompt)[0])
     ids = writer.generate(
         options.max_tokens,
         temperature=options.temperature,

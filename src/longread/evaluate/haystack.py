@@ -206,7 +206,8 @@ def _parts(tokenizer: Tokenizer, variant: Variant, context_length: int, draw: ra
     between = "\n" if variant.haystack == "noise" else " "
     head = tokenizer.encode(INSTRUCTION.format(**words) + ("" if variant.haystack == "noise" else "\n"))
     head = tokenizer.beginning + head
-    needle, question = tokenizer.encode(between + NEEDLE.format(**words)), tokenizer.encode(QUESTION.format(**words))
+    needle, _ = tokenizer.encode_inside(between + NEEDLE.format(**words))
+    question, _ = tokenizer.encode_inside(QUESTION.format(**words))
     room = context_length - len(head) - len(needle) - len(question)
     if room < 0:
         raise UserError(

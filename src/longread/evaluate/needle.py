@@ -136,7 +136,7 @@ def search(
             return all(_found(s, _text(ids, tokenizer)) for s, ids in zip(batch, written.tolist(), strict=True))
 
         prompts = torch.from_numpy(np.stack([sample.tokens for sample in batch]))
-        values = [tokenizer.encode(f" {sample.value}") for sample in batch]
+        values = [tokenizer.encode_inside(f" {sample.value}")[0] for sample in batch]
         probe = torch.zeros(len(batch), max(map(len, values)), dtype=torch.long)
         for row, ids in zip(probe, values, strict=True):
             row[: len(ids)] = torch.tensor(ids)

@@ -118,7 +118,8 @@ class Reading:
             message = f"skip is {skip}, and expected_position is not given; give both, so that nothing is left out"
             raise ApiError(400, message, param="skip")
         if self._text is not None:
-            self._ids, lengths = await self._service.run(self._service.encode, self._text, bos=start == skip)
+            fresh = start == skip
+            self._ids, lengths = await self._service.run(self._service.encode, self._text, bos=fresh, inside=not fresh)
             lengths = lengths[skip:]
         else:
             self._ids = self._tokens or []

@@ -103,10 +103,14 @@ class Service:
         self.engine.close(CLOSE_SECONDS)
         self._threads.shutdown(wait=False)
 
-    def encode(self, text: str, *, bos: bool) -> tuple[list[int], list[int]]:
-        """Token ids of `text` and the UTF-8 bytes of each; BOS, if it is wanted and there is one, covers none."""
+    def encode(self, text: str, *, bos: bool, inside: bool = False) -> tuple[list[int], list[int]]:
+        """Token ids of `text` and the UTF-8 bytes of each; BOS, if it is wanted and there is one, covers none.
+
+        `inside`: the text goes on from what a session has read.
+        """
         text = TextFormat(keep_line_ends=self.keep_line_ends).normalized(text)
-        ids, lengths = self.tokenizer.encode_with_bytes(text)
+        encode = self.tokenizer.encode_inside if inside else self.tokenizer.encode_with_bytes
+        ids, lengths = encode(text)
         beginning = self.tokenizer.beginning if bos else []
         return [*beginning, *ids], [0] * len(beginning) + lengths
 

@@ -227,7 +227,8 @@ class Session:
         if isinstance(text, str):
             tokenizer = self._text_tokenizer()
             beginning = [] if self.position else tokenizer.beginning
-            return self.read([*beginning, *tokenizer.encode(text)])[len(beginning) :]
+            ids = tokenizer.encode_inside(text)[0] if self.position else tokenizer.encode(text)
+            return self.read([*beginning, *ids])[len(beginning) :]
         tokens = self._checked(text)
         pieces = [self._read(part) for part in tokens.split(PIECE)]
         self.inner_grad_norms = torch.cat([norms for _, norms in pieces])

@@ -40,7 +40,7 @@ def text_of(
         ids.close()
     if decoder.stopped:
         whole = ends.index(max(end for end in ends if end <= len(given)))
-        shown = [*taken[:whole], *tokenizer.encode(given[ends[whole] :])]
+        shown = [*taken[:whole], *tokenizer.encode_inside(given[ends[whole] :])[0]]
         for session, begun in zip(sessions, before, strict=True):
             session.go_back(begun)
             session.read(shown)

@@ -2,7 +2,8 @@
 
 Before its model, a tokenizer splits a text into words, and the tokens of a word depend on that word alone. So the
 border of two words can be cut at, if it stays where it is whatever comes before and after. Tokenizers without words
-(SentencePiece as it is often converted) have borders too: two characters that no merge joins are never in one token.
+(SentencePiece's BPE as it is often converted) have borders too: two characters that no merge joins are never in one
+token.
 
 Whether a border stays is found out by encoding a window around it again and again: from other places on, and with
 other texts behind it (`PROBES`). A border must be the same every time, and it must have MARGIN characters and three
@@ -133,10 +134,10 @@ class Borders:
 
     def _never_joined(self, left: str, right: str) -> bool:
         """Whether the characters on both sides of a border are never in one token."""
-        if self._junctions is None or self._unknown in (left, right):
+        if self._junctions is None or self._model.get("unk_token") in (left, right):
             return False
         if BYTE.fullmatch(left) or BYTE.fullmatch(right):  # a character without a token; merges do not see it
-            return bool(self._model["type"] == "BPE")
+            return True
         return left[-1] + right[0] not in self._junctions
 
     @cached_property
@@ -144,17 +145,13 @@ class Borders:
         return dict(json.loads(self._tokenizer.to_str())["model"])
 
     @cached_property
-    def _unknown(self) -> str | None:
-        if self._model["type"] == "Unigram":
-            return None if self._model["unk_id"] is None else str(self._model["vocab"][self._model["unk_id"]][0])
-        return self._model.get("unk_token")
-
-    @cached_property
     def _junctions(self) -> set[str] | None:
-        """Every two characters that can stand side by side in a token; None where that is not all that matters."""
+        """Every two characters that a merge joins; None where that is not all that matters.
+
+        So it is in Unigram: of two ways to spell a text that are equally likely (a short and a long run of spaces, in
+        either order) it takes the one that rounding prefers, and that depends on the sum over all text before.
+        """
         model = self._model
-        if model["type"] == "Unigram":
-            return {token[i : i + 2] for token, _ in model["vocab"] for i in range(len(token) - 1)}
         if model["type"] != "BPE" or any(model.get(name) for name in _BPE_OF_WHOLE_WORDS):
             return None
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]

@@ -34,6 +34,16 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without BOS. Raises `UserError` on a text that is not valid Unicode."""
 
+    def encode_inside(self, text: str) -> tuple[list[int], list[int]]:
+        """As `encode_with_bytes`, of a text that goes on from another: without the space or mark that SentencePiece
+        puts before a text, and others before its first word."""
+        for before in ("\n", "."):  # a token reaches across if the text has more of the same
+            head, sizes = self.encode_with_bytes(before)
+            ids, lengths = self.encode_with_bytes(before + text)
+            if sum(sizes) == sum(lengths[: len(head)]) == len(before) and ids[: len(head)] == head:
+                return ids[len(head) :], lengths[len(head) :]
+        return self.encode_with_bytes(text)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text; some tokenizers work on many at once."""
         return [self.encode(text) for text in texts]
