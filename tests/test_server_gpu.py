@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from longread.engine import largest_session
-from tests.server import TEXT, M, Process, direct, make_model
+
+pytest.importorskip("httpx2", reason="the client of the server's tests comes with `make test`")
+from tests.server import TEXT, M, Process, direct, make_model  # noqa: E402
 
 TEXTS = ["".join(random.Random(i).sample(TEXT, len(TEXT))) for i in range(8)]
 
