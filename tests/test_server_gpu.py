@@ -11,7 +11,7 @@ import pytest
 from longread.engine import largest_session
 
 pytest.importorskip("httpx2", reason="the client of the server's tests comes with `make test`")
-from tests.server import TEXT, M, Process, direct, make_model  # noqa: E402
+from tests.server import TEXT, M, Process, direct, make_model
 
 TEXTS = ["".join(random.Random(i).sample(TEXT, len(TEXT))) for i in range(8)]
 
