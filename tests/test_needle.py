@@ -346,6 +346,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "S-NIAH-1: needles found" in out
     assert "0.00 [0.00, 0.49]" in out
     figures = json.loads((tmp_path / "n.json").read_text())
+    assert (tmp_path / "n.json").stat().st_mode & 0o777 == 0o600, "it holds what was written after the texts"
+    assert (tmp_path / "n.html").stat().st_mode & 0o777 != 0o600
     assert [(r["model"], r["reading"]) for r in figures["results"]] == [
         ("e2e", "learning"),
         ("e2e", "frozen"),

@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
                 )
     needles = Needles(searches, [DIFFERENT_TOKENIZERS] if len(tokenizers) > 1 else [])
     if options.json:
-        write_text(options.json, json.dumps(needles.as_json(), indent=2) + "\n")
+        write_text(options.json, json.dumps(needles.as_json(), indent=2) + "\n", private=True)  # with all answers
     title, lead = "Needle in a haystack", listed(options.models)
     lead += f", hidden in {listed(options.haystack)}." if options.haystack else "."
     show_figures(options, needle_figures(needles), title=title, lead=lead)

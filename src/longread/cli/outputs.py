@@ -199,8 +199,8 @@ BENCH_PAGE = Kind("page of `longread bench`", lambda file: _begins(file.read(64)
 BENCH_PLOT = Kind("plot of `longread bench`", lambda file: _begins(file.read(1024), b"<svg ", b'role="img">'))
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes or replaces a text file, whole or not at all, or writes to stdout.
+def write_text(path: str | Path, text: str, *, private: bool = False) -> None:
+    """Writes or replaces a text file, whole or not at all, or writes to stdout; `private`: for its owner alone.
 
     Raises `UserError` when it cannot be written.
     """
@@ -209,7 +209,7 @@ def write_text(path: str | Path, text: str) -> None:
     if is_stdout(path):
         _write_to_stdout(text)
         return
-    with atomic_files(Path(path)) as (temporary,):
+    with atomic_files(Path(path), private=private) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
 
 
