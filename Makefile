@@ -10,6 +10,9 @@ TORCH = torch==2.13.0
 # Threads that wait for one another sleep: spinning, they starve beside any other busy process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# The tests start some hundred processes: each would compile torch's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Added to every call of pytest: `make test PYTEST_ARGS="-n 0 -x"`.
 PYTEST_ARGS =
 # Added to `make mutants`: `make mutants MUTANTS_ARGS="--only ops/ --minutes 9"`; the same command goes on.
