@@ -108,6 +108,23 @@ def test_seeds_and_epochs_differ_in_order() -> None:
     assert set(first[:, 0].tolist()) != set(second[:, 0].tolist())  # other phase, other windows
 
 
+@pytest.mark.parametrize("documents", ["reset", "join"])
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(documents: Documents) -> None:
+    """Of 24 windows; each order visits all of them, and none is another one turned round."""
+    data = dataset((3,) * 24, "reset") if documents == "reset" else dataset((24 * 3 + 1,), "join")
+    orders: set[tuple[int, ...]] = set()
+    for seed in range(4):
+        sampler = Sampler(data, 3, 24, seed)
+        assert sampler.num_windows == 24
+        for epoch in range(4):
+            starts = sampler.batch(epoch).input_ids[:, 1].tolist()
+            place = {start: i for i, start in enumerate(sorted(starts))}
+            assert len(place) == 24
+            order = [place[start] for start in starts]
+            orders.add(min(tuple(order[i:] + order[:i]) for i in range(24)))
+    assert len(orders) == 16
+
+
 # --- what an epoch covers ---
 
 

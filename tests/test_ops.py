@@ -33,11 +33,13 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = D64) -> Tensor:
 
 
 def derivatives(f: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The value of f, its gradients, and the gradients of a scalar made of these, all against fixed cotangents."""
+    """The value of f, its gradients, and the gradients of a scalar made of these; the last also for the cotangent of f,
+    which is an input of its gradient."""
     out = f(*inputs)
-    first = torch.autograd.grad((out * draw(*out.shape, seed=1).detach()).sum(), inputs, create_graph=True)
+    cotangent = draw(*out.shape, seed=1)
+    first = torch.autograd.grad(out, inputs, cotangent, create_graph=True)
     mixed = sum((g * draw(*g.shape, seed=2 + i).detach()).sum() for i, g in enumerate(first))
-    second = torch.autograd.grad(mixed, inputs, allow_unused=True)
+    second = torch.autograd.grad(mixed, [*inputs, cotangent], allow_unused=True)
     return [out, *first, *(g for g in second if g is not None)]
 
 
@@ -53,6 +55,17 @@ def test_rms_norm() -> None:
         derivatives(lambda x, g: rms_norm(x, g, 1e-5), inputs),
         derivatives(lambda x, g: reference_rms_norm(x, g, 1e-5), inputs),
     )
+
+
+def test_rms_norm_whose_gain_is_held_constant() -> None:
+    """As in the inner step: its gradient is asked for x alone, and then differentiated for the gain too."""
+    x, gain, cotangent = draw(2, 5, 7), draw(7, seed=9), draw(2, 5, 7, seed=1)
+    results = []
+    for f in (rms_norm, reference_rms_norm):
+        (dx,) = torch.autograd.grad(f(x, gain, 1e-5), [x], cotangent, create_graph=True)
+        mixed = (dx * draw(2, 5, 7, seed=2).detach()).sum()
+        results.append([dx, *torch.autograd.grad(mixed, [x, gain, cotangent])])
+    agree(*results)
 
 
 def test_swiglu() -> None:

@@ -101,8 +101,10 @@ def test_a_run_learns_and_leaves_everything(tmp_path: Path, data: TokenDataset) 
     sampler = Sampler(data, 32, 4, 0)
     assert rows[-1]["tokens"] == result.tokens == sum(int(sampler.batch(step).loss_mask.sum()) for step in range(12))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    assert [row["lr"] for row in rows] == [config.optimizer.lr_at(step) for step in range(12)]
-    assert [row["inner_lr"] for row in rows] == [config.inner.lr_at(step) for step in range(12)]
+    rates = [1e-4, 5.05e-3, 0.01, 0.009755527, 0.00904604, 0.007940987]
+    rates += [0.00654854, 0.005005, 0.00346146, 0.002069013, 0.00096396, 0.000254473]
+    assert [row["lr"] for row in rows] == pytest.approx(rates, rel=1e-5)
+    assert [row["inner_lr"] for row in rows] == pytest.approx([0.325, 0.55, 0.775, *[1.0] * 9])
     assert any(0 < row["inner_clipped"] < 1 for row in rows)
     assert [row["step"] for row in rows if "validation_loss" in row] == [4, 8, 12]
     assert rows[-1]["validation_loss"] != rows[-1]["validation_loss_frozen"]
@@ -197,14 +199,14 @@ def test_the_update_is_adamw_with_decoupled_decay_and_a_clip_by_global_norm(clip
     expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
     second = {name: torch.zeros_like(p) for name, p in expected.items()}
-    for step in range(4):
+    for step, rate in enumerate([0.02, 0.06, 0.1, 0.0750025]):
         given = {name: torch.randn_like(p) for name, p in expected.items()}
         for name, parameter in model.named_parameters():
             parameter.grad = given[name].clone()
         norm = math.sqrt(sum(g.square().sum().item() for g in given.values()))
         scale = 1.0 if clip is None or norm <= clip else clip / norm
         lr = training.update(model, optimizer, config, step, gradient_norm(model.parameters()))
-        assert lr == config.lr_at(step)
+        assert lr == pytest.approx(rate, rel=1e-12)
         for name, parameter in model.named_parameters():
             gradient = given[name] * scale
             first[name] = 0.9 * first[name] + 0.1 * gradient
@@ -214,6 +216,18 @@ def test_the_update_is_adamw_with_decoupled_decay_and_a_clip_by_global_norm(clip
             expected[name] = expected[name] - lr * (mean / (square.sqrt() + 1e-8) + decay * expected[name])
             torch.testing.assert_close(parameter, expected[name], rtol=1e-10, atol=1e-12, check_dtype=False)
             assert parameter.grad is None
+
+
+@pytest.mark.parametrize("norm", [0.5, 0.999, 1.0, 1.001, 40.0])
+def test_the_outer_clip_begins_at_its_limit(norm: float) -> None:
+    gradients = [torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([[0.0, 4.0]], dtype=torch.float64)]
+    parameters = [torch.zeros_like(g).requires_grad_() for g in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient * (norm / 5.0)
+    assert gradient_norm(parameters).item() == pytest.approx(norm, rel=1e-14)
+    training.clip_gradients(parameters, gradient_norm(parameters), 1.0)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * (min(norm, 1.0) / 5.0), rtol=1e-13, atol=0)
 
 
 def test_the_update_is_that_of_the_official_numbers() -> None:

@@ -60,8 +60,9 @@ def derivatives(
         return (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
 
     out = f(q, k, v, past=(past[0], past[1]) if past else None, window=window)
-    first = torch.autograd.grad(weighed(out), leaves[inner], create_graph=True)
-    second = torch.autograd.grad(sum(weighed(x) for x in (*first, out)), leaves, allow_unused=True)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out).requires_grad_()
+    first = torch.autograd.grad(out, leaves[inner], cotangent, create_graph=True)
+    second = torch.autograd.grad(sum(weighed(x) for x in (*first, out)), [*leaves, cotangent], allow_unused=True)
     return [torch.zeros(()) if x is None else x.detach().double().cpu() for x in (out, *first, *second)]
 
 
