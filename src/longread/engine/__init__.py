@@ -13,7 +13,7 @@ tiers.py       who is on the device, in the host's memory or on the disk
 keeping.py     what lets sessions survive: snapshots and journals, in threads of their own
 store.py       the files of sessions, and what is found in them at the start
 journal.py     a journal: one checked line for each event
-curve.py       what stays of a session's losses
+curve.py       mean losses of a session, by position
 """
 
 from longread.engine.capacity import Capacity, SessionBytes, capacity, session_sizes

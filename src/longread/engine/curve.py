@@ -1,4 +1,4 @@
-"""What stays of a session's losses: their means in a bounded number of bins, however much it reads."""
+"""Mean losses of a session by position, in a bounded number of bins, however much it reads."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Losses:
 
 
 def kept(own: Curve, frozen: Curve | None) -> dict[str, list[Any] | None]:
-    """What a session keeps of its losses, beside what its twin keeps, in the bins of the coarser of the two."""
+    """The losses that a session keeps, beside its twin's, in the bins of the coarser of the two."""
     width = max(own.width, 0 if frozen is None else frozen.width)
     bins = list(own.copy(width).bins())
     of_frozen = {} if frozen is None else {start: mean for start, _, mean, _, _ in frozen.copy(width).bins()}

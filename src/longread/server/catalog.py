@@ -110,7 +110,7 @@ class Catalog:
         return entry
 
     async def losses(self, tenant: str, session: str) -> tuple[Curve, Curve | None]:
-        """What a session keeps of its losses, and its twin of its own."""
+        """The losses that a session keeps, and those of its twin."""
         entry = await self.get(tenant, session)
         own, frozen = await self._service.run(self._engine.losses, session), None
         if entry.twin is not None:
