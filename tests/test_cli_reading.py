@@ -19,8 +19,7 @@ import torch
 
 from longread.checkpoint import load_model
 from longread.cli import main
-from longread.cli.reading import pieces
-from longread.session import Session
+from longread.session import Session, cuts
 from tests.small_model import save_small_model
 
 SENTENCE = "the whale swam naïve – slowly beneath cold stars while nobody watched it, and then it 🐋 turned\n"
@@ -45,7 +44,7 @@ def home(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "model").symlink_to(model)
     (tmp_path / "text").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(pieces.LONGEST_PIECE, "cpu", 64)
+    monkeypatch.setitem(cuts.LONGEST_PIECE, "cpu", 64)
     return tmp_path
 
 

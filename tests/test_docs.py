@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import longread
+from longread.cli import main
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 FOLDERS = ("docs", "models", "experiments", "benchmarks")
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -74,10 +77,52 @@ def test_make_has_the_target(target: str) -> None:
     assert target in TARGETS
 
 
-@pytest.mark.parametrize("block", blocks(ROOT / "README.md", "python"))
-def test_the_python_of_the_readme_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shown_after(page: Path, block: str) -> str | None:
+    """The fenced text that follows a fenced block at once: what it printed."""
+    rest = page.read_text().partition(f"{block}```\n")[2]
+    found = re.match(r"\n```text\n(.*?)^```", rest, flags=re.MULTILINE | re.DOTALL)
+    return found[1] if found else None
+
+
+def lines_of(output: str) -> list[str]:
+    """The lines that are not empty, without the speeds in a last column."""
+    lines = (re.sub(r" +[\d,]+ │$", " │", line.rstrip()) for line in output.splitlines())
+    return [line for line in lines if line]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with the file that the README reads, on a machine that computes as the README's did."""
+    if torch.cuda.is_available():
+        pytest.skip("the README shows what a CPU computes")
+    (tmp_path / "LICENSE").write_bytes((ROOT / "LICENSE").read_bytes())
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("block", blocks(README, "python"))
+def test_the_python_of_the_readme_runs(block: str, reader: None, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block, "README.md", "exec"), {})
+    shown = shown_after(README, block)
+    assert shown is None or capsys.readouterr().out == shown
+
+
+def test_the_readme_shows_what_reading_prints(reader: None, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = (block for block in blocks(README, "bash") if "longread read LICENSE" in block)
+    assert main(["read", "LICENSE"]) == 0
+    shown, printed = lines_of(shown_after(README, block) or ""), lines_of(capsys.readouterr().out)
+    number = r"\d+\.\d+"
+    assert [re.sub(number, "#", line) for line in shown] == [re.sub(number, "#", line) for line in printed]
+    figures = [[float(x) for x in re.findall(number, "\n".join(lines))] for lines in (shown, printed)]
+    assert len(figures[0]) > 20
+    assert figures[0] == pytest.approx(figures[1], abs=0.0021)  # another CPU rounds the last digit otherwise
+
+
+def test_the_readme_says_how_frozen_weights_go_on(reader: None) -> None:
+    opened = longread.open_model("longread-small")
+    session = opened.session(learn=False)
+    session.read(Path("LICENSE").read_text())
+    text = "".join(session.write("\n\nIn short, the", max_tokens=12, temperature=0))
+    assert f'go on with "{text.strip()}".' in README.read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,6 +12,7 @@ import longread
 from longread.checkpoint import save_model
 from longread.cli import main
 from longread.config import UserError
+from longread.inner_loop.step import matrices
 from longread.loading import OpenModel, boxed_models, find_model, open_model
 from longread.tokenizer import ByteTokenizer
 from tests import tiny
@@ -58,16 +59,25 @@ def test_an_unknown_name_is_one_sentence_that_names_those_there_are(name: str) -
     assert "\n" not in str(error.value)
 
 
-def test_a_text_is_read_as_the_command_line_reads_it(opened: OpenModel, home: Path, tmp_path: Path) -> None:
-    text, figures = tmp_path / "text.txt", tmp_path / "figures.json"
-    text.write_text(TEXT, encoding="utf-8")
-    assert main(["read", str(text), "--model", str(home / "tiny"), "--device", "cpu", "--json", str(figures)]) == 0
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+def test_a_text_is_read_as_the_command_line_reads_it(device: str, tmp_path: Path) -> None:
+    """To the last digit, and to the last bit of what is remembered."""
+    opened, text, whole = open_model(NAME, device), tmp_path / "text.txt", TEXT * 20
+    figures, saved = tmp_path / "figures.json", tmp_path / "saved"
+    text.write_text(whole, encoding="utf-8")
+    arguments = ["--model", NAME, "--device", device, "--json", str(figures), "--save", str(saved)]
+    assert main(["read", str(text), *arguments]) == 0
     for result in json.loads(figures.read_text(encoding="utf-8"))["results"]:
         session = opened.session(learn=result["reading"] == "learning")
-        nll = session.read(TEXT)
+        nll = session.read(whole)
         assert nll.isfinite().all()
-        assert nll.double().mean().item() == pytest.approx(result["loss"]["nats_per_token"]["mean"], rel=1e-6)
-        assert session.position == 1 + len(TEXT)
+        assert nll.double().mean().item() == pytest.approx(result["loss"]["nats_per_token"]["mean"], rel=1e-14)
+        assert session.position == 1 + len(nll) > 8 * opened.model.config.mini_batch_size
+        if session.learn:
+            kept = opened.restore(saved)
+            assert torch.equal(kept.score(TEXT), session.score(TEXT))
+            pairs = zip(matrices(kept.state.fast), matrices(session.state.fast), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_only_the_first_text_begins_one(opened: OpenModel) -> None:

@@ -25,6 +25,7 @@ from longread.files import Layout, read_tensors, write_tensors_atomically
 from longread.inner_loop import Decoder, ReadingState, begin, read, rescue
 from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
+from longread.session.cuts import piece_lengths
 from longread.session.prefix import TextPrefix, count_of, fixed_width
 from longread.session.sampling import check_sampling, draw, penalised, seeded
 from longread.session.storage import STORAGES, Storage, check_layout, packed, unpacked
@@ -213,8 +214,9 @@ class Session:
 
         Args:
             text: token ids, read as they are; or, if the session has a tokenizer, a `str`. The first `str` of a session
-                that has read nothing begins the text: what the tokenizer puts there is read before it, as
-                `longread read` does. Each `str` is encoded by itself, so cut a text between words.
+                that has read nothing begins the text: what the tokenizer puts there is read before it. A whole text
+                gives bit for bit what `longread read` gives. Each `str` is encoded by itself, so cut a text between
+                words.
 
         Returns:
             −log p of each token given everything before it, [n], in nats. Of a `str`, these are its own tokens. NaN
@@ -228,9 +230,13 @@ class Session:
             tokenizer = self._text_tokenizer()
             beginning = [] if self.position else tokenizer.beginning
             ids = tokenizer.encode_inside(text)[0] if self.position else tokenizer.encode(text)
-            return self.read([*beginning, *ids])[len(beginning) :]
-        tokens = self._checked(text)
-        pieces = [self._read(part) for part in tokens.split(PIECE)]
+            tokens = self._checked([*beginning, *ids])
+            lengths = piece_lengths(self.position, len(tokens), self.model.config, self.model.device.type)
+            return self._read_pieces(tokens, lengths)[len(beginning) :]
+        return self._read_pieces(self._checked(text), PIECE)
+
+    def _read_pieces(self, tokens: Tensor, lengths: int | list[int]) -> Tensor:
+        pieces = [self._read(part) for part in tokens.split(lengths)]
         self.inner_grad_norms = torch.cat([norms for _, norms in pieces])
         window = self.model.config.window_size
         self._recent = (self._recent + tokens[-window:].tolist())[-window:]

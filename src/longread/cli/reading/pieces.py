@@ -1,8 +1,7 @@
 """Tokens of texts, in pieces that end at positions which depend on nothing but the model and the texts.
 
-A product of few rows is not rounded as the same rows in a product of many. So a reading that stopped and went on is
-the one that was never disturbed, bit for bit, only if both are cut at the same places; and a session is kept only
-there.
+They are cut where a session cuts a text (`longread.session.cuts`), so that a reading that stopped and went on is the
+one that was never disturbed, bit for bit; and a session is kept only there.
 """
 
 from __future__ import annotations
@@ -12,13 +11,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from longread.config import ModelConfig, UserError
-from longread.session import TextPrefix
+from longread.session import TextPrefix, next_cut
 from longread.tokenizer import StreamEncoder, Tokenizer
-
-LONGEST_PIECE = {"cpu": 1024, "cuda": 16_384}
-"""Tokens. On a CPU shorter ones cost time, a sixth more at 128; on a GPU long ones are read as CUDA graphs."""
-MOST_WORK = 8e9
-"""Parameters times tokens of a piece on a CPU, where it is longer than a mini-batch: about a second on two cores."""
 
 
 class Piece(NamedTuple):
@@ -33,18 +27,6 @@ class Piece(NamedTuple):
 
 class OtherText(UserError):
     """The texts do not begin with what a session has read."""
-
-
-def next_cut(position: int, config: ModelConfig, device: str) -> int:
-    """Where a piece ends that begins at `position`: M, 2M, 4M, …, then at every multiple of the longest piece."""
-    longest, size = LONGEST_PIECE.get(device, LONGEST_PIECE["cpu"]), config.mini_batch_size
-    if device == "cpu":
-        longest = min(longest, int(MOST_WORK / config.num_parameters))
-    while size * 2 <= longest:
-        if position < size:
-            return size
-        size *= 2
-    return (position // size + 1) * size
 
 
 class _Waiting(NamedTuple):
