@@ -95,7 +95,7 @@ class Listening:
         serve = self.server.serve(sockets=[listener])
         self.thread = threading.Thread(target=lambda: asyncio.run(serve), daemon=True)
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx2.Client(base_url=self.url, timeout=60)
+        self.client = httpx2.Client(base_url=self.url, timeout=300)
 
     def signal(self) -> None:
         """What the process does on SIGTERM."""
@@ -103,7 +103,7 @@ class Listening:
 
     def raw(self, data: bytes) -> bytes:
         """Everything that is answered to some bytes, until the connection is closed."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=300) as connection:
             connection.sendall(data)
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
@@ -114,7 +114,9 @@ class Listening:
     def __exit__(self, *_: object) -> None:
         self.client.close()
         self.server.should_exit = True
-        self.thread.join()
+        self.thread.join(60)
+        self.server.force_exit = True  # a test has failed and left something under way
+        self.thread.join(60)
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -180,11 +182,11 @@ class Process:
         self._port: int | None = None
         self._started = threading.Event()
         threading.Thread(target=self._read_log, daemon=True).start()
-        if not self._started.wait(60) or self._port is None:
+        if not self._started.wait(300) or self._port is None:
             raise RuntimeError("the server did not start: " + "".join(self.log))
         self.url = f"http://127.0.0.1:{self._port}"
         self.port = self._port
-        self.client = httpx2.Client(base_url=self.url, timeout=60, headers=bearer(ALICE) if keys else {})
+        self.client = httpx2.Client(base_url=self.url, timeout=300, headers=bearer(ALICE) if keys else {})
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None

@@ -123,7 +123,7 @@ def test_a_harness_that_scores_prompts_of_tokens_finds_direct_scores(server: Pro
 
 
 def raw(server: Process, data: bytes) -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=300)
     connection.sendall(data)
     return connection
 
@@ -423,7 +423,7 @@ def second(home: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
