@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from longread.config import UserError
-from longread.engine import Busy, Engine, Sampling, keeping
+from longread.engine import Busy, Engine, Limits, Sampling, keeping
 from longread.engine.lanes import Lanes
 from longread.engine.reader import Job, Reader
 from longread.engine.task import Task
@@ -154,7 +154,7 @@ def test_one_failure_among_lanes_of_their_own_ends_one_task(monkeypatch: pytest.
 @each_device
 def test_a_session_comes_from_the_disk_through_the_host(device: str, tmp_path: Path) -> None:
     """Only moves between tiers touch the device from another thread."""
-    with Engine(make().to(device), INNER, directory=tmp_path) as engine:
+    with Engine(make().to(device), INNER, directory=tmp_path, limits=Limits(host_bytes=2**20)) as engine:
         sid = engine.create().id
         read(engine, sid, text(9))
         engine.save(sid)
