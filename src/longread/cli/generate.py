@@ -2,17 +2,24 @@
 
 Example:
   longread generate --model runs/toy --session book.session --prompt "Once more" --max-tokens 200
+  longread generate --model runs/toy --prompt-file question.txt --json -
+  longread generate --model runs/toy --session book.session --save book.session --interactive
   longread generate --model runs/full --draft runs/toy --prompt "Once more"
+
+A session reads what it writes, and it has read just what was shown: nothing of a stop text, and nothing that was not
+shown when Ctrl-C or a closed pipe ended it.
+
+Interactive: each line is read, answered, and learned from; an empty one lets the text go on. Ctrl-C ends an answer,
+Ctrl-D the session. On a terminal that is what happens without a prompt and without a session.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_model
+from longread.cli.arguments import add_json, add_model
 
 if TYPE_CHECKING:
     from longread.loading import OpenModel
@@ -26,7 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     add_model(parser)
     parser.add_argument("--session", metavar="FILE", help="go on with this saved session")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="read this first")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", metavar="TEXT", help="read this first")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read this file first, as it is; - reads stdin")
+    prompt.add_argument("--interactive", action="store_true", help="take prompts line by line")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="write at most N (default 200)")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest token (default 1)"
@@ -57,55 +67,68 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--draft-session", metavar="FILE", help="let the guessing one go on with this saved session")
     parser.add_argument("--draft-tokens", type=int, metavar="N", help="guesses at a time (default 4)")
+    add_json(parser, "the continuation")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.outputs import SESSION, Output, check_outputs
+    from longread.cli.answers import FORMAT, Answers, converse, write_answer
+    from longread.cli.outputs import SESSION, Output, check_outputs, figures_of
+    from longread.cli.reading.stops import StopSignals
     from longread.config import UserError
     from longread.loading import open_model
-    from longread.session import text_of
 
-    check_outputs([Output("--save", options.save, SESSION)], inputs=[options.draft_session])
+    outputs = [Output("--save", options.save, SESSION), Output("--json", options.json, figures_of(FORMAT))]
+    check_outputs(outputs, inputs=[options.draft_session, options.prompt_file])
     if "" in options.stop:
         raise UserError("--stop is empty; give the text before which to end")
     if options.draft_session and not options.draft:
         raise UserError("--draft-session belongs to --draft; give the model that read it")
     if options.draft_tokens is not None and not options.draft:
         raise UserError("--draft-tokens belongs to --draft; give the model that guesses")
+    interactive = options.interactive or _is_conversation(options)
+    if interactive and options.json:
+        raise UserError("--json is about one continuation; give a prompt, or leave it out")
+    prompt = _prompt(options)
     opened = open_model(options.model, options.device)
     session = _session(opened, options.session)
     learns = session.learn
     session.learn = learns and not options.frozen
     pair = _with_draft(options, opened, session) if options.draft else None
-    writer = pair or session
-    sessions = [pair.verifier, pair.drafter] if pair else [session]
-    fresh, tokenizer = session.position <= len(opened.tokenizer.beginning), opened.tokenizer
-    writer.read(tokenizer.encode(options.prompt) if fresh else tokenizer.encode_inside(options.prompt)[0])
-    ids = writer.generate(
-        options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-        stop_ids=opened.tokenizer.beginning,
-    )
-    try:
-        with contextlib.closing(text_of(ids, opened.tokenizer, sessions, stops=options.stop)) as text:
-            for piece in text:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        sys.stdout.write("\n")
-    finally:  # what was written until an interrupt has been read too, and is kept
+    answers = Answers(options, opened.tokenizer, session, pair)
+
+    def save() -> None:
         if options.save:
             session.learn = learns  # --frozen is about this command, not about all who go on with the session
             session.save(options.save)
-    if pair is not None and pair.rounds:
+            session.learn = learns and not options.frozen
+
+    with StopSignals(lambda first: "") as stops:
+        if interactive:
+            return converse(answers, stops, save)
+        try:
+            with stops.open():
+                write_answer(options, answers, prompt)
+        finally:  # what was shown until an interrupt has been read too, and is kept
+            save()
+    if pair is not None and pair.rounds and not options.quiet:
         drafted, accepted = sum(x.drafted for x in pair.rounds), sum(x.accepted for x in pair.rounds)
         found = f"{accepted} of {drafted} guesses were right, {accepted / len(pair.rounds):.2f} in each round"
         print(found, file=sys.stderr)
     return 0
+
+
+def _is_conversation(options: argparse.Namespace) -> bool:
+    """Whether somebody sits there who has given nothing to continue."""
+    given = options.prompt or options.prompt_file or options.session or options.json
+    terminals = [stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)]
+    return not given and all(terminals)
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    from longread.data import TextFile
+
+    return "".join(TextFile(options.prompt_file)) if options.prompt_file else str(options.prompt)
 
 
 def _session(opened: OpenModel, path: str | None) -> Session:

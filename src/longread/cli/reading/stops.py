@@ -19,7 +19,7 @@ class Stop(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.exit_status = 128 + number
+        self.number, self.exit_status = number, 128 + number
 
 
 class StopSignals:
@@ -29,7 +29,7 @@ class StopSignals:
     delivers no signals, it does nothing; a signal that the process ignores (nohup) stays ignored.
 
     Args:
-        answer: what to say to the first signal, and to each that follows it.
+        answer: what to say to the first signal, and to each that follows it; nothing if that is empty.
     """
 
     def __init__(self, answer: Callable[[bool], str]) -> None:
@@ -38,6 +38,7 @@ class StopSignals:
         self._answer = answer
         self._open = False
         self._heard = self._obeyed = 0
+        self._newest: int = signal.SIGINT
         self._before: dict[int, Any] = {}
 
     @property
@@ -79,14 +80,16 @@ class StopSignals:
             yield item
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(OSError):  # not by print: what is interrupted may be in the middle of one
-            clear = "\r\x1b[K" if os.isatty(2) else ""
-            os.write(2, f"{clear}{self._answer(self.number is None)}\n".encode())
+        if answer := self._answer(self.number is None):
+            with contextlib.suppress(OSError):  # not by print: what is interrupted may be in the middle of one
+                clear = "\r\x1b[K" if os.isatty(2) else ""
+                os.write(2, f"{clear}{answer}\n".encode())
         self.number = self.number or number
+        self._newest = number
         self._heard += 1
         if self._open:
             self._raise()
 
     def _raise(self) -> None:
         self._obeyed += 1
-        raise Stop(self.number or signal.SIGINT)
+        raise Stop(self._newest)
