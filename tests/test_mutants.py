@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from tests.mutants.faults import faults
 from tests.mutants.report import page
+from tests.mutants.since import still_there, unchanged
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,3 +111,39 @@ def test_the_page_lists_what_survived_with_its_reason(tree: Path) -> None:
     assert "equal numbers are the same" in text
     with pytest.raises(SystemExit, match="no fault that survived"):
         page(state, state, {"src/longread/session/__init__.py": {"larger": {"a => b": "slip"}}})
+
+
+def test_functions_that_are_as_they_were_keep_their_verdicts() -> None:
+    then = b"A = 1\n\nclass B:\n    C = 2\n    def f(self):\n        return 3\n\ndef g():\n    return 4\n"
+    now = then.replace(b"A = 1", b'"""Longer."""\n\nA = 1').replace(b"return 3", b"return 5")
+    assert {fault.before: fault.line - was.line for was, fault in unchanged(then, now)} == {"2": 2, "4": 2}
+    within = b"def f():\n    def g():\n        return 3\n    return g\n"
+    assert [fault.before for _, fault in unchanged(within, b"\n" + within)] == ["3"]
+    assert not list(unchanged(within, within.replace(b"return g", b"return g()")))
+
+
+def test_a_test_that_is_gone_kills_nothing(tree: Path) -> None:
+    assert still_there(tree, "tests/test_session.py::test_larger[3-2]")
+    assert still_there(tree, "time")
+    assert not still_there(tree, "tests/test_session.py::test_smaller")
+    assert not still_there(tree, "tests/test_gone.py::test_larger")
+
+
+def test_an_earlier_run_is_taken_over_and_only_what_survived_is_judged_again(tree: Path, tmp_path: Path) -> None:
+    tree = Path(shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("out.*")))
+    git = ["git", "-C", str(tree), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "A tree"]):
+        subprocess.run([*git, *command], check=True)
+    earlier = run(tree)
+    (tree / "earlier.json").write_text(json.dumps(earlier))
+    (tree / "tests" / "test_session_sums.py").write_text(
+        "from longread.session import lost\n\n\ndef test_lost():\n    assert lost(3) == 6\n"
+    )
+    (tree / "out.json").unlink()
+    state = run(tree, "--since", str(tree / "earlier.json"), "--tests", "sums")
+    found = {fault["before"] + " " + fault["after"]: fault for fault in state["faults"].values()}
+    assert found["a > b (not a > b)"]["since"] == earlier["commit"]  # type: ignore[index]
+    assert found["a + a (a - a)"]["by"] == "tests/test_session_sums.py::test_lost"  # type: ignore[index]
+    assert found["a > b (a >= b)"]["status"] == "survived"  # type: ignore[index]
+    text = page(earlier, state, {})  # type: ignore[arg-type]
+    assert f"faults were killed at {earlier['commit']}, in functions that have not changed" in text

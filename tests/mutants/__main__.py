@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import time
 import tomllib
 from pathlib import Path
 
+from .reasons import known_reasons
 from .run import Run
 
 HERE = Path(__file__).parent
@@ -26,6 +28,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=24 * 60, help="stop then; the same command goes on")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="only every N-th fault, from the I-th on")
     parser.add_argument("--only", default="", help="only files whose path holds this")
+    parser.add_argument("--tests", default="", metavar="A,B", help="only test files whose path holds one of these")
+    parser.add_argument(
+        "--since", type=Path, nargs="+", default=[], metavar="JSON", help="earlier results to take over"
+    )
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of tests for one fault")
     parser.add_argument("--again", action="store_true", help="judge anew what survived the tests of a smaller budget")
     options = parser.parse_args()
@@ -39,7 +45,9 @@ def main() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     shard, shards = map(int, options.shard.split("/"))
-    run = Run(options.tree.resolve(), options.targets, options.out, options.budget, options.commit)
+    run = Run(options.tree.resolve(), options.targets, options.out, options.budget, options.commit, options.tests)
+    for earlier in options.since:
+        run.take(json.loads(earlier.read_text()), known_reasons())
     finished = run.go(options.only, (shard, shards), options.again, options.jobs, deadline)
     run.show()
     if not finished:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tomllib
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from .reasons import Reasons, known_reasons, reason_of
 from .run import folder_of
 
 State = dict[str, Any]
-Reasons = dict[str, dict[str, dict[str, str]]]  # file, function, "before => after"; `*` stands for all of a function
 TOLD = """\
 Small faults are put into the files one at a time: another operator or constant, a condition turned round, a call, an \
 argument, an assignment or a refusal left out. A fault is killed if one of the tests that run the changed line fails. \
@@ -53,19 +52,35 @@ def page(before: State, after: State, reasons: Reasons) -> str:
     used: set[tuple[str, str, str]] = set()
     rows = []
     for fault in sorted(survivors, key=lambda fault: (fault["file"], fault["line"])):
-        change = f"{fault['before']} => {fault['after']}"
-        for name in (change, "*"):
-            reason = reasons.get(fault["file"], {}).get(fault["function"], {}).get(name)
-            if reason:
-                used.add((fault["file"], fault["function"], name))
-                break
+        name, reason = reason_of(reasons, fault)
+        if reason:
+            used.add((fault["file"], fault["function"], name))
         where = f"{fault['file'].removeprefix('src/longread/')}:{fault['line']} `{fault['function']}`"
         rows.append(f"| {where} | {code(fault['before'])} | {code(fault['after'])} | {reason or 'not yet killed'} |")
     given = {(file, function, name) for file, of in reasons.items() for function, to in of.items() for name in to}
     if given - used:
         sys.exit(f"reasons for no fault that survived: {sorted(given - used)}")
+    lines += carried(after)
     lines += ["", f"## The {len(rows)} that survive", "", "| where | is | would be | why it may |", "|---|---|---|---|"]
     return "\n".join([*lines, *rows]) + "\n"
+
+
+def carried(after: State) -> list[str]:
+    """What the page says of verdicts that are taken from an earlier run."""
+    faults = [*after["faults"].values()]
+    killed = Counter(fault["since"] for fault in faults if "since" in fault and fault["status"] == "killed")
+    survived = [f for f in faults if "since" in f and f["status"] == "survived" and not f.get("excused")]
+    open_ = after.get("places", len(faults)) - len(faults)
+    lines = [
+        f"{count} faults were killed at {commit}, in functions that have not changed since, by tests that are still "
+        "there: they are taken as killed."
+        for commit, count in sorted(killed.items())
+    ]
+    if survived:
+        lines.append(f"{len(survived)} survivors were not judged again after tests had been added.")
+    if open_:
+        lines.append(f"{open_} faults of functions that have changed were not judged, and count for nothing here.")
+    return [line for text in lines for line in ("", text)]
 
 
 def code(text: str) -> str:
@@ -84,8 +99,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     before, after = (json.loads(path.read_text()) for path in (options.before, options.after))
-    reasons = tomllib.loads((Path(__file__).parent / "survivors.toml").read_text())
-    options.page.write_text(page(before, after, reasons))
+    options.page.write_text(page(before, after, known_reasons()))
     kept = {
         when: {
             **{name: value for name, value in state.items() if name != "faults"},

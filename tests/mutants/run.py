@@ -17,6 +17,8 @@ from typing import Any
 
 from .faults import Fault, faults
 from .judge import Task, in_children, judge, watch
+from .reasons import Reasons, reason_of
+from .since import source_at, still_there, unchanged
 
 WATCHING = 500.0  # seconds for one part of a test file
 SAVED_EVERY = 50  # verdicts
@@ -25,7 +27,7 @@ SAVED_EVERY = 50  # verdicts
 class Run:
     """Files under `tree`, as `targets` names them; `out` holds what is known so far."""
 
-    def __init__(self, tree: Path, targets: Path, out: Path, budget: float, commit: str) -> None:
+    def __init__(self, tree: Path, targets: Path, out: Path, budget: float, commit: str, tests: str = "") -> None:
         self.tree, self.out, self.budget, self.commit = tree, out, budget, commit
         self.log = out.with_suffix(".log")
         self.source = tree / "src"
@@ -34,6 +36,8 @@ class Run:
         self.patience = wanted["patience"]
         for group in wanted["group"]:
             self._add(group["files"], group["tests"], group.get("without", []))
+        for file, named in self.tests_of.items():
+            self.tests_of[file] = [test for test in named if any(part in test for part in tests.split(","))]
         self.state = self._begun(targets)
         self.lines: dict[str, Any] = {}
 
@@ -62,18 +66,34 @@ class Run:
         machine = {"python": platform.python_version(), "torch": getattr(torch, "__version__", None)}
         return {"digest": digest.hexdigest(), "commit": self.commit or commit_of(self.tree), **machine, "faults": {}}
 
+    def take(self, earlier: dict[str, Any], reasons: Reasons) -> None:
+        """Takes over what another run found about faults in functions that have not changed since. What was killed is
+        taken as killed while the test that did it is there; what survived is judged again, unless a reason says why."""
+        for file in self.tests_of:
+            then, now = source_at(self.tree, earlier["commit"], file), (self.tree / file).read_bytes()
+            for was, fault in unchanged(then, now):
+                found = earlier["faults"].get(key(file, was))
+                known = self.known.get(key(file, fault), {})
+                if found is None or known.get("status") == "killed" or (known and "since" in found):
+                    continue
+                if found["status"] == "survived" or still_there(self.tree, found["by"]):
+                    told = {"line": fault.line, "since": found.get("since", earlier["commit"])}
+                    reason = {"excused": True} if reason_of(reasons, found | {"file": file})[1] else {}
+                    self.known[key(file, fault)] = found | told | reason
+
     def go(self, only: str, shard: tuple[int, int], again: bool, jobs: int, deadline: float) -> bool:
-        """Judges what has no verdict yet, and with `again` what survived without all of its tests; False if `deadline`
-        passed first."""
-        files = [file for file in self.tests_of if only in file]
-        if not self._watched({test for file in files for test in self.tests_of[file]}, jobs, deadline):
+        """Judges what has no verdict of this tree yet, and with `again` what survived without all of its tests; False
+        if `deadline` passed first."""
+        every = [(file, fault) for file in self.tests_of for fault in faults((self.tree / file).read_bytes())]
+        self.state["places"] = len(every)
+        self._save()
+        done = {name for name, verdict in self.known.items() if not _open(verdict, again)}
+        chosen = [(file, fault) for file, fault in every if only in file][shard[0] :: shard[1]]
+        chosen = [(file, fault) for file, fault in chosen if key(file, fault) not in done]
+        if not self._watched({test for file, _ in chosen for test in self.tests_of[file]}, jobs, deadline):
             return False
-        every = [(file, fault) for file in files for fault in faults((self.tree / file).read_bytes())]
-        every = every[shard[0] :: shard[1]]
-        done = {name for name, verdict in self.known.items() if not (again and verdict.get("tests_left"))}
-        tasks = (self._task(file, fault) for file, fault in every if key(file, fault) not in done)
-        print(f"{len(every)} faults, {self.state['tests']} tests", flush=True)
-        finished = in_children(tasks, jobs, deadline, self.log)
+        print(f"{len(chosen)} faults to judge, {self.state['tests']} tests", flush=True)
+        finished = in_children((self._task(file, fault) for file, fault in chosen), jobs, deadline, self.log)
         self._save()
         return finished
 
@@ -95,7 +115,6 @@ class Run:
             for part in range(parts):
                 run = partial(watch, self.tree, file, modules, part, parts)
                 tasks.append(Task(run, partial(self._watched_part, file), WATCHING, {"status": "late"}))
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         finished = in_children(tasks, jobs, deadline, self.log)
         if finished:
             beside.write_text(json.dumps({"digest": self.state["digest"], "files": self.lines}))
@@ -157,6 +176,7 @@ class Run:
             print(f"{len(self.known)} judged", flush=True)
 
     def _save(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         aside = self.out.with_suffix(".aside")
         aside.write_text(json.dumps(self.state, indent=0, sort_keys=True))
         aside.replace(self.out)
@@ -173,6 +193,12 @@ class Run:
             print(f"{row:24}{total:8}{count['killed']:8}{count['survived']:10}{count['killed'] / total:8.1%}")
         for test in self.state.get("tests_left_out", ()):
             print(f"left out, as it fails without a fault: {test}")
+
+
+def _open(verdict: dict[str, Any], again: bool) -> bool:
+    """Whether the verdict may change."""
+    carried = verdict["status"] == "survived" and "since" in verdict and not verdict.get("excused")
+    return carried or bool(again and verdict.get("tests_left"))
 
 
 def key(file: str, fault: Fault) -> str:
