@@ -16,6 +16,7 @@ from longread.inner_loop.step import matrices
 from longread.loading import OpenModel, boxed_models, find_model, open_model
 from longread.tokenizer import ByteTokenizer
 from tests import tiny
+from tests.tokenizer_kinds import tokenizer_of
 
 NAME = "longread-small"
 SIZES = {"vocab_size": 257, "mini_batch_size": 32, "window_size": 64}
@@ -86,6 +87,19 @@ def test_only_the_first_text_begins_one(opened: OpenModel) -> None:
     pieces = [parts.read(TEXT[:120]), parts.read(TEXT[120:])]
     torch.testing.assert_close(torch.cat(pieces), nll)
     assert parts.recent == whole.recent
+
+
+def test_only_a_text_that_begins_gets_the_mark_of_a_beginning() -> None:
+    """Tokenizers like Llama 2's put one before a text, and BOS alone does not end its beginning."""
+    marking = tokenizer_of("llama 2")
+    model = tiny.make(**SIZES | {"vocab_size": marking.vocab_size})
+    session = longread.Session(model, tiny.INNER, tokenizer=marking)
+    begun, inside = marking.encode("one two"), marking.encode_inside("one two")[0]
+    assert begun != inside
+    session.read(marking.beginning)
+    session.read("one two")
+    session.read("one two")
+    assert session.recent == [*marking.beginning, *begun, *inside]
 
 
 def test_ids_are_read_as_they_are(opened: OpenModel) -> None:

@@ -109,3 +109,17 @@ def test_a_saved_session_holds_what_was_shown(
     assert (
         opened.tokenizer.decode(opened.restore(tmp_path / "saved").recent) == PROMPT + whole[: whole.index(whole[9:15])]
     )
+
+
+def test_a_long_prompt_leaves_the_same_session(
+    opened: OpenModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bit for bit: command line and Python read a prompt in the same pieces."""
+    prompt = "He had been at sea for years, and nobody on the island knew his name.\n" * 20
+    command = ["generate", "--model", opened.name, "--device", "cpu", "--prompt", prompt, "--max-tokens", "4"]
+    assert main([*command, "--seed", "3", "--save", str(tmp_path / "saved")]) == 0
+    session = opened.session()
+    written = "".join(session.write(prompt, max_tokens=4, seed=3))
+    assert session.position > 2 * opened.model.config.mini_batch_size
+    assert capsys.readouterr().out == written + "\n"
+    assert torch.equal(opened.restore(tmp_path / "saved").score(prompt), session.score(prompt))

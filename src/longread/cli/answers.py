@@ -32,11 +32,10 @@ class Answers:
     ) -> None:
         self._options, self._tokenizer, self._pair = options, tokenizer, pair
         self.session = session
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt that comes next."""
-        fresh = self.session.position <= len(self._tokenizer.beginning)
-        return self._tokenizer.encode(text) if fresh else self._tokenizer.encode_inside(text)[0]
+        self.prompt_tokens = 0
+        """Of the newest prompt."""
+        self.begin = session.position
+        """Where the newest answer begins."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens."""
@@ -61,7 +60,8 @@ class Answers:
     def _pieces(self, prompt: str) -> Generator[str, None, None]:
         options, writer = self._options, self._pair or self.session
         sessions = [self._pair.verifier, self._pair.drafter] if self._pair else [self.session]
-        writer.read(self.encode(prompt))
+        self.prompt_tokens = len(writer.read(prompt))
+        self.begin = self.session.position
         ids = writer.generate(
             options.max_tokens,
             temperature=options.temperature,
@@ -84,15 +84,13 @@ class Answers:
 def write_answer(options: argparse.Namespace, answers: Answers, prompt: str) -> None:
     """One continuation, and its JSON where it is wanted."""
     session, started = answers.session, time.perf_counter()
-    begin = session.position
-    prompt_tokens = len(answers.encode(prompt))
     text = answers.show(prompt)
     if options.json:
-        written = session.position - begin - prompt_tokens
+        written = session.position - answers.begin
         found = {
             "format": FORMAT,
             "text": text,
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": answers.prompt_tokens,
             "tokens": written,
             "finish_reason": "length" if written == options.max_tokens else "stop",
             "position": session.position,

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--json is about one continuation; give a prompt, or leave it out")
     prompt = _prompt(options)
     opened = open_model(options.model, options.device)
-    session = _session(opened, options.session)
+    session = opened.restore(options.session) if options.session else opened.session()
     learns = session.learn
     session.learn = learns and not options.frozen
     pair = _with_draft(options, opened, session) if options.draft else None
@@ -131,14 +131,6 @@ def _prompt(options: argparse.Namespace) -> str:
     return "".join(TextFile(options.prompt_file)) if options.prompt_file else str(options.prompt)
 
 
-def _session(opened: OpenModel, path: str | None) -> Session:
-    """The saved session, or one that has read nothing but the beginning of a text."""
-    session = opened.restore(path) if path else opened.session()
-    if not session.position:
-        session.read(opened.tokenizer.beginning)
-    return session
-
-
 def _with_draft(options: argparse.Namespace, opened: OpenModel, session: Session) -> Speculation:
     from longread.config import UserError
     from longread.loading import open_model
@@ -150,7 +142,7 @@ def _with_draft(options: argparse.Namespace, opened: OpenModel, session: Session
         raise UserError(f"{options.draft} and {options.model} have different tokenizers; give two models with one")
     if session.learn and opened.model.config.num_suffix_blocks:
         raise UserError(f"{options.model} learns while it writes, so nobody can look ahead for it; add --frozen")
-    guessing = _session(drafter, options.draft_session)
+    guessing = drafter.restore(options.draft_session) if options.draft_session else drafter.session()
     guessing.learn = guessing.learn and not options.frozen
     count = DRAFT_TOKENS if options.draft_tokens is None else options.draft_tokens
     return Speculation(session, guessing, draft_tokens=count)

@@ -229,7 +229,8 @@ class Session:
         if isinstance(text, str):
             tokenizer = self._text_tokenizer()
             beginning = [] if self.position else tokenizer.beginning
-            ids = tokenizer.encode_inside(text)[0] if self.position else tokenizer.encode(text)
+            begins = not self.position or self._recent[-1:] == tokenizer.beginning
+            ids = tokenizer.encode(text) if begins else tokenizer.encode_inside(text)[0]
             tokens = self._checked([*beginning, *ids])
             lengths = piece_lengths(self.position, len(tokens), self.model.config, self.model.device.type)
             return self._read_pieces(tokens, lengths)[len(beginning) :]

@@ -60,10 +60,10 @@ class Speculation:
         self.rounds: list[Round] = []
         """Of all calls of `generate`."""
 
-    def read(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        """Both read more of the text; returns the verifier's −log p of each token, [n]."""
-        nll = self.verifier.read(token_ids)
-        self.drafter.read(token_ids)
+    def read(self, text: str | Sequence[int] | Tensor) -> Tensor:
+        """Both read more of the text, as `Session.read` does; returns the verifier's −log p of each token, [n]."""
+        nll = self.verifier.read(text)
+        self.drafter.read(text)
         return nll
 
     def generate(
