@@ -97,7 +97,7 @@ class Plan:
         recipe = "small" if init is None else "small-extend"
         settings = [f"steps={steps}", f"optimizer.decay_steps={steps}", f"optimizer.warmup_steps={warmup}"]
         settings += [f"inner.warmup_steps={warmup}"] if init is None and "inner.warmup_steps=0" not in sets else []
-        settings += [f"name={name}", 'recompute="none"', *self.sets, *sets]
+        settings += ["optimizer.initial_lr=0", f"name={name}", 'recompute="none"', *self.sets, *sets]
         arguments = ["train", recipe, "--method", method, "--context-length", str(context * self.unit)]
         arguments += [
             "--data",

@@ -16,7 +16,7 @@ import pytest
 from longread import checkpoint
 from longread.config import RunConfig
 from longread.data import TokenDataset
-from longread.train import TrainingHalted, train
+from longread.train import TrainingHalted, accumulate_gradient, train
 from longread.train.divergence import FEWEST, HISTORY, Divergence
 from tests.test_train import change, make_data, rows_of, weights_of, without_timing
 
@@ -154,7 +154,7 @@ def test_without_the_rule_the_same_run_goes_to_its_end(tmp_path: Path, data: Tok
     first = rows[-1]["step"] - rows[-1]["bad_steps"] + 1
     messages = [str(w.message) for w in said]
     assert any(f"since step {first}" in m and "it goes on, as max_bad_steps is none" in m for m in messages)
-    assert any("the checkpoint of step 80 holds weights of a run that diverges" in m for m in messages)
+    assert any("the checkpoint of step 80 is of weights that diverge; the last good one, " in m for m in messages)
     kept = {checkpoint.read_checkpoint(path).step for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert {75, 80} < kept
     assert len(kept) == 3
@@ -209,3 +209,33 @@ def test_a_run_of_before_there_was_a_rule_goes_on(
     train(whole, data, tmp_path / "run", resume=True)
     train(whole, data, tmp_path / "whole")
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_a_lower_limit_holds_for_steps_that_were_bad_before(tmp_path: Path, data: TokenDataset) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        train(change(EXPLODES, max_bad_steps=None, steps=78), data, tmp_path / "run")
+    before = rows_of(tmp_path / "run")[-1]["bad_steps"]
+    assert before > 3
+    error, _ = halted(change(EXPLODES, max_bad_steps=3), data, tmp_path / "run", resume=True)
+    assert f"it diverges since step {78 - before + 1}" in str(error)
+
+
+def test_a_checkpoint_that_falls_on_a_spike_is_written_after_it(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = accumulate_gradient, itertools.count(1)
+
+    def spiked(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
+        return found._replace(loss=found.loss + 100.0) if next(calls) == 4 else found
+
+    monkeypatch.setattr("longread.train.run.accumulate_gradient", spiked)
+    written: list[int] = []
+
+    def watch(row: dict[str, Any]) -> None:
+        newest = checkpoint.newest_checkpoint(tmp_path / "run")
+        written.append(0 if newest is None else checkpoint.read_checkpoint(newest).step)
+
+    train(change(steps=8, checkpoint_every=4), data, tmp_path / "run", on_step=watch)
+    assert written == [0, 0, 0, 0, 5, 5, 5, 8]
+    assert [row.get("bad_steps") for row in rows_of(tmp_path / "run")] == [None, None, None, 1, None, None, None, None]

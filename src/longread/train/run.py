@@ -412,7 +412,7 @@ class _Run:
         """Warns when several steps in a row were bad, and raises `TrainingHalted` when they are too many."""
         bad, most = self.divergence.bad_steps, self.config.max_bad_steps
         numbers = self.divergence.describe(row["loss"], row["grad_norm"]) if bad else ""
-        if bad == most:
+        if most is not None and bad >= most:
             raise diverged(self.config, self.step, bad, numbers, self.last_good)
         if bad == SAID_AFTER:
             outlook = "goes on, as max_bad_steps is none" if most is None else f"halts at {most} such steps in a row"
@@ -425,12 +425,13 @@ class _Run:
 
     @property
     def should_save(self) -> bool:
-        """Whether a checkpoint is due after this step, by number or by the clock. Of bad weights none is."""
+        """Whether a checkpoint is due, by number or by the clock. One that falls on bad weights waits for good ones."""
         if self.is_bad:
             return False
-        if self.config.checkpoint_every is None:
+        every = self.config.checkpoint_every
+        if every is None:
             return time.monotonic() - self.saved_at > LONGEST_UNSAVED
-        return _due(self.step, self.config.checkpoint_every)
+        return self.step // every > self.saved_step // every
 
     def record(self, row: Row) -> None:
         """Writes a row to metrics.jsonl and to the trackers."""
@@ -456,10 +457,9 @@ class _Run:
             "last_good": self.last_good and self.last_good.name,
         }
         if self.divergence.bad_steps:
+            kept = f"the last good one, {self.last_good}, is kept" if self.last_good else "there is no good one"
             warnings.warn(
-                f"the checkpoint of step {self.step} holds weights of a run that diverges; the last good one, "
-                f"{self.last_good}, is kept",
-                stacklevel=3,
+                f"the checkpoint of step {self.step} holds weights of a run that diverges; {kept}", stacklevel=3
             )
         self.last_checkpoint = checkpoint.write_checkpoint(
             self.out,
