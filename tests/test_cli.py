@@ -55,7 +55,7 @@ COMMAND_LINE = {
     "--device",
     "serve": "--model --device --directory --name --host --port --keys --device-memory --host-memory --disk "
     "--max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends --limit",
-    "estimate": "MODEL --context-length --train --precision --memory",
+    "estimate": "MODEL --context-length --train --precision --memory --json --quiet",
 }
 
 

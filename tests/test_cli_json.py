@@ -35,6 +35,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (EVALUATE, "longread-evaluation/1", "Loss by position"),
         (NEEDLE, "longread-needle/1", "S-NIAH-1"),
         (PREPARE, "longread-prepare/1", "1 documents"),
+        (["estimate", "3b", "--memory", "139"], "longread-estimate/1", "that write at once"),
+        (["estimate", "3b", "--train", "1", "--memory", "139"], "longread-estimate/1", "the first that fits into"),
+        (["read", "texts/t0.txt", "--model", "model", "--device", "cpu"], "longread-evaluation/1", "tokens read"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

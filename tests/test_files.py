@@ -148,6 +148,31 @@ def refuse(monkeypatch: pytest.MonkeyPatch, function: str, number: int, call: in
     monkeypatch.setattr(os, function, refusing)
 
 
+def test_everything_is_on_the_disk_before_anything_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contents, then names, in the order given, then the directory: a power cut leaves old files or new ones."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(descriptor: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renaming(source: Path, target: Path) -> None:
+        events.append(("rename", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    with files.atomic_files(tmp_path / "a", tmp_path / "b") as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+    assert events == [
+        *[("fsync", str(temporary)) for temporary in temporaries],
+        *[("rename", str(tmp_path / name)) for name in ("a", "b")],
+        ("fsync", str(tmp_path)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("function", "number"), [("fsync", errno.ENOSPC), ("replace", errno.EROFS), ("open", errno.EACCES)]
 )

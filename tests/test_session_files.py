@@ -20,7 +20,7 @@ from longread.config import UserError
 from longread.files import FORMAT, digest, read_tensors, write_tensors
 from longread.inner_loop.step import matrices
 from longread.model import Transformer
-from longread.session import KIND, STORAGES, Session
+from longread.session import KIND, STORAGES, Session, TextPrefix
 from tests.tiny import INNER, M, make, text
 
 
@@ -79,6 +79,67 @@ def test_every_storage_comes_back(storage: str, n: int, changes: dict, tmp_path:
             assert (a - b).abs().max() <= b.abs().max() / 128 if a.numel() else True
     assert (restored.steps, restored.position) == (session.steps, n)
     assert torch.allclose(restored.read(text(20, 1)), session.read(text(20, 1)), atol=0.1, equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 6, 7, 50])
+def test_the_newest_tokens_come_back(n: int, tmp_path: Path) -> None:
+    session, window = after(n), make().config.window_size
+    assert session.recent == text(n)[max(0, n - window) :]
+    session.save(tmp_path / "s")
+    restored = Session.restore(tmp_path / "s", make())
+    assert restored.recent == session.recent
+    restored.read(text(2, seed=3))
+    assert restored.recent == [*session.recent, *text(2, seed=3)][-window:]
+
+
+def prefix_at(position: int) -> TextPrefix:
+    return TextPrefix(position, 7 * position, "0f" * 32, False, 1, 3, "figures")
+
+
+def test_how_far_it_is_in_a_text_comes_back(tmp_path: Path) -> None:
+    session = after(9)
+    session.text = prefix_at(9)
+    session.save(tmp_path / "s")
+    restored = Session.restore(tmp_path / "s", make())
+    assert restored.text == prefix_at(9)
+    restored.read(text(1))
+    assert restored.text is None  # something else has been read since
+    restored.save(tmp_path / "s")
+    assert Session.restore(tmp_path / "s", make()).text is None
+
+
+def test_a_file_has_one_size_however_far_it_is_in_a_text(tmp_path: Path) -> None:
+    sizes = set()
+    for n in (5 * M, 500 * M):
+        session = after(n)
+        session.text = prefix_at(n)
+        session.save(tmp_path / "s")
+        sizes.add((tmp_path / "s").stat().st_size)
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_bytes", 5),
+        ("num_bytes", "-1".rjust(20)),
+        ("sha256", "0" * 63),
+        ("sha256", "G" * 64),
+        ("whole", True),
+        ("figures", "x" * 70_000),
+        ("figures", "é"),
+        ("segment_position", f"{10**6:20}"),
+        ("segment_bytes", f"{10**6:20}"),
+    ],
+)
+def test_a_forged_place_in_a_text_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    session = after(9)
+    session.text = prefix_at(9)
+    session.save(tmp_path / "s")
+    forged(tmp_path / "s", lambda tensors, metadata: metadata["text"].update({name: value}))
+    with pytest.raises(UserError, match="is not a complete session") as refusal:
+        Session.restore(tmp_path / "s", make())
+    assert len(str(refusal.value)) < 400
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "gated_deltanet", "ttt_kvb"])

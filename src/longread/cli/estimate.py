@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from longread.cli.arguments import positive
+from longread.cli.arguments import add_json, positive
 
 if TYPE_CHECKING:
     from longread.config import ModelConfig
     from longread.model import Transformer
 
 NAME = "estimate"
+FORMAT = "longread-estimate/1"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,22 +41,50 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="of the device: say how many sessions fit, or which training"
     )
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
+    from longread.cli.outputs import Output, check_outputs, figures_of, tables_console, write_text
     from longread.config import UserError
 
+    check_outputs([Output("--json", options.json, figures_of(FORMAT))])
     if options.memory is not None and not 0 < options.memory < 2**30:
         raise UserError(f"--memory is {options.memory:g}; give GiB, above 0 and below {2**30}")
     config, precision = _config(options.model), _precision(options.precision)
     if options.train is not None:
-        return _training(config, precision, options.train, options.context_length, options.memory)
-    return _sessions(config, precision, options.context_length, options.memory)
+        rows = _training(config, precision, options.train, options.context_length, options.memory)
+    else:
+        rows = _sessions(config, precision, options.context_length, options.memory)
+    screen = tables_console(options)
+    for row in rows:
+        screen.out(row.line, highlight=False)
+    if options.json:
+        found = {"format": FORMAT, "precision": precision, "context_length": options.context_length}
+        found["rows"] = [{"what": row.what.strip(), row.unit: row.value} for row in rows]
+        write_text(options.json, json.dumps(found, indent=2) + "\n")
+    return 0
 
 
-def _sessions(config: ModelConfig, precision: str, context: int, memory: float | None) -> int:
-    """Says what a session takes at rest and while it writes and, of a device's memory, how many of them fit."""
+class _Row(NamedTuple):
+    """One figure: of what, in which unit."""
+
+    what: str
+    value: int | str | None
+    unit: Literal["bytes", "count", "schedule", "remark"]
+
+    @property
+    def line(self) -> str:
+        """The row for people."""
+        if self.unit == "remark":
+            return str(self.value)
+        shown = {"bytes": _shown, "count": "{:,}".format, "schedule": lambda value: value or "none of them"}
+        return f"{self.what:60} {shown[self.unit](self.value):>12}"
+
+
+def _sessions(config: ModelConfig, precision: str, context: int, memory: float | None) -> list[_Row]:
+    """What a session takes at rest and while it writes and, of a device's memory, how many of them fit."""
     from longread.engine import capacity, session_sizes
     from longread.engine.capacity import MOST_TOGETHER
     from longread.engine.tiers import SHARE
@@ -76,31 +106,33 @@ def _sessions(config: ModelConfig, precision: str, context: int, memory: float |
     beside_dense = dense.resting > session.resting and config != dense_config
     if beside_dense:
         rows.append((f"keys and values of full attention at {context:,} tokens", _dense_bytes(config, context, item)))
-    for what, size in rows:
-        print(f"{what:60} {_shown(size):>12}")
+    found_rows = [_Row(what, size, "bytes") for what, size in rows]
     if memory is None:
-        return 0
+        return found_rows
     free = int(memory * 2**30) - weights
     found = capacity(free, session)
-    print(f"{f'for sessions, {100 * SHARE:.0f} % of what is left of {memory:g} GiB':60} {_shown(found.budget):>12}")
-    print(f"{'sessions that lie there, none of which writes':60} {found.resting:>12,}")
+    found_rows += [
+        _Row(f"for sessions, {100 * SHARE:.0f} % of what is left of {memory:g} GiB", found.budget, "bytes"),
+        _Row("sessions that lie there, none of which writes", found.resting, "count"),
+    ]
     writing = [("sessions", found.writing)] + [
         ("texts of full attention", capacity(free, dense).writing)
     ] * beside_dense
     for what, count in writing:
         most = ", the most that may (--max-batch)" if count == MOST_TOGETHER else ""
-        print(f"{f'{what} that write at once{most}':60} {count:>12,}")
+        found_rows.append(_Row(f"{what} that write at once{most}", count, "count"))
     if not found.writing:
-        print(_too_small(free, weights, found.budget, session.resting + session.place))
-    return 0
+        remark = _too_small(free, weights, found.budget, session.resting + session.place)
+        found_rows.append(_Row("", remark, "remark"))
+    return found_rows
 
 
 def _dense_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
     return 2 * config.num_blocks * context * config.width * itemsize
 
 
-def _training(config: ModelConfig, precision: str, sequences: int, context: int, memory: float | None) -> int:
-    """Says what a training step takes with each schedule of recomputation, and which of them is the first to fit."""
+def _training(config: ModelConfig, precision: str, sequences: int, context: int, memory: float | None) -> list[_Row]:
+    """What a training step takes with each schedule of recomputation, and which of them is the first to fit."""
     from longread.config import UserError
     from longread.outer_loop import UPDATE_BYTES, activation_budget, graph_bytes
 
@@ -116,16 +148,16 @@ def _training(config: ModelConfig, precision: str, sequences: int, context: int,
         itemsize=2 if precision == "bfloat16" else 4,
         kernels=precision == "bfloat16",
     )
-    print(f"{'parameters, gradients and AdamW, in float32':60} {_shown(weights):>12}")
+    rows = [_Row("parameters, gradients and AdamW, in float32", weights, "bytes")]
     for schedule, size in need.items():
         step = f"a step of {sequences} × {context:,} tokens in {precision}, recompute {schedule}"
-        print(f"{step:60} {_shown(weights + size):>12}")
+        rows.append(_Row(step, weights + size, "bytes"))
     if memory is not None:
         budget = activation_budget(memory * 2**30 - parameters, config)
         fitting = [schedule for schedule, size in need.items() if size <= budget]
         what = f"the first that fits into {memory:g} GiB, a fifth left free"
-        print(f"{what:60} {fitting[0] if fitting else 'none of them':>12}")
-    return 0
+        rows.append(_Row(what, fitting[0] if fitting else None, "schedule"))
+    return rows
 
 
 def _too_small(free: int, weights: int, budget: int, session: int) -> str:
