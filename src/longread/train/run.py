@@ -458,9 +458,7 @@ class _Run:
         }
         if self.divergence.bad_steps:
             kept = f"the last good one, {self.last_good}, is kept" if self.last_good else "there is no good one"
-            warnings.warn(
-                f"the checkpoint of step {self.step} holds weights of a run that diverges; {kept}", stacklevel=3
-            )
+            warnings.warn(f"the checkpoint of step {self.step} is of weights that diverge; {kept}", stacklevel=3)
         self.last_checkpoint = checkpoint.write_checkpoint(
             self.out,
             self.step,
