@@ -34,6 +34,7 @@ from experiments.pages import (
 from experiments.results import Results
 
 HERE = Path(__file__).resolve().parents[1]
+README = HERE.parent / "README.md"
 CARD = HERE.parent / "models" / "longread-small" / "README.md"
 PAGES = (boxed, context, rates, meta, stability, ablations, derivation, toy, needles, decoding)
 OTHERS = (demo, speculative)
@@ -66,23 +67,21 @@ def main() -> int:
 
 
 def again() -> dict[Path, str]:
-    """What each page is, with its tables made anew from the figures that are kept; the model card among them."""
-    pages = {}
+    """What each page is, with its tables made anew from the figures that are kept; README and model card among them."""
+    tables: dict[Path, list[Table]] = {}
     for module in PAGES:
         for folder in HERE.glob(f"*_{module.SLUG}"):
-            made = list(module.tables(json.loads((folder / "results.json").read_text(encoding="utf-8"))))
-            pages |= _with_tables(folder / "README.md", made)
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            tables[folder / "README.md"] = list(module.tables(results))
             if module is boxed:
-                pages |= _with_tables(CARD, made)
+                tables[CARD] = list(module.tables(results))
+            if module in (boxed, context):
+                tables.setdefault(README, []).append(module.summary(results))
     for other in OTHERS:
         for folder in HERE.glob(f"*_{other.SLUG}"):
             files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
-            pages |= _with_tables(folder / "README.md", list(other.tables(files)))
-    return pages
-
-
-def _with_tables(page: Path, tables: list[Table]) -> dict[Path, str]:
-    return {page: with_tables(page, tables)}
+            tables[folder / "README.md"] = list(other.tables(files))
+    return {page: with_tables(page, made) for page, made in tables.items()}
 
 
 if __name__ == "__main__":
