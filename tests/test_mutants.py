@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.mutants.faults import faults
+from tests.mutants.judge import Task, in_children
 from tests.mutants.report import page
 from tests.mutants.since import still_there, unchanged
 
@@ -101,6 +104,17 @@ def test_a_fault_is_killed_by_a_test_that_runs_it(tree: Path) -> None:
     assert found["a > b (a >= b)"]["status"] == "survived"  # type: ignore[index]
     assert found["a + a (a - a)"]["by"] == "no test runs it"  # type: ignore[index]
     assert found["break continue"]["by"] == "time"  # type: ignore[index]
+
+
+def test_what_fails_outside_of_tests_is_no_kill(tmp_path: Path) -> None:
+    found: list[dict[str, object]] = []
+
+    def broken() -> dict[str, object]:
+        raise FileNotFoundError("gone")
+
+    tasks = [Task(broken, found.append, 60, {}), Task(lambda: os._exit(3), found.append, 60, {})]
+    assert in_children(tasks, 1, time.time() + 3600, tmp_path / "log")
+    assert [one["status"] for one in found] == ["error", "killed"]
 
 
 def test_the_page_lists_what_survived_with_its_reason(tree: Path) -> None:

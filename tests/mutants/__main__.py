@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="judge anew what survived the tests of a smaller budget")
     options = parser.parse_args()
     deadline = time.time() + options.minutes * 60
-    os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    os.environ.update(CUDA_VISIBLE_DEVICES="", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     for name in tomllib.loads(options.targets.read_text())["preload"]:
         try:
             importlib.import_module(name)

@@ -170,7 +170,7 @@ def judge(tree: Path, module: str, path: Path, source: bytes, tests: list[list[s
         with tempfile.TemporaryDirectory() as scratch:
             file = tree / chosen[0].split("::")[0]
             status = pytest.main([*OPTIONS, "--basetemp", f"{scratch}/t", str(file)], plugins=[choose])
-        if status != pytest.ExitCode.OK:
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             return {"status": "killed", "by": choose.failed or str(chosen[0].split("::")[0])}
     return {"status": "survived"}
 
@@ -248,7 +248,11 @@ def _fork(task: Task, answer: Path, log: Path) -> int:
         os.dup2(output, 2)
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
-        found = task.run()
+        try:
+            found = task.run()
+        except Exception as error:  # not a test's: pytest keeps those
+            traceback.print_exc()
+            found = {"status": "error", "by": repr(error)}
         aside = answer.with_suffix(".aside")
         aside.write_text(json.dumps(found))
         aside.rename(answer)

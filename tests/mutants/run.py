@@ -191,6 +191,9 @@ class Run:
         for row, count in sorted(counts.items(), key=lambda item: (item[0] == "all", item[0])):
             total = sum(count.values())
             print(f"{row:24}{total:8}{count['killed']:8}{count['survived']:10}{count['killed'] / total:8.1%}")
+        for verdict in self.known.values():
+            if verdict["status"] == "error":
+                print(f"could not be judged: {verdict['file']}:{verdict['line']}, {verdict['by']}")
         for test in self.state.get("tests_left_out", ()):
             print(f"left out, as it fails without a fault: {test}")
 
@@ -198,7 +201,7 @@ class Run:
 def _open(verdict: dict[str, Any], again: bool) -> bool:
     """Whether the verdict may change."""
     carried = verdict["status"] == "survived" and "since" in verdict and not verdict.get("excused")
-    return carried or bool(again and verdict.get("tests_left"))
+    return carried or verdict["status"] == "error" or bool(again and verdict.get("tests_left"))
 
 
 def key(file: str, fault: Fault) -> str:
