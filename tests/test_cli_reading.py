@@ -340,6 +340,28 @@ def test_room_for_the_session_is_looked_for_first(
     assert re.search(r"--save s needs \d+ MiB and the disk has 0 left; free some space", error), error
 
 
+def test_a_closed_stdin_is_one_sentence(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert read("-") == 2
+    assert capsys.readouterr().err == "longread: error: stdin is closed; give a file, or a text on stdin\n"
+    assert not Path("s").exists()
+
+
+def test_texts_of_a_directory_are_read_in_order_and_others_left_out(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("notes").mkdir()
+    for name, data in (("a.txt", b"one text\r\n"), ("b.png", b"\x89PNG\r\n\x1a\n more"), ("c.txt", b"and another")):
+        (Path("notes") / name).write_bytes(data)
+    assert read("notes") == 0
+    assert "left out: notes/b.png is a PNG picture" in capsys.readouterr().err
+    text = restored().text
+    assert text is not None
+    assert text.sha256 == hashlib.sha256(b"one text\nand another").hexdigest()
+
+
 def test_resume_needs_a_reading_to_go_on_with(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["read", "text", "--model", "model", "--device", "cpu", "--resume"]
     assert main(command) == 2

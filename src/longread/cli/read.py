@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         ended = course.read(inputs, begun, live=inputs.piped)
         if isinstance(ended, OtherText):
             raise UserError(f"{file} has read another text: {ended}; give the text that it was reading")
-        if ended is not None or saving.refused:
+        if (ended is not None and (course.pieces_read or begun)) or saving.refused:
             print(_how_to_go_on(options, saving), file=sys.stderr)
         if ended is not None and not course.pieces_read:
             raise ended
