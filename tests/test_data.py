@@ -252,27 +252,6 @@ def test_read_texts_refuses_token_ids(tmp_path: Path) -> None:
         list(read_texts([write_array(tmp_path / "train", [1, 2])]))
 
 
-def test_long_documents_are_read_in_pieces_that_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "The quick brown fox, naïve as 🦊🦊 are, jumps. " * 50 + "x" * 300
-    (tmp_path / "a.txt").write_text(text)
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}))
-    tokenizer = train_bpe([text], 300)
-    whole = prepare([tmp_path / "a.txt"], tmp_path / "whole", tokenizer).document(0)
-    monkeypatch.setattr(text_files, "BLOCK_BYTES", 7)
-    monkeypatch.setattr(prepare_module, "PIECE_CHARACTERS", 100)
-    monkeypatch.setattr(documents_module, "PIECE_CHARACTERS", 100)
-    for spec in ("a.txt", "b.jsonl", "*.txt"):
-        dataset = prepare([str(tmp_path / spec)], tmp_path / "out", tokenizer, overwrite=True)
-        assert dataset.document(0).tolist() == whole.tolist()
-        assert dataset.document_bytes(0) == len(text.encode())
-        assert dataset.num_documents == 1
-    assert list(read_texts([tmp_path / "a.txt"])) == [text]
-    assert list(read_texts([tmp_path / "a.txt"], longest=10)) == [text[:10]]
-    pieces = list(read_pieces([tmp_path / "a.txt"]))
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) < 110
-
-
 def test_a_binary_tail_is_found_before_anything_of_the_file_is_written(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

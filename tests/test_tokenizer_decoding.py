@@ -22,7 +22,7 @@ def pieces(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_pieces_are_the_text_of_all_ids(kind: str, seed: int) -> None:
     draw, tokenizer = Random(seed), tokenizer_of(kind)
@@ -32,7 +32,7 @@ def test_pieces_are_the_text_of_all_ids(kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_what_goes_on_is_what_the_whole_would_have_there(kind: str, seed: int) -> None:
     draw, tokenizer = Random(seed), tokenizer_of(kind)

@@ -63,7 +63,7 @@ def _bloom() -> tokenizers.Tokenizer:
 
 def _digits_from_the_right() -> tokenizers.Tokenizer:
     """Groups of three digits as people write them: where a group begins depends on how many digits follow."""
-    return _byte_level([_split(r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"), _split(QWEN)])
+    return _byte_level([_split(r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"), _split(LLAMA_3)])
 
 
 def _sentencepiece(normalizer: Any, pre_tokenizer: Any = None, **options: Any) -> tokenizers.Tokenizer:
@@ -177,6 +177,7 @@ KINDS: dict[str, Callable[[], Tokenizer | tokenizers.Tokenizer]] = {
     "falcon": _falcon,
     "bloom": _bloom,
     "digits from the right": _digits_from_the_right,
+    "phrases": lambda: _byte_level([_split(r"tide comes in|\S|\s")]),
     "fixed length": lambda: _byte_level([pre_tokenizers.FixedLength(7)]),
     "lines": lambda: _byte_level([pre_tokenizers.CharDelimiterSplit("\n")]),
     "scripts": lambda: _byte_level([pre_tokenizers.UnicodeScripts(), pre_tokenizers.Digits(True)]),
@@ -262,6 +263,8 @@ FRAGMENTS = [
         "def depth(x):\n    return x\n",
         "The tide comes in. ",
         "1234567",
+        "234567",
+        "tide comes in",
         "        ",
         "\n\n\n",
         "/",
