@@ -41,7 +41,9 @@ _KINDS = {
 }
 _IN_ZIP = ((b"word/", "a Word document"), (b"epub+zip", "an EPUB book"), (b"opendocument.text", "an OpenDocument text"))
 _RTF = FileKind("an RTF document", _EXPORT)
-_HTML = FileKind("an HTML page, and would be read with its tags", "take the text out first, with lynx -dump, say")
+_HTML = FileKind(
+    "an HTML page, and would be read with its tags", "take the text out first (lynx -dump) or give --markup"
+)
 _IS_HTML = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html)[\s>]", re.IGNORECASE | re.DOTALL)
 _ADDRESS = re.compile(r"(https?|ftp)://", re.IGNORECASE)
 
