@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longread.cli import main
-from longread.cli.documents import read_documents
+from longread.cli.documents import read_for_all
 from longread.cli.texts import BLOCK, read_tokens
 from longread.data import TextFormat, TokenDataset
 from longread.tokenizer import ByteTokenizer, Tokenizer, train_bpe
@@ -61,7 +61,7 @@ def test_tokens_do_not_depend_on_the_file(encoding: str, packed: bool, tmp_path:
 def test_a_long_text_is_one_document(name: str, tmp_path: Path) -> None:
     text = "a grey gull over the pier " * 41_000
     (tmp_path / name).write_text(text if name.endswith("txt") else f'{{"text": "{text}"}}')
-    (document,) = read_documents([str(tmp_path / name)], {"model": BPE})[BPE.fingerprint]
+    (document,) = read_for_all([str(tmp_path / name)], {"model": BPE})[BPE.fingerprint]
     assert document.tokens.tolist() == [BPE.bos_id, *BPE.encode(text)]
     assert document.byte_lengths is not None
     assert document.byte_lengths.sum() == len(text)

@@ -1,19 +1,26 @@
-"""Documents to evaluate on, in the tokens of one model: those of a data set, or of texts."""
+"""Documents to evaluate on, in the tokens of one model or of several: those of a data set, or of texts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from longread.config import UserError
 from longread.data import TextFormat, TokenDataset, finish_replacement, read_texts
 from longread.evaluate import Document, in_common
+from longread.loading import OpenModel
 from longread.tokenizer import Tokenizer
 
 
-def read_documents(
+def read_documents(paths: Sequence[str], opened: OpenModel, **choice: Any) -> list[Document]:
+    """What `read_for_all` gives one model; `choice` as there."""
+    return read_for_all(paths, {opened.name: opened.tokenizer}, **choice)[opened.tokenizer.fingerprint]
+
+
+def read_for_all(
     paths: Sequence[str],
     tokenizers: Mapping[str, Tokenizer],
     *,
@@ -53,7 +60,7 @@ def read_documents(
 
 
 def longest_of(readings: Mapping[str, list[Document]]) -> tuple[int, str]:
-    """The length of the longest document that `read_documents` gave, and what it is counted in."""
+    """The length of the longest document that `read_for_all` gave, and what it is counted in."""
     documents = [document for reading in readings.values() for document in reading]
     common = [document.common_bytes[1] for document in documents if document.common_bytes]
     return (max(common), "bytes") if common else (max(len(document.tokens) for document in documents), "tokens")

@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.documents import longest_of, read_documents
+    from longread.cli.documents import longest_of, read_for_all
     from longread.cli.models import read_otherwise, table_names
     from longread.cli.outputs import (
         check_outputs,
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     check_outputs(figure_outputs(options, FORMAT, charts), inputs=options.data)
     names = table_names(options.models)
     tokenizers = {name: open_tokenizer(path) for path, name in zip(options.models, names, strict=True)}
-    texts = read_documents(
+    texts = read_for_all(
         options.data,
         tokenizers,
         first=options.documents,

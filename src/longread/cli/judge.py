@@ -87,13 +87,13 @@ def run(options: argparse.Namespace) -> int:
             )
     documents = read_documents(
         options.data,
-        {opened[0].name: tokenizer},
+        opened[0],
         first=options.documents,
         min_tokens=T,
         max_tokens=T,
         asked_by="--context",
         text_format=format_of(options),
-    )[tokenizer.fingerprint]
+    )
     human = prompts(documents, T)
     names = table_names(options.models)
     prints = [model.fingerprint for model in opened]

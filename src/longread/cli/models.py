@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longread.config import UserError
-from longread.loading import OpenModel
+from longread.loading import OpenModel, open_model
 from longread.model import Transformer
+
+__all__ = ["OpenModel", "open_model", "read_otherwise", "table_names"]
 
 
 def table_names(paths: Sequence[str]) -> list[str]:
