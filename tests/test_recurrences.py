@@ -126,7 +126,7 @@ def test_the_delta_rule_replaces_what_a_key_held() -> None:
 M = 4
 
 
-def binding(T: int, waiting: int, *, B: int = 2, N: int = 2, H: int = 4, E: int = 6) -> list[Tensor]:
+def binding(T: int, waiting: int, *, B: int = 2, N: int = 2, H: int = 3, E: int = 6) -> list[Tensor]:
     """Float64: query, key, value, rate, three matrices, and key, value and rate of tokens that wait."""
     g = torch.Generator().manual_seed(T)
 
@@ -174,7 +174,7 @@ def test_binding_gradients_are_finite_differences() -> None:
 
 def test_binding_learns_what_it_is_shown() -> None:
     """The same pairs again and again: the answer to a key comes closer to its value."""
-    _, key, value, rate, *memory, _, _, _ = binding(M, 0)
+    _, key, value, rate, *memory, _, _, _ = binding(M, 0, H=4)
     none = Waiting(key[:, :, :0], value[:, :, :0], rate[:, :, :0])
     again = Waiting(key.repeat(1, 1, 60, 1), value.repeat(1, 1, 60, 1), torch.ones_like(rate).repeat(1, 1, 60))
     out, _, left = key_value_binding(None, again, Memory(*memory), none, mini_batch_size=M, lr=0.1, clip=1.0)

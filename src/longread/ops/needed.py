@@ -19,8 +19,6 @@ def needed_inputs(ctx: Any) -> tuple[bool, ...]:
 
 
 def _will_run(node: Any) -> bool:
-    if node is None:
-        return False
     try:
         return torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined]
     except RuntimeError:  # a leaf that torch.autograd.grad was asked for: PyTorch will not say, but it is wanted

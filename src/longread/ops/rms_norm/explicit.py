@@ -35,7 +35,7 @@ def _mean_of_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _sum_to_gain(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(0, -2).sum(0)
+    return (a * b).reshape(-1, a.shape[-1]).sum(0)
 
 
 class _Norm(torch.autograd.Function):
