@@ -1,0 +1,95 @@
+"""The estimates of memory as numbers, by the rules that the documentation gives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from longread.config import ModelConfig
+from longread.outer_loop import UPDATE_BYTES, activation_budget, choose_recompute, fit, graph_bytes
+from longread.outer_loop.memory import block_bytes, step_bytes
+from tests.test_outer_loop import CPU, small
+from tests.test_outer_memory import a_run
+
+D, F, N, V, K, M = 16, 24, 2, 19, 6, 4
+"""Of the small network: width, of the MLP, heads, vocabulary, window, mini-batch. Two of its four blocks learn."""
+FAST = 2 * 3 * 16 * 24
+"""Numbers of its fast weights."""
+
+
+def bytes_of(mixer: str, *, itemsize: int = 4, kernels: bool = True, context: int = 40, **changes: object) -> int:
+    config: ModelConfig = small(mixer=mixer, **{"num_suffix_blocks": 0} | changes)
+    return block_bytes(config, context, itemsize, kernels=kernels)
+
+
+def test_bytes_of_a_block() -> None:
+    """A token's numbers in the type of the products, and of recurrences in float32 at least; 3 F of the MLP."""
+    assert bytes_of("attention") == 4 * (13 * D + 3 * F)
+    assert bytes_of("attention", itemsize=2) == 2 * (13 * D + 3 * F)
+    assert bytes_of("ttt_kvb", itemsize=2) == 2 * (63 * D + 3 * F)
+    for mixer in ("mamba2", "gated_deltanet"):  # in every second block, attention in the others
+        assert bytes_of(mixer, itemsize=2) == (2 * 38 * D + 4 * 25 * D) // 2 + 2 * 3 * F
+        assert bytes_of(mixer, itemsize=8) == 8 * ((38 + 25) * D // 2 + 3 * F)
+
+
+def test_a_window_shorter_than_the_sequence_costs_more_without_kernels() -> None:
+    narrow, wide = 4 * (13 * D + 3 * F), 4 * (26 * D + 3 * F)
+    assert bytes_of("attention", kernels=False) == wide
+    assert bytes_of("attention", kernels=False, context=K + 1) == wide
+    assert bytes_of("attention", kernels=False, context=K) == narrow
+    assert bytes_of("attention", kernels=False, attention="full") == narrow
+    assert bytes_of("ttt_kvb", kernels=False, itemsize=2) == 2 * (76 * D + 3 * F)
+
+
+@pytest.mark.parametrize(("learning", "attentions"), [(0, 0), (1, 0), (2, 1), (4, 3)])
+def test_bytes_of_a_step(learning: int, attentions: int) -> None:
+    """The lowest block that learns attends for the whole sequence at once, before the steps."""
+    config, B = small(num_suffix_blocks=learning), 3
+    weights = B * learning * 3 * D * F * 4
+    for itemsize in (2, 4):
+        past = attentions * 2 * B * K * D * itemsize
+        numbers = learning * (44 * D + 20 * F) + attentions * 5 * N * (K + M)
+        assert step_bytes(config, B, itemsize) == (B * M * numbers * itemsize + 3 * weights, weights + past)
+        numbers = learning * (22 * D + 10 * F) + attentions * 16 * D + V
+        held = weights * itemsize // 4
+        assert step_bytes(config, B, itemsize, kernels=True) == (B * M * numbers * itemsize + held, weights + past)
+
+
+def test_bytes_of_a_graph() -> None:
+    """10 mini-batches of 2 sequences: all of them, a root of their number, or one at a time; blocks once or again."""
+    tokens, block, hidden = 2 * 40, 4 * (13 * D + 3 * F), 4 * D
+    step, carry = 2 * M * (2 * (22 * D + 10 * F) + 16 * D + V) * 4 + 2 * FAST * 4, 2 * FAST * 4 + 2 * 2 * K * D * 4
+    shape = {"batch_size": 2, "context_length": 40, "itemsize": 4, "kernels": True}
+    again = tokens * (6 * hidden + block)  # inputs of three blocks and the results of their attention
+    assert graph_bytes(small(), "end-to-end", **shape) == {
+        "none": 3 * tokens * block + 10 * step,
+        "blocks": again + 10 * step,
+        "sqrt": again + 4 * (step + carry),
+        "step": again + step + 10 * carry,
+    }
+    assert graph_bytes(small(), "static", **shape) == {
+        "none": 4 * tokens * block,
+        "blocks": tokens * (8 * hidden + block),
+    }
+
+
+def test_what_the_update_needs_is_twelve_bytes_a_parameter() -> None:
+    """A gradient and two moments of four bytes; and a fifth of the memory is not counted on."""
+    assert UPDATE_BYTES == 12
+    assert activation_budget(10**9, small()) == 8 * 10**8 - 12 * small().num_parameters
+
+
+def test_what_fits_exactly_misses_nothing() -> None:
+    config = dataclasses.replace(a_run(), micro_batch_size=12, recompute="none")
+    need = graph_bytes(small(), "end-to-end", batch_size=12, context_length=16, itemsize=4, kernels=False)["none"]
+    for budget, missing in ((need, 0), (need + 7, 0), (need - 0.5, 1), (need - 7, 7)):
+        assert fit(config, itemsize=4, kernels=False, budget=budget).missing == missing
+
+
+def test_four_fifths_of_what_is_free_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"batch_size": 2, "context_length": 400, "itemsize": 4}
+    need = graph_bytes(small(), "end-to-end", kernels=False, **shape)["none"]
+    for free, schedule in ((need * 1.25 + 1, "none"), (need * 1.25 - 2, "blocks")):
+        monkeypatch.setattr("longread.outer_loop.memory.free_bytes", lambda device, free=free: free)
+        assert choose_recompute(small(), "end-to-end", device=CPU, **shape) == schedule
