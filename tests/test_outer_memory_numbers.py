@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from longread.config import ModelConfig
-from longread.outer_loop import UPDATE_BYTES, activation_budget, choose_recompute, fit, graph_bytes
+from longread.outer_loop import UPDATE_BYTES, Fit, activation_budget, choose_recompute, fit, graph_bytes
 from longread.outer_loop.memory import block_bytes, step_bytes
 from tests.test_outer_loop import CPU, small
 from tests.test_outer_memory import a_run
@@ -85,6 +85,8 @@ def test_what_fits_exactly_misses_nothing() -> None:
     need = graph_bytes(small(), "end-to-end", batch_size=12, context_length=16, itemsize=4, kernels=False)["none"]
     for budget, missing in ((need, 0), (need + 7, 0), (need - 0.5, 1), (need - 7, 7)):
         assert fit(config, itemsize=4, kernels=False, budget=budget).missing == missing
+    need = graph_bytes(small(), "end-to-end", batch_size=1, context_length=16, itemsize=4, kernels=False)
+    assert fit(a_run(), itemsize=4, kernels=False, budget=need["none"] - 1) == Fit(1, "blocks", 0)
 
 
 def test_four_fifths_of_what_is_free_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

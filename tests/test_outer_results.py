@@ -9,6 +9,7 @@ import torch
 
 from longread.outer_loop import end_to_end_loss, static_loss
 from tests.test_outer_loop import batch, gradients, make, same, small
+from tests.test_outer_memory import Operations
 
 SCHEDULES = ["none", "blocks", "sqrt", "step"]
 
@@ -28,6 +29,14 @@ def test_of_the_static_loss_too() -> None:
     result = static_loss(model, *batch(model.config))
     assert result.mini_batch_loss.shape == (2, 5)
     assert [x.requires_grad for x in result] == [True, False, False, False]
+
+
+def test_the_static_loss_attends_by_fused_kernels_in_every_block() -> None:
+    """Its gradient is of order 1, also in the blocks that could learn."""
+    model = make(small(num_suffix_blocks=4))
+    with Operations() as operations:
+        static_loss(model, *batch(model.config), recompute="none")
+    assert operations.count == 4
 
 
 def test_no_tokens_are_refused() -> None:
