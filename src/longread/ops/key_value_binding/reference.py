@@ -40,7 +40,7 @@ def _stepped(weights: Tensors, held: Tensors, lr: float, clip: float | None) -> 
     key, value, rate = held
     with torch.enable_grad():
         weights = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in weights)
-        loss = torch.zeros((), dtype=key.dtype, device=key.device)
+        loss = key.new_zeros(())
         for t in range(key.shape[2]):
             missed = _answer(key[:, :, t], weights) - value[:, :, t]
             loss = loss + (rate[:, :, t] * missed.square().sum(-1)).sum() / key.shape[2]
