@@ -1,0 +1,137 @@
+"""From logits to a token, with the numbers written out: limits of the settings, penalty, and what can be drawn."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from longread.config import UserError
+from longread.session import Session
+from longread.session.sampling import check_sampling, draw, penalised, probabilities
+from tests.tiny import INNER, M, make, text
+
+LARGEST = 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 0},
+        {"max_tokens": 1, "temperature": 0.0},
+        {"max_tokens": 1, "top_p": 1.0},
+        {"max_tokens": 1, "top_k": 1},
+        {"max_tokens": 1, "seed": LARGEST},
+        {"max_tokens": 1, "seed": -(2**63)},
+    ],
+    ids=str,
+)
+def test_the_limits_themselves_are_allowed(options: dict) -> None:
+    check_sampling(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": -1},
+        {"temperature": -1e-9},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.0 + 1e-9},
+        {"top_k": 0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.inf},
+        {"seed": LARGEST + 1},
+        {"seed": -(2**63) - 1},
+        *({name: math.nan} for name in ("temperature", "top_p", "repetition_penalty")),
+    ],
+    ids=str,
+)
+def test_what_is_just_beyond_is_refused(options: dict) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"^{name} is {value}; it must"):
+        check_sampling(**{"max_tokens": 1} | options)
+
+
+def test_unless_told_otherwise_the_distribution_is_the_model_s() -> None:
+    for function in (check_sampling, Session.generate, Session.write):
+        defaults = {name: given.default for name, given in inspect.signature(function).parameters.items()}
+        assert [defaults[name] for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")] == [
+            1.0,
+            1.0,
+            None,
+            1.0,
+            None,
+        ]
+
+
+def test_a_penalty_makes_the_recent_less_likely_whatever_their_sign() -> None:
+    logits = torch.tensor([4.0, -4.0, 0.0, 3.0, -math.inf, 0.5])
+    found = penalised(logits, [0, 1, 2, 4, 5, 0], 2.0)
+    assert found.tolist() == [2.0, -8.0, 0.0, 3.0, torch.finfo(torch.float32).min, 0.25]
+    assert penalised(logits, [], 2.0).tolist() == logits.tolist()
+    assert penalised(torch.empty(6, device="meta"), [1, 3], 2.0).device.type == "meta"
+
+
+def test_a_large_penalty_silences_what_was_just_written() -> None:
+    """With logits above 0, what has been written in the last window is never written again."""
+    model = make(window_size=6)
+    with torch.no_grad():
+        model.embedding.weight.zero_()  # all logits are 0 …
+    session = Session(model, INNER, learn=False)
+    session.read([1])
+    logits = session.model.logits
+    session.model.logits = lambda output: logits(output) + 5.0  # type: ignore[method-assign]
+    written = list(session.generate(18, temperature=0, repetition_penalty=2.0))
+    for i, token in enumerate(written):
+        assert token not in [1, *written][max(0, i + 1 - 6) : i + 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.2, 0.4, 0.1, 0.3]),
+        ({"temperature": 0.0}, [0.0, 1.0, 0.0, 0.0]),
+        ({"temperature": 0.5}, [4 / 30, 16 / 30, 1 / 30, 9 / 30]),
+        ({"top_k": 3}, [2 / 9, 4 / 9, 0.0, 3 / 9]),
+        ({"top_k": 1}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_p": 0.65}, [0.0, 4 / 7, 0.0, 3 / 7]),
+        ({"top_p": 0.75}, [2 / 9, 4 / 9, 0.0, 3 / 9]),
+        ({"top_p": 0.39}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_p": 0.5, "top_k": 3}, [0.0, 4 / 7, 0.0, 3 / 7]),
+        ({"top_p": 0.5, "temperature": 0.5}, [0.0, 1.0, 0.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_what_can_be_drawn(options: dict, expected: list[float]) -> None:
+    """Of two rows, the second the first turned round: as `probabilities` says, and as `draw` draws."""
+    p = torch.tensor([[0.2, 0.4, 0.1, 0.3], [0.3, 0.1, 0.4, 0.2]], dtype=torch.float64)
+    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": None} | options
+    wanted = torch.tensor([expected, expected[::-1]], dtype=torch.float64)
+    found = probabilities(p.log() - 7, **settings)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([draw(p[0].log(), generator=generator, **settings) for _ in range(400)])
+    assert drawn.unique().tolist() == wanted[0].nonzero().flatten().tolist()
+    assert (drawn.bincount(minlength=4) / 400 - wanted[0]).abs().max() < 0.1
+
+
+def test_of_equals_the_first_are_kept() -> None:
+    """Half of eight exact binary shares is reached with the fourth, and the fifth is not needed."""
+    logits = torch.zeros(1, 8)
+    assert probabilities(logits, 1.0, 0.5, None)[0].tolist() == [0.25] * 4 + [0.0] * 4
+    assert probabilities(logits, 1.0, 1.0, 2)[0].tolist() == [0.5] * 2 + [0.0] * 6
+    many = torch.zeros(1, 4096)
+    assert probabilities(many, 1.0, 1.0, 3)[0].nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def test_the_penalty_looks_at_what_it_wrote_itself_too() -> None:
+    """The newest tokens are at most a window of them, whether they were read or written."""
+    session = Session(make(), INNER)
+    session.read(text(3))
+    written = list(session.generate(2, seed=0))
+    assert session.recent == text(3) + written
+    written += session.generate(M + 3, seed=1)
+    assert session.recent == (text(3) + written)[-6:]
