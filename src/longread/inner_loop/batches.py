@@ -33,7 +33,6 @@ def together(states: Sequence[ReadingState]) -> ReadingState:
     parts = iter([torch.cat(tensors) for tensors in zip(*(state.tensors for state in states), strict=True)])
     return dataclasses.replace(
         _mapped(states[0], lambda x: next(parts)),
-        position=positions[0],
         positions=torch.tensor(positions, device=states[0].output.device),
     )
 
