@@ -267,6 +267,18 @@ def test_a_decoder_learns_unless_told_otherwise(learn: bool) -> None:
     assert decoder.rolled_back.item() == 0
 
 
+def test_a_window_of_one_token_and_mini_batches_of_one() -> None:
+    model = exact(window_size=1, mini_batch_size=1)
+    for learn in (True, False):
+        state = after(model, 3, learn=learn)
+        decoder = Decoder(model, state, INNER, learn=learn)
+        for token in text(4, 5):
+            decoder.read(torch.tensor([token]))
+            state = read(model, state, torch.tensor([[token]]), inner=INNER, learn=learn).state
+            assert_same(decoder.state(), state)
+        assert decoder.steps == (4 if learn else 0)
+
+
 def test_a_decoder_of_one_suffix_block_learns() -> None:
     model = exact(num_suffix_blocks=1)
     decoder = Decoder(model, after(model, M), INNER)

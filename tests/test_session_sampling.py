@@ -135,3 +135,9 @@ def test_the_penalty_looks_at_what_it_wrote_itself_too() -> None:
     assert session.recent == text(3) + written
     written += session.generate(M + 3, seed=1)
     assert session.recent == (text(3) + written)[-6:]
+
+
+def test_without_top_p_nothing_is_cut_off() -> None:
+    """Although in float32 the first has all the probability there is."""
+    found = probabilities(torch.tensor([[1.0, 1e-12, 1e-12]]).log(), 1.0, 1.0, None)
+    assert found[0].tolist() == pytest.approx([1.0, 1e-12, 1e-12])

@@ -284,7 +284,7 @@ class _Reader:
         )
         self.nll.append(step.nll)
         self._look(step.output)
-        self._move(**state.moved(hidden.shape[1]), output=step.output[:, -1])
+        self._move(**state.moved(hidden.shape[1]))  # a token follows, and with it the output
         self._learned(step, state.upper_pasts)
 
     def _learned(self, step: Step, before: tuple[Past, ...]) -> None:

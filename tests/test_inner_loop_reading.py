@@ -1,0 +1,183 @@
+"""Reading: what is likeliest, types, shapes and what is kept, and a reader of whole mini-batches as on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from longread.inner_loop import ReadingState, begin, next_token_logits, read, reading
+from longread.inner_loop.step import Carry, inner_step
+from longread.model import Transformer
+from tests.tiny import INNER, M, make, text
+
+V = 19
+
+
+def exact(**changes: object) -> Transformer:
+    return make(3, torch.float64, **changes)
+
+
+def tokens(n: int, *seeds: int) -> Tensor:
+    return torch.tensor([text(n, seed) for seed in seeds or (0,)])
+
+
+def test_unless_told_otherwise_it_learns_from_every_target_and_looks_for_nothing_else() -> None:
+    model = exact()
+    found = read(model, begin(model, 2), tokens(2 * M + 3, 0, 1), inner=INNER)
+    assert found.top is None
+    assert found.rolled_back.dtype == torch.bool
+    assert found.rolled_back.tolist() == [[False, False]] * 2
+    assert found.inner_grad_norm.shape == (2, 2)
+    assert found.state.targets_mask.dtype == torch.bool
+    assert found.state.targets_mask.tolist() == [[True, True]] * 2
+    nothing = read(model, found.state, tokens(0, 0, 1).long(), inner=INNER)
+    assert (nothing.nll.shape, nothing.rolled_back.shape, nothing.top) == ((2, 0), (2, 0), None)
+
+
+@pytest.mark.parametrize("pieces", [[13], [1, 12], [4, 4, 5], [5, 1, 1, 6]], ids=str)
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize(("at_a_time", "top"), [(1, 1), (3, 3), (256, V), (2, 40)])
+def test_the_likeliest_are_those_of_the_predictions(
+    pieces: list[int], learn: bool, at_a_time: int, top: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two sequences at once, against the logits after every single token; however many are asked for and made."""
+    model, written = exact(), tokens(13, 0, 1)
+    state, expected = begin(model, 2), []
+    for t in range(13):
+        if t:
+            expected.append(next_token_logits(model, state).log_softmax(-1))
+        state = read(model, state, written[:, t : t + 1], inner=INNER, learn=learn).state
+    monkeypatch.setattr(reading, "LOGITS_AT_A_TIME", at_a_time)
+    state, found = begin(model, 2), []
+    for part in written.split(pieces, dim=1):
+        made = read(model, state, part, inner=INNER, learn=learn, top=top)
+        assert made.top is not None
+        assert [x.shape for x in made.top] == [(2, part.shape[1], min(top, V))] * 2
+        found.append(made.top)
+        state = made.state
+    log_p, ids = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    assert log_p[:, 0].isnan().all()
+    values = torch.stack(expected, dim=1).sort(-1, descending=True).values[..., :top]
+    torch.testing.assert_close(log_p[:, 1:], values, rtol=1e-10, atol=1e-10)
+    own = torch.stack(expected, dim=1).gather(-1, ids[:, 1:])
+    torch.testing.assert_close(own, values, rtol=1e-10, atol=1e-10)
+
+
+def test_the_beginning_is_the_model_s_weights_and_no_graph() -> None:
+    model = exact()
+    state = begin(model, 3)
+    assert (state.position, state.output.shape, state.hidden.shape) == (0, (3, 0), (3, 0, 16))
+    assert (state.targets.dtype, state.targets_mask.dtype) == (torch.int64, torch.bool)
+    assert not any(x.requires_grad for x in state.tensors)
+    later = read(model, state, tokens(M + 1, 0, 1, 2), inner=INNER).state
+    assert not any(x.requires_grad for x in state.tensors)  # the step has left the earlier state as it was
+    assert not any(x.requires_grad for x in read(model, later, tokens(2 * M, 0, 1, 2), inner=INNER).state.tensors)
+    step_last = read(model, begin(model), tokens(M), inner=INNER).state
+    finished = read(model, step_last, tokens(1), inner=INNER)
+    assert not any(x.requires_grad for x in (*finished.state.tensors, finished.nll, finished.inner_grad_norm))
+
+
+@pytest.mark.parametrize("n", range(1, 4 * M))
+def test_what_is_kept_for_later(n: int) -> None:
+    """The window; of attention above the lowest fast weights, the tokens that wait for their step too."""
+    model, waiting = exact(), (n - 1) % M + 1
+    state = read(model, begin(model), tokens(n), inner=INNER).state
+    assert state.hidden.shape == (1, waiting, 16)
+    assert state.targets.shape == state.targets_mask.shape == (1, waiting - 1)
+    assert [past.key.shape[2] for past in state.lower_pasts] == [min(n, 6)] * 3
+    assert [past.key.shape[2] for past in state.upper_pasts] == [min(n, 6 + waiting)]
+    frozen = read(model, state, tokens(1), inner=INNER, learn=False).state
+    assert frozen.hidden.shape == (1, 0, 16)
+    assert [past.key.shape[2] for past in frozen.upper_pasts] == [min(n + 1, 6)]
+
+
+def test_it_reads_where_its_model_lies() -> None:
+    model = make().to("meta")
+    found = read(model, begin(model), torch.zeros(1, 2 * M + 1, dtype=torch.long, device="meta"), inner=INNER, top=2)
+    assert {x.device.type for x in (found.nll, found.inner_grad_norm, *(found.top or ()), *found.state.tensors)} == {
+        "meta"
+    }
+
+
+class OfWholeMiniBatches:
+    """What a captured reader promises: it reads mini-batches that came with all their targets, one step for each."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.counts: list[int] = []
+
+    def read(
+        self, state: ReadingState, new: Tensor, mask: Tensor, longest: Tensor | None
+    ) -> tuple[ReadingState, Tensor, Tensor, Tensor | None]:
+        count, rest = divmod(mask.shape[1], M)
+        assert (rest, new.shape[1], state.hidden.shape[1]) == (0, mask.shape[1] + 1, 0)
+        self.counts.append(count)
+        model, nll, norms = self.model, [], []
+        for i in range(0, count * M, M):
+            hidden, own = model.lower(new[:, i : i + M], state.lower_pasts, start=state.position)
+            carry = Carry(state.fast, state.upper_pasts)
+            targets, start = (new[:, i + 1 : i + M + 1], mask[:, i : i + M]), state.position
+            step = inner_step(model, carry, hidden, *targets, start=start, lr=INNER.lr, clip=INNER.clip, order=0)
+            state = ReadingState(
+                position=start + M,
+                fast=step.fast,
+                lower_pasts=model.advance(state.lower_pasts, own, 0),
+                upper_pasts=model.advance(state.upper_pasts, step.own, model.num_lower_attentions),
+                hidden=state.hidden,
+                targets=state.targets,
+                targets_mask=state.targets_mask,
+                output=step.output[:, -1],
+            )
+            nll.append(step.nll)
+            norms.append(step.grad_norm)
+        return state, torch.cat(nll, 1), torch.stack(norms, 1), None
+
+
+@pytest.mark.parametrize(
+    ("pieces", "counts"),
+    [
+        ([3 * M + 1], [3]),
+        ([3 * M + 3], [3]),
+        ([3 * M], [2]),
+        ([M], []),
+        ([M + 1, 2 * M + 1], [1, 1]),
+        ([M, 2 * M + 1], [2]),
+        ([2, 3 * M], [2]),
+        ([2, M, 1], []),
+    ],
+    ids=str,
+)
+def test_whole_mini_batches_can_be_read_by_another(
+    pieces: list[int], counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one that may be there (on a GPU, as CUDA graphs) where no mini-batch is begun: as many as have all targets."""
+    model, written = exact(), tokens(sum(pieces), 0, 1)
+    mask = torch.rand(written.shape, generator=torch.Generator().manual_seed(0)) > 0.3
+    expected = read(model, begin(model, 2), written, inner=INNER, loss_mask=mask, guard=True)
+    other = OfWholeMiniBatches(model)
+    monkeypatch.setattr(
+        reading, "captured_reader", lambda model, state, inner, *, guard: None if state.hidden.shape[1] else other
+    )
+    state, found = begin(model, 2), []
+    for part, counted in zip(written.split(pieces, 1), mask.split(pieces, 1), strict=True):
+        found.append(read(model, state, part, inner=INNER, loss_mask=counted, guard=True))
+        state = found[-1].state
+    assert other.counts == counts
+    assert state.position == sum(pieces)
+    for a, b in zip(state.tensors, expected.state.tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for name in ("nll", "inner_grad_norm", "rolled_back"):
+        made = torch.cat([getattr(one, name) for one in found], dim=1)
+        torch.testing.assert_close(made, getattr(expected, name), rtol=1e-10, atol=1e-12, equal_nan=True)
+    read(model, begin(model, 2), written, inner=INNER, top=1)
+    assert other.counts == counts  # it finds no likeliest tokens
+
+
+def test_a_first_token_is_predicted_by_nothing() -> None:
+    found = read(exact(), begin(exact()), tokens(1), inner=INNER, top=2)
+    assert found.nll.dtype == torch.float64
+    assert math.isnan(found.nll.item())
+    assert read(make(), begin(make()), tokens(1), inner=INNER).nll.dtype == torch.float32
