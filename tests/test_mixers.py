@@ -291,7 +291,7 @@ def test_combinations_that_cannot_be(changes: dict, reason: str) -> None:
 
 
 def test_mlps_cannot_be_narrowed_below_nothing() -> None:
-    with pytest.raises(UserError, match="but model.mlp_hidden is 24; make it larger"):
+    with pytest.raises(UserError, match=r"but model\.mlp_hidden is 24; make it larger"):
         with_mixer(config(), "ttt_kvb", multiple=8)
     for wrong in ({"lr": -1.0}, {"clip": 0.0}):
         with pytest.raises(UserError, match="it must be"):
