@@ -267,6 +267,19 @@ def test_a_decoder_learns_unless_told_otherwise(learn: bool) -> None:
     assert decoder.rolled_back.item() == 0
 
 
+def test_a_decoder_goes_on_when_its_model_moves() -> None:
+    model = exact()
+    state = after(model, M + 1)
+    decoder = Decoder(model, state, INNER)
+    for i, token in enumerate(text(2 * M, 5)):
+        if i == 2:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+        decoder.read(torch.tensor([token]))
+        state = read(model, state, torch.tensor([[token]]), inner=INNER).state
+        assert_same(decoder.state(), state)
+
+
 def test_a_window_of_one_token_and_mini_batches_of_one() -> None:
     model = exact(window_size=1, mini_batch_size=1)
     for learn in (True, False):
