@@ -330,6 +330,15 @@ def test_a_second_signal_loses_nothing_that_was_saved(
     assert_same(restored(), undisturbed)
 
 
+def test_going_on_removes_what_a_killed_save_left(home: Path) -> None:
+    assert read("text") == 0
+    left, others = home / ".s.0123abcd.tmp", home / ".s2.0123abcd.tmp"
+    left.write_bytes(b"half a session")
+    others.write_bytes(b"of another")
+    assert read("text", "--resume") == 0
+    assert (left.exists(), others.exists()) == (False, True)
+
+
 def test_room_for_the_session_is_looked_for_first(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

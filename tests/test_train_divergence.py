@@ -17,7 +17,7 @@ from longread import checkpoint
 from longread.config import RunConfig
 from longread.data import TokenDataset
 from longread.train import TrainingHalted, accumulate_gradient, train
-from longread.train.divergence import FEWEST, HISTORY, Divergence
+from longread.train.divergence import FEWEST, HISTORY, DivergenceWatch
 from tests.test_train import change, make_data, rows_of, weights_of, without_timing
 
 Steps = list[tuple[float, float]]
@@ -26,7 +26,7 @@ V = 257
 
 def judged(steps: Steps) -> list[int]:
     """Bad steps in a row after each step."""
-    judge, found = Divergence(V), []
+    judge, found = DivergenceWatch(V), []
     for loss, norm in steps:
         judge.see(loss, norm)
         found.append(judge.bad_steps)
@@ -85,7 +85,7 @@ def test_the_history_is_a_function_of_the_rows() -> None:
     rows: list[dict[str, Any]] = [{"loss": loss, "grad_norm": norm} for loss, norm in steps]
     whole = judged(steps)
     for cut in range(0, len(steps), 7):
-        judge = Divergence(V, [*rows[:cut], {"loss": None, "grad_norm": 1.0}, {}])
+        judge = DivergenceWatch(V, [*rows[:cut], {"loss": None, "grad_norm": 1.0}, {}])
         for (loss, norm), expected in zip(steps[cut:], whole[cut:], strict=True):
             judge.see(loss, norm)
             assert judge.bad_steps == expected

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -154,9 +155,13 @@ def temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def remove_temporaries(directory: Path) -> None:
-    """Deletes what a killed writer left in `directory`. Only for a directory that no one else is writing to."""
-    for pattern in (".*.tmp", ".tmp*"):  # ours, and those of safetensors, which has its own
+def remove_temporaries(directory: Path, of: str | None = None) -> None:
+    """Deletes what a killed writer left in `directory`: of the file named `of`, or of whichever.
+
+    Only where no one else is writing them.
+    """
+    # ours, and those of safetensors, which has its own
+    for pattern in (".*.tmp", ".tmp*") if of is None else (f".{glob.escape(of)}.*.tmp",):
         for path in directory.glob(pattern):
             remove_tree(path)
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol, Self, TypeVar
+
+from torch import Tensor
 
 from longread.tokenizer import StreamDecoder, Tokenizer
 
-if TYPE_CHECKING:
-    from longread.session.session import Session
+
+class _Rewindable(Protocol):
+    """What is needed of a `Session` here: its file uses this one."""
+
+    @property
+    def recent(self) -> list[int]: ...
+    def fork(self) -> Self: ...
+    def go_back(self, before: Self) -> None: ...
+    def read(self, text: Sequence[int]) -> Tensor: ...
+
+
+_Session = TypeVar("_Session", bound=_Rewindable)
 
 
 def text_of(
-    ids: Generator[int, None, None], tokenizer: Tokenizer, sessions: Sequence[Session], *, stops: Sequence[str] = ()
+    ids: Generator[int, None, None], tokenizer: Tokenizer, sessions: Sequence[_Session], *, stops: Sequence[str] = ()
 ) -> Generator[str, None, None]:
     """The text of what `sessions` write together: `ids` of `Session.generate`, none of which has been taken yet.
 

@@ -27,7 +27,7 @@ SAID_AFTER = 3
 """Bad steps in a row after which a warning says so."""
 
 
-class Divergence:
+class DivergenceWatch:
     """Counts the bad steps in a row at the end of a run."""
 
     def __init__(self, vocab_size: int, rows: Iterable[Mapping[str, Any]] = ()) -> None:

@@ -42,7 +42,7 @@ from longread.train.agreement import (
     refuse_other_data,
 )
 from longread.train.captured import CapturedGradient
-from longread.train.divergence import SAID_AFTER, Divergence
+from longread.train.divergence import SAID_AFTER, DivergenceWatch
 from longread.train.gradient import accumulate_gradient, inner_steps
 from longread.train.optimizer import gradient_norm, make_optimizer, optimizer_tensors, restore_optimizer, update
 from longread.train.stopping import StopSignal, diverged, halt, not_finite_in, not_finite_weight
@@ -182,7 +182,7 @@ class _Run:
         self.last_checkpoint: Path | None = None
         self.last_good: Path | None = None
         """The newest checkpoint whose weights are known to be good, by the loss of the step after it."""
-        self.divergence = Divergence(config.model.vocab_size)
+        self.divergence = DivergenceWatch(config.model.vocab_size)
         self._next_batch: Batch | None = None
         self.refuse_or_clear(resume)
         newest = self._newest_checkpoint() if resume else None
@@ -313,7 +313,7 @@ class _Run:
             warnings.warn(f"{self.out} has no checkpoint: training begins at the first step", stacklevel=4)
         if not self.log.truncate(size):
             warnings.warn(f"{self.log.path} lacks rows from before step {self.step}; training goes on", stacklevel=2)
-        self.divergence = Divergence(self.config.model.vocab_size, self.log.rows())
+        self.divergence = DivergenceWatch(self.config.model.vocab_size, self.log.rows())
 
     def _keep_rounding(self, state: Mapping[str, Any]) -> None:
         """Takes over what the run settled on, but for what the config now asks for otherwise."""

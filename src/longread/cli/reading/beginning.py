@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from longread.cli.reading.inputs import Inputs
 from longread.config import UserError
+from longread.files import remove_temporaries
 from longread.loading import OpenModel
 from longread.session import Session, TextPrefix
 
@@ -31,6 +33,8 @@ def begin(opened: OpenModel, inputs: Inputs, *, session: str | None, save: str |
     Raises:
         UserError: a session cannot be opened or does not say how far it is, or an unfinished one would be replaced.
     """
+    if resume and save:
+        remove_temporaries(Path(save).parent, of=Path(save).name)
     file = save if resume and save and os.path.exists(save) else session
     if file is None:
         if save and not resume:

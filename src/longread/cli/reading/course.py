@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 
-from longread.cli.reading.pieces import Piece, Pieces
+from longread.cli.reading.pieces import Pieces, TokenPiece
 from longread.cli.reading.progress import ReadingProgress
 from longread.cli.reading.readers import Readers
 from longread.cli.reading.saving import Autosave
@@ -58,7 +58,7 @@ class Course:
         self._progress.clear()
         return ended
 
-    def _read(self, piece: Piece, share: float) -> None:
+    def _read(self, piece: TokenPiece, share: float) -> None:
         if self._opened.model.device.type == "cpu":
             with self._stops.open():
                 found = self._readers.look(piece)
@@ -75,7 +75,7 @@ class Course:
                 print(f"longread: warning: {self._saving.refused}; {self._saving}", file=sys.stderr)
 
 
-def _until_stopped(pieces: Pieces, *, live: bool) -> Iterator[Piece]:
+def _until_stopped(pieces: Pieces, *, live: bool) -> Iterator[TokenPiece]:
     """All pieces; before a stop, where there is nothing left but to wait, what has come."""
     iterator = iter(pieces)
     while True:

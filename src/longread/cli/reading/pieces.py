@@ -15,7 +15,7 @@ from longread.session import TextPrefix, next_cut
 from longread.tokenizer import StreamEncoder, Tokenizer
 
 
-class Piece(NamedTuple):
+class TokenPiece(NamedTuple):
     """What is read at once."""
 
     ids: list[int]
@@ -65,7 +65,7 @@ class Pieces:
         self._segment = self._position, 0
         self._waiting = _Waiting([], [], b"")
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TokenPiece]:
         """Raises `OtherText` if the texts do not begin with what has been read."""
         for text in self._texts:
             encoder = StreamEncoder(self._tokenizer)
@@ -86,7 +86,7 @@ class Pieces:
         """Of all bytes that have come, those that the pieces hold."""
         return self._bytes / max(1, self._bytes + len(self._waiting.data))
 
-    def rest(self) -> Piece | None:
+    def rest(self) -> TokenPiece | None:
         """What is certain of the text and not enough for a piece: to be read where nothing more comes."""
         if self._begun is not None or not self._waiting.ids:
             return None
@@ -110,7 +110,7 @@ class Pieces:
         known = self._waiting
         self._waiting = _Waiting(known.ids + ids, known.byte_lengths + byte_lengths, known.data + string.encode())
 
-    def _whole(self) -> Iterator[Piece]:
+    def _whole(self) -> Iterator[TokenPiece]:
         """All pieces that end at their cut."""
         if self._begun is not None and not self._bytes_over:
             self._take(min(self._begun.position - self._position, len(self._waiting.ids)))
@@ -127,7 +127,7 @@ class Pieces:
             raise OtherText(f"its first {begun.num_bytes:,} bytes are not those that were read")
         self._begun = None
 
-    def _take(self, count: int) -> Piece:
+    def _take(self, count: int) -> TokenPiece:
         ids, byte_lengths, data = self._waiting
         size = sum(byte_lengths[:count])
         self._hash.update(data[:size])
@@ -136,4 +136,4 @@ class Pieces:
         self._waiting = _Waiting(ids[count:], byte_lengths[count:], data[size:])
         prefix = TextPrefix(self._position, self._bytes, self._hash.hexdigest(), False, *self._segment)
         beginning, self._beginning = self._beginning, []
-        return Piece(beginning + ids[:count], [0] * len(beginning) + byte_lengths[:count], prefix)
+        return TokenPiece(beginning + ids[:count], [0] * len(beginning) + byte_lengths[:count], prefix)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longread.cli.reading.figures import add_drift, packed, unpack_into
-from longread.cli.reading.pieces import Piece
+from longread.cli.reading.pieces import TokenPiece
 from longread.evaluate import InnerSteps, Measurement, PositionLoss, bin_edges, settle
 from longread.loading import OpenModel
 from longread.session import Session, TextPrefix
@@ -47,7 +47,7 @@ class MeasuredSession:
         norms = fork.inner_grad_norms.double().cpu().numpy()
         return _Found(fork, nll, norms, time.perf_counter() - started)
 
-    def keep(self, found: _Found, piece: Piece) -> None:
+    def keep(self, found: _Found, piece: TokenPiece) -> None:
         """Makes what `look` gave its own."""
         measurement, start = self.measurement, self.session.position
         M = self.session.model.config.mini_batch_size
@@ -89,11 +89,11 @@ class Readers:
             return []
         return [f"The figures are about the text from byte {begun.num_bytes:,} on, not about what was read before."]
 
-    def look(self, piece: Piece) -> list[_Found]:
+    def look(self, piece: TokenPiece) -> list[_Found]:
         """All readers read a piece, and nothing changes: whatever goes wrong, nothing is half-read."""
         return [reader.look(piece.ids) for reader in self._all]
 
-    def keep(self, found: list[_Found], piece: Piece) -> None:
+    def keep(self, found: list[_Found], piece: TokenPiece) -> None:
         """What `look` gave counts."""
         for reader, one in zip(self._all, found, strict=True):
             reader.keep(one, piece)
