@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longread.inner_loop.optimizers import InnerOptimizer
 from longread.inner_loop.step import (
     Carry,
     from_matrices,
@@ -64,6 +65,8 @@ def test_the_scan_is_this_and_so_is_its_gradient(order: int, last_step: bool) ->
     expected = by_hand(model, 3, order)
     torch.testing.assert_close(found.mini_batch_loss, expected, rtol=1e-10, atol=1e-12)
     assert found.grad_norm.shape == (2, 3 if last_step else 2)
+    own = mini_batch_loss(found.nll.view(2, 3, M), inputs(model, 3)[2].view(2, 3, M))
+    torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
     if not order:
         assert not any(x.requires_grad for x in (found.grad_norm, *matrices(found.carry.fast)))
         return
@@ -131,6 +134,40 @@ def test_at_order_0_the_gradient_has_no_graph() -> None:
     assert not any(x.requires_grad for x in (*found.gradients, *own, found.nll, found.loss, found.output))
 
 
+def test_a_step_can_be_limited_and_be_another_rule_s() -> None:
+    """Refused where it is longer than the limit; `scan` takes the rule that it is given."""
+    model = exact()
+    before = matrices(carry_of(model).fast)
+    for longest, moved in ((1e-6, False), (1e6, True)):
+        step = inner_step(
+            model,
+            carry_of(model),
+            *inputs(model, 1),
+            start=0,
+            lr=LR,
+            clip=None,
+            order=0,
+            longest=torch.tensor(longest, dtype=torch.float64),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(matrices(step.fast), before, strict=True)) is not moved
+
+    def none(weights, gradients, *, lr, clip):  # type: ignore[no-untyped-def]
+        return [w + lr * 0 for w in weights]
+
+    found = scan(
+        model,
+        carry_of(model),
+        *inputs(model, 2),
+        start=0,
+        lr=LR,
+        clip=None,
+        order=1,
+        optimizer=InnerOptimizer(none),
+    )
+    for a, b in zip(matrices(found.carry.fast), before, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_loss_of_a_mini_batch() -> None:
     nll = torch.tensor([[1.0, 2.0, 6.0], [1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])
     mask = torch.tensor([[True, True, True], [False, True, True], [False] * 3])
@@ -138,7 +175,7 @@ def test_the_loss_of_a_mini_batch() -> None:
 
 
 def test_a_step_may_be_as_long_as_the_weights() -> None:
-    """In float32 at least, where half precision would lose the small weights beside the sum."""
+    """In float32 at least, as fast weights are."""
     model = make(width=64, mlp_hidden=96).bfloat16()
     weights = [w.double() for w in matrices(model.initial_fast_weights(1))]
     expected = math.sqrt(sum(w.square().sum().item() for w in weights))

@@ -60,26 +60,29 @@ def page(before: State, after: State, reasons: Reasons) -> str:
     given = {(file, function, name) for file, of in reasons.items() for function, to in of.items() for name in to}
     if given - used:
         sys.exit(f"reasons for no fault that survived: {sorted(given - used)}")
-    lines += carried(after)
+    lines += carried(before["commit"], after)
     lines += ["", f"## The {len(rows)} that survive", "", "| where | is | would be | why it may |", "|---|---|---|---|"]
     return "\n".join([*lines, *rows]) + "\n"
 
 
-def carried(after: State) -> list[str]:
-    """What the page says of verdicts that are taken from an earlier run."""
+def carried(first: str, after: State) -> list[str]:
+    """What the page says of verdicts that come from an earlier run; `first` is the commit of the one before."""
     faults = [*after["faults"].values()]
-    killed = Counter(fault["since"] for fault in faults if "since" in fault and fault["status"] == "killed")
-    survived = [f for f in faults if "since" in f and f["status"] == "survived" and not f.get("excused")]
-    open_ = after.get("places", len(faults)) - len(faults)
-    lines = [
-        f"{count} faults were killed at {commit}, in functions that have not changed since, by tests that are still "
-        "there: they are taken as killed."
-        for commit, count in sorted(killed.items())
-    ]
+    earlier = [fault for fault in faults if "since" in fault]
+    killed = sum(fault["status"] == "killed" for fault in earlier)
+    still = [fault for fault in earlier if fault["status"] == "survived" and fault["since"] == first]
+    survived = sum(not fault.get("excused") for fault in still)
+    unjudged = after.get("places", len(faults)) - len(faults)
+    lines = []
+    if killed:
+        lines.append(
+            f"{killed} faults are taken from an earlier run as killed: their functions have not changed since, and the "
+            "tests that killed them are still there."
+        )
     if survived:
-        lines.append(f"{len(survived)} survivors were not judged again after tests had been added.")
-    if open_:
-        lines.append(f"{open_} faults of functions that have changed were not judged, and count for nothing here.")
+        lines.append(f"{survived} survivors of an earlier run were not judged again by the tests added since.")
+    if unjudged:
+        lines.append(f"{unjudged} faults of functions that have changed were not judged, and count for nothing here.")
     return [line for text in lines for line in ("", text)]
 
 

@@ -70,7 +70,7 @@ def from_matrices(flat: Sequence[Tensor]) -> FastWeights:
 def longest_step(model: Transformer) -> Tensor:
     """‖W_0‖, []: a step longer than all that the weights were before reading is an explosion, and is not taken."""
     weights = matrices(model.initial_fast_weights(1))
-    return torch.stack([w.detach().norm(dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]).norm()
+    return torch.stack([w.detach().norm() for w in weights]).norm()
 
 
 class InnerGradient(NamedTuple):
