@@ -63,7 +63,7 @@ def changed_in(config: RunConfig, path: str, value: Any) -> RunConfig:
         ("optimizer.warmup_steps", 251, "optimizer.warmup_steps is 251; it cannot exceed optimizer.decay_steps, 250"),
         ("inner.clip", -1.0, "inner.clip is -1.0; it must be positive, or none to switch clipping off"),
         ("inner.warmup_from", -1.0, "inner.warmup_from is -1.0; it must be at least 0"),
-        ("inner.optimizer", "adam", "inner.optimizer is 'adam'; it must be one of sgd, or"),
+        ("inner.optimizer", "adam", "inner.optimizer is 'adam'; it must be one of "),
         ("model.width", 127, "model.width 127 does not divide into model.num_heads, 4; choose a multiple"),
         ("model.num_heads", 128, "model.width / model.num_heads is 1; it must be even, as rotary embedding needs it"),
         ("model.num_suffix_blocks", 5, "model.num_suffix_blocks is 5; there are only 4 blocks"),
