@@ -161,4 +161,4 @@ def test_an_earlier_run_is_taken_over_and_only_what_survived_is_judged_again(tre
     assert found["a > b (a >= b)"]["status"] == "survived"  # type: ignore[index]
     taken = sum("since" in fault for fault in state["faults"].values())
     assert taken > 1
-    assert f"\n{taken} faults are taken from an earlier run as killed" in page(earlier, state, {})  # type: ignore[arg-type]
+    assert f"\n{taken} faults are taken from the run before as killed" in page(earlier, state, {})  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def cell(count: Counter[str]) -> str:
 
 
 def page(before: State, after: State, reasons: Reasons) -> str:
-    """Markdown. A reason that belongs to no fault is a slip, and ends the program."""
+    """Markdown. A reason that belongs to no fault is a slip, and ends the program once every fault is judged."""
     lines = [
         "# Mutation score",
         "",
@@ -58,7 +58,8 @@ def page(before: State, after: State, reasons: Reasons) -> str:
         where = f"{fault['file'].removeprefix('src/longread/')}:{fault['line']} `{fault['function']}`"
         rows.append(f"| {where} | {code(fault['before'])} | {code(fault['after'])} | {reason or 'not yet killed'} |")
     given = {(file, function, name) for file, of in reasons.items() for function, to in of.items() for name in to}
-    if given - used:
+    judged = len(after["faults"])
+    if given - used and judged == after.get("places", judged):
         sys.exit(f"reasons for no fault that survived: {sorted(given - used)}")
     lines += carried(before["commit"], after)
     lines += ["", f"## The {len(rows)} that survive", "", "| where | is | would be | why it may |", "|---|---|---|---|"]
@@ -68,19 +69,18 @@ def page(before: State, after: State, reasons: Reasons) -> str:
 def carried(first: str, after: State) -> list[str]:
     """What the page says of verdicts that come from an earlier run; `first` is the commit of the one before."""
     faults = [*after["faults"].values()]
-    earlier = [fault for fault in faults if "since" in fault]
+    earlier = [fault for fault in faults if fault.get("since") == first]
     killed = sum(fault["status"] == "killed" for fault in earlier)
-    still = [fault for fault in earlier if fault["status"] == "survived" and fault["since"] == first]
-    survived = sum(not fault.get("excused") for fault in still)
+    survived = sum(fault["status"] == "survived" and not fault.get("excused") for fault in earlier)
     unjudged = after.get("places", len(faults)) - len(faults)
     lines = []
     if killed:
         lines.append(
-            f"{killed} faults are taken from an earlier run as killed: their functions have not changed since, and the "
+            f"{killed} faults are taken from the run before as killed: their functions have not changed since, and the "
             "tests that killed them are still there."
         )
     if survived:
-        lines.append(f"{survived} survivors of an earlier run were not judged again by the tests added since.")
+        lines.append(f"{survived} survivors of the run before were not judged again by the tests added since.")
     if unjudged:
         lines.append(f"{unjudged} faults of functions that have changed were not judged, and count for nothing here.")
     return [line for text in lines for line in ("", text)]
