@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings, strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from longread.tokenizer import ByteTokenizer, HuggingFaceTokenizer, StreamDecoder, Tokenizer
+from longread.tokenizer import ByteTokenizer, HuggingFaceTokenizer, StreamDecoder, Tokenizer, decoded
 from tests.tokenizer_kinds import KINDS, hard_text, tokenizer_of
 
 BYTES = ByteTokenizer()
@@ -110,6 +110,19 @@ def test_text_ends_before_the_first_stop_that_is_complete(text: str, stops: list
         got = [*map(decoder.push, tokenizer.encode(text)), decoder.close()]
         assert "".join(got) == expected
         assert decoder.stopped == (expected != text)
+
+
+@pytest.mark.parametrize("kind", ["own bpe", "llama 2", "bert"])
+def test_ids_are_decoded_piece_by_piece(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    ids = tokenizer.encode("oak elm é 🦊 oak")
+    pieces = list(decoded(iter(ids), tokenizer))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert len(pieces) > 1
+    assert all(pieces)
+    assert list(decoded([], tokenizer)) == []
+    later = "".join(decoded(ids[2:], tokenizer, before=ids[:2]))
+    assert tokenizer.decode(ids[:2]) + later == tokenizer.decode(ids)
 
 
 def test_after_a_stop_nothing_is_given() -> None:

@@ -20,6 +20,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import add_json, add_model
+from longread.tokenizer import decoded as decoded  # scripts take it from here too
 
 if TYPE_CHECKING:
     from longread.loading import OpenModel

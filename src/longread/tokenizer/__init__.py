@@ -12,7 +12,7 @@ from __future__ import annotations
 from longread.tokenizer.bpe import train_bpe
 from longread.tokenizer.byte import ByteTokenizer
 from longread.tokenizer.contract import Tokenizer
-from longread.tokenizer.decoding import StreamDecoder
+from longread.tokenizer.decoding import StreamDecoder, decoded
 from longread.tokenizer.definition import FILE_NAME
 from longread.tokenizer.encoding import StreamEncoder
 from longread.tokenizer.hugging_face import BOS, HuggingFaceTokenizer
@@ -27,6 +27,7 @@ __all__ = [
     "StreamEncoder",
     "Tokenizer",
     "copy_tokenizer",
+    "decoded",
     "load_tokenizer",
     "train_bpe",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from longread.tokenizer.contract import Tokenizer
 
@@ -11,6 +11,18 @@ _CONTEXT = 8
 """Tokens before a beginning that are looked at, more if they have no text."""
 
 _LONGEST_CHARACTER = 4  # bytes
+
+
+def decoded(ids: Iterable[int], tokenizer: Tokenizer, *, before: Iterable[int] = ()) -> Iterator[str]:
+    """The text of `ids`, for example of `Session.generate`, in pieces as it becomes certain.
+
+    Args:
+        before: ids that the first one goes on from; their text is not given again.
+    """
+    decoder = StreamDecoder(tokenizer, before=before)
+    yield from filter(None, map(decoder.push, ids))
+    if rest := decoder.close():
+        yield rest
 
 
 class StreamDecoder:
