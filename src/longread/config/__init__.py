@@ -1,0 +1,56 @@
+"""What a run is made of: frozen, typed, validated; no torch in here.
+
+Every class checks its own fields when it is made, so a config that exists is a config that can run. Wrong
+values raise `UserError` with the value, the limit and the remedy.
+
+Letters used in the whole library: B sequences, T tokens of context, M tokens of a mini-batch (paper: b),
+K window (paper: k), D width, F MLP hidden, N heads, H head dim, V vocabulary, L blocks, S suffix blocks.
+"""
+
+from longread.config.checked import UserError
+from longread.config.model import (
+    CONVOLUTION_WIDTH,
+    REGISTERED_MIXERS,
+    AttentionPattern,
+    BindingConfig,
+    BindingOutput,
+    BlockRope,
+    Gate,
+    Mixer,
+    MixerPlan,
+    ModelConfig,
+)
+from longread.config.rope import RopeScaling
+from longread.config.run import (
+    INNER_OPTIMIZERS,
+    InnerConfig,
+    Loss,
+    MetaGradient,
+    OptimizerConfig,
+    Precision,
+    Recompute,
+    RunConfig,
+)
+
+__all__ = [
+    "CONVOLUTION_WIDTH",
+    "INNER_OPTIMIZERS",
+    "REGISTERED_MIXERS",
+    "AttentionPattern",
+    "BindingConfig",
+    "BindingOutput",
+    "BlockRope",
+    "Gate",
+    "InnerConfig",
+    "Loss",
+    "MetaGradient",
+    "Mixer",
+    "MixerPlan",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Precision",
+    "Recompute",
+    "RopeScaling",
+    "RunConfig",
+    "UserError",
+]
