@@ -25,7 +25,7 @@ from longread.ops import tiles
 from longread.ops.clipped_sgd import explicit as explicit_sgd, triton as fused_sgd
 from longread.ops.cross_entropy import chunked, triton as fused_nll
 from longread.ops.rms_norm import explicit as explicit_norm, triton as fused_norm
-from longread.ops.rotary import rotation, triton as fused_rotary
+from longread.ops.rotary import frequencies, rotation, triton as fused_rotary
 from longread.ops.rotary.reference import reference_rotate
 from longread.ops.swiglu import explicit as explicit_gate, triton as fused_gate
 
@@ -99,7 +99,7 @@ def time_norms(size: str, tokens: int) -> None:
     )
 
     heads, heads_dy, heads_u = (t.unflatten(-1, (N, H)).transpose(1, 2) for t in (x, dy, u))
-    turn = rotation(0, tokens, H, 5e5, x)
+    turn = rotation(0, tokens, frequencies(H, 5e5, device="cuda"), x)
     table, head_scale = fused_rotary.table_of(turn, heads), torch.ones(tokens * N, device="cuda")
     row(
         f"  heads of {H}, turned: forward",
@@ -272,7 +272,7 @@ def norm_cases(size: str) -> dict[str, Callable[[], Any]]:
     x, dy, u = (draw(1, 8192, D, seed=i, dtype=BF16).detach() for i in range(3))
     gain, scale, head_scale = (torch.ones(n, device="cuda") for n in (D, 8192, 8192 * N))
     heads, heads_dy, heads_u = (t.unflatten(-1, (N, -1)).transpose(1, 2) for t in (x, dy, u))
-    turn = rotation(0, 8192, D // N, 5e5, x)
+    turn = rotation(0, 8192, frequencies(D // N, 5e5, device="cuda"), x)
     table, head_gain = fused_rotary.table_of(turn, heads), torch.ones(D // N, device="cuda")
     return {
         f"{size} forward": lambda: f.triton_rms_norm(x, gain, EPS),

@@ -21,7 +21,7 @@ from longread.ops.cross_entropy import chunked, triton as fused_nll
 from longread.ops.cross_entropy.reference import reference_cross_entropy
 from longread.ops.rms_norm import explicit as explicit_norm, triton as fused_norm
 from longread.ops.rms_norm.reference import reference_rms_norm
-from longread.ops.rotary import rotation, triton as fused_rotary
+from longread.ops.rotary import frequencies, rotation, triton as fused_rotary
 from longread.ops.rotary.reference import reference_rotate
 from longread.ops.swiglu import explicit as explicit_gate, triton as fused_gate
 from longread.ops.swiglu.reference import reference_swiglu
@@ -114,7 +114,7 @@ def check_rows(dtype: torch.dtype, D: int, N: int) -> None:
     x, y = draw(2, T, D, dtype=dtype), draw(2, T, D, seed=1, dtype=dtype)
     gain, head_gain = draw(D, seed=2), draw(H, seed=3)
     label = f"{str(dtype)[6:]} {D}/{H}"
-    single = rotation(10**6, T, H, 5e5, torch.empty(0, device="cuda"))
+    single = rotation(10**6, T, frequencies(H, 5e5, device="cuda"), torch.empty(0, device="cuda"))
     norms = fused_norm.triton_rms_norm, reference_rms_norm, explicit_norm.explicit_rms_norm
 
     def turn(x: Tensor) -> Tensor:

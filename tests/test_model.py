@@ -11,7 +11,7 @@ import torch
 from benchmarks import naive
 from longread.config import ModelConfig
 from longread.model import Transformer, free_bytes, initialize
-from longread.ops.rotary import rotate, rotation
+from longread.ops.rotary import frequencies, rotate, rotation
 from longread.outer_loop import static_loss
 
 
@@ -87,7 +87,7 @@ def test_rotation_is_relative_at_any_position() -> None:
     for distance in (0, 1, 100):
         scores = []
         for start in (0, 1000, 10_000_000):
-            turn = rotation(start, distance + 1, 64, 5e5, q)
+            turn = rotation(start, distance + 1, frequencies(64, 5e5), q)
             scores.append((rotate(q, turn[distance:]) * rotate(k, turn[:1])).sum())
         torch.testing.assert_close(torch.stack(scores), scores[0].expand(3), rtol=1e-4, atol=1e-4)
 

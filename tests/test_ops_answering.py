@@ -23,7 +23,7 @@ from longread.ops.key_value_binding import Memory, Waiting, key_value_binding
 from longread.ops.key_value_binding.reference import reference_key_value_binding
 from longread.ops.linear import SharedWeight
 from longread.ops.rms_norm import rms_norm
-from longread.ops.rotary import rotate, rotation
+from longread.ops.rotary import frequencies, rotate, rotation
 from longread.ops.ssd import ssd
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -219,7 +219,9 @@ OPS: dict[str, Callable[[], Tensor]] = {
     "step": lambda: clipped_sgd(on_meta((2, 3)), on_meta((2, 3)), lr=0.1, clip=1.0)[0][0],
     "losses": lambda: cross_entropy(*on_meta((4, 3), (7, 3)), torch.empty(4, device="meta", dtype=torch.int64)),
     "product": lambda: SharedWeight(on_meta((4, 3))[0], torch.float32)(on_meta((2, 3))[0]),
-    "rotary": lambda: rotate(on_meta((1, 2, 5, 4))[0], rotation(3, 5, 4, 1e4, on_meta((1,))[0])),
+    "rotary": lambda: rotate(
+        on_meta((1, 2, 5, 4))[0], rotation(3, 5, frequencies(4, 1e4, device="meta"), on_meta((1,))[0])
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from longread.ops.clipped_sgd import clipped_sgd
 from longread.ops.clipped_sgd.reference import reference_clipped_sgd
 from longread.ops.cross_entropy.reference import reference_cross_entropy
 from longread.ops.rms_norm.reference import reference_rms_norm
-from longread.ops.rotary import rotation
+from longread.ops.rotary import frequencies, rotation
 from longread.ops.rotary.reference import reference_rotate
 from longread.ops.swiglu.reference import reference_swiglu
 from longread.outer_loop import end_to_end_loss
@@ -94,7 +94,7 @@ def test_rms_norm_of_heads_turned_and_added(shape: tuple[int, ...]) -> None:
     """Of the transposed view that attention makes, with a residual that lies otherwise in memory."""
     norm = kernels("rms_norm").triton_rms_norm
     _, T, _, H = shape
-    turn = rotation(7, T, H, 1e4, draw(1))
+    turn = rotation(7, T, frequencies(H, 1e4, device=DEVICE), draw(1))
 
     def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def of(x: Tensor, gain: Tensor, residual: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def test_swiglu_of_the_halves_of_one_product() -> None:
 def test_rotate_at_any_order() -> None:
     rotate = kernels("rotary").triton_rotate
     x = draw(2, 5, 3, 12)
-    turn = rotation(10_000_000, 5, 12, 5e5, x)
+    turn = rotation(10_000_000, 5, frequencies(12, 5e5, device=DEVICE), x)
 
     def cubed(f: Callable[..., Tensor], turn: Tensor) -> Callable[..., Tensor]:
         return lambda x: f(x.transpose(1, 2), turn) ** 3
@@ -272,7 +272,7 @@ def test_dispatch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, tuple] = {
         "rms_norm": (x, x[0], 1e-5),
         "swiglu": (x, x),
-        "rotary": (x, rotation(0, 2, 4, 1e4, x)),
+        "rotary": (x, rotation(0, 2, frequencies(4, 1e4), x)),
         "cross_entropy": (x, x, torch.zeros(2, dtype=torch.long)),
         "clipped_sgd": ([x], [x]),
     }
@@ -323,7 +323,7 @@ def test_on_the_shapes_of_the_paper(width: int, heads: int, dtype: torch.dtype) 
     check(lambda x, g: norm(x, g, 1e-6), lambda x, g: reference_rms_norm(x, g, 1e-6), [x, gain], tolerance)
     check(kernels("swiglu").triton_swiglu, reference_swiglu, [x, draw(*x.shape, seed=2, dtype=dtype)], tolerance)
     H = width // heads
-    turn = rotation(10**6, 501, H, 5e5, draw(1))
+    turn = rotation(10**6, 501, frequencies(H, 5e5, device=DEVICE), draw(1))
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, H)).transpose(1, 2)

@@ -26,7 +26,7 @@ from longread.config import InnerConfig, OptimizerConfig, UserError
 from longread.inner_loop import Carry, scan
 from longread.inner_loop.step import matrices
 from longread.model import Transformer
-from longread.ops.rotary import rotation
+from longread.ops.rotary import frequencies, rotation
 from longread.outer_loop import OuterLoss, end_to_end_loss, static_loss
 from longread.train.optimizer import gradient_norm, make_optimizer, update
 
@@ -191,7 +191,7 @@ def check_prefix(case: Case) -> dict[str, float]:
     """The official prefix ends before the first suffix attention, which ours has already run."""
     model, (ids, _, _) = case.model, case.batch
     x, c = model.embedding(ids), model.config
-    turn = rotation(0, x.shape[1], c.head_dim, c.rope_base, x)
+    turn = rotation(0, x.shape[1], frequencies(c.head_dim, c.rope_base), x)
     blocks = c.num_blocks - case.fields["model"]["suffix_len"]  # counted so without fast weights too
     for block in model.prefix[:blocks]:
         x = block.static_mlp(block.attention(x, block.attention.empty_past(x), turn=turn, order=0)[0])

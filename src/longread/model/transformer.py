@@ -23,7 +23,7 @@ from longread.model.mixers.registry import RECURRENT
 from longread.ops.attention import KEPT_OPERATIONS
 from longread.ops.cross_entropy import cross_entropy
 from longread.ops.linear import SharedWeight
-from longread.ops.rotary import rotation
+from longread.ops.rotary import frequencies, rotation
 
 FastWeights = tuple[SwiGLU, ...]
 """What one batch of sequences has learned: the matrices of each suffix block, lowest first."""
@@ -228,7 +228,8 @@ class Transformer(nn.Module):
         return self.final_norm(x), tuple(own)
 
     def _rotation(self, start: int | Tensor, x: Tensor) -> Tensor:
-        return rotation(start, x.shape[1], self.config.head_dim, self.config.rope_base, x)
+        angles = frequencies(self.config.head_dim, self.config.rope_base, device=x.device)
+        return rotation(start, x.shape[1], angles, x)
 
     def token_losses(self, output: Tensor, target_ids: Tensor) -> Tensor:
         """−log p of each target [B, T], given `upper`'s output [B, T, D]; float32 or wider."""

@@ -1,15 +1,17 @@
 """The rotary embedding of positions (arXiv 2104.09864), at any order of derivative.
 
-reference.py   the definition
-triton.py      one pass over memory; a rotation is linear, so its derivative is the rotation back
+frequencies.py   radians a token, also of contexts that were stretched
+reference.py     the definition
+triton.py        one pass over memory; a rotation is linear, so its derivative is the rotation back
 """
 
 from torch import Tensor
 
 from longread.ops.fusible import fusible
+from longread.ops.rotary.frequencies import Scaling, frequencies, yarn_attention_factor
 from longread.ops.rotary.reference import reference_rotate, rotation
 
-__all__ = ["rotate", "rotation"]
+__all__ = ["Scaling", "frequencies", "rotate", "rotation", "yarn_attention_factor"]
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:

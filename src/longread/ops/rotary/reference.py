@@ -4,22 +4,22 @@ import torch
 from torch import Tensor
 
 
-def rotation(start: int | Tensor, length: int, head_dim: int, base: float, like: Tensor) -> Tensor:
+def rotation(start: int | Tensor, length: int, frequencies: Tensor, like: Tensor) -> Tensor:
     """The rotary embedding (arXiv 2104.09864) at positions start … start + T − 1, as unit complex numbers.
 
     Angles are float64 until the last moment: at position 10⁶ a float32 angle is already wrong by 0.06 rad.
 
     Args:
         start: a number, a tensor [], or [B] where each sequence has its own.
+        frequencies: float64 [H/2], radians a token, from `frequencies`; on the device of `like`.
 
     Returns:
         [T, H/2], or [B, 1, T, H/2]: all heads of a sequence share it.
     """
-    pair = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float64)
     positions = torch.arange(length, device=like.device, dtype=torch.float64)
     if isinstance(start, Tensor) and start.dim():
         start = start[:, None, None]
-    turned = torch.polar(torch.ones_like(pair), (start + positions)[..., None] * base ** (-pair / head_dim))
+    turned = torch.polar(torch.ones_like(frequencies), (start + positions)[..., None] * frequencies)
     return turned if like.dtype == torch.float64 else turned.to(torch.complex64)
 
 
