@@ -22,7 +22,7 @@ from longread.ops.linear import SharedWeight
 from longread.ops.needed import needed_inputs
 from longread.ops.rms_norm import rms_norm
 from longread.ops.rms_norm.reference import reference_rms_norm
-from longread.ops.swiglu import swiglu
+from longread.ops.swiglu import Activation, swiglu
 from longread.ops.swiglu.reference import reference_swiglu
 
 D64 = torch.float64
@@ -68,9 +68,24 @@ def test_rms_norm_whose_gain_is_held_constant() -> None:
     agree(*results)
 
 
-def test_swiglu() -> None:
-    inputs = [draw(3, 5), draw(3, 5, seed=9)]
-    agree(derivatives(swiglu, inputs), derivatives(reference_swiglu, inputs))
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate(activation: Activation) -> None:
+    inputs = [(2 * draw(30, 5).detach()).requires_grad_(), draw(30, 5, seed=9)]
+    agree(
+        derivatives(lambda a, b: swiglu(a, b, activation), inputs),
+        derivatives(lambda a, b: reference_swiglu(a, b, activation), inputs),
+    )
+
+
+def test_gates_by_hand() -> None:
+    a, b = torch.tensor([-1.5, 0.0, 0.5, 2.0], dtype=D64), torch.tensor([3.0, 5.0, -1.0, 7.0], dtype=D64)
+    silu = [x / (1 + math.exp(-x)) * y for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    gelu = [
+        x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) * y
+        for x, y in zip(a.tolist(), b.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(swiglu(a, b), torch.tensor(silu, dtype=D64))
+    torch.testing.assert_close(swiglu(a, b, "gelu_tanh"), torch.tensor(gelu, dtype=D64))
 
 
 def test_fast_mlp_is_one_mlp_per_sequence() -> None:
@@ -79,6 +94,9 @@ def test_fast_mlp_is_one_mlp_per_sequence() -> None:
         (torch.nn.functional.silu(x[b] @ gate[b].t()) * (x[b] @ up[b].t())) @ down[b].t() for b in range(x.shape[0])
     ]
     torch.testing.assert_close(fast_mlp(x, gate, up, down), torch.stack(alone))
+    gelu = torch.nn.GELU(approximate="tanh")
+    alone = [(gelu(x[b] @ gate[b].t()) * (x[b] @ up[b].t())) @ down[b].t() for b in range(x.shape[0])]
+    torch.testing.assert_close(fast_mlp(x, gate, up, down, "gelu_tanh"), torch.stack(alone))
 
 
 @pytest.mark.parametrize("chunk", [4, 11, 64])
@@ -262,14 +280,15 @@ def test_a_shared_weight_refuses_to_have_its_gradient_recorded() -> None:
         torch.autograd.grad(SharedWeight(weight, D64)(x).sin().sum(), [weight], create_graph=True)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("masked", [(), (0,), (0, 1), (2,)])
-def test_fast_mlp_and_all_its_derivatives(masked: tuple[int, ...]) -> None:
+def test_fast_mlp_and_all_its_derivatives(masked: tuple[int, ...], activation: Activation) -> None:
     """Also where only some inputs want a gradient, as in the inner step."""
     inputs = [draw(3, 4, 6), draw(3, 8, 6, seed=1), draw(3, 8, 6, seed=2), draw(3, 6, 8, seed=3)]
     wanted = [x for i, x in enumerate(inputs) if i not in masked]
     results = []
     for f in (fast_mlp, reference_fast_mlp):
-        out = f(*inputs)
+        out = f(*inputs, activation)
         first = torch.autograd.grad(out.sin().sum(), wanted, create_graph=True)
         mixed = sum((g * draw(*g.shape, seed=5 + i).detach()).sum() for i, g in enumerate(first))
         results.append([out, *first, *torch.autograd.grad(mixed, inputs)])

@@ -18,6 +18,8 @@ from longread.ops.key_value_binding.reference import reference_key_value_binding
 from longread.ops.linear import SharedWeight
 from longread.ops.rms_norm import rms_norm
 from longread.ops.rms_norm.reference import reference_rms_norm
+from longread.ops.swiglu import swiglu
+from longread.ops.swiglu.reference import reference_swiglu
 from tests.test_ops import D64, agree, derivatives, draw
 
 each_norm = pytest.mark.parametrize("norm", [rms_norm, reference_rms_norm])
@@ -169,3 +171,17 @@ def test_a_binding_leaves_what_it_is_given_as_it_was() -> None:
     )
     assert all(torch.equal(w, b) and not w.requires_grad for w, b in zip(memory, before, strict=True))
     assert not any(torch.equal(w, b) for w, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gelu_in_half_precision(dtype: torch.dtype) -> None:
+    """Its cube overflows float16, and its derivatives would be lost in the rounding of bfloat16."""
+    numbers = torch.tensor([-200.0, -60.0, -3.0, -1.3, -0.1, 0.4, 1.7, 3.0, 60.0, 200.0])
+    a, b = numbers.to(dtype).requires_grad_(), numbers.flip(0).div(64).to(dtype).requires_grad_()
+    found = derivatives(lambda a, b: swiglu(a, b, "gelu_tanh"), [a, b])
+    wide = [x.detach().double().requires_grad_() for x in (a, b)]
+    expected = derivatives(lambda a, b: reference_swiglu(a, b, "gelu_tanh"), wide)
+    assert {x.dtype for x in found[:3]} == {dtype}
+    for actual, exact in zip(found, expected, strict=True):
+        error = (actual.double() - exact).norm() / exact.norm()
+        assert error < 4 * torch.finfo(dtype).eps

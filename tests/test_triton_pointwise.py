@@ -23,6 +23,7 @@ from longread.ops.cross_entropy.reference import reference_cross_entropy
 from longread.ops.rms_norm.reference import reference_rms_norm
 from longread.ops.rotary import frequencies, rotation
 from longread.ops.rotary.reference import reference_rotate
+from longread.ops.swiglu import Activation
 from longread.ops.swiglu.reference import reference_swiglu
 from longread.outer_loop import end_to_end_loss
 
@@ -121,9 +122,19 @@ def test_rms_norm_of_any_strides() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 2049)], ids=str)
-def test_swiglu(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate(activation: Activation, shape: tuple[int, ...]) -> None:
     gate = kernels("swiglu").triton_swiglu
-    check(gate, reference_swiglu, [draw(*shape), draw(*shape, seed=1)])
+    inputs = [(2 * draw(*shape)).detach().requires_grad_(), draw(*shape, seed=1)]
+    check(lambda a, b: gate(a, b, activation), lambda a, b: reference_swiglu(a, b, activation), inputs)
+
+
+def test_gelu_where_it_is_flat() -> None:
+    """A cube of a large number is no reason for NaN."""
+    gate = kernels("swiglu").triton_swiglu
+    a = torch.tensor([-1e6, -90.0, 0.0, 90.0, 1e6], device=DEVICE)
+    inputs = [a.requires_grad_(), draw(5)]
+    check(lambda a, b: gate(a, b, "gelu_tanh"), lambda a, b: reference_swiglu(a, b, "gelu_tanh"), inputs)
 
 
 def test_swiglu_of_the_halves_of_one_product() -> None:
@@ -322,6 +333,12 @@ def test_on_the_shapes_of_the_paper(width: int, heads: int, dtype: torch.dtype) 
     x, gain = draw(2, 501, width, dtype=dtype), draw(width, seed=1)
     check(lambda x, g: norm(x, g, 1e-6), lambda x, g: reference_rms_norm(x, g, 1e-6), [x, gain], tolerance)
     check(kernels("swiglu").triton_swiglu, reference_swiglu, [x, draw(*x.shape, seed=2, dtype=dtype)], tolerance)
+    check(
+        lambda a, b: kernels("swiglu").triton_swiglu(a, b, "gelu_tanh"),
+        lambda a, b: reference_swiglu(a, b, "gelu_tanh"),
+        [x, draw(*x.shape, seed=2, dtype=dtype)],
+        tolerance,
+    )
     H = width // heads
     turn = rotation(10**6, 501, frequencies(H, 5e5, device=DEVICE), draw(1))
 

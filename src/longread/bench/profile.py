@@ -15,7 +15,7 @@ KINDS = [
     ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitK|wgmma|::(mm|bmm|addmm|baddbmm|mkldnn_linear)"),
     ("cross-entropy", r"nll|cross|logsumexp|softmax|one_hot"),
     ("optimizer", r"adam|multi_tensor|foreach|clipped|sgd"),
-    ("norms and gates", r"norm|swiglu|silu|gate|rot"),
+    ("norms and gates", r"norm|swiglu|silu|gelu|gate|rot"),
     ("copies", r"copy|cast|Memcpy|Memset|memset|memcpy|CatArray|fill|::cat\b"),
     ("elementwise", r"elementwise|reduce|vectorized|index|aten::"),
 ]

@@ -1,4 +1,4 @@
-"""SwiGLU with one set of weights per sequence: the MLP that learns while it reads.
+"""A gated MLP with one set of weights per sequence: the MLP that learns while it reads.
 
 reference.py   batched products around the gate, left to autograd
 explicit.py    the same with the derivatives of the products written out; order 2
@@ -7,17 +7,19 @@ explicit.py    the same with the derivatives of the products written out; order 
 from torch import Tensor
 
 from longread.ops.fast_mlp.explicit import explicit_fast_mlp
+from longread.ops.swiglu import Activation
 
 
-def fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """down · (silu(gate · x) ∘ (up · x)), sequence by sequence.
+def fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Activation = "silu") -> Tensor:
+    """down · (s(gate · x) ∘ (up · x)), sequence by sequence.
 
     Args:
         x: [B, T, D]; its type is the type of the products.
         gate, up: [B, F, D] and
         down: [B, D, F]: the weights of each sequence.
+        activation: s, as `longread.ops.swiglu.swiglu` names it.
 
     Returns:
         [B, T, D] of the type of x.
     """
-    return explicit_fast_mlp(x, gate, up, down)
+    return explicit_fast_mlp(x, gate, up, down, activation)

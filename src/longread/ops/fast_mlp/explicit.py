@@ -1,4 +1,4 @@
-"""The per-sequence SwiGLU with the derivatives of its products written out.
+"""The per-sequence MLP with the derivatives of its products written out.
 
 For y = x Wᵀ with W [B, O, I], dx = dy W and dW = dyᵀ x. Cotangents u of dx and V of dW give
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longread.ops.needed import needed_inputs
-from longread.ops.swiglu import swiglu
+from longread.ops.swiglu import Activation, swiglu
 
 
-def explicit_fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def explicit_fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Activation = "silu") -> Tensor:
     """The contract of `longread.ops.fast_mlp.fast_mlp`."""
     gate, up, down = (w.to(x.dtype) for w in (gate, up, down))
-    return _Product.apply(swiglu(_Product.apply(x, gate), _Product.apply(x, up)), down)
+    return _Product.apply(swiglu(_Product.apply(x, gate), _Product.apply(x, up), activation), down)
 
 
 class _Product(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""SwiGLU's gate on a GPU: each derivative one pass in float32, with the formulas of explicit.py.
+"""The gate on a GPU: each derivative one pass in float32, with the formulas of explicit.py.
 
 Inputs may be rows with gaps between them, such as the two halves of one product; outputs are contiguous.
 """
@@ -12,15 +12,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longread.ops.swiglu import explicit
+from longread.ops.swiglu.reference import Activation
+
 BLOCK, WARPS = 2048, 4
+TWICE_KAPPA, CUBIC = tl.constexpr(explicit.TWICE_KAPPA), tl.constexpr(explicit.CUBIC)
 
 
-def triton_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def triton_swiglu(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     """The contract of `longread.ops.swiglu.swiglu`."""
-    return _Gate.apply(gate, up)
+    return _Gate.apply(gate, up, activation)
 
 
-def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: int) -> tuple[Tensor, ...]:
+def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: int, activation: Activation) -> tuple[Tensor, ...]:
     """Runs an elementwise kernel over inputs of one shape; returns its new outputs."""
     shape = inputs[0].shape
     made = tuple(torch.empty(shape, device=inputs[0].device, dtype=inputs[0].dtype) for _ in range(outputs))
@@ -33,7 +37,14 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: int) -> tuple[Tens
         count, columns = 1, count * columns
     blocks = triton.cdiv(columns, BLOCK)
     kernel[(blocks * count,)](
-        *matrices, *made, columns, blocks, *(x.stride(0) for x in matrices), BLOCK=BLOCK, num_warps=WARPS
+        *matrices,
+        *made,
+        columns,
+        blocks,
+        *(x.stride(0) for x in matrices),
+        BLOCK=BLOCK,
+        GELU=activation == "gelu_tanh",
+        num_warps=WARPS,
     )
     return made
 
@@ -49,27 +60,29 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(a, b)
-        return _launch(_swiglu_forward, (a, b), 1)[0]
+        ctx.activation = activation
+        return _launch(_swiglu_forward, (a, b), 1, activation)[0]
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
-        return _GateGradient.apply(*ctx.saved_tensors, dh)
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_GateGradient.apply(*ctx.saved_tensors, dh, ctx.activation), None
 
 
 class _GateGradient(torch.autograd.Function):
     """(a, b, dh) -> (da, db)"""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, a: Tensor, b: Tensor, dh: Tensor, activation: Activation) -> tuple[Tensor, ...]:
         ctx.save_for_backward(a, b, dh)
-        return _launch(_swiglu_backward, (a, b, dh), 2)
+        ctx.activation = activation
+        return _launch(_swiglu_backward, (a, b, dh), 2, activation)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return _launch(_swiglu_second, (*ctx.saved_tensors, u, v), 3)
+    def backward(ctx: Any, u: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+        return *_launch(_swiglu_second, (*ctx.saved_tensors, u, v), 3, ctx.activation), None
 
 
 @triton.jit
@@ -81,23 +94,61 @@ def _place(columns, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_forward(a_ptr, b_ptr, h_ptr, columns, blocks, a_stride, b_stride, BLOCK: tl.constexpr):
+def _sigmoid(a, GELU: tl.constexpr):
+    """σ"""
+    if GELU:
+        a = TWICE_KAPPA * (a + CUBIC * a * a * a)
+    return tl.sigmoid(a)
+
+
+@triton.jit
+def _slope(a, sigmoid, GELU: tl.constexpr):
+    """s'"""
+    bump = sigmoid * (1 - sigmoid)
+    if GELU:
+        bump *= TWICE_KAPPA * (1 + 3 * CUBIC * a * a)
+    return sigmoid + bump * a
+
+
+@triton.jit
+def _bend(a, sigmoid, GELU: tl.constexpr):
+    """s''"""
+    inside = 2 + a * (1 - 2 * sigmoid)
+    if GELU:
+        steep = TWICE_KAPPA * (1 + 3 * CUBIC * a * a)
+        inside = 2 * steep + a * (6 * TWICE_KAPPA * CUBIC * a + steep * steep * (1 - 2 * sigmoid))
+    return sigmoid * (1 - sigmoid) * inside
+
+
+@triton.jit
+def _swiglu_forward(a_ptr, b_ptr, h_ptr, columns, blocks, a_stride, b_stride, BLOCK: tl.constexpr, GELU: tl.constexpr):
     row, column, inside, out = _place(columns, blocks, BLOCK)
     a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
     b = tl.load(b_ptr + row * b_stride + column, mask=inside).to(tl.float32)
-    tl.store(h_ptr + out, a * tl.sigmoid(a) * b, mask=inside)
+    tl.store(h_ptr + out, a * _sigmoid(a, GELU) * b, mask=inside)
 
 
 @triton.jit
 def _swiglu_backward(
-    a_ptr, b_ptr, dh_ptr, da_ptr, db_ptr, columns, blocks, a_stride, b_stride, dh_stride, BLOCK: tl.constexpr
+    a_ptr,
+    b_ptr,
+    dh_ptr,
+    da_ptr,
+    db_ptr,
+    columns,
+    blocks,
+    a_stride,
+    b_stride,
+    dh_stride,
+    BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
 ):
     row, column, inside, out = _place(columns, blocks, BLOCK)
     a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
     b = tl.load(b_ptr + row * b_stride + column, mask=inside).to(tl.float32)
     dh = tl.load(dh_ptr + row * dh_stride + column, mask=inside).to(tl.float32)
-    sigmoid = tl.sigmoid(a)
-    slope = sigmoid + sigmoid * (1 - sigmoid) * a
+    sigmoid = _sigmoid(a, GELU)
+    slope = _slope(a, sigmoid, GELU)
     tl.store(da_ptr + out, slope * b * dh, mask=inside)
     tl.store(db_ptr + out, sigmoid * a * dh, mask=inside)
 
@@ -120,6 +171,7 @@ def _swiglu_second(
     u_stride,
     v_stride,
     BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
 ):
     row, column, inside, out = _place(columns, blocks, BLOCK)
     a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
@@ -127,9 +179,9 @@ def _swiglu_second(
     dh = tl.load(dh_ptr + row * dh_stride + column, mask=inside).to(tl.float32)
     u = tl.load(u_ptr + row * u_stride + column, mask=inside).to(tl.float32)
     v = tl.load(v_ptr + row * v_stride + column, mask=inside).to(tl.float32)
-    sigmoid = tl.sigmoid(a)
-    slope = sigmoid + sigmoid * (1 - sigmoid) * a
-    bend = sigmoid * (1 - sigmoid) * (2 + a * (1 - 2 * sigmoid))
+    sigmoid = _sigmoid(a, GELU)
+    slope = _slope(a, sigmoid, GELU)
+    bend = _bend(a, sigmoid, GELU)
     tl.store(a_hat_ptr + out, dh * (bend * b * u + slope * v), mask=inside)
     tl.store(b_hat_ptr + out, dh * slope * u, mask=inside)
     tl.store(dh_hat_ptr + out, slope * b * u + sigmoid * a * v, mask=inside)
