@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import naive
-from longread.config import ModelConfig
+from longread.config import ModelConfig, OptimizerConfig
 from longread.model import Transformer, free_bytes, initialize
+from longread.model.layers import Linear
 from longread.ops.rotary import frequencies, rotate, rotation
-from longread.outer_loop import static_loss
+from longread.outer_loop import end_to_end_loss, static_loss
+from longread.train.optimizer import make_optimizer
 
 
 def config(**changes: object) -> ModelConfig:
@@ -151,3 +154,64 @@ def test_free_memory_is_what_the_system_and_the_container_leave(
     assert free_bytes(torch.device("cpu")) == 5000 * 1024
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("4000000\n")
     assert free_bytes(torch.device("cpu")) == 1_600_000
+
+
+def test_a_linear_layer_with_a_bias() -> None:
+    layer = Linear(3, 5, bias=True)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {"weight": (5, 3), "bias": (5,)}
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 3).bfloat16()
+    out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, torch.nn.functional.linear(x, layer.weight.bfloat16(), layer.bias.bfloat16()))
+    assert repr(layer) == "Linear(3 → 5, with bias)"
+    assert repr(Linear(3, 5)) == "Linear(3 → 5)"
+    assert [name for name, _ in Linear(3, 5).named_parameters()] == ["weight"]
+
+
+def with_biases(**changes: Any) -> Transformer:
+    """A network whose queries have biases, wherever a configuration would put them."""
+    model = Transformer(config(**changes))
+    for block in model.blocks:
+        width = model.config.width
+        block.attention.query = Linear(width, width, bias=True)
+    return model
+
+
+def test_biases_begin_at_zero_and_do_not_decay() -> None:
+    model = with_biases()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.fill_(3.0)
+    initialize(model, seed=0)
+    biases = {name: p for name, p in model.named_parameters() if name.endswith(".bias")}
+    assert len(biases) == len(model.blocks)
+    assert not any(p.any() for p in biases.values())
+    decayed, exempt = make_optimizer(model, OptimizerConfig(lr=1.0)).param_groups
+    assert exempt["weight_decay"] == 0
+    assert {id(p) for p in biases.values()} <= {id(p) for p in exempt["params"]}
+    assert not {id(p) for p in biases.values()} & {id(p) for p in decayed["params"]}
+
+
+def test_the_outer_gradient_of_biases_is_their_slope() -> None:
+    """Through inner steps, where their casts are shared; the highest block's bias is used at every step."""
+    model = with_biases().double()
+    initialize(model, seed=0)
+    biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    tokens = torch.randint(23, (2, 13), generator=torch.Generator().manual_seed(1))
+
+    def loss() -> torch.Tensor:
+        mask = torch.ones(2, 12, dtype=torch.bool)
+        return end_to_end_loss(model, tokens[:, :-1], tokens[:, 1:], mask, inner_lr=0.5, inner_clip=None).loss
+
+    loss().backward()
+    for i, bias in enumerate(biases):
+        way = torch.randn(len(bias), generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        losses = []
+        for distance in (1e-5, -1e-5):
+            with torch.no_grad():
+                bias.copy_(distance * way)
+            losses.append(loss().item())
+        bias.data.zero_()
+        assert (bias.grad @ way).item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6, abs=1e-9)

@@ -274,6 +274,24 @@ def test_a_shared_weight_gathers_the_gradient_of_all_its_uses() -> None:
     agree(list(results[0]), list(results[1]))
 
 
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+def test_a_shared_weight_and_its_bias_under_an_inner_step(frozen: str | None) -> None:
+    """The bias bends the inner gradient without a part in it, and is used before and after the step."""
+    weight, bias, x, fast = draw(5, 3), draw(5, seed=1), draw(2, 4, 3, seed=2), draw(3, 3, seed=3)
+    wanted = {"weight": weight, "bias": bias, "x": x, "fast": fast}
+    for name, tensor in wanted.items():
+        tensor.requires_grad_(name != frozen)
+    given = [tensor for name, tensor in wanted.items() if name != frozen]
+    results = []
+    for shared in (True, False):
+        product = SharedWeight(weight, D64, bias) if shared else (lambda y: torch.nn.functional.linear(y, weight, bias))
+        out = product(x @ fast).sin().sum() + product(x).cos().sum()
+        (inner,) = torch.autograd.grad(out, [fast], create_graph=True)
+        after = product(x @ (fast - 0.3 * inner)).sin()
+        results.append([out, inner, after, *torch.autograd.grad(out + after.sum(), given)])
+    agree(*results)
+
+
 def test_a_shared_weight_refuses_to_have_its_gradient_recorded() -> None:
     weight, x = draw(5, 3), draw(4, 3, seed=1)
     with pytest.raises(RuntimeError, match="taken once, at the end"):

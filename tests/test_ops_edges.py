@@ -154,11 +154,23 @@ def test_a_shared_weight_is_cast_once_and_its_gradient_is_of_its_own_type() -> N
     assert torch.equal(found, x.sum(0).float().expand(5, 3))
 
 
+def test_the_gradient_of_a_shared_bias_is_summed_in_float32() -> None:
+    """In bfloat16 a sum of ones ends at 256."""
+    weight, bias = draw(5, 3, dtype=torch.float32), draw(5, seed=2, dtype=torch.float32)
+    product = SharedWeight(weight, torch.bfloat16, bias)
+    x = torch.ones(100, 3, dtype=torch.bfloat16)
+    outs = [product(x) for _ in range(7)]
+    assert torch.equal(outs[0], torch.nn.functional.linear(x, weight.bfloat16(), bias.bfloat16()))
+    (found,) = torch.autograd.grad(sum(out.sum() for out in outs), [bias])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.full((5,), 700.0))
+
+
 def test_a_shared_weight_may_be_differentiated_again() -> None:
-    weight, x = draw(5, 3), draw(4, 3, seed=1)
-    loss = SharedWeight(weight, D64)(x).sin().sum()
-    first, second = (torch.autograd.grad(loss, [weight], retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
+    weight, bias, x = draw(5, 3), draw(5, seed=2), draw(4, 3, seed=1)
+    loss = SharedWeight(weight, D64, bias)(x).sin().sum()
+    first, second = (torch.autograd.grad(loss, [weight, bias], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_a_binding_leaves_what_it_is_given_as_it_was() -> None:

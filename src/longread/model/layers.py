@@ -14,19 +14,26 @@ from longread.ops.swiglu import swiglu
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ without bias. W [out, in] keeps its own precision and is cast to that of x."""
+    """y = x Wᵀ, plus a bias [out] if wanted. W [out, in] and bias keep their own precision; their casts are as x is."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+        self.undecayed = ("bias",) if bias else ()
+        """For the outer optimizer."""
         self.shared: SharedWeight | None = None
         """Set while many products with this weight share a cast and a gradient (`Transformer.sharing_weights`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype)) if self.shared is None else self.shared(x)
+        if self.shared is not None:
+            return self.shared(x)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
-        return "{1} → {0}".format(*self.weight.shape)
+        return "{1} → {0}".format(*self.weight.shape) + ("" if self.bias is None else ", with bias")
 
 
 class RMSNorm(nn.Module):

@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         modules += [block.attention for block in self.suffix[1:]]
         layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Linear)]
         for layer in layers:
-            layer.shared = SharedWeight(layer.weight, self.dtype)
+            layer.shared = SharedWeight(layer.weight, self.dtype, layer.bias)
         self._shared_head = self.head_weight.to(self.dtype)
         try:
             yield
@@ -278,13 +278,13 @@ def initialize(model: Transformer, seed: int | None = None) -> None:
     """Draws all weights anew; with a seed, always the same ones.
 
     Matrices are normal with standard deviation fan_in^-1/2, which the paper's 0.02 is near width 2500; at the
-    widths of a laptop 0.02 makes the outer gradient explode. The embedding is drawn at 0.02, gains are 1.
+    widths of a laptop 0.02 makes the outer gradient explode. The embedding is drawn at 0.02, gains are 1, biases 0.
     """
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     std = model.config.init_std
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             default = EMBEDDING_STD if name == "embedding.weight" else parameter.shape[1] ** -0.5
             parameter.normal_(std=std or default, generator=generator)
