@@ -1,5 +1,9 @@
 """Causal attention over a window, with a cached past: the contract, and which implementation answers.
 
+Heads may share keys and values (grouped-query attention, arXiv 2305.13245): of N heads of queries, N / G neighbours
+look at one of the G heads of keys and values, query head n at n // (N / G). No implementation lays keys and values
+out N times.
+
 reference.py   every score in one matrix; any order of derivative; the twin that defines the result
 banded.py      blocks of queries over their band of keys, by PyTorch's fused kernels; order 1; memory O(T)
 triton.py      kernels of our own for NVIDIA GPUs; order 2; memory O(T)
@@ -9,11 +13,11 @@ ring.py        one new token a sequence over a ring of keys, for decoding: a con
 from torch import Tensor
 
 from longread.ops.attention.banded import banded_attention
-from longread.ops.attention.reference import reference_attention
+from longread.ops.attention.reference import check_heads, reference_attention
 from longread.ops.fusible import fusible
 
 LARGEST_HEAD_DIM = 128
-"""Of the kernels."""
+"""Of the kernels. Larger heads are answered as on a CPU: at order 2 by the reference, with its memory."""
 KEPT_OPERATIONS = frozenset(
     (
         "longread::attention",
@@ -35,18 +39,22 @@ def attention(
     window: int | None,
     order: int,
     gains: tuple[Tensor, Tensor] | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √H) v, where each query sees the `window` tokens that end with its own.
 
     Args:
-        query, key, value: [B, N, T, H], of the same tokens.
-        past: keys and values of older tokens, each [B, N, P, H] with any P, oldest first. They are apart because the
+        query: [B, N, T, H].
+        key, value: [B, G, T, H], of the same tokens; G divides N.
+        past: keys and values of older tokens, each [B, G, P, H] with any P, oldest first. They are apart because the
             inner gradient takes them for constants.
         window: number of visible tokens, the query's own included; None: all.
         order: highest order of derivative that will be taken, 0, 1 or 2. A result asked for with order 1 must
             not be differentiated twice: fused kernels would be silently wrong.
         gains: [H] of query and key, where `rms_norm` has made both (the past's keys too) and at most turned them
             since. They change nothing in the result: kernels that know how large a score can be are faster.
+        soft_cap: c, where a score s = q kᵀ / √H enters the softmax as c tanh(s / c) (Gemma 2, arXiv 2408.00118). The
+            reference answers then, at every order: memory T × (P + T).
 
     Returns:
         [B, N, T, H].
@@ -55,8 +63,11 @@ def attention(
         raise ValueError(f"order is {order}; it must be 0, 1 or 2")
     if query.shape[-2] != key.shape[-2]:
         raise ValueError(f"{query.shape[-2]} queries for {key.shape[-2]} keys; older keys belong into past")
+    check_heads(query, key, value, *(past or ()))
+    if soft_cap is not None:
+        return reference_attention(query, key, value, past=past, window=window, soft_cap=soft_cap)
     dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= query.shape[-2])
-    fits = query.numel() > 0 and query.shape[-1] <= LARGEST_HEAD_DIM
+    fits = query.numel() > 0 and query.shape[-1] <= LARGEST_HEAD_DIM and query.shape[1] == key.shape[1]
     if fits and fusible(query, key, value, *(past or ())) and not (dense and order < 2):
         from longread.ops.attention.triton import triton_attention
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longread.ops.attention.reference import visible, with_past
+from longread.ops.attention.reference import folded, visible, with_past
 
 LARGEST_BLOCK = 256
 """Queries in a block; larger ones waste less on overlapping bands, smaller ones less on masked corners."""
+LARGEST_GROUPED_HEAD_DIM = 256
+"""Of PyTorch's flash kernels for CUDA devices, the ones that share keys and values."""
 
 
 def banded_attention(
@@ -22,15 +24,15 @@ def banded_attention(
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if window is None or window >= num_keys:
         if num_queries == num_keys:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=num_keys > 1)
+            return _attend(query, key, value, is_causal=num_keys > 1)
         mask = visible(num_queries, num_keys, None, query.device) if num_queries > 1 else None
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return _attend(query, key, value, mask)
 
     block = min(LARGEST_BLOCK, max(16, window // 2))
     if num_queries <= block:
         recent = min(num_keys, window - 1 + num_queries)
         mask = visible(num_queries, recent, window, query.device)
-        return F.scaled_dot_product_attention(query, key[..., -recent:, :], value[..., -recent:, :], attn_mask=mask)
+        return _attend(query, key[..., -recent:, :], value[..., -recent:, :], mask)
 
     # Blocks are laid so that the first query opens one; keys before the first token and after the last are zeros.
     num_blocks, blocks_back = -(-num_queries // block), -(-(window - 1) // block)
@@ -38,7 +40,7 @@ def banded_attention(
     absent, missing = max(0, reach - older), num_blocks * block - num_queries
 
     def bands(x: Tensor) -> Tensor:
-        """[blocks, B · N, reach + block, H]: each block of tokens after those before it."""
+        """[blocks, B · G, reach + block, H]: each block of tokens after those before it."""
         padded = F.pad(x[..., max(0, older - reach) :, :], (0, 0, absent, missing)).unflatten(-2, (-1, block))
         return _blocks_first(torch.cat([padded[:, :, i : i + num_blocks] for i in range(blocks_back + 1)], dim=-2))
 
@@ -49,7 +51,7 @@ def banded_attention(
         first_key = torch.arange(num_blocks, device=query.device)[:, None] * block
         exists = first_key + torch.arange(reach + block, device=query.device) >= absent  # [blocks, reach + block]
         mask = mask & exists[:, None, None, :]
-    out = F.scaled_dot_product_attention(blocks, bands(key), bands(value), attn_mask=mask)
+    out = _attend(blocks, bands(key), bands(value), mask)
     B, N = query.shape[:2]
     return out.unflatten(1, (B, N)).permute(1, 2, 0, 3, 4).flatten(2, 3)[..., :num_queries, :]
 
@@ -57,3 +59,32 @@ def banded_attention(
 def _blocks_first(x: Tensor) -> Tensor:
     """[B, N, blocks, tokens, H] -> [blocks, B · N, tokens, H]: one mask a block then serves all heads."""
     return x.permute(2, 0, 1, 3, 4).flatten(1, 2)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool = False
+) -> Tensor:
+    """PyTorch's attention of [b, N, Tq, H] over [b, G, Tk, H]; the mask is [Tq, Tk] or [b, 1, Tq, Tk]."""
+    attend = F.scaled_dot_product_attention
+    if query.shape[1] == key.shape[1]:
+        return attend(query, key, value, attn_mask=mask, is_causal=is_causal)
+    if query.is_cuda and (mask is not None or query.itemsize > 2 or query.shape[-1] > LARGEST_GROUPED_HEAD_DIM):
+        return _attend_to_views(query, key, value, mask, is_causal)
+    return attend(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
+
+
+def _attend_to_views(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """The same where PyTorch has no kernel that shares: it would write keys and values N times, and every score.
+
+    A mask of its own for each of b problems meets all queries of a group as rows of one head. Otherwise b and G
+    become one dimension, so that a view with a stride of 0 repeats keys and values, and no mask.
+    """
+    b, N, Tq, H = query.shape
+    G = key.shape[1]
+    attend = F.scaled_dot_product_attention
+    if mask is not None and mask.ndim == 4:
+        rows = attend(folded(query, G), key, value, attn_mask=mask.repeat(1, 1, N // G, 1))
+        return rows.unflatten(2, (N // G, Tq)).flatten(1, 2)
+    key, value = (x.reshape(b * G, 1, *x.shape[2:]).expand(-1, N // G, -1, -1) for x in (key, value))
+    query = query.reshape(b * G, N // G, Tq, H)
+    return attend(query, key, value, attn_mask=mask, is_causal=is_causal).reshape(b, N, Tq, H)
