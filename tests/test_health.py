@@ -66,6 +66,17 @@ def test_steps_are_counted_where_they_were_taken() -> None:
     assert third.clipped_share == pytest.approx((expected > 0.05).double().mean().item())
 
 
+def test_drift_from_weights_of_zero_is_a_number() -> None:
+    still = model()
+    for block in still.suffix:
+        block.fast_mlp.gate.weight.zero_()
+        block.fast_mlp.up.weight.zero_()
+        block.fast_mlp.down.weight.zero_()
+    found = measure("m", still, INNER, documents(70, 33), bin_edges(), learn=True)
+    assert found.drift
+    assert {value for values in found.drift.values() for value in values} == {0.0}
+
+
 def test_drift_is_that_of_a_session_at_each_position() -> None:
     text = documents(70)[0]
     found = measure("m", model(), INNER, [text], bin_edges(), learn=True, close=True)

@@ -21,6 +21,7 @@ from longread.inner_loop.step import (
     scan,
 )
 from longread.model import Transformer
+from longread.ops.clipped_sgd import clipped_sgd
 from tests.tiny import M, make
 
 LR = 0.3
@@ -183,3 +184,18 @@ def test_a_step_may_be_as_long_as_the_weights() -> None:
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(expected, rel=1e-5)
     assert longest_step(exact()).dtype == torch.float64
+
+
+def test_weights_of_zero_limit_no_step_but_endless_ones() -> None:
+    model = make().requires_grad_(False)
+    for w in matrices(model.initial_fast_weights(1)):
+        w.zero_()
+    limit = longest_step(model)
+    assert limit.item() == torch.finfo(torch.float32).max
+    gradient = torch.tensor([[3.0, 4.0], [3e37, 4e37], [math.inf, 1.0]]) * 1e-18
+    gradient[1] *= 1e18
+    (new,), _ = clipped_sgd([torch.zeros(3, 2)], [gradient], lr=100.0, clip=None, longest=limit)
+    assert torch.equal(new[0], -100 * gradient[0])
+    assert not new[1:].any()
+    model.blocks[-1].fast_mlp.up.weight.fill_(0.5)  # type: ignore[union-attr]
+    assert longest_step(model).item() == pytest.approx(0.5 * math.sqrt(16 * model.config.mlp_hidden))

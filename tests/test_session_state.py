@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longread.config import UserError
-from longread.inner_loop import ReadingState, begin, read
-from longread.inner_loop.step import matrices
+from longread.inner_loop import ReadingState, begin, drift, read
+from longread.inner_loop.step import from_matrices, matrices
 from longread.model import Transformer
 from longread.session import Session
 from longread.session.storage import check_layout, packed, unpacked
@@ -41,6 +42,41 @@ def test_drift_is_the_way_gone_as_a_share_of_the_beginning() -> None:
     assert moved > 0.01
     assert session.drift() == pytest.approx(moved / initial, rel=1e-5)
     assert type(session.rolled_back) is int
+
+
+def test_drift_of_each_sequence() -> None:
+    model = make(3, torch.float64)
+    initial = matrices(model.initial_fast_weights(2))
+    moved = [w + (i + 1) * torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None] for i, w in enumerate(initial)]
+    distance = sum((i + 1) ** 2 * w[0].numel() for i, w in enumerate(initial)) ** 0.5
+    size = sum(w[0].square().sum().item() for w in initial) ** 0.5
+    torch.testing.assert_close(drift(model, from_matrices(moved)), torch.tensor([0, distance / size]).double())
+
+
+def test_drift_from_zero_is_absolute() -> None:
+    model = make(3, torch.float64).requires_grad_(False)
+    for w in matrices(model.initial_fast_weights(1)):
+        w.zero_()
+    moved = [torch.full((2, *w.shape[1:]), 0.5).double() for w in matrices(model.initial_fast_weights(1))]
+    moved[0][0] = math.nan
+    expected = 0.5 * sum(w[0].numel() for w in moved) ** 0.5
+    assert drift(model, from_matrices(moved)).isnan().tolist() == [True, False]
+    assert drift(model, from_matrices(moved))[1].item() == pytest.approx(expected)
+    session = Session(model, INNER)
+    session.read(text(5 * M + 1))  # nothing can be learned, as every gradient is 0
+    assert (session.steps, session.rolled_back, session.drift()) == (5, 0, 0.0)
+
+
+def test_learning_begins_from_a_down_projection_of_zeros() -> None:
+    """As a pretrained model gets it, so that it begins as it was."""
+    model = make().requires_grad_(False)
+    for block in model.suffix:
+        block.fast_mlp.down.weight.zero_()
+    session = Session(model, INNER)
+    session.read(text(5 * M + 1))
+    assert (session.steps, session.rolled_back) == (5, 0)
+    assert 0 < session.drift() < 1
+    assert all(block.down.any() for block in session.state.fast)
 
 
 def test_a_session_goes_on_from_a_state(tmp_path: Path) -> None:

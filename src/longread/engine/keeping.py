@@ -6,7 +6,6 @@ Journals and snapshots have a thread each, since a snapshot takes seconds and a 
 from __future__ import annotations
 
 import functools
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -23,9 +22,8 @@ from longread.engine.store import Recovered, Saved, Store, consistent
 from longread.engine.task import Task
 from longread.engine.tiers import beside
 from longread.files import atomic_files, make_private, writing
-from longread.inner_loop import ReadingState, begin
+from longread.inner_loop import ReadingState, begin, drift
 from longread.inner_loop.batches import moved_to
-from longread.inner_loop.step import matrices
 from longread.model import Transformer
 from longread.session import Session
 
@@ -339,17 +337,12 @@ class Keeping:
         return reader.state, reader.tier
 
     def drift(self, reader: Reader) -> float:
-        """‖W − W_0‖ / ‖W_0‖ of a reader's fast weights, measured only if they have changed."""
+        """`longread.inner_loop.drift` of a reader's fast weights, measured only if they have changed."""
         if reader.drift is None:
             state = self.state(reader)
             if state is None:
                 return 0.0
-            moved = initial = 0.0
-            for w, w0 in zip(matrices(state.fast), matrices(self.model.initial_fast_weights(1)), strict=True):
-                there = w0.detach().to(w.device)
-                moved += (w - there).norm().item() ** 2
-                initial += there.norm().item() ** 2
-            reader.drift = math.sqrt(moved / initial) if initial else 0.0
+            reader.drift = drift(self.model, state.fast).item() if state.fast else 0.0
         return reader.drift
 
     def _session(self, reader: Reader, state: ReadingState | None) -> Callable[[], Session]:

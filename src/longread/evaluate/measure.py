@@ -14,7 +14,7 @@ import torch
 from longread.config import InnerConfig, UserError
 from longread.evaluate.health import Divergence, InnerSteps, StepsByPosition, settle
 from longread.evaluate.positions import BytePositionLoss, PositionLoss
-from longread.inner_loop import begin, read
+from longread.inner_loop import begin, drift, read
 from longread.model import Transformer
 
 TOKENS_PER_CALL = {"cpu": 1024, "cuda": 32_768}
@@ -156,7 +156,6 @@ def _read_batch(
     if bos_id is not None:
         scored &= tokens != bos_id
     state = begin(model, len(members))
-    origin = [tensor for block in state.fast for tensor in block]
     broken: set[int] = set()
     for start, end in pairwise(
         _cuts(tokens.shape[1], M, CLOSE_TOKENS if close else TOKENS_PER_CALL.get(device.type, 1024), close)
@@ -168,7 +167,7 @@ def _read_batch(
         nll = np.where(scored[:, span], reading.nll.double().cpu().numpy(), np.nan)
         norms = reading.inner_grad_norm.double().cpu().numpy()
         steps_before = max(0, start - 1) // M
-        drift = _drift(origin, [tensor for block in state.fast for tensor in block]) if result.learn else None
+        moved = drift(model, state.fast).cpu().numpy() if result.learn and state.fast else None
         for row, i in enumerate(members):
             present = int(np.clip(lengths[row] - start, 0, chunk.shape[1]))
             if not present:
@@ -184,8 +183,8 @@ def _read_batch(
             result.inner_steps.add(own)
             if result.steps_by_position is not None:
                 result.steps_by_position.add(own, steps_before)
-            if drift is not None and present == chunk.shape[1] and np.isfinite(drift[row]):
-                result.drift.setdefault(start + present, []).append(float(drift[row]))
+            if moved is not None and present == chunk.shape[1] and np.isfinite(moved[row]):
+                result.drift.setdefault(start + present, []).append(float(moved[row]))
         if on_tokens:
             on_tokens(int(np.clip(lengths - start, 0, chunk.shape[1]).sum()))
 
@@ -197,10 +196,3 @@ def _cuts(total: int, M: int, tokens: int, close: bool) -> list[int]:
     if close:
         cuts |= {cut for k in range(20) if (cut := M << k) < min(stride, total)}
     return sorted(cuts)
-
-
-def _drift(origin: list[torch.Tensor], now: list[torch.Tensor]) -> np.ndarray:
-    """How far each sequence's fast weights are from their origin, relative to its size, [B]."""
-    distance = sum((a.float() - b.float()).flatten(1).square().sum(1) for a, b in zip(now, origin, strict=True))
-    size = sum(b.float().flatten(1).square().sum(1) for b in origin)
-    return (torch.as_tensor(distance) / torch.as_tensor(size)).sqrt().cpu().numpy()

@@ -5,11 +5,13 @@ step.py      the loss of a mini-batch, one step on it, the scan over mini-batche
 state.py     what is left of a text after it has been read
 reading.py   any text in any pieces: the same steps, taken as soon as their tokens have arrived
 captured.py  long stretches of it on a GPU, as replays of CUDA graphs
+drift.py     how far reading has moved the fast weights
 rescue.py    what is done when learning has broken a reader
 decoding.py  one token after the other, for writing
 """
 
 from longread.inner_loop.decoding import Decoder
+from longread.inner_loop.drift import drift
 from longread.inner_loop.optimizers import InnerOptimizer, optimizer_named, register_inner_optimizer
 from longread.inner_loop.reading import Reading, begin, next_token_logits, read
 from longread.inner_loop.rescue import rescue
@@ -25,6 +27,7 @@ __all__ = [
     "Scan",
     "Step",
     "begin",
+    "drift",
     "inner_step",
     "mini_batch_loss",
     "next_token_logits",

@@ -68,9 +68,13 @@ def from_matrices(flat: Sequence[Tensor]) -> FastWeights:
 
 
 def longest_step(model: Transformer) -> Tensor:
-    """‖W_0‖, []: a step longer than all that the weights were before reading is an explosion, and is not taken."""
+    """‖W_0‖, []: a step longer than all that the weights were before reading is an explosion, and is not taken.
+
+    Where all of W_0 is 0 that says nothing, and every step of finite length may be taken.
+    """
     weights = matrices(model.initial_fast_weights(1))
-    return torch.stack([w.detach().norm() for w in weights]).norm()
+    size = torch.stack([w.detach().norm() for w in weights]).norm()
+    return size.masked_fill(size == 0, torch.finfo(size.dtype).max)
 
 
 class InnerGradient(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longread.config import InnerConfig, UserError
 from longread.files import Layout, read_tensors, write_tensors_atomically
-from longread.inner_loop import Decoder, ReadingState, begin, read, rescue
+from longread.inner_loop import Decoder, ReadingState, begin, drift, read, rescue
 from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
 from longread.session.cuts import piece_lengths
@@ -189,15 +189,11 @@ class Session:
         return self._decoder
 
     def drift(self) -> float:
-        """How far reading has moved the fast weights: ‖W − W_0‖ / ‖W_0‖; 0 for a model without any."""
+        """How far reading has moved the fast weights (`longread.inner_loop.drift`); 0 for a model without any."""
         return self._drift(self._state)
 
     def _drift(self, state: ReadingState) -> float:
-        pairs = list(zip(matrices(state.fast), matrices(self.model.initial_fast_weights(1)), strict=True))
-        if not pairs:
-            return 0.0
-        moved, initial = (torch.stack([x.detach().norm() for x in xs]).norm() for xs in _split(pairs))
-        return (moved / initial).item()
+        return drift(self.model, state.fast).item() if state.fast else 0.0
 
     def __repr__(self) -> str:
         state = self._at_rest if self._decoder is None else self._decoder.state()  # which goes on with it
@@ -492,8 +488,3 @@ class Session:
         if wrong.numel():
             raise UserError(f"token id {wrong[0].item()} is not in the vocabulary of {V}; use the model's tokenizer")
         return tokens
-
-
-def _split(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """What was added to each weight, and the initial weights."""
-    return [w - w0.to(w.device) for w, w0 in pairs], [w0.to(w.device) for w, w0 in pairs]
