@@ -33,7 +33,7 @@ SENTENCES = "".join(f"Sentence {i} of the text says {i * i % 101}, and not {i % 
 # Commands and options, frozen: whoever changes these changes what users have in their scripts.
 COMMAND_LINE = {
     "prepare": "SOURCE --out --tokenizer --train-tokenizer --documents --validation-fraction --field --exclude "
-    "--vocab-size --bos-id --encoding --errors --keep-line-ends --overwrite --json --quiet",
+    "--vocab-size --bos-id --array-tokens --stretch --encoding --errors --keep-line-ends --overwrite --json --quiet",
     "train": "RECIPE --data --out --method --context-length --steps --lr --batch-size --validation --init --resume "
     "--seed --set --tracker --device --json --quiet",
     "read": "FILE --model --device --encoding --errors --keep-line-ends --markup --session --save --resume "

@@ -12,6 +12,7 @@ import sys
 
 from longread.cli.arguments import add_json, check_at_most, positive
 from longread.cli.texts import add_text_format, format_of
+from longread.config import UserError
 
 NAME = "prepare"
 FORMAT = "longread-prepare/1"
@@ -43,6 +44,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="file or folder; repeatable")
     parser.add_argument("--vocab-size", type=positive, metavar="N", help="of token arrays; needs no tokenizer")
     parser.add_argument("--bos-id", type=int, metavar="ID", help="of token arrays")
+    parser.add_argument("--array-tokens", type=positive, metavar="N", help="read the first N of each token array")
+    parser.add_argument(
+        "--stretch", type=positive, metavar="T", help="cut token arrays every T tokens, as the official loader does"
+    )
     add_text_format(parser, markup=False)
     parser.add_argument("--overwrite", action="store_true", help="replace the data set at DIR")
     add_json(parser, "what was made")
@@ -73,6 +78,11 @@ def run(options: argparse.Namespace) -> int:
             options.sources, text_field=options.field, exclude=options.exclude, text_format=text_format
         )
         tokenizer = train_bpe(pieces, options.train_tokenizer, show_progress=progress_console(options).is_terminal)
+    elif options.vocab_size and options.tokenizer != "bytes":
+        raise UserError(
+            f"--vocab-size {options.vocab_size} is for token arrays without a tokenizer, and --tokenizer "
+            f"{options.tokenizer} has its own; leave out one of the two"
+        )
     elif not options.vocab_size:
         tokenizer = load_tokenizer(options.tokenizer)
     with progress_console(options).status("reading") as status:
@@ -90,6 +100,8 @@ def run(options: argparse.Namespace) -> int:
             exclude=options.exclude,
             vocab_size=options.vocab_size,
             bos_id=options.bos_id,
+            array_tokens=options.array_tokens,
+            stretch=options.stretch,
             text_format=text_format,
             overwrite=options.overwrite,
             progress=show,

@@ -58,7 +58,9 @@ def _behind(spec: str, exclude: Sequence[str], out: Path | None) -> list[Source]
         if node == "array":
             return [Source(path, "array", named=True)]
         if node == "group":
-            raise UserError(f"{spec} is a group of token arrays; name one of them, for example {spec}/train")
+            arrays = sorted(name for name in os.listdir(path) if _zarr_node(os.path.join(path, name)) == "array")
+            examples = ", ".join(f"{spec}/{name}" for name in arrays[:8]) or f"{spec}/train"
+            raise UserError(f"{spec} is a group of token arrays; name one of them, for example {examples}")
         sources = [_source(file, named=False) for file in _walk(path, exclude, out)]
     elif os.path.exists(path):
         return [_source(path, named=True)]

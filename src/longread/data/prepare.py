@@ -75,6 +75,8 @@ def prepare(
     exclude: Sequence[str] = (),
     vocab_size: int | None = None,
     bos_id: int | None = None,
+    array_tokens: int | None = None,
+    stretch: int | None = None,
     text_format: TextFormat | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -90,7 +92,9 @@ def prepare(
     `validation_fraction`: about this share of the documents goes to `out/validation` instead (`.validation`), chosen
     by a hash of how each begins; the choice does not depend on order or names, and copies stay together.
     `exclude`: patterns of names or paths left out of directories and globs. `vocab_size`, `bos_id`: for token arrays
-    without a tokenizer; by default the largest id plus one, and no BOS. `text_format`: how bytes are made into text,
+    without a tokenizer; by default the largest id plus one, and no BOS. `array_tokens`: read the first so many of each
+    token array; chunks behind them need not be there. `stretch`: cut token arrays every so many tokens instead, as the
+    official loader does, each stretch a document with the token after it. `text_format`: how bytes are made into text,
     recorded with the data; by default UTF-8, or what a byte order mark says, and carriage returns become line feeds;
     HTML is taken as it is. `overwrite`: replace a dataset at `out`.
 
@@ -105,21 +109,37 @@ def prepare(
         raise UserError(f"validation_fraction is {validation_fraction}; it must lie in [0, 1)")
     if shard_tokens < 1:
         raise UserError(f"shard_tokens is {shard_tokens}; it must be at least 1")
+    if array_tokens is not None and array_tokens < 2:
+        raise UserError(f"array_tokens is {array_tokens}; it must be at least 2")
+    if stretch is not None and stretch < 1:
+        raise UserError(f"stretch is {stretch}; it must be at least 1")
     text_format = text_format or TextFormat(markup=True)
     out = Path(out).expanduser()
     with staged_directory(out, may_replace=_is_dataset if overwrite else None) as staging:
         found = locate(sources, exclude=exclude, out=out)
         if tokenizer is None:
-            vocab_size = _checked_vocabulary(found, vocab_size, bos_id)
+            vocab_size = _checked_vocabulary(found, vocab_size, bos_id, array_tokens)
         elif bos_id is not None:
             raise UserError(f"bos_id is {bos_id}, but the tokenizer has its own; it is for token arrays alone")
         else:
             vocab_size, bos_id = tokenizer.vocab_size, tokenizer.bos_id
+        for option, value in (("array_tokens", array_tokens), ("stretch", stretch)):
+            if value is not None and not any(source.kind == "array" for source in found):
+                raise UserError(f"{option} is {value}, but no source is a token array; leave it out")
         train = ShardWriter(staging, vocab_size, shard_tokens)
         validation = ShardWriter(staging / VALIDATION, vocab_size, shard_tokens) if validation_fraction else None
         with contextlib.closing(train), contextlib.closing(validation or train):
             stream = _Preparation(
-                tokenizer, bos_id, train, validation, validation_fraction, text_field, text_format, progress
+                tokenizer,
+                bos_id,
+                train,
+                validation,
+                validation_fraction,
+                text_field,
+                text_format,
+                progress,
+                array_tokens,
+                stretch,
             )
             for source in found:
                 stream.read(source)
@@ -149,6 +169,8 @@ class _Preparation:
     text_field: str
     text_format: TextFormat
     progress: Callable[[Progress], None] | None
+    array_tokens: int | None
+    stretch: int | None
     skipped: Counter[str] = field(default_factory=Counter)
     num_bytes: int = 0
 
@@ -161,7 +183,8 @@ class _Preparation:
     def read(self, source: Source) -> None:
         if source.kind == "array":
             self._encode()
-            for run in TokenArray(source.name).runs(self.bos_id):
+            array = TokenArray(source.name, self.array_tokens)
+            for run in array.stretches(self.stretch) if self.stretch else array.runs(self.bos_id):
                 if run.first:
                     self._begin(source.name, run.row, run.tokens.tobytes())
                 self._add(source.name, run.tokens, None)
@@ -248,13 +271,15 @@ def _cut(document: Document, tokenizer: TextEncoder) -> Iterator[_Piece]:
             yield _Piece(document, number, second is None, "" if number else begin, cut)
 
 
-def _checked_vocabulary(sources: Sequence[Source], vocab_size: int | None, bos_id: int | None) -> int:
+def _checked_vocabulary(
+    sources: Sequence[Source], vocab_size: int | None, bos_id: int | None, array_tokens: int | None
+) -> int:
     """The vocabulary of sources that are all token arrays."""
     for source in sources:
         if source.kind != "array":
             raise UserError(f"{source.name} is text and needs a tokenizer, for example bytes")
     if vocab_size is None:
-        vocab_size = max(1, *(1 + TokenArray(source.name).maximum() for source in sources))
+        vocab_size = max(1, *(1 + TokenArray(source.name, array_tokens).maximum() for source in sources))
     if not 1 <= vocab_size <= 1 << 32:
         raise UserError(f"vocab_size is {vocab_size}; it must lie between 1 and 2^32")
     if bos_id is not None and not 0 <= bos_id < vocab_size:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,9 +167,12 @@ def _hub_rows(name: str, field: str) -> Iterator[Any]:
 
 
 class TokenArray:
-    """A one-dimensional Zarr array of token ids, as the official code reads them."""
+    """A one-dimensional Zarr array of token ids, as the official code reads them; one chunk is in memory at a time.
 
-    def __init__(self, path: str) -> None:
+    `first`: only that many tokens of it are read, and only their chunks have to be there.
+    """
+
+    def __init__(self, path: str, first: int | None = None) -> None:
         try:
             import zarr
         except ImportError:
@@ -183,15 +187,54 @@ class TokenArray:
             raise UserError(f"{path} has {shape}; a token array has one dimension of whole numbers")
         if self._array.shape[0] < 2:
             raise UserError(f"{path} has {self._array.shape[0]} tokens; give at least 2")
+        self.num_tokens = min(self._array.shape[0], first or self._array.shape[0])
+        self._chunk_tokens: int = (self._array.shards or self._array.chunks)[0]
+        self._chunk: tuple[int, np.ndarray] | None = None
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]. Going forwards reads every chunk once, however large it is."""
+        parts = []
+        while start < stop:
+            index = start // self._chunk_tokens
+            begin = index * self._chunk_tokens
+            parts.append(self._read(index)[start - begin : stop - begin])
+            start += len(parts[-1])
+        return np.concatenate(parts).astype(np.int64)
+
+    def _read(self, index: int) -> np.ndarray:
+        if self._chunk is None or self._chunk[0] != index:
+            self._chunk = None
+            start = index * self._chunk_tokens
+            key = self._array.metadata.encode_chunk_key((index,))
+            if not (file := Path(self.path, key)).is_file():  # the library would invent its tokens
+                few = f", or read only the first {start} with array_tokens" if start > 1 else ""
+                raise UserError(f"{self.path} lacks its chunk {key}, from token {start} on; copy it again{few}")
+            try:
+                self._check_blosc(file)
+                tokens = np.asarray(self._array[start : start + self._chunk_tokens])
+            except Exception as error:  # a damaged chunk raises what its codec raises
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"cannot read the token array {self.path} at token {start}: {reason}; copy {key} again"
+                ) from None
+            self._chunk = index, tokens
+        return self._chunk[1]
+
+    def _check_blosc(self, file: Path) -> None:
+        """Raises `ValueError` for a chunk cut short: the decoder of blosc would read on behind it, whatever is there.
+
+        Bytes 12 to 15 of what blosc has packed are its length.
+        """
+        if [type(codec).__name__ for codec in self._array.compressors][-1:] in (["Blosc"], ["BloscCodec"]):
+            with file.open("rb") as opened:
+                packed = max(16, int.from_bytes(opened.read(16)[12:], "little"))
+            if packed != (size := file.stat().st_size):
+                raise ValueError(f"it has {size} bytes instead of {packed}")
 
     def blocks(self) -> Iterator[np.ndarray]:
         """int64 [up to ARRAY_BLOCK], every token once."""
-        for start in range(0, self._array.shape[0], ARRAY_BLOCK):
-            try:
-                block = np.asarray(self._array[start : start + ARRAY_BLOCK])
-            except Exception as error:  # a damaged chunk raises what its codec raises
-                raise UserError(f"cannot read the token array {self.path} at token {start}: {error}") from None
-            yield block.astype(np.int64)
+        for start in range(0, self.num_tokens, ARRAY_BLOCK):
+            yield self.tokens(start, min(start + ARRAY_BLOCK, self.num_tokens))
 
     def maximum(self) -> int:
         return max(int(block.max()) for block in self.blocks())
@@ -205,3 +248,20 @@ class TokenArray:
                 first = row < 0 or bool(bos_id is not None and block[start] == bos_id)
                 row += first
                 yield TokenRun(first, row, block[start:end])
+
+    def stretches(self, length: int) -> Iterator[TokenRun]:
+        """The array cut every `length` tokens, whatever they are, and each stretch with the token after it.
+
+        These are the samples of the official loader: as many predictions each, every token but the first one a target
+        once. What is left over at the end is dropped. Raises `UserError` if that is all.
+        """
+        count = (self.num_tokens - 1) // length
+        if not count:
+            raise UserError(
+                f"{self.path} has {self.num_tokens:,} tokens and a stretch of {length:,} needs {length + 1:,}; cut it "
+                "shorter"
+            )
+        for row in range(count):
+            begin, end = row * length, (row + 1) * length + 1
+            for start in range(begin, end, ARRAY_BLOCK):
+                yield TokenRun(start == begin, row, self.tokens(start, min(start + ARRAY_BLOCK, end)))
