@@ -15,7 +15,7 @@ from longread.model import Past, Ring, Transformer
 from longread.ops.attention.reference import reference_attention
 from longread.ops.attention.ring import plain_ring_attention, ring_attention
 from longread.session import Session
-from tests.tiny import INNER, M, make
+from tests.tiny import BY_BLOCK, GROUPED, INNER, M, make
 
 
 def make_wide(**changes: object) -> Transformer:
@@ -70,7 +70,18 @@ def test_float64_is_never_left_to_a_kernel() -> None:
 
 @pytest.mark.parametrize("learn", [True, False])
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention": "full"}, {"attention": "hybrid", "num_blocks": 6}, {"num_suffix_blocks": 0}], ids=str
+    "changes",
+    [
+        {},
+        {"attention": "full"},
+        {"attention": "hybrid", "num_blocks": 6},
+        {"num_suffix_blocks": 0},
+        GROUPED,
+        BY_BLOCK,
+        {"attention": "full"} | BY_BLOCK,
+        {"attention_soft_cap": 0.5, "logit_soft_cap": 1.0},
+    ],
+    ids=str,
 )
 def test_decoding_is_reading_token_by_token(changes: dict, learn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "SPARE", 5)  # so that room runs out
@@ -141,7 +152,7 @@ def test_places_do_not_keep_their_model() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"attention": "full"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, GROUPED], ids=str)
 def test_captured_decoding_is_reading(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "SPARE", 16)
     model, text = make_wide(width=32, mini_batch_size=8, window_size=24, **changes), tokens(50)

@@ -15,7 +15,7 @@ from longread.engine.tiers import SHARE
 from longread.inner_loop import begin, read
 from longread.inner_loop.places import Places, place_nbytes
 from longread.model import Transformer
-from tests.tiny import INNER, M, config, make, text
+from tests.tiny import BY_BLOCK, GROUPED, INNER, M, config, make, text
 
 K = 24
 
@@ -25,14 +25,18 @@ def on_no_device(**changes: object) -> Transformer:
         return Transformer(config(**changes))
 
 
-@pytest.mark.parametrize("attention", ["window", "full", "hybrid"])
-def test_a_place_is_as_large_as_it_is_said_to_be(attention: str) -> None:
-    model = make(window_size=K, attention=attention).requires_grad_(False)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention": "full"}, {"attention": "hybrid"}, GROUPED, BY_BLOCK, {"attention": "full"} | GROUPED],
+    ids=str,
+)
+def test_a_place_is_as_large_as_it_is_said_to_be(changes: dict) -> None:
+    model = make(window_size=K, **changes).requires_grad_(False)
     tokens = torch.tensor([text(5 * K + M)])
     state = read(model, begin(model), tokens, inner=INNER).state
     places = Places(model, 1, learn=True)
     places.put(0, state, learn=True)
-    sizes = session_sizes(on_no_device(window_size=K, attention=attention), state.position)
+    sizes = session_sizes(on_no_device(window_size=K, **changes), state.position)
     assert sizes.place == places.nbytes == place_nbytes(model, state.position)
     assert sizes.beside == sum(x.nbytes for w in state.fast for x in w)
     assert state.nbytes <= sizes.resting <= state.nbytes + 2 * M * model.config.width * 4 * 4

@@ -13,7 +13,7 @@ from torch import Tensor
 from longread.inner_loop import ReadingState, begin, captured, next_token_logits, read, reading
 from longread.model import Transformer
 from longread.outer_loop import end_to_end_loss, static_loss
-from tests.tiny import INNER, M, make
+from tests.tiny import BY_BLOCK, GROUPED, INNER, M, make
 
 
 def make_wide(**changes: object) -> Transformer:
@@ -220,10 +220,20 @@ def test_states_can_be_replaced_field_by_field() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [16, 24, 40])
-def test_replaying_graphs_is_reading(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"window_size": 16},
+        {"window_size": 24},
+        {"window_size": 40},
+        {"window_size": 24} | GROUPED,
+        {"window_size": 40} | BY_BLOCK | {"block_windows": (16, 0, 20, 0)},
+    ],
+    ids=str,
+)
+def test_replaying_graphs_is_reading(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long text on a GPU, captured, against float64 on a CPU; strips wrap several times, and pieces end anywhere."""
-    model = make_wide(window_size=window, mini_batch_size=8, width=32, mlp_hidden=32)
+    model = make_wide(mini_batch_size=8, width=32, mlp_hidden=32, **changes)
     text = tokens(40 * 8 + 5)
     expected = read_in(model, text, [text.shape[1]])
     model = model.float().cuda()

@@ -11,9 +11,15 @@ from torch import Tensor
 from longread.inner_loop import Decoder, ReadingState, begin, next_token_logits, read
 from longread.inner_loop.places import SPARE, Places, place_nbytes, room
 from longread.model import Transformer
-from tests.tiny import INNER, M, make, text
+from tests.tiny import BY_BLOCK, GROUPED, INNER, M, make, text
 
-KINDS = {"window": {}, "full": {"attention": "full"}, "hybrid": {"attention": "hybrid", "num_blocks": 6}}
+KINDS = {
+    "window": {},
+    "full": {"attention": "full"},
+    "hybrid": {"attention": "hybrid", "num_blocks": 6},
+    "grouped": GROUPED,
+    "by block": BY_BLOCK,
+}
 each_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 
 

@@ -41,6 +41,9 @@ def config(**changes: object) -> ModelConfig:
         {"qk_norm": False},
         {"pre_norm": False},
         {"post_norm": False},
+        {"num_heads": 4, "kv_heads": 2, "head_size": 6, "qkv_bias": True},
+        {"fast_hidden": 10, "fast_pre_norm": False, "fast_post_norm": True},
+        {"post_norm": False, "fast_post_norm": True},
     ],
     ids=str,
 )
@@ -54,8 +57,11 @@ def test_parameter_names_and_count(changes: dict) -> None:
         if i >= c.num_prefix_blocks:
             layers["fast_mlp"] = ["gate", "up", "down"]
         for layer, matrices in layers.items():
-            norms = ["pre_norm"] * c.pre_norm + ["post_norm"] * c.post_norm
-            norms += ["query_norm", "key_norm"] * (c.qk_norm and layer == "attention")
+            before, after = c.fast_norms if layer == "fast_mlp" else (c.pre_norm, c.post_norm)
+            norms = ["pre_norm"] * before + ["post_norm"] * after
+            if layer == "attention":
+                norms += ["query_norm", "key_norm"] * c.qk_norm
+                expected |= {f"blocks.{i}.attention.{name}.bias" for name in matrices[:3] * c.qkv_bias}
             expected |= {f"blocks.{i}.{layer}.{name}.weight" for name in matrices + norms}
     assert names == expected
     assert c.num_parameters == sum(parameter.numel() for parameter in model.parameters())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import naive
-from longread.config import ModelConfig
+from longread.config import ModelConfig, RopeScaling
 from longread.inner_loop.step import Scan, scan
 from longread.model import Transformer, initialize
 from longread.outer_loop import (
@@ -66,6 +66,19 @@ VARIANTS = {
     "full attention": {"attention": "full"},
     "hybrid attention": {"attention": "hybrid", "num_blocks": 7, "num_suffix_blocks": 2},
     "untied head": {"tie_embeddings": False},
+    "grouped heads": {"num_heads": 4, "kv_heads": 2},
+    "one head of keys, wider heads": {"kv_heads": 1, "head_size": 12},
+    "biases": {"qkv_bias": True, "qk_norm": False, "post_norm": False},
+    "fast width and norms": {"fast_hidden": 10, "fast_post_norm": False},
+    "windows by block": {"block_windows": (0, 3, 9, 2), "window_size": 8},
+    "full attention with windows by block": {"block_windows": (0, 3, 0, 2), "attention": "full"},
+    "rotary by block": {"block_rope": ("none", "local", "global", "local"), "local_rope_base": 30.0},
+    "rotary, linear": {"rope_scaling": RopeScaling(kind="linear", factor=4)},
+    "rotary, llama3": {"rope_scaling": RopeScaling(kind="llama3", factor=8, original_context=24), "head_size": 16},
+    "rotary, yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=4, original_context=512), "head_size": 16},
+    "gelu gate": {"gate": "gelu_tanh"},
+    "embedding scale": {"embedding_scale": 4.0},
+    "soft caps": {"attention_soft_cap": 0.7, "logit_soft_cap": 1.5},
     "no norms": {"pre_norm": False, "post_norm": False, "qk_norm": False, "init_std": 0.1},
 }
 

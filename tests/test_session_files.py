@@ -21,7 +21,7 @@ from longread.files import FORMAT, digest, read_tensors, write_tensors
 from longread.inner_loop.step import matrices
 from longread.model import Transformer
 from longread.session import KIND, STORAGES, Session, TextPrefix
-from tests.tiny import INNER, M, make, text
+from tests.tiny import BY_BLOCK, GROUPED, INNER, M, make, text
 
 
 def after(n: int, model: Transformer | None = None) -> Session:
@@ -65,7 +65,7 @@ def test_a_fork_is_cheap_and_free_while_its_origin_writes() -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("n", [0, 1, M, 5 * M + 3])
-@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"num_suffix_blocks": 0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"num_suffix_blocks": 0}, GROUPED, BY_BLOCK], ids=str)
 def test_every_storage_comes_back(storage: str, n: int, changes: dict, tmp_path: Path) -> None:
     session = after(n, make(**changes))
     session.save(tmp_path / "s", storage=storage)  # type: ignore[arg-type]

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from longread.config import InnerConfig, ModelConfig
+from longread.config import InnerConfig, ModelConfig, RopeScaling
 from longread.model import Transformer, initialize
 
 M = 4
 INNER = InnerConfig(lr=0.7, clip=0.5)
+
+
+GROUPED = {"num_heads": 4, "kv_heads": 2, "head_size": 6, "qkv_bias": True, "fast_hidden": 10}
+"""As pretrained models have it: queries share keys and values."""
+BY_BLOCK = {
+    "kv_heads": 1,
+    "head_size": 12,
+    "gate": "gelu_tanh",
+    "embedding_scale": 4.0,
+    "fast_post_norm": False,
+    "block_windows": (3, 0, 4, 0),
+    "block_rope": ("local", "global", "none", "global"),
+    "local_rope_base": 30.0,
+    "rope_scaling": RopeScaling(kind="linear", factor=2),
+}
+"""And: blocks that differ in window and rotary embedding."""
 
 
 def config(**changes: object) -> ModelConfig:

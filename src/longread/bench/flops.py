@@ -3,7 +3,7 @@
 A multiplication with its addition counts 2. Products are counted once: what an implementation computes again, and
 everything that is no product, is its own loss. One forward of a token, with v keys visible on average:
 
-    attention of a block      8 D² + 4 D v        four projections; scores and mixing
+    attention of a block      4 D (N + G) H + 4 N H v    projections; scores and mixing; G heads of keys and values
     an MLP                    6 D F
     head                      2 D V
 
@@ -29,13 +29,14 @@ def visible_keys(tokens: int, window: int | None) -> float:
 
 def attention_flops(config: ModelConfig, block: int, tokens: int) -> float:
     """Of one token in the attention of `block`."""
-    D = config.width
-    return 8 * D * D + 4 * D * visible_keys(tokens, config.window_of(block))
+    queries = config.num_heads * config.head_dim
+    projections = 4 * config.width * (queries + config.kv_width)
+    return projections + 4 * queries * visible_keys(tokens, config.window_of(block))
 
 
-def mlp_flops(config: ModelConfig) -> float:
-    """Of one token in one MLP."""
-    return 6 * config.width * config.mlp_hidden
+def mlp_flops(config: ModelConfig, *, fast: bool = False) -> float:
+    """Of one token in one MLP, a static or a fast one."""
+    return 6 * config.width * (config.fast_mlp_hidden if fast else config.mlp_hidden)
 
 
 def head_flops(config: ModelConfig) -> float:
@@ -55,9 +56,8 @@ def lower_flops(config: ModelConfig, tokens: int) -> float:
 def upper_flops(config: ModelConfig, tokens: int) -> float:
     """Of one token in `Transformer.upper`: two MLPs in each suffix block, and the other attentions."""
     attentions = range(config.num_prefix_blocks + 1, config.num_blocks)
-    return sum(attention_flops(config, i, tokens) for i in attentions) + 2 * config.num_suffix_blocks * mlp_flops(
-        config
-    )
+    mlps = config.num_suffix_blocks * (mlp_flops(config) + mlp_flops(config, fast=True))
+    return sum(attention_flops(config, i, tokens) for i in attentions) + mlps
 
 
 def training_flops(config: ModelConfig, tokens: int, loss: Loss) -> float:
@@ -70,8 +70,9 @@ def reading_flops(config: ModelConfig, tokens: int, *, scored: bool = True) -> f
     """Of one token of a text of `tokens`, learning if there are fast weights; unscored, it has no logits."""
     below, above, head = lower_flops(config, tokens), upper_flops(config, tokens), head_flops(config)
     if config.num_suffix_blocks:
-        unread = 2 / 3 * mlp_flops(config)  # what the gradient of the lowest fast MLP's input would take
-        return below + 2 * (above + head) + config.num_suffix_blocks * mlp_flops(config) - unread
+        fast = mlp_flops(config, fast=True)
+        unread = 2 / 3 * fast  # what the gradient of the lowest fast MLP's input would take
+        return below + 2 * (above + head) + config.num_suffix_blocks * fast - unread
     return below + above + scored * head
 
 
@@ -84,4 +85,4 @@ def decoding_bytes(config: ModelConfig, position: int, itemsize: int) -> float:
     windows = (config.window_of(block) or position for block in range(config.num_blocks))
     seen = sum(min(window, position) for window in windows)
     embedding = 0 if config.tie_embeddings else config.vocab_size * config.width  # of which a token reads one row
-    return itemsize * (config.num_parameters - embedding + 2 * config.width * seen)
+    return itemsize * (config.num_parameters - embedding + 2 * config.kv_width * seen)

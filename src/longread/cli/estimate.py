@@ -128,7 +128,9 @@ def _sessions(config: ModelConfig, precision: str, context: int, memory: float |
 
 
 def _dense_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
-    return 2 * config.num_blocks * context * config.width * itemsize
+    windows = config.block_windows or (0,) * config.num_blocks
+    tokens = sum(min(context, window or context) for window in windows)
+    return 2 * tokens * config.kv_width * itemsize
 
 
 def _training(config: ModelConfig, precision: str, sequences: int, context: int, memory: float | None) -> list[_Row]:

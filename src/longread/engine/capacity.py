@@ -43,7 +43,7 @@ def session_sizes(model: Transformer, position: int) -> SessionBytes:
     device."""
     config, itemsize = model.config, model.dtype.itemsize
     endless = sum(config.window_of(i) is None for i in range(config.num_blocks))
-    resting = largest_session(model) + 2 * endless * position * config.width * itemsize
+    resting = largest_session(model) + 2 * endless * position * config.kv_width * itemsize
     if config.mixer != "attention":
         return SessionBytes(resting, 0, 0)
     return SessionBytes(resting, place_nbytes(model, position), fast_nbytes(model))

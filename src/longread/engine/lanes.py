@@ -157,7 +157,8 @@ def largest_session(model: Transformer) -> int:
     above = config.num_blocks - model.num_lower_attentions if config.mixer == "attention" else 0
     windows = [config.window_of(i) for i in range(config.num_blocks) if "attention" in config.mixers_of(i)]
     tokens = sum(2 * window for window in windows if window is not None) + 2 * above * M
-    return fast_nbytes(model) + (tokens + M + 1) * config.width * itemsize + max(0, M - 1) * 9
+    numbers = tokens * config.kv_width + (M + 1) * config.width
+    return fast_nbytes(model) + numbers * itemsize + max(0, M - 1) * 9
 
 
 def fast_nbytes(model: Transformer) -> int:

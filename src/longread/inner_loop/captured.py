@@ -65,12 +65,14 @@ class CapturedReader:
     def __init__(self, model: Transformer, batch_size: int, inner: InnerConfig, guard: bool = False) -> None:
         config = model.config
         self._model, self.inner = weakref.ref(model), inner  # `_READERS` would keep the model alive otherwise
-        self.M, self.K = config.mini_batch_size, config.window_size
+        self.M = config.mini_batch_size
+        self._windows = [config.window_of(i) or 0 for i in range(config.num_blocks)]
+        self.K = max(self._windows)
         self.stretch = self.M * math.ceil(STRETCH / self.M)
         self.long = STRETCHES * self.stretch
         self.room = max(self.long, self.M * math.ceil(self.K / self.M))
         like = torch.empty(0, device=model.device, dtype=model.dtype)
-        shape = batch_size, self.K + self.room, config.num_heads, config.head_dim
+        shape = batch_size, self.K + self.room, config.num_kv_heads, config.head_dim
         # token by token in memory: what is appended or moved is one piece
         self._strips = [
             Past(like.new_zeros(shape).transpose(1, 2), like.new_zeros(shape).transpose(1, 2))
@@ -140,15 +142,15 @@ class CapturedReader:
 
     def _load(self, state: ReadingState) -> int:
         """Moves a state into its places; returns the tokens of its past."""
-        P = state.lower_pasts[0].key.shape[2]
-        for strip, past in zip(self._strips, (*state.lower_pasts, *state.upper_pasts), strict=True):
+        pasts = (*state.lower_pasts, *state.upper_pasts)
+        for strip, past in zip(self._strips, pasts, strict=True):
             for place, x in zip(strip, past, strict=True):
-                place[:, :, self.K - P : self.K].copy_(x)
+                place[:, :, self.K - x.shape[2] : self.K].copy_(x)
         for place, w in zip(self._fast, matrices(state.fast), strict=True):
             place.copy_(w)
         self._refresh()
         self._position.copy_(torch.as_tensor(state.start))
-        return P
+        return max(past.key.shape[2] for past in pasts)
 
     def _refresh(self) -> None:
         for copy, w in zip(self._working, self._fast, strict=True):
@@ -223,9 +225,10 @@ class CapturedReader:
         return self._seen(place.first + tokens, min(self.K, place.past + tokens))
 
     def _seen(self, first: int, past: int) -> list[Past]:
-        """The `past` tokens before those that will lie at first + K."""
+        """The `past` tokens before those that will lie at first + K, or the fewer that a window holds."""
         end = first + self.K
-        return [Past(*(x[:, :, end - past : end] for x in strip)) for strip in self._strips]
+        begins = (end - min(past, window) for window in self._windows)
+        return [Past(*(x[:, :, begin:end] for x in strip)) for begin, strip in zip(begins, self._strips, strict=True)]
 
     def _append(self, strips: Sequence[Past], own: Sequence[Past], first: int) -> None:
         for strip, made in zip(strips, own, strict=True):
@@ -278,11 +281,11 @@ def captured_reader(
         return None
     if (config.mixer, config.attention) != ("attention", "window"):
         return None
-    lengths = {past.key.shape[2] for past in (*state.lower_pasts, *state.upper_pasts)}
-    if len(lengths) != 1:
+    lengths = [past.key.shape[2] for past in (*state.lower_pasts, *state.upper_pasts)]
+    widest, longest = max(config.window_of(i) or 0 for i in range(config.num_blocks)), max(lengths)
+    if any(length != min(longest, config.window_of(i) or 0) for i, length in enumerate(lengths)):
         return None
-    (kept,) = lengths
-    if kept < config.window_size and (kept != state.position or kept % config.mini_batch_size):
+    if longest < widest and (longest != state.position or longest % config.mini_batch_size):
         return None
     readers = _READERS.setdefault(model, {})
     key = state.output.shape[0], inner, guard

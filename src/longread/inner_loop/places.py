@@ -252,7 +252,7 @@ class Places:
             held = 0 if older is None else older.key.shape[2]
             if held == slots or (held > slots and not anew):
                 continue
-            shape = like.shape[0], config.num_heads, slots, config.head_dim
+            shape = like.shape[0], config.num_kv_heads, slots, config.head_dim
             ring = Ring(like.new_zeros(shape), like.new_zeros(shape), self._position)
             if older is None:
                 self._rings.append(ring)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longread.config import Gate
 from longread.ops.fast_mlp import fast_mlp
 from longread.ops.linear import SharedWeight
 from longread.ops.rms_norm import rms_norm
@@ -69,24 +70,26 @@ class SwiGLU(NamedTuple):
 
 
 class MLP(nn.Module):
-    """down · (silu(gate · x) ∘ (up · x)) between the norms of its sub-layer, added to x.
+    """down · (act(gate · x) ∘ (up · x)) between the norms of its sub-layer, added to x; act is silu or tanh-GELU.
 
     The same parameters serve as static MLP, or as the initial weights W_0 of a fast one: then `weights` holds
     each sequence's own matrices and only the norms are the module's.
     """
 
-    def __init__(self, width: int, hidden: int, pre_norm: nn.Module, post_norm: nn.Module) -> None:
+    def __init__(
+        self, width: int, hidden: int, pre_norm: nn.Module, post_norm: nn.Module, activation: Gate = "silu"
+    ) -> None:
         super().__init__()
-        self.pre_norm, self.post_norm = pre_norm, post_norm
+        self.pre_norm, self.post_norm, self.activation = pre_norm, post_norm, activation
         self.gate, self.up, self.down = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
 
     def forward(self, x: Tensor, weights: SwiGLU | None = None) -> Tensor:
         """x: [B, T, D], `weights` as in `SwiGLU`; returns [B, T, D]."""
         normed = self.pre_norm(x)
         if weights is None:
-            out = self.down(swiglu(self.gate(normed), self.up(normed)))
+            out = self.down(swiglu(self.gate(normed), self.up(normed), activation=self.activation))
         else:
-            out = fast_mlp(normed, *weights)
+            out = fast_mlp(normed, *weights, activation=self.activation)
         return self.post_norm(out, residual=x)
 
     def initial_weights(self, batch_size: int) -> SwiGLU:

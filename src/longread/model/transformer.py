@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from longread.config import ModelConfig
+from longread.config import BlockRope, ModelConfig
 from longread.model.layers import MLP, Linear, NoNorm, RMSNorm, SwiGLU
 from longread.model.mixers.attention import Attention, Past
 from longread.model.mixers.recurrent import RecurrentMixer
@@ -23,13 +23,16 @@ from longread.model.mixers.registry import RECURRENT
 from longread.ops.attention import KEPT_OPERATIONS
 from longread.ops.cross_entropy import cross_entropy
 from longread.ops.linear import SharedWeight
-from longread.ops.rotary import frequencies, rotation
+from longread.ops.rotary import Scaling, frequencies, rotation
 
 FastWeights = tuple[SwiGLU, ...]
 """What one batch of sequences has learned: the matrices of each suffix block, lowest first."""
 
 MixerPast = Any
 """Of one mixer: attention's `Past`, or the state of a recurrent one, another NamedTuple of tensors [B, ...]."""
+
+Turns = dict[BlockRope, Tensor | None]
+"""The rotary embedding of some positions, for each kind that blocks have."""
 
 EMBEDDING_STD = 0.02
 
@@ -48,9 +51,10 @@ class Block(nn.Module):
         def norm(wanted: bool) -> nn.Module:
             return RMSNorm(config.width, config.norm_eps) if wanted else NoNorm()
 
-        def mlp() -> MLP:
-            return MLP(config.width, config.mlp_hidden, norm(config.pre_norm), norm(config.post_norm))
+        def mlp(hidden: int, pre_norm: bool, post_norm: bool) -> MLP:
+            return MLP(config.width, hidden, norm(pre_norm), norm(post_norm), config.gate)
 
+        self._rope = config.rope_of(index)
         self._kinds = config.mixers_of(index)
         for kind in self._kinds:
             norms = norm(config.pre_norm), norm(config.post_norm)
@@ -59,29 +63,29 @@ class Block(nn.Module):
             else:
                 setattr(self, kind, RECURRENT[kind](config, *norms))
         if index >= config.num_prefix_blocks:
-            self.fast_mlp = mlp()
-        self.static_mlp = mlp()
+            self.fast_mlp = mlp(config.fast_mlp_hidden, *config.fast_norms)
+        self.static_mlp = mlp(config.mlp_hidden, config.pre_norm, config.post_norm)
 
     @property
     def mixers(self) -> list[Attention | RecurrentMixer]:
         """The sub-layers through which tokens exchange information, in their order."""
         return [getattr(self, kind) for kind in self._kinds]
 
-    def below(self, x: Tensor, pasts: Sequence[MixerPast], turn: Tensor) -> tuple[Tensor, list[MixerPast]]:
+    def below(self, x: Tensor, pasts: Sequence[MixerPast], turns: Turns) -> tuple[Tensor, list[MixerPast]]:
         """Its part of `Transformer.lower`: the mixers, and in the prefix the MLP; also what each mixer made."""
         own = []
         for mixer, past in zip(self.mixers, pasts, strict=True):
-            x, made = mixer(x, past, turn=turn, order=1)
+            x, made = mixer(x, past, turn=turns[self._rope], order=1)
             own.append(made)
         return (x if hasattr(self, "fast_mlp") else self.static_mlp(x)), own
 
     def above(
-        self, x: Tensor, past: Past | None, fast: SwiGLU | None, turn: Tensor, order: int
+        self, x: Tensor, past: Past | None, fast: SwiGLU | None, turns: Turns, order: int
     ) -> tuple[Tensor, Past | None]:
         """Its part of `Transformer.upper`: attention, unless it belongs to `below` (no past), and both MLPs."""
         own = None
         if past is not None:
-            x, own = self.attention(x, past, turn=turn, order=order)
+            x, own = self.attention(x, past, turn=turns[self._rope], order=order)
         return self.static_mlp(self.fast_mlp(x, fast)), own
 
 
@@ -96,6 +100,7 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self._shared_head: Tensor | None = None
+        self._ropes = {config.rope_of(index) for index in range(config.num_blocks)}
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
@@ -190,10 +195,12 @@ class Transformer(nn.Module):
             would be kept too.
         """
         x = self.embedding(input_ids).to(self.dtype)
-        turn, left = self._rotation(start, x), iter(pasts)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
+        turns, left = self._turns(start, x), iter(pasts)
         own: list[MixerPast] = []
         for block in (*self.prefix, *self.suffix[:1]):
-            x, made = _perhaps_again(block.below, x, [next(left) for _ in block.mixers], turn, again=recompute)
+            x, made = _perhaps_again(block.below, x, [next(left) for _ in block.mixers], turns, again=recompute)
             own += [] if recompute else made
         return x, tuple(own)
 
@@ -219,27 +226,39 @@ class Transformer(nn.Module):
         Returns:
             [B, T, D], what the head turns into logits, and each attention's own keys and values, for `advance`.
         """
-        x, turn, own = hidden, self._rotation(start, hidden), []
+        x, turns, own = hidden, self._turns(start, hidden), []
         for index, block in enumerate(self.suffix):
             past = pasts[index - 1] if index else None
             weights = None if fast is None else fast[index]
-            x, made = _perhaps_again(block.above, x, past, weights, turn, order, again=recompute)
+            x, made = _perhaps_again(block.above, x, past, weights, turns, order, again=recompute)
             own += [] if made is None or recompute else [made]
         return self.final_norm(x), tuple(own)
 
-    def _rotation(self, start: int | Tensor, x: Tensor) -> Tensor:
-        angles = frequencies(self.config.head_dim, self.config.rope_base, device=x.device)
-        return rotation(start, x.shape[1], angles, x)
+    def _turns(self, start: int | Tensor, x: Tensor) -> Turns:
+        return {kind: self._turn(kind, start, x) for kind in self._ropes}
+
+    def _turn(self, kind: BlockRope, start: int | Tensor, x: Tensor) -> Tensor | None:
+        config = self.config
+        if kind == "none":
+            return None
+        base, scaling = config.rope_base, config.rope_scaling
+        if kind == "local" and config.local_rope_base is not None:
+            base, scaling = config.local_rope_base, None
+        stretched = None if scaling is None else Scaling(**scaling.as_dict())
+        return rotation(start, x.shape[1], frequencies(config.head_dim, base, stretched, device=x.device), x)
 
     def token_losses(self, output: Tensor, target_ids: Tensor) -> Tensor:
         """−log p of each target [B, T], given `upper`'s output [B, T, D]; float32 or wider."""
         head = self.head_weight if self._shared_head is None else self._shared_head
-        return cross_entropy(output, head, target_ids)
+        cap = self.config.logit_soft_cap
+        return cross_entropy(output, head, target_ids, **({} if cap is None else {"soft_cap": cap}))
 
     def logits(self, output: Tensor) -> Tensor:
         """[..., V], float32 or wider, from `upper`'s output [..., D]."""
         logits = output @ self.head_weight.to(output.dtype).t()
-        return logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def advance(
         self, pasts: Sequence[MixerPast], own: Sequence[MixerPast], first: int, extra: int = 0

@@ -1,4 +1,4 @@
-"""Multi-head causal attention with a cached past: windowed or full, rotary, with normed queries and keys."""
+"""Causal attention with a cached past: windowed or full, rotary, queries in groups that share their keys and values."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from longread.ops.attention.ring import ring_attention
 
 
 class Past(NamedTuple):
-    """Keys (rotated) and values of earlier tokens, oldest first: each [B, N, P, H]."""
+    """Keys (rotated) and values of earlier tokens, oldest first: each [B, G, P, H], G heads of keys and values."""
 
     key: Tensor
     value: Tensor
@@ -40,7 +40,7 @@ class Ring(NamedTuple):
     """A past that decoding changes in place: token p lies in slot p mod R."""
 
     key: Tensor
-    """[B, N, R, H]"""
+    """[B, G, R, H]"""
     value: Tensor
     position: Tensor
     """Of the next token, int64 [B]."""
@@ -63,23 +63,30 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, window: int | None, pre_norm: nn.Module, post_norm: nn.Module) -> None:
         super().__init__()
-        D, H = config.width, config.head_dim
+        D, H, queries = config.width, config.head_dim, config.num_heads * config.head_dim
         self.window, self.num_heads, self.head_dim = window, config.num_heads, H
+        self.num_kv_heads, self.soft_cap = config.num_kv_heads, config.attention_soft_cap
         self.pre_norm, self.post_norm = pre_norm, post_norm
-        self.query, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
+        self.query = Linear(D, queries, bias=config.qkv_bias)
+        self.key, self.value = (Linear(D, config.kv_width, bias=config.qkv_bias) for _ in range(2))
+        self.output = Linear(queries, D)
         self.query_norm, self.key_norm = (RMSNorm(H, config.norm_eps) if config.qk_norm else NoNorm() for _ in range(2))
 
     def extra_repr(self) -> str:
-        return f"{self.num_heads} heads, {'full' if self.window is None else f'window {self.window:,}'}"
+        heads = f"{self.num_heads} heads"
+        if self.num_kv_heads < self.num_heads:
+            heads += f" over {self.num_kv_heads} of keys and values"
+        return f"{heads}, {'full' if self.window is None else f'window {self.window:,}'}"
 
-    def forward(self, x: Tensor, past: Past | Ring, *, turn: Tensor, order: int) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, past: Past | Ring, *, turn: Tensor | None, order: int) -> tuple[Tensor, Past]:
         """Adds the sub-layer to x.
 
         Args:
             x: [B, T, D]
             past: what came before; only its newest window − 1 tokens are looked at. A ring also takes up the
                 token, which must be one.
-            turn: the rotary embedding of the tokens' positions, [T, H/2] or [B, 1, T, H/2] (see `longread.ops.rotary`).
+            turn: the rotary embedding of the tokens' positions, [T, H/2] or [B, 1, T, H/2] (see `longread.ops.rotary`);
+                None: this block has none.
             order: order of derivative that will be taken (see `longread.ops.attention`).
 
         Returns:
@@ -87,14 +94,25 @@ class Attention(nn.Module):
         """
         normed = self.pre_norm(x)
         query, key, value = (
-            layer(normed).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            layer(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
         query, key = self.query_norm(query, turn=turn), self.key_norm(key, turn=turn)
         if isinstance(past, Ring):
-            mixed = ring_attention(query, key, value, past[:2], past.position, window=self.window)
+            mixed = ring_attention(
+                query, key, value, past[:2], past.position, window=self.window, soft_cap=self.soft_cap
+            )
         else:
-            mixed = attention(query, key, value, past=past, window=self.window, order=order, gains=self._gains)
+            mixed = attention(
+                query,
+                key,
+                value,
+                past=past,
+                window=self.window,
+                order=order,
+                gains=self._gains,
+                soft_cap=self.soft_cap,
+            )
         return self.post_norm(self.output(mixed.transpose(1, 2).flatten(2)), residual=x), Past(key, value)
 
     @property
@@ -104,5 +122,5 @@ class Attention(nn.Module):
 
     def empty_past(self, like: Tensor) -> Past:
         """The past of a sequence that begins, for a batch and type as `like` [B, ...]."""
-        empty = like.new_empty(like.shape[0], self.num_heads, 0, self.head_dim)
+        empty = like.new_empty(like.shape[0], self.num_kv_heads, 0, self.head_dim)
         return Past(empty, empty)
