@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longread.ops.attention import attention
 from longread.ops.attention.reference import reference_attention
@@ -99,25 +101,73 @@ def test_fast_mlp_is_one_mlp_per_sequence() -> None:
     torch.testing.assert_close(fast_mlp(x, gate, up, down, "gelu_tanh"), torch.stack(alone))
 
 
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("chunk", [4, 11, 64])
-def test_cross_entropy_in_any_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_in_any_chunks(chunk: int, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CHUNK", chunk)
     targets = torch.tensor([[0, 10, 3], [4, 7, 8]])
     inputs = [draw(2, 3, 5), draw(11, 5, seed=9)]
     agree(
-        derivatives(lambda h, e: cross_entropy(h, e, targets), inputs),
-        derivatives(lambda h, e: reference_cross_entropy(h, e, targets), inputs),
+        derivatives(lambda h, e: cross_entropy(h, e, targets, soft_cap), inputs),
+        derivatives(lambda h, e: reference_cross_entropy(h, e, targets, soft_cap), inputs),
     )
 
 
-def test_cross_entropy_weighs_its_second_derivative() -> None:
+@pytest.mark.parametrize("wanted", [[0], [1]], ids=["hidden", "head"])
+def test_soft_capped_cross_entropy_differentiated_for_one_of_both(
+    wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the inner step, which asks for the hidden states alone; the second derivative is for both."""
+    monkeypatch.setattr(chunked, "CHUNK", 4)
+    targets, inputs = torch.tensor([0, 10, 3]), [draw(3, 5), draw(11, 5, seed=9)]
+    results = []
+    for f in (cross_entropy, reference_cross_entropy):
+        (first,) = torch.autograd.grad(f(*inputs, targets, 2.0).sin().sum(), [inputs[wanted[0]]], create_graph=True)
+        results.append([first, *torch.autograd.grad((first * draw(*first.shape, seed=3).detach()).sum(), inputs)])
+    agree(*results)
+
+
+def test_soft_capped_cross_entropy_by_hand() -> None:
+    hidden, head = (
+        torch.tensor([[2.0, -1.0]], dtype=D64),
+        torch.tensor([[3.0, 0.0], [0.0, 1.0], [-5.0, 2.0]], dtype=D64),
+    )
+    logits = [4 * math.tanh(raw / 4) for raw in (6, -1, -12)]
+    expected = [math.log(sum(math.exp(z) for z in logits)) - logits[1]]
+    torch.testing.assert_close(cross_entropy(hidden, head, torch.tensor([1]), 4.0), torch.tensor(expected, dtype=D64))
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_cross_entropy_never_holds_all_logits(soft_cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CHUNK", 16)
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor))
+            return out
+
+    hidden, head, targets = draw(40, 2), draw(100, 2, seed=1), torch.arange(40)
+    with Watch():
+        (first,) = torch.autograd.grad(
+            cross_entropy(hidden, head, targets, soft_cap).sum(), [hidden], create_graph=True
+        )
+        torch.autograd.grad(first.sin().sum(), [hidden, head])
+    assert max(sizes) == 40 * 16
+
+
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+def test_cross_entropy_weighs_its_second_derivative(soft_cap: float | None) -> None:
     """The adjoint of the losses is an input of the gradient too."""
     targets = torch.tensor([1, 0, 4])
     hidden, head, weight = draw(3, 5), draw(6, 5, seed=1), draw(3, seed=2)
 
     results = []
     for f in (cross_entropy, reference_cross_entropy):
-        first = torch.autograd.grad((f(hidden, head, targets) * weight).sum(), [hidden, head], create_graph=True)
+        first = torch.autograd.grad(
+            (f(hidden, head, targets, soft_cap) * weight).sum(), [hidden, head], create_graph=True
+        )
         mixed = sum((g * draw(*g.shape, seed=3).detach()).sum() for g in first)
         results.append([*first, *torch.autograd.grad(mixed, [hidden, head, weight])])
     agree(*results)

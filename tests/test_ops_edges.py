@@ -154,16 +154,18 @@ def test_a_shared_weight_is_cast_once_and_its_gradient_is_of_its_own_type() -> N
     assert torch.equal(found, x.sum(0).float().expand(5, 3))
 
 
-def test_the_gradient_of_a_shared_bias_is_summed_in_float32() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_gradient_of_a_shared_bias_is_summed_in_float32(device: str) -> None:
     """In bfloat16 a sum of ones ends at 256."""
-    weight, bias = draw(5, 3, dtype=torch.float32), draw(5, seed=2, dtype=torch.float32)
+    weight, bias = (draw(*n, seed=2).detach().to(device, torch.float32).requires_grad_() for n in ((5, 3), (5,)))
     product = SharedWeight(weight, torch.bfloat16, bias)
-    x = torch.ones(100, 3, dtype=torch.bfloat16)
+    x = torch.ones(100, 3, dtype=torch.bfloat16, device=device)
     outs = [product(x) for _ in range(7)]
     assert torch.equal(outs[0], torch.nn.functional.linear(x, weight.bfloat16(), bias.bfloat16()))
-    (found,) = torch.autograd.grad(sum(out.sum() for out in outs), [bias])
-    assert found.dtype == torch.float32
-    assert torch.equal(found, torch.full((5,), 700.0))
+    found, of_weight = torch.autograd.grad(sum(out.sum() for out in outs), [bias, weight])
+    assert found.dtype == of_weight.dtype == torch.float32
+    assert torch.equal(found.cpu(), torch.full((5,), 700.0))
+    torch.testing.assert_close(of_weight.cpu(), torch.full((5, 3), 700.0), rtol=0.01, atol=0)
 
 
 def test_a_shared_weight_may_be_differentiated_again() -> None:

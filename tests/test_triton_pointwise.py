@@ -19,6 +19,7 @@ from longread.config import ModelConfig, Recompute
 from longread.model import Transformer, initialize
 from longread.ops.clipped_sgd import clipped_sgd
 from longread.ops.clipped_sgd.reference import reference_clipped_sgd
+from longread.ops.cross_entropy import cross_entropy
 from longread.ops.cross_entropy.reference import reference_cross_entropy
 from longread.ops.rms_norm.reference import reference_rms_norm
 from longread.ops.rotary import frequencies, rotation
@@ -291,6 +292,8 @@ def test_dispatch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert getattr(unit, name)(*arguments[op], **options) != "fused"
     monkeypatch.setattr(unit, "fusible", lambda *tensors: True)
     assert getattr(unit, name)(*arguments[op], **options) == "fused"
+    if op == "cross_entropy":
+        assert getattr(unit, name)(*arguments[op], soft_cap=3.0) != "fused"
 
 
 @pytest.mark.parametrize("recompute", ["none", "blocks", "step"])
@@ -322,6 +325,22 @@ def test_the_outer_gradient_through_all_kernels(recompute: Recompute, monkeypatc
     for op in ("rms_norm", "swiglu", "rotary", "cross_entropy", "clipped_sgd"):
         monkeypatch.setattr(importlib.import_module(f"longread.ops.{op}"), "fusible", lambda *tensors: True)
     agree(gradients(torch.float32), expected, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inner", [None, [0]], ids=["all", "hidden"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_soft_capped_cross_entropy_has_no_kernel_but_answers(dtype: torch.dtype, inner: list[int] | None) -> None:
+    targets = torch.randint(20_001, (301,), device=DEVICE)
+    with torch.no_grad():
+        inputs = [draw(301, 64, dtype=dtype), (0.5 * draw(20_001, 64, seed=9)).to(dtype)]
+    check(
+        lambda h, e: cross_entropy(h, e, targets, 5.0),
+        lambda h, e: reference_cross_entropy(h, e, targets, 5.0),
+        [x.requires_grad_() for x in inputs],
+        1e-4 if dtype == torch.float32 else 0.03,
+        inner=inner,
+    )
 
 
 @pytest.mark.gpu

@@ -6,10 +6,13 @@ dh = dz E, dE = dzᵀ h. Its own derivative, for cotangents u of dh and U of dE,
     ŵ = ⟨p, ż⟩ − ż[y]        ẑ = w∘p∘(ż − ⟨p, ż⟩)        ĥ = ẑ E + dz U        Ê = ẑᵀ h + dzᵀ u
 
 Only logsumexp(z) and ⟨p, ż⟩ couple the chunks, and one pass gives both.
+
+With a soft cap c, z = c tanh(r / c) of the raw logits r = h Eᵀ, with z' = 1 − (z / c)² and z'' = −2 z z' / c². Then
+dr = z'∘dz takes the place of dz, ż = z'∘ṙ with ṙ = u Eᵀ + h Uᵀ, and r̂ = z'∘(ẑ − 2/c² z∘ṙ∘dz) that of ẑ.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +24,10 @@ CHUNK = 16_384
 """Vocabulary entries whose logits exist at a time."""
 
 
-def chunked_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, soft_cap: float | None = None) -> Tensor:
     """The contract of `longread.ops.cross_entropy.cross_entropy`."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return _NLL.apply(flat, head.to(hidden.dtype), targets.reshape(-1)).view(targets.shape)
+    return _NLL.apply(flat, head.to(hidden.dtype), targets.reshape(-1), soft_cap).view(targets.shape)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -36,6 +39,26 @@ def _chunks(vocab_size: int) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK, vocab_size))
 
 
+def _capped(raw: Tensor, cap: float | None) -> Tensor:
+    """z, in place of r."""
+    return raw if cap is None else raw.div_(cap).tanh_().mul_(cap)
+
+
+def _slope(z: Tensor, cap: float | None) -> Tensor | None:
+    """z' where the logits are capped."""
+    return None if cap is None else (z / cap).square_().neg_().add_(1)
+
+
+def _times(x: Tensor, slope: Tensor | None) -> Tensor:
+    """x∘z', in place."""
+    return x if slope is None else x.mul_(slope)
+
+
+def _at_target(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """r[y]"""
+    return torch.linalg.vecdot(_wide(h), _wide(head[targets]))
+
+
 def _subtract_one_hot(p: Tensor, targets: Tensor, chunk: slice) -> Tensor:
     """p − onehot(targets), in place, where `p` holds the columns of `chunk`."""
     local = targets - chunk.start
@@ -45,21 +68,22 @@ def _subtract_one_hot(p: Tensor, targets: Tensor, chunk: slice) -> Tensor:
 
 class _NLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, head: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         log_sum = None
         for chunk in _chunks(head.shape[0]):
-            partial = _wide(h @ head[chunk].t()).logsumexp(-1)
+            partial = _capped(_wide(h @ head[chunk].t()), cap).logsumexp(-1)
             log_sum = partial if log_sum is None else torch.logaddexp(log_sum, partial)
         if log_sum is None:
             raise ValueError("the vocabulary is empty")
         ctx.save_for_backward(h, head, targets, log_sum)
-        return log_sum - _wide(torch.linalg.vecdot(_wide(h), _wide(head[targets])))
+        ctx.cap = cap
+        return log_sum - _capped(_at_target(h, head, targets), cap)
 
     @staticmethod
-    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         h, head, targets, log_sum = ctx.saved_tensors
-        dh, dhead = NLLGradient.apply(h, head, w, targets, log_sum, needed_inputs(ctx)[:2])
-        return dh, dhead, None
+        dh, dhead = NLLGradient.apply(h, head, w, targets, log_sum, needed_inputs(ctx)[:2], ctx.cap)
+        return dh, dhead, None, None
 
 
 class NLLGradient(torch.autograd.Function):
@@ -67,18 +91,29 @@ class NLLGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, head: Tensor, w: Tensor, targets: Tensor, log_sum: Tensor, needs: tuple[bool, bool]
+        ctx: Any,
+        h: Tensor,
+        head: Tensor,
+        w: Tensor,
+        targets: Tensor,
+        log_sum: Tensor,
+        needs: tuple[bool, bool],
+        cap: float | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         dh = torch.zeros_like(h) if needs[0] else None
         dhead = torch.empty_like(head) if needs[1] else None
         for chunk in _chunks(head.shape[0]):
-            p = _wide(h @ head[chunk].t()).sub_(log_sum.unsqueeze(-1)).exp_()
-            dz = _subtract_one_hot(p, targets, chunk).mul_(w.unsqueeze(-1)).to(h.dtype)
+            z = _capped(_wide(h @ head[chunk].t()), cap)
+            slope = _slope(z, cap)
+            p = z.sub_(log_sum.unsqueeze(-1)).exp_()
+            dz = _subtract_one_hot(p, targets, chunk).mul_(w.unsqueeze(-1))
+            dr = _times(dz, slope).to(h.dtype)
             if dh is not None:
-                dh.addmm_(dz, head[chunk])
+                dh.addmm_(dr, head[chunk])
             if dhead is not None:
-                torch.mm(dz.t(), h, out=dhead[chunk])
+                torch.mm(dr.t(), h, out=dhead[chunk])
         ctx.save_for_backward(h, head, w, targets, log_sum)
+        ctx.cap = cap
         ctx.set_materialize_grads(False)
         return dh, dhead
 
@@ -86,47 +121,72 @@ class NLLGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, u: Tensor | None, U: Tensor | None) -> tuple[Any, ...]:
         h, head, w, targets, log_sum = ctx.saved_tensors
+        cap = ctx.cap
         if u is None and U is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
 
-        def logits_and_tangent(chunk: slice) -> tuple[Tensor, Tensor]:
+        def logits_and_tangent(chunk: slice) -> _Logits:
             tangent = None if u is None else u @ head[chunk].t()
             if U is not None:
                 from_head = h @ U[chunk].t()
                 tangent = from_head if tangent is None else tangent.add_(from_head)
-            return _wide(h @ head[chunk].t()), _wide(tangent)  # type: ignore[arg-type]
+            z, tangent = _capped(_wide(h @ head[chunk].t()), cap), _wide(tangent)  # type: ignore[arg-type]
+            if cap is None:
+                return _Logits(z, tangent, None, None)
+            slope = _slope(z, cap)
+            turn = (z * tangent).mul_(2 / cap**2)
+            return _Logits(z, _times(tangent, slope), slope, turn)
 
         chunks = list(_chunks(head.shape[0]))
         if len(chunks) == 1:
             kept = logits_and_tangent(chunks[0])
-            mean_tangent = torch.linalg.vecdot((kept[0] - log_sum.unsqueeze(-1)).exp_(), kept[1])
+            mean_tangent = torch.linalg.vecdot((kept.z - log_sum.unsqueeze(-1)).exp_(), kept.tangent)
         else:
             kept = None
             mean_tangent = torch.zeros_like(log_sum)
             for chunk in chunks:
-                z, z_dot = logits_and_tangent(chunk)
+                z, z_dot, *_ = logits_and_tangent(chunk)
                 mean_tangent += torch.linalg.vecdot(z.sub_(log_sum.unsqueeze(-1)).exp_(), z_dot)
 
         h_hat, head_hat = torch.zeros_like(h), torch.empty_like(head)
         for chunk in chunks:
-            z, z_dot = kept if kept is not None else logits_and_tangent(chunk)
+            z, z_dot, slope, turn = kept if kept is not None else logits_and_tangent(chunk)
             p = z.sub_(log_sum.unsqueeze(-1)).exp_()
-            z_hat = z_dot.sub_(mean_tangent.unsqueeze(-1)).mul_(p).mul_(w.unsqueeze(-1)).to(h.dtype)
-            dz = _subtract_one_hot(p, targets, chunk).mul_(w.unsqueeze(-1)).to(h.dtype)
-            h_hat.addmm_(z_hat, head[chunk])
-            torch.mm(z_hat.t(), h, out=head_hat[chunk])
+            z_hat = z_dot.sub_(mean_tangent.unsqueeze(-1)).mul_(p).mul_(w.unsqueeze(-1))
+            dz = _subtract_one_hot(p, targets, chunk).mul_(w.unsqueeze(-1))
+            if turn is not None:
+                z_hat.sub_(turn.mul_(dz))
+            r_hat, dr = _times(z_hat, slope).to(h.dtype), _times(dz, slope).to(h.dtype)
+            h_hat.addmm_(r_hat, head[chunk])
+            torch.mm(r_hat.t(), h, out=head_hat[chunk])
             if u is not None:
-                head_hat[chunk].addmm_(dz.t(), u)
+                head_hat[chunk].addmm_(dr.t(), u)
             if U is not None:
-                h_hat.addmm_(dz, U[chunk])
+                h_hat.addmm_(dr, U[chunk])
         w_hat = None
         if ctx.needs_input_grad[2]:
-            w_hat = mean_tangent - _tangent_at_target(u, U, h, head, targets)
-        return h_hat, head_hat, w_hat, None, None, None
+            at_target = _tangent_at_target(u, U, h, head, targets)
+            if cap is not None:
+                slope = _slope(_capped(_at_target(h, head, targets), cap), cap)
+                at_target = _times(at_target, slope)
+            w_hat = mean_tangent - at_target
+        return h_hat, head_hat, w_hat, None, None, None, None
+
+
+class _Logits(NamedTuple):
+    """Of a chunk of the vocabulary, each [tokens, entries]."""
+
+    z: Tensor
+    tangent: Tensor
+    """ż"""
+    slope: Tensor | None
+    """z', and"""
+    turn: Tensor | None
+    """2/c² z∘ṙ, where the logits are capped."""
 
 
 def _tangent_at_target(u: Tensor | None, U: Tensor | None, h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """ż[y]"""
+    """ṙ[y]"""
     total = torch.zeros_like(_wide(h[:, 0]))
     if u is not None:
         total += torch.linalg.vecdot(_wide(u), _wide(head[targets]))

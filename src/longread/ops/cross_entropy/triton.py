@@ -83,7 +83,7 @@ class _NLL(torch.autograd.Function):
             if w is None:
                 return None, None, None, None
             if needs[1]:
-                return *NLLGradient.apply(h, head, w, targets, log_sum, needs), None, None
+                return *NLLGradient.apply(h, head, w, targets, log_sum, needs, None), None, None
             return _ScaledSlope.apply(slope, w, h.dtype), None, None, None
         if a is not None:
             w = torch.zeros_like(log_sum) if w is None else w.contiguous()
