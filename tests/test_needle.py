@@ -246,6 +246,9 @@ def trained_to_copy(window: int, monkeypatch: pytest.MonkeyPatch) -> Transformer
         def read(self, tokens: torch.Tensor) -> None:
             self.step += 1
 
+        def rest(self) -> None:
+            pass
+
     monkeypatch.setattr("longread.evaluate.continuation.Decoder", Decoder)
     return reader
 

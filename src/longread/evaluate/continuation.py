@@ -103,6 +103,7 @@ def continue_texts(
             break
         if len(written) < max_tokens:
             decoder.read(token)
+    decoder.rest()
     tokens = torch.stack(written, 1) if written else prompts.new_empty(len(prompts), 0)
     first = [next((i for i, fine in enumerate(row) if not fine), None) for row in sound[:, : len(written)].tolist()]
     return Continuation(tokens.cpu(), [None if i is None else prompts.shape[1] + i for i in first], probed)

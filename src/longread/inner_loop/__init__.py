@@ -8,6 +8,7 @@ captured.py  long stretches of it on a GPU, as replays of CUDA graphs
 drift.py     how far reading has moved the fast weights
 rescue.py    what is done when learning has broken a reader
 decoding.py  one token after the other, for writing
+lending.py   who has the places in which that is done
 """
 
 from longread.inner_loop.decoding import Decoder

@@ -4,112 +4,210 @@ Between two inner steps a token costs one pass through the network, for which `r
 step itself stays `read`'s: when a mini-batch is complete, the state leaves its places, the next token is read, and the
 state comes back.
 
-A model has one set of places for each batch size, so decoders of several texts take turns in it. Taking turns copies
-windows; it changes no result. A model with other mixers than attention is read by `read` alone.
+A decoder owns its places while it works, so nobody else's token disturbs it; `rest` lets others have them
+(`lending.py`). A model with other mixers than attention is read by `read` alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
+from longread.inner_loop.batches import apart, shapes_of, together
+from longread.inner_loop.lending import Lent, lender_of
 from longread.inner_loop.places import Places
 from longread.inner_loop.reading import next_token_logits, read
 from longread.inner_loop.state import ReadingState
 from longread.model import Transformer
 
 
+@dataclass(eq=False)
+class Text:
+    """What a decoder goes on from: the sequences of one state."""
+
+    lanes: slice
+    position: int
+    """Tokens read."""
+    rolled_back: Tensor
+    """How many of its inner steps, of all its sequences together, were refused, int64 []."""
+    state: ReadingState | None
+    """None while it is in the places."""
+    steps: int = 0
+    """Inner steps that it came to."""
+    last_logits: Tensor | None = None
+    """Of its next tokens, where it is not gone on with."""
+
+    @property
+    def size(self) -> int:
+        return self.lanes.stop - self.lanes.start
+
+
 class Decoder:
-    """B sequences that go on from `state`, a token at a time.
+    """Sequences that go on from one state, or each from its own, a token at a time.
 
     Args:
-        state: of at least one token.
+        state: of at least one token; several of them are of one sequence each, at any positions.
         learn: False reads with the weights as they are, as in `longread.inner_loop.read`.
     """
 
-    def __init__(self, model: Transformer, state: ReadingState, inner: InnerConfig, *, learn: bool = True) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        state: ReadingState | Sequence[ReadingState],
+        inner: InnerConfig,
+        *,
+        learn: bool = True,
+    ) -> None:
         self.model, self.inner, self.learn = model, inner, learn and model.config.num_suffix_blocks > 0
-        if not self.learn and state.hidden.shape[1]:  # what waits is never learned from
-            state = dataclasses.replace(
-                state, hidden=state.hidden[:, :0], targets=state.targets[:, :0], targets_mask=state.targets_mask[:, :0]
-            )
-        self.position = state.position
-        """Tokens read."""
-        self.steps = 0
-        """Inner steps that it came to."""
-        self.rolled_back = torch.zeros((), dtype=torch.long, device=state.output.device)
-        """Those of them, of all sequences together, that were refused."""
-        self._state: ReadingState | None = state  # None while it is in the places
-        self._batch_size = len(state.output)
+        self.texts: list[Text] = []
+        """One for each state that was given, in their order."""
+        lane = 0
+        for one in [state] if isinstance(state, ReadingState) else state:
+            lanes = slice(lane, lane + len(one.output))
+            refused = torch.zeros((), dtype=torch.long, device=one.output.device)
+            self.texts.append(Text(lanes, one.position, refused, one if self.learn else _without_waiting(one)))
+            lane = lanes.stop
+        self._lanes = lane
         self._has_places = model.config.mixer == "attention"
+        self._lent: Lent | None = None  # while it works
+
+    @property
+    def position(self) -> int:
+        """Tokens read, of the first text."""
+        return self.texts[0].position
+
+    @property
+    def steps(self) -> int:
+        """Inner steps that the first text came to."""
+        return self.texts[0].steps
+
+    @property
+    def rolled_back(self) -> Tensor:
+        """Those of them, of all its sequences together, that were refused."""
+        return self.texts[0].rolled_back
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """Of the next token, [B, V], float32 or wider; overwritten when it is read."""
+        """Of the next token of every sequence, [B, V], float32 or wider."""
         if not self._has_places:
-            return next_token_logits(self.model, self.state())
-        return self._places().logits(self._batch_size)
+            return torch.cat([next_token_logits(self.model, _of(text)) for text in self.texts])
+        logits = self._places().logits(self._lanes).clone()
+        for text in self.texts:
+            if text.last_logits is not None:
+                logits[text.lanes] = text.last_logits
+        return logits
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> None:
-        """Reads one more token of each sequence, int64 [B]."""
-        self.position += 1
+        """Reads one more token of each sequence, int64 [B]; those of texts that have left are not looked at."""
+        going = [text for text in self.texts if text.last_logits is None]
         if not self._has_places:
-            self._state = self._step(self.state(), tokens)
-            return
-        places = self._places()
-        if places.due(0):
-            places.put(0, self._step(places.take(0, self._batch_size), tokens), learn=self.learn)
-        else:
-            places.read(tokens)
+            for text, state in zip(going, self._stepped(going, [_of(text) for text in going], tokens), strict=True):
+                text.state, text.position = state, text.position + 1
+        elif going:
+            places = self._places()
+            due = [text for text in going if places.due(text.lanes.start)]
+            after = self._stepped(due, [places.take(text.lanes.start, text.size) for text in due], tokens)
+            for text, state in zip(due, after, strict=True):  # whatever is computed in their lanes now, nobody sees
+                text.state, text.position = state, text.position + 1
+                places.leave(text.lanes.start)
+            others = [text for text in going if text not in due]
+            if others:
+                places.read(tokens)
+            for text in others:
+                text.position += 1
 
-    def _step(self, state: ReadingState, tokens: Tensor) -> ReadingState:
-        found = read(self.model, state, tokens.unsqueeze(1), inner=self.inner, learn=self.learn, guard=True)
-        self.steps += found.rolled_back.shape[1]
-        self.rolled_back = self.rolled_back + found.rolled_back.sum()
-        return found.state
+    def _stepped(self, texts: Sequence[Text], states: Sequence[ReadingState], tokens: Tensor) -> list[ReadingState]:
+        """The states after one more token of each of these texts, read by `read`."""
+        alike: dict[object, list[int]] = {}
+        for i, state in enumerate(states):
+            alike.setdefault(shapes_of(state), []).append(i)
+        after = list(states)
+        for group in alike.values():
+            own = torch.cat([tokens[texts[i].lanes] for i in group]).unsqueeze(1)
+            state = together([states[i] for i in group])
+            found = read(self.model, state, own, inner=self.inner, learn=self.learn, guard=True)
+            found_states = [found.state] if len(group) == 1 else apart(found.state)
+            refusals = found.rolled_back.split([texts[i].size for i in group])
+            for i, moved, refused in zip(group, found_states, refusals, strict=True):
+                texts[i].steps += refused.shape[1]
+                texts[i].rolled_back = texts[i].rolled_back + refused.sum()
+                after[i] = moved
+        return after
+
+    def leave(self, index: int) -> None:
+        """Goes on without a text, which stays as it is and keeps its rows of the logits."""
+        text = self.texts[index]
+        if text.last_logits is not None:
+            return
+        text.last_logits = self.logits()[text.lanes]
+        if self._has_places:
+            text.state = self.states()[index]
+            self._places().leave(text.lanes.start)
 
     @torch.no_grad()
+    def states(self) -> list[ReadingState]:
+        """What `longread.inner_loop.read` goes on with, of each text; values, copied out of the places."""
+        if all(text.state is not None for text in self.texts):
+            return [_of(text) for text in self.texts]
+        places = self._places()
+        return [places.take(t.lanes.start, t.size) if t.state is None else t.state for t in self.texts]
+
     def state(self) -> ReadingState:
-        """What `longread.inner_loop.read` goes on with; a value, copied out of the places."""
-        return self._places().take(0, self._batch_size) if self._state is None else self._state
+        """That of the first text."""
+        return self.states()[0]
+
+    def rest(self) -> None:
+        """Lets others have its places, from which it moves out if they come before it is asked for more."""
+        if self._lent is not None:
+            lent, self._lent = self._lent, None
+            lender_of(self.model).give_back(lent, self)
+
+    def end(self) -> list[ReadingState]:
+        """Moves out of its places, which others may have, and gives the states."""
+        if any(text.state is None for text in self.texts):
+            self.move_out(self._places())
+        if self._lent is not None:
+            lent, self._lent = self._lent, None
+            lender_of(self.model).give_back(lent, None)
+        return [_of(text) for text in self.texts]
+
+    @torch.no_grad()
+    def move_out(self, places: Places) -> None:
+        """Takes its texts out of `places`, as values."""
+        for text in self.texts:
+            if text.state is None:
+                text.state = places.take(text.lanes.start, text.size)
+                places.leave(text.lanes.start)
 
     def _places(self) -> Places:
-        """The places, with this text in them."""
-        of_model = _PLACES.setdefault(self.model, {})
-        key, identity = (self._batch_size, self.learn), _identity(self.model)
-        shared = of_model.get(key)
-        if shared is not None and (shared.built_for != identity or shared.occupant() is not self):
-            occupant = shared.occupant()
-            if occupant is not None:
-                occupant._state = shared.places.take(0, self._batch_size)
-            shared.occupant = weakref.ref(self)
-        if shared is None or shared.built_for != identity:
-            places = Places(self.model, self._batch_size, learn=self.learn)
-            shared = of_model[key] = _Shared(places, identity, weakref.ref(self))
-        if self._state is not None:
-            shared.places.put(0, self._state, learn=self.learn)
-            self._state = None
-        return shared.places
+        """The places, with these texts in them."""
+        if self._lent is not None and not self._lent.fits(self.model, self._lanes, learn=self.learn):
+            self.move_out(self._lent.places)
+            self._lent = None
+        if self._lent is None:
+            self._lent = lender_of(self.model).lend(self.model, self, self._lanes, learn=self.learn)
+        places = self._lent.places
+        for text in self.texts:
+            if text.state is not None and text.last_logits is None:
+                places.put(text.lanes.start, text.state, learn=self.learn)
+                text.state = None
+        return places
 
 
-@dataclass
-class _Shared:
-    """Places in which decoders take turns."""
-
-    places: Places
-    built_for: tuple[int, torch.dtype]
-    occupant: weakref.ref[Decoder]
+def _of(text: Text) -> ReadingState:
+    if text.state is None:
+        raise LookupError("the text is in the places")
+    return text.state
 
 
-_PLACES: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, bool], _Shared]] = weakref.WeakKeyDictionary()
-
-
-def _identity(model: Transformer) -> tuple[int, torch.dtype]:
-    """Changes when the model moves or is cast."""
-    return model.embedding.weight.data_ptr(), model.dtype
+def _without_waiting(state: ReadingState) -> ReadingState:
+    """What waits is never learned from by who reads frozen."""
+    return dataclasses.replace(
+        state, hidden=state.hidden[:, :0], targets=state.targets[:, :0], targets_mask=state.targets_mask[:, :0]
+    )

@@ -166,7 +166,7 @@ class Session:
     @property
     def _state(self) -> ReadingState:
         if self._decoder is not None:
-            self._at_rest = self._decoder.state()
+            (self._at_rest,) = self._decoder.end()
             self._counted(self._decoder.steps, self._decoder.rolled_back)
             self._decoder = None
         if self._at_rest is None:
@@ -315,17 +315,21 @@ class Session:
     ) -> Generator[int, None, None]:
         generator = seeded(seed, self.model.device)
         window = self.model.config.window_size
-        for _ in range(max_tokens):
-            decoder = self._decoding()
-            logits = decoder.logits()[0]
-            if repetition_penalty != 1.0:
-                logits = penalised(logits, self._recent, repetition_penalty)
-            token = draw(logits, temperature, top_p, top_k, generator)
-            if token in stop_ids:
-                return
-            decoder.read(torch.tensor([token], device=self.model.device))
-            self._recent = [*self._recent, token][-window:]
-            yield token
+        try:
+            for _ in range(max_tokens):
+                decoder = self._decoding()
+                logits = decoder.logits()[0]
+                if repetition_penalty != 1.0:
+                    logits = penalised(logits, self._recent, repetition_penalty)
+                token = draw(logits, temperature, top_p, top_k, generator)
+                if token in stop_ids:
+                    return
+                decoder.read(torch.tensor([token], device=self.model.device))
+                self._recent = [*self._recent, token][-window:]
+                yield token
+        finally:
+            if self._decoder is not None:
+                self._decoder.rest()
 
     def write(
         self,

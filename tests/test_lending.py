@@ -1,0 +1,232 @@
+"""Who has the places in which a model decodes: readers of one model never disturb each other, and memory comes back."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from longread.inner_loop import Decoder, ReadingState, begin, next_token_logits, read
+from longread.inner_loop.lending import KEPT, lender_of
+from longread.inner_loop.places import Places
+from longread.model import Transformer
+from longread.session import Session
+from tests.tiny import INNER, M, make, text
+
+
+def after(model: Transformer, n: int, seed: int = 0, B: int = 1, *, learn: bool = True) -> ReadingState:
+    tokens = torch.tensor([text(n, 10 * seed + b) for b in range(B)])
+    return read(model, begin(model, B), tokens, inner=INNER, learn=learn).state
+
+
+def reader(model: Transformer, seed: int = 0, n: int = 9) -> Session:
+    session = Session(model, INNER)
+    session.read(text(n, seed))
+    return session
+
+
+def greedy(decoder: Decoder, steps: int) -> list[int]:
+    found = []
+    for _ in range(steps):
+        token = decoder.logits().argmax(-1)
+        decoder.read(token)
+        found.append(int(token[0]))
+    return found
+
+
+def test_logits_are_values() -> None:
+    """Neither its own next token changes them nor another reader of the model."""
+    model = make()
+    decoders = [Decoder(model, after(model, 9, seed), INNER) for seed in (1, 2)]
+    first = decoders[0].logits()
+    kept = first.clone()
+    second = decoders[1].logits()
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+    decoders[0].read(torch.tensor([3]))
+    decoders[1].read(torch.tensor([4]))
+    assert torch.equal(first, kept)
+
+
+def test_two_that_write_by_turns_give_what_each_gives_alone() -> None:
+    """To the last bit, over several inner steps, one of them frozen for a while."""
+    model = make()
+    alone = [list(reader(make(), seed).generate(3 * M, seed=seed)) for seed in (1, 2)]
+    sessions = [reader(model, seed) for seed in (1, 2)]
+    writers = [session.generate(3 * M, seed=seed) for session, seed in zip(sessions, (1, 2), strict=True)]
+    assert [list(pair) for pair in zip(*zip(*writers, strict=True), strict=True)] == alone
+    other = reader(make(), 2)
+    list(other.generate(3 * M, seed=2))
+    for a, b in zip(sessions[1].state.tensors, other.state.tensors, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_who_works_has_places_of_its_own_and_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    decoders = [Decoder(model, after(model, 9, seed), INNER) for seed in (1, 2, 3)]
+    for decoder in decoders:
+        decoder.logits()
+    moves: list[str] = []
+    for name in ("put", "take"):
+        monkeypatch.setattr(Places, name, lambda *a, name=name, **k: moves.append(name))
+    for decoder in (*decoders, *decoders):
+        decoder.logits()
+        decoder.read(torch.tensor([1]))
+    assert moves == []
+    decoders[0].rest()
+    decoders[0].logits()  # back before anybody else came
+    assert moves == []
+
+
+def test_who_rests_moves_out_for_others_and_goes_on() -> None:
+    model = make(3, torch.float64)
+    resting, state = Decoder(model, after(model, 6, 1), INNER), after(model, 6, 1)
+    resting.read(torch.tensor([7]))
+    state = read(model, state, torch.tensor([[7]]), inner=INNER).state
+    resting.rest()
+    (places,) = lender_of(model).resting
+    other = Decoder(model, after(model, 9, 2), INNER)
+    other.read(torch.tensor([1]))
+    assert lender_of(model).resting == []
+    assert other._lent is places  # not made anew
+    torch.testing.assert_close(resting.logits(), next_token_logits(model, state), rtol=1e-10, atol=1e-10)
+    for token in text(2 * M, 4):
+        resting.read(torch.tensor([token]))
+        state = read(model, state, torch.tensor([[token]]), inner=INNER).state
+        for a, b in zip(resting.state().tensors, state.tensors, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_few_places_rest() -> None:
+    """However many sessions have written, and whoever is forgotten while it writes."""
+    model = make()
+    sessions = [reader(model, seed) for seed in range(4)]
+    for session in sessions:
+        list(session.generate(2, seed=0))
+    assert len(lender_of(model).resting) == 1
+    for B in (2, 3, 4):
+        decoder = Decoder(model, after(model, 5, B=B), INNER)
+        decoder.logits()
+        decoder.rest()
+    assert len(lender_of(model).resting) == KEPT
+    writer = sessions[0].generate(5, seed=0)
+    next(writer)
+    assert sessions[0]._decoder is not None
+    working = sessions[0]._decoder._lent
+    assert working is not None
+    gone = weakref.ref(working.places)
+    del working, writer
+    gc.collect()
+    assert gone() in [lent.places for lent in lender_of(model).resting]  # a generator that is closed rests
+    lost = Decoder(model, after(model, 5), INNER)
+    lost.logits()
+    gone = weakref.ref(lost._lent.places)  # type: ignore[union-attr]
+    del lost
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_session_that_was_moved_out_is_what_it_was() -> None:
+    model = make()
+    sessions, alone = [reader(model, seed) for seed in range(3)], [reader(make(), seed) for seed in range(3)]
+    for _ in range(3):
+        for session, other in zip(sessions, alone, strict=True):
+            assert list(session.generate(3, seed=1)) == list(other.generate(3, seed=1))
+    for session, other in zip(sessions, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(session.state.tensors, other.state.tensors, strict=True))
+        assert (session.position, session.steps) == (other.position, other.steps) == (18, 4)
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"mixer": "mamba2", "num_suffix_blocks": 0}], ids=str)
+def test_texts_at_their_own_positions_go_on_together(changes: dict, learn: bool) -> None:
+    """Each as if it were alone: its logits, its state, its steps; who takes a step holds nobody up."""
+    model = make(3, torch.float64, **changes)
+    lengths = (1, M, M + 1, 2 * M, 3 * M + 2, 2 * M)
+    states = [after(model, n, seed, learn=learn) for seed, n in enumerate(lengths)]
+    decoder = Decoder(model, states, INNER, learn=learn)
+    alone = [Decoder(model, state, INNER, learn=learn) for state in states]
+    for step in range(2 * M + 1):
+        expected = torch.cat([one.logits() for one in alone])
+        torch.testing.assert_close(decoder.logits(), expected, rtol=1e-9, atol=1e-9)
+        tokens = torch.tensor(text(len(states), 50 + step))
+        decoder.read(tokens)
+        for one, token in zip(alone, tokens, strict=True):
+            one.read(token[None])
+    for row, one, state in zip(decoder.texts, alone, decoder.states(), strict=True):
+        assert (row.position, row.steps, int(row.rolled_back)) == (one.position, one.steps, int(one.rolled_back))
+        for a, b in zip(state.tensors, one.state().tensors, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixer": "mamba2", "num_suffix_blocks": 0}], ids=str)
+def test_a_text_that_has_left_stays_as_it_is(changes: dict) -> None:
+    """And may do so from the beginning; the others go on, also when they had to move out meanwhile."""
+    model = make(3, torch.float64, **changes)
+    states = [after(model, n, seed) for seed, n in enumerate((M, 6, 2 * M + 1))]
+    decoder, alone = Decoder(model, states, INNER), Decoder(model, states[1], INNER)
+    decoder.leave(0)
+    for step in range(M + 2):
+        tokens = torch.tensor([0, 5 + step, 2])
+        decoder.read(tokens)
+        alone.read(tokens[1:2])
+        if step == 2:
+            decoder.leave(2)
+            decoder.leave(2)
+            decoder.rest()
+            Decoder(model, states, INNER).logits()
+    expected = [next_token_logits(model, state) for state in decoder.states()]
+    torch.testing.assert_close(decoder.logits(), torch.cat(expected), rtol=1e-9, atol=1e-9)
+    assert [one.position for one in decoder.texts] == [M, 8 + M, 2 * M + 4]
+    for a, b in zip(decoder.states()[0].tensors, states[0].tensors, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(decoder.states()[1].tensors, alone.state().tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for one in (0, 1):
+        decoder.leave(one)
+    decoder.read(torch.tensor([1, 1, 1]))  # nobody does
+    assert [state.position for state in decoder.end()] == [M, 8 + M, 2 * M + 4]
+    if model.config.mixer == "attention":
+        assert lender_of(model).resting[-1].resting() is None
+
+
+def test_threads_write_with_one_model() -> None:
+    def write(seed: int) -> list[int]:
+        session, written = sessions[seed], []
+        for _ in range(4):
+            written += list(session.generate(M, seed=seed))
+        return written
+
+    expected = []
+    for seed in range(4):
+        session = reader(make(), seed)
+        expected.append([token for _ in range(4) for token in session.generate(M, seed=seed)])
+    model = make()
+    sessions = [reader(model, seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(write, range(4))) == expected
+
+
+def tensors_of(decoder: Decoder) -> list[Tensor]:
+    return decoder.state().tensors
+
+
+def test_an_interrupted_step_leaves_the_text_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(3, torch.float64)
+    decoder = Decoder(model, [after(model, M), after(model, M + 2, 1)], INNER)
+    before = [x.clone() for x in tensors_of(decoder)]
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longread.inner_loop.decoding.read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.read(torch.tensor([1, 2]))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(decoder), before, strict=True))
+    assert [one.position for one in decoder.texts] == [M, M + 2]
+    assert greedy(decoder, 3) == greedy(Decoder(model, after(model, M), INNER), 3)
