@@ -21,7 +21,7 @@ from longread.model.mixers.attention import Attention, Past
 from longread.model.mixers.recurrent import RecurrentMixer
 from longread.model.mixers.registry import RECURRENT
 from longread.ops.attention import KEPT_OPERATIONS
-from longread.ops.cross_entropy import cross_entropy
+from longread.ops.cross_entropy import capped, cross_entropy
 from longread.ops.linear import SharedWeight
 from longread.ops.rotary import Scaling, frequencies, rotation
 
@@ -250,15 +250,14 @@ class Transformer(nn.Module):
     def token_losses(self, output: Tensor, target_ids: Tensor) -> Tensor:
         """−log p of each target [B, T], given `upper`'s output [B, T, D]; float32 or wider."""
         head = self.head_weight if self._shared_head is None else self._shared_head
-        cap = self.config.logit_soft_cap
-        return cross_entropy(output, head, target_ids, **({} if cap is None else {"soft_cap": cap}))
+        return cross_entropy(output, head, target_ids, soft_cap=self.config.logit_soft_cap)
 
     def logits(self, output: Tensor) -> Tensor:
         """[..., V], float32 or wider, from `upper`'s output [..., D]."""
         logits = output @ self.head_weight.to(output.dtype).t()
         logits = logits if logits.dtype == torch.float64 else logits.float()
         cap = self.config.logit_soft_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else capped(logits, cap)
 
     def advance(
         self, pasts: Sequence[MixerPast], own: Sequence[MixerPast], first: int, extra: int = 0
