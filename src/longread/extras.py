@@ -13,6 +13,7 @@ PACKAGES = {
     "fla": "fla-core",
     "hf": "transformers",
     "fsspec": "fsspec",
+    "lm-eval": "lm_eval jinja2 tqdm",
     "serve": "fastapi uvicorn pydantic prometheus-client",
 }
 
