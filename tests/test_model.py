@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from benchmarks import naive
 from longread.config import ModelConfig, OptimizerConfig
-from longread.model import Transformer, free_bytes, initialize
+from longread.model import Transformer, free_bytes, initialize, undrawn
 from longread.model.layers import Linear
 from longread.ops.rotary import frequencies, rotate, rotation
 from longread.outer_loop import end_to_end_loss, static_loss
@@ -221,3 +222,18 @@ def test_the_outer_gradient_of_biases_is_their_slope() -> None:
             losses.append(loss().item())
         bias.data.zero_()
         assert (bias.grad @ way).item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": True, "tie_embeddings": False}, {"mixer": "mamba2", "num_suffix_blocks": 0}], ids=str
+)
+def test_a_network_that_is_not_drawn(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = config(**changes)
+    if c.mixer == "attention":
+        monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # seconds, for nothing
+    empty = undrawn(c)
+    monkeypatch.undo()
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    drawn = Transformer(c).state_dict()
+    assert {name: p.shape for name, p in empty.state_dict().items()} == {name: p.shape for name, p in drawn.items()}
+    assert list(empty.state_dict()) == list(drawn)

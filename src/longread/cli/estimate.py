@@ -205,10 +205,9 @@ def _on_no_device(config: ModelConfig, precision: str) -> Transformer:
     """The model without its numbers."""
     import torch
 
-    from longread.model import Transformer
+    from longread.model import undrawn
 
-    with torch.device("meta"):
-        return Transformer(config).to(getattr(torch, precision))
+    return undrawn(config).to(getattr(torch, precision))
 
 
 def _shown(size: int) -> str:

@@ -6,6 +6,7 @@ from longread.model.mixers.attention import Attention, Past, Ring
 from longread.model.mixers.recurrent import RecurrentMixer
 from longread.model.mixers.registry import register_mixer
 from longread.model.transformer import FastWeights, MixerPast, Transformer, initialize
+from longread.model.undrawn import undrawn
 
 __all__ = [
     "Attention",
@@ -20,4 +21,5 @@ __all__ = [
     "free_bytes",
     "initialize",
     "register_mixer",
+    "undrawn",
 ]
