@@ -12,6 +12,7 @@ PACKAGES = {
     "trackio": "trackio",
     "fla": "fla-core",
     "hf": "transformers",
+    "gguf": "gguf",
     "fsspec": "fsspec",
     "lm-eval": "lm_eval jinja2 tqdm",
     "serve": "fastapi uvicorn pydantic prometheus-client",

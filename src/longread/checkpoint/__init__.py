@@ -3,6 +3,7 @@
 model      a model directory: config.json + model.safetensors
 training   the checkpoints of a run, from which training resumes exactly
 load       a model from any of these
+streamed   a model directory written parameter by parameter
 official   to and from the layout of the official implementation
 """
 
@@ -18,6 +19,7 @@ from longread.checkpoint.official import (
     model_config_from_official,
     to_official,
 )
+from longread.checkpoint.streamed import Layout, save_streamed, stream_safetensors
 from longread.checkpoint.training import (
     CHECKPOINTS,
     Checkpoint,
@@ -31,6 +33,7 @@ from longread.model import fingerprint_of
 __all__ = [
     "CHECKPOINTS",
     "Checkpoint",
+    "Layout",
     "LoadedModel",
     "export_official",
     "fill",
@@ -44,6 +47,8 @@ __all__ = [
     "newest_checkpoint",
     "read_checkpoint",
     "save_model",
+    "save_streamed",
+    "stream_safetensors",
     "to_official",
     "verify_checkpoint",
     "write_checkpoint",

@@ -27,18 +27,26 @@ class LoadedModel(NamedTuple):
     metadata: dict[str, Any]
     """What config.json says: the tokenizer's fingerprint and where the model comes from."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether it was trained to learn while it reads; a model that was only converted was not."""
+        return self.metadata.get("learns") is not False
+
 
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LoadedModel:
     """Loads a model from a model directory, a run (its final model, else its newest checkpoint) or a checkpoint.
 
-    `dtype` None keeps the stored one. Raises `UserError` with the reason if there is no model at `path`, if it is
-    damaged, or if its weights are not those of its config.
+    `dtype` None keeps the stored one. Gains that are stored wider than the matrices stay as they are. Raises
+    `UserError` with the reason if there is no model at `path`, if it is damaged, or if its weights are not those of
+    its config.
     """
     path = Path(path)
     model, inner, metadata = read_model(_find(path))
-    model.to(device=device, dtype=dtype)
+    model.to(device=device)
+    if dtype is not None:
+        _cast(model, dtype)
     return LoadedModel(model, inner, find_tokenizer(path), metadata["fingerprint"], metadata)
 
 
@@ -70,6 +78,14 @@ def _find(path: Path) -> Path:
     if checkpoint is None:
         raise UserError(f"there is no model at {path}: it has no {CONFIG_FILE}, no {KIND}/ and no finished checkpoint")
     return checkpoint
+
+
+def _cast(model: Transformer, dtype: torch.dtype) -> None:
+    """Parameters of the type that the embedding has, in `dtype`: all of them, unless the gains were stored wider."""
+    stored = model.embedding.weight.dtype
+    for parameter in model.parameters():
+        if parameter.dtype == stored or parameter.dtype.itemsize < dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -24,14 +24,18 @@ def save_model(
     inner: InnerConfig,
     tokenizer_fingerprint: str | None,
     extra: Mapping[str, Any] | None = None,
+    *,
+    learns: bool = True,
 ) -> None:
     """Writes or replaces a model directory; `extra` says where the model comes from and is anything JSON can hold.
+
+    `learns` False: it was never trained to learn, so whoever opens it reads with its weights as they are.
 
     Raises `UserError` when it cannot be written; a model that was there before is still whole then.
     """
     directory = Path(directory)
     with atomic_files(directory / WEIGHTS_FILE, directory / CONFIG_FILE) as (weights, config):
-        write_model(weights, config, model, inner, tokenizer_fingerprint, extra)
+        write_model(weights, config, model, inner, tokenizer_fingerprint, extra, learns=learns)
 
 
 def write_model(
@@ -41,18 +45,34 @@ def write_model(
     inner: InnerConfig,
     tokenizer_fingerprint: str | None,
     extra: Mapping[str, Any] | None,
+    *,
+    learns: bool = True,
 ) -> None:
     """Writes the two files of a model, in place."""
     fingerprint = fingerprint_of(model)
     write_tensors(weights, model.state_dict(), {"fingerprint": fingerprint}, kind=KIND)
+    values = described(model.config, inner, fingerprint, tokenizer_fingerprint, extra, learns=learns)
+    write_json(config, values, kind=KIND)
+
+
+def described(
+    config: ModelConfig,
+    inner: InnerConfig,
+    fingerprint: str,
+    tokenizer_fingerprint: str | None,
+    extra: Mapping[str, Any] | None,
+    *,
+    learns: bool,
+) -> dict[str, Any]:
+    """What config.json says of a model."""
     values = {
         "fingerprint": fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint,
-        "model": model.config.as_dict(),
+        "model": config.as_dict(),
         "inner": inner.as_dict(),
         "provenance": dict(extra or {}),
     }
-    write_json(config, values, kind=KIND)
+    return values if learns else values | {"learns": False}
 
 
 def read_model(directory: Path) -> tuple[Transformer, InnerConfig, dict[str, Any]]:
@@ -65,9 +85,10 @@ def read_model(directory: Path) -> tuple[Transformer, InnerConfig, dict[str, Any
         config, inner = ModelConfig.from_dict(values["model"]), InnerConfig.from_dict(values["inner"])
     except (KeyError, UserError) as error:
         raise UserError(f"{directory / CONFIG_FILE} does not describe a model: {error}") from None
-    model = build(config)
-    model.to(next(iter(state.values())).dtype if state else None)  # float64 stays exact
-    fill(model, state, where=directory / WEIGHTS_FILE)
+    with torch.device("meta"):  # nothing is drawn, and no parameter is in memory twice
+        model = Transformer(config)
+    check(model, state, where=directory / WEIGHTS_FILE)
+    model.load_state_dict(state, assign=True)
     return model, inner, values
 
 
@@ -79,6 +100,12 @@ def build(config: ModelConfig) -> Transformer:
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], *, where: Path) -> None:
     """Copies `state` into `model`. Raises `UserError` naming the first tensor that is missing, unknown or misshapen."""
+    check(model, state, where=where)
+    model.load_state_dict(state)
+
+
+def check(model: nn.Module, state: Mapping[str, Tensor], *, where: Path) -> None:
+    """Raises `UserError` naming the first tensor of `state` that is missing, unknown or misshapen."""
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in state:
@@ -89,4 +116,3 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], *, where: Path) -> None:
     unknown = sorted(set(state) - set(expected))
     if unknown:
         raise UserError(f"{where} holds {unknown[0]}, which this config has no place for")
-    model.load_state_dict(state)

@@ -1,8 +1,15 @@
-"""Convert between a Longread model and the layout of the official implementation's numbers.
+"""Convert a pretrained model into a reader, a reader back, or to and from the layout of the official implementation.
 
 Example:
+  longread convert HuggingFaceTB/SmolLM2-135M runs/smollm  (a model in the cache of the Hugging Face Hub)
+  longread convert SmolLM2-135M.gguf runs/smollm --suffix 8
+  longread convert runs/smollm plain --to transformers     (the plain windowed model)
   longread convert tests/parity/09-e2e-long converted      (official to Longread)
   longread convert runs/toy official                       (Longread to official)
+
+A pretrained model is a directory as Transformers saves it, a GGUF file, which is dequantised, or a name of the Hub
+whose files are in its cache: llama, mistral, smollm3, qwen2, qwen3, gemma2, gemma3. Nothing is downloaded. Until
+`longread train` has adapted it, it reads frozen.
 """
 
 from __future__ import annotations
@@ -10,38 +17,124 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from longread.cli.arguments import positive
 from longread.config import UserError
+
+if TYPE_CHECKING:
+    from longread.pretrained.finding import Found
 
 NAME = "convert"
 OFFICIAL_WEIGHTS = "weights.safetensors"
+_DIALS = ("window", "mini_batch", "suffix", "fast_hidden", "scheme", "dtype", "tokenizer")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
-    parser.add_argument("source", metavar="SOURCE", help="a model, a run, or a folder with weights.safetensors")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a pretrained model, a reader, or a folder with weights.safetensors"
+    )
     parser.add_argument("destination", metavar="DIR", help="a new directory")
+    parser.add_argument("--to", choices=["transformers"], help="make a reader a plain model for Transformers")
+    parser.add_argument(
+        "--drop-fast", action="store_true", help="leave out fast MLPs that the plain model has no place for"
+    )
+    dials = parser.add_argument_group("of a pretrained model")
+    dials.add_argument(
+        "--window", type=positive, metavar="K", help="tokens that attention sees (default 1024, or all of its context)"
+    )
+    dials.add_argument(
+        "--mini-batch", type=positive, metavar="M", help="tokens from which one step is learned (default 256)"
+    )
+    dials.add_argument("--suffix", type=int, metavar="S", help="blocks that learn (default: the last quarter)")
+    dials.add_argument(
+        "--fast-hidden",
+        type=positive,
+        metavar="F",
+        help="units of a fast MLP (default: those of the block's MLP)",
+    )
+    dials.add_argument(
+        "--scheme",
+        choices=["zero-copy", "in-place"],
+        help="learn in a copy that adds nothing at first (default), or in the pretrained MLP itself",
+    )
+    dials.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the matrices (default: as they are stored; float32 if quantised)",
+    )
+    dials.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json to take instead of the source's tokenizer")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.files import remove_tree, temporary_sibling, writing
-    from longread.loading import find_model
+    from longread.loading import boxed_models, find_model
+    from longread.pretrained import find_pretrained
 
-    source, destination = find_model(options.source), Path(options.destination)
+    destination = Path(options.destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} already exists; give the name of a new directory")
+    pretrained = None if options.source in boxed_models() else find_pretrained(options.source)
+    source = find_model(options.source) if pretrained is None else pretrained.path
+    _check_options(options, pretrained=pretrained is not None)
     aside = temporary_sibling(destination)
-    convert = _from_official if (source / OFFICIAL_WEIGHTS).is_file() else _to_official
     try:
         with writing(destination):
             aside.mkdir(parents=True)
-            what = convert(source, aside)
+            if pretrained:
+                what = _from_pretrained(pretrained, aside, options)
+            elif options.to:
+                what = _to_transformers(source, aside, options)
+            elif (source / OFFICIAL_WEIGHTS).is_file():
+                what = _from_official(source, aside)
+            else:
+                what = _to_official(source, aside)
             os.replace(aside, destination)
     finally:
         remove_tree(aside)
     print(f"{destination}: {what}")
     return 0
+
+
+def _check_options(options: argparse.Namespace, *, pretrained: bool) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in _DIALS if getattr(options, name) is not None]
+    if pretrained and options.to:
+        raise UserError(f"{options.source} is a Transformers model or a GGUF already; leave out --to {options.to}")
+    if not pretrained and given:
+        raise UserError(f"{given[0]} is about a pretrained model, and {options.source} is none; leave it out")
+    if options.drop_fast and not options.to:
+        raise UserError("--drop-fast belongs to --to transformers; leave it out")
+
+
+def _from_pretrained(found: Found, destination: Path, options: argparse.Namespace) -> str:
+    import torch
+
+    from longread.pretrained import Dials, convert_pretrained, open_pretrained
+
+    chosen = {name: getattr(options, name) for name in _DIALS if getattr(options, name) is not None}
+    if options.dtype:
+        chosen["dtype"] = getattr(torch, options.dtype)
+    if options.tokenizer:
+        chosen["tokenizer"] = Path(options.tokenizer)
+    opened = open_pretrained(found)
+    made = convert_pretrained(opened, destination, Dials(**chosen))
+    config, dtype = made.config, str(made.dtype).removeprefix("torch.")
+    from_what = f", dequantised from {opened.quantisation}" if opened.quantisation else ""
+    what = f"a reader of {config.num_parameters:,} parameters in {dtype}{from_what}, {made.nbytes / 2**30:.2f} GiB"
+    if not config.num_suffix_blocks:
+        return f"{what}, window {config.window_size:,}; none of its blocks can learn"
+    return (
+        f"{what}, window {config.window_size:,}; the last {config.num_suffix_blocks} of {config.num_blocks} blocks can "
+        f"learn every {config.mini_batch_size:,} tokens, and it reads frozen until `longread train` has adapted it"
+    )
+
+
+def _to_transformers(source: Path, destination: Path, options: argparse.Namespace) -> str:
+    from longread.pretrained import export_transformers
+
+    return export_transformers(source, destination, drop_fast=options.drop_fast)
 
 
 def _from_official(source: Path, destination: Path) -> str:
