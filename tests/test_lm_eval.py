@@ -512,6 +512,35 @@ def test_templates_that_are_not_there(directory: Path, chatting: Path, tmp_path:
         rendered("{{ raise_exception('only users') }}", [], tmp_path, add_generation_prompt=True)
 
 
+def test_the_harness_puts_chats_to_it(chatting: Path, tmp_path: Path) -> None:
+    import lm_eval
+    import lm_eval.tasks
+
+    model = harness_model(chatting)
+    answering = write_task(tmp_path) | {
+        "task": "answering",
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": ["<|turn|>"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[answering],
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    (sample,) = [sample for sample in found["samples"]["answering"] if sample["doc"]["text"] == "x"]
+    context = f"{BOS}<|turn|>user\nx<|end|>\n<|turn|>assistant\n"
+    assert sample["arguments"][0][0] == context
+    session = open_model(chatting, "cpu").session()
+    session.read(model._prompts.prompt(context))
+    ids = session.generate(4, temperature=0, stop_ids=[*model._prompts.ends, model._prompts.special["<|turn|>"]])
+    assert sample["resps"] == [[session.tokenizer.decode(ids)]]
+
+
 def test_a_continuation_that_changes_the_last_token_of_its_context(chatting: Path) -> None:
     from longread.lm_eval.prompts import Prompts
 

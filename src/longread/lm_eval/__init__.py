@@ -20,7 +20,7 @@ What is scored, and by which weights:
 - What is generated is read like what was given, and learned from.
 
 A context that several requests share is read once. Requests of equal length are read side by side, `batch_size` of
-them; each gets what it would get alone, to rounding.
+them, and answers are written side by side; each gets what it would get alone, to rounding.
 
 adapter.py   the class that the harness calls, and its command line
 prompts.py   the texts of requests as token ids

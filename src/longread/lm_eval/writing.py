@@ -13,7 +13,7 @@ from torch import Tensor
 from longread.config import UserError
 from longread.inner_loop import Decoder
 from longread.lm_eval.prompts import Prompts
-from longread.lm_eval.scoring import Ids, Reader, batches, side_by_side
+from longread.lm_eval.scoring import Ids, Reader, batches
 from longread.session.sampling import check_sampling, draw, penalised, seeded
 from longread.tokenizer import StreamDecoder
 
@@ -79,18 +79,22 @@ def write(
         times[request] += 1
     for settings in dict.fromkeys(settings for _, settings in asked):
         own = [request for request in requests if asked[request[1]][1] == settings]
-        for group in batches(own, batch_size, lambda request: request[0]):
-            yield from _side_by_side(reader, prompts, settings, group)
+        own.sort(
+            key=lambda request: (-len(request[0]), request[0])
+        )  # the longest first: the largest need shows at once
+        for first in range(0, len(own), batch_size):
+            yield from _side_by_side(reader, prompts, settings, own[first : first + batch_size])
 
 
 def _side_by_side(
     reader: Reader, prompts: Prompts, settings: Writing, group: Sequence[tuple[Ids, int, int]]
 ) -> Iterator[tuple[int, str]]:
-    """Prompts of equal length, continued together until the last of them has ended."""
+    """Prompts, the longest first, continued together until the last of them has ended."""
     model = reader.model
     answers = [_Answer(prompts, ids, settings, seed, model.config.window_size) for ids, _, seed in group]
-    states = reader.after([ids for ids, _, _ in group])
-    decoder = Decoder(model, side_by_side(states), reader.inner, learn=reader.learn)
+    equal = batches((ids for ids, _, _ in group), len(group), lambda ids: ids)  # in the same order
+    states = [state for some in equal for state in reader.after(some)]
+    decoder = Decoder(model, states, reader.inner, learn=reader.learn)
     for written in range(settings.max_tokens):
         logits = decoder.logits()
         likeliest = logits.argmax(-1).tolist()
@@ -98,11 +102,15 @@ def _side_by_side(
             answer.next(logits[row]) if answer.draws and not answer.ended else likeliest[row]
             for row, answer in enumerate(answers)
         ]
-        for answer, token in zip(answers, tokens, strict=True):
+        for row, (answer, token) in enumerate(zip(answers, tokens, strict=True)):
+            going = not answer.ended
             answer.take(token)
+            if going and answer.ended:
+                decoder.leave(row)
         if all(answer.ended for answer in answers) or written + 1 == settings.max_tokens:
             break
         decoder.read(torch.tensor(tokens, device=model.device))
+    decoder.rest()
     for (_, index, _), answer in zip(group, answers, strict=True):
         yield index, answer.text()
 
