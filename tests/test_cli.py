@@ -37,23 +37,24 @@ COMMAND_LINE = {
     "train": "RECIPE --data --out --method --context-length --steps --lr --batch-size --validation --init --resume "
     "--seed --set --tracker --device --json --quiet",
     "read": "FILE --model --device --encoding --errors --keep-line-ends --markup --session --save --resume "
-    "--save-every --control --json --quiet --report",
+    "--save-every --control --learn --json --quiet --report",
     "generate": "--model --device --session --prompt --prompt-file --interactive --max-tokens --temperature --top-p "
-    "--top-k --repetition-penalty --seed --stop --frozen --save --draft --draft-session --draft-tokens --json --quiet",
+    "--top-k --repetition-penalty --seed --stop --frozen --learn --save --draft --draft-session --draft-tokens "
+    "--json --quiet",
     "evaluate": "MODEL --data --encoding --errors --keep-line-ends --markup "
     "--documents --max-tokens --min-tokens --lengths --indices --window --mini-batch "
-    "--batch-size --no-control --health --json --quiet --plots --report --device",
+    "--batch-size --no-control --health --learn --json --quiet --plots --report --device",
     "needle": "MODEL --variants --contexts --depths --samples --seed --haystack --encoding --errors --keep-line-ends "
     "--markup --repeat-haystack --max-tokens "
-    "--batch-size --no-control --json --quiet --plots --report --device",
+    "--batch-size --no-control --learn --json --quiet --plots --report --device",
     "judge": "MODEL --judge --data --encoding --errors --keep-line-ends --markup "
     "--context --documents --temperature --top-p --repetition-penalty --seed --bins "
-    "--batch-size --no-control --json --quiet --plots --report --device",
+    "--batch-size --no-control --learn --json --quiet --plots --report --device",
     "demo": "FILE --model --device --tokens",
-    "convert": "SOURCE DIR",
+    "convert": "SOURCE DIR --to --drop-fast --window --mini-batch --suffix --fast-hidden --scheme --dtype --tokenizer",
     "bench": "WORK --sizes --methods --contexts --sequences --repeats --profile --from --json --report --plots "
     "--device",
-    "serve": "--model --device --directory --name --host --port --keys --device-memory --host-memory --disk "
+    "serve": "--model --device --learn --directory --name --host --port --keys --device-memory --host-memory --disk "
     "--max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends --limit",
     "estimate": "MODEL --context-length --train --precision --memory --json --quiet",
 }

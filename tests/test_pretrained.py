@@ -1,12 +1,17 @@
-"""A converted model computes what the pretrained one does, and is read frozen."""
+"""A converted model computes what the pretrained one does: every family, every variant."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
+from longread.checkpoint import fingerprint_of
 from tests.pretrained_models import (
     TOKENS,
     a_text,
@@ -19,15 +24,126 @@ from tests.pretrained_models import (
     wanted,
 )
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 500.0,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "num_hidden_layers": 6}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, one head of keys": ("llama", {"num_key_value_heads": 1}),
+    "llama, wide heads": ("llama", {"head_dim": 16}),
+    "llama 3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama, linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "llama, biases": ("llama", {"attention_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "mistral, windows": ("mistral", {"sliding_window": 8}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}),
+    "smollm3, windows": ("smollm3", {"use_sliding_window": True, "sliding_window": 8, "no_rope_layer_interval": 2}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, tied, yarn": ("qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen2, some windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN | {"attention_factor": 1.3}}),
+    "qwen3, biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    "gemma2": ("gemma2", GEMMA | {"sliding_window": 8, "tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", GEMMA | {"sliding_window": 8, "tie_word_embeddings": True}),
+    "gemma3, linear, one period": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+}
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_whole_way(tied: bool, tmp_path: Path) -> None:
-    source = make("llama", tie_word_embeddings=tied, num_key_value_heads=4)
-    opened = converted(save(source, tmp_path / "source"), tmp_path / "reader", "--mini-batch", str(TOKENS))
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_gives_the_same_logits(variant: str, tmp_path: Path) -> None:
+    """With a window as long as the text: frozen, and through fast weights of its own, as a first mini-batch is read."""
+    kind, changes = VARIANTS[variant]
+    source = make(kind, **changes)
+    for layer in source.model.layers:  # a bias that adds nothing can be left out
+        if layer.self_attn.o_proj.bias is not None:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
+    window = str(8 if variant == "mistral, windows" else TOKENS)
+    opened = converted(save(source, tmp_path / "source"), tmp_path / "reader", "--window", window)
     ids = a_text()
     want = wanted(source, ids)
     check_equal(logits_of(opened, ids), want)
     check_equal(logits_of(opened, ids, learning=True), want)
+
+
+@pytest.mark.parametrize("scheme", ["zero-copy", "in-place"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_schemes_say_where_the_fast_mlps_come_from(kind: str, scheme: str, tmp_path: Path) -> None:
+    """All blocks can learn, from mini-batches of 16; the first is read as the pretrained model reads it."""
+    source = make(kind, **(GEMMA if kind != "llama" else {}))
+    options = ("--scheme", scheme, "--suffix", str(source.config.num_hidden_layers), "--mini-batch", "16")
+    opened = converted(save(source, tmp_path / "source"), tmp_path / "reader", *options)
+    ids = a_text()
+    want = wanted(source, ids)
+    check_equal(logits_of(opened, ids, learning=True), want)
     nll = functional.cross_entropy(want[0, :-1], ids[0, 1:], reduction="none")
-    for learn in (False, True):
-        assert (losses_of(opened, ids, learn=learn) - nll).abs().max() < 1e-4
+    frozen, learning = (losses_of(opened, ids, learn=learn) for learn in (False, True))
+    assert (frozen - nll).abs().max() < 1e-4
+    assert (learning[:16] - nll[:16]).abs().max() < 1e-4
+    assert (learning[16:] - nll[16:]).abs().min() > 0, "it has not learned"
+
+
+def test_some_units_of_a_fast_mlp(tmp_path: Path) -> None:
+    source = make("qwen3", head_dim=8)
+    opened = converted(save(source, tmp_path / "source"), tmp_path / "reader", "--fast-hidden", "10")
+    ids = a_text()
+    check_equal(logits_of(opened, ids, learning=True), wanted(source, ids))
+    mlp, fast = source.model.layers[-1].mlp, opened.model.blocks[-1].fast_mlp
+    weight = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
+    units = [i for i in range(48) if (weight > weight[i]).sum() < 10]
+    assert len(units) == 10
+    assert torch.equal(fast.gate.weight, mlp.gate_proj.weight[units])
+    assert torch.equal(fast.up.weight, mlp.up_proj.weight[units])
+    assert not fast.down.weight.any()
+    assert fast.down.weight.shape == (32, 10)
+
+
+def test_a_small_window_is_that_of_mistral(tmp_path: Path) -> None:
+    plain = make("llama")
+    windowed = make("mistral", sliding_window=8)
+    windowed.load_state_dict(plain.state_dict())
+    opened = converted(save(plain, tmp_path / "source"), tmp_path / "reader", "--window", "8", "--mini-batch", "4")
+    ids = a_text()
+    check_equal(logits_of(opened, ids), wanted(windowed, ids))
+    assert (logits_of(opened, ids) - wanted(plain, ids)).abs().max() > 1e-2
+
+
+def test_shards_are_read_as_one(tmp_path: Path) -> None:
+    source = make("qwen2")
+    whole = converted(save(source, tmp_path / "whole"), tmp_path / "one")
+    directory = save(source, tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list(directory.glob("*.safetensors"))) > 3
+    assert converted(directory, tmp_path / "other").fingerprint == whole.fingerprint == fingerprint_of(whole.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_what_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Matrices are as they were; gains, 1 + w here, are not rounded to it."""
+    directory = save(make("gemma3_text", **GEMMA).to(dtype), tmp_path / "source")
+    opened = converted(directory, tmp_path / "reader")
+    stored = load_file(tmp_path / "reader" / "model.safetensors")
+    assert {t.dtype for t in stored.values() if t.dim() == 2} == {dtype}
+    assert {t.dtype for t in stored.values() if t.dim() == 1} == {torch.float32}
+    ids, source = a_text(), AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    check_equal(logits_of(opened, ids), wanted(source, ids))

@@ -33,12 +33,19 @@ class OpenModel(NamedTuple):
     fingerprint: str
     provenance: dict[str, Any]
     """What its config.json says of where it comes from."""
+    learns: bool = True
+    """Whether its sessions learn where nothing else is said. A model that was only converted does not."""
 
     def __repr__(self) -> str:
         return f"<OpenModel {self.name}: {self.model.extra_repr()}>"
 
-    def session(self, *, learn: bool = True) -> Session:
-        """A session that has read nothing yet, and reads texts as well as token ids."""
+    def session(self, *, learn: bool | None = None) -> Session:
+        """A session that has read nothing yet, and reads texts as well as token ids.
+
+        Args:
+            learn: None: as the model was trained to (`learns`).
+        """
+        learn = self.learns if learn is None else learn
         return Session(self.model, self.inner, learn=learn, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
 
     def restore(self, path: str | Path) -> Session:
@@ -90,7 +97,9 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
         loaded.model.float()
     loaded.model.requires_grad_(False)
     provenance = loaded.metadata.get("provenance", {})
-    return OpenModel(path.name or str(path), loaded.model, loaded.inner, tokenizer, loaded.fingerprint, provenance)
+    return OpenModel(
+        path.name or str(path), loaded.model, loaded.inner, tokenizer, loaded.fingerprint, provenance, loaded.learns
+    )
 
 
 def tokenizer_of(loaded: LoadedModel, path: Path) -> Tokenizer:

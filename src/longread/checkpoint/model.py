@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longread.config import InnerConfig, ModelConfig, UserError
 from longread.files import atomic_files, read_json, read_tensors, write_json, write_tensors
-from longread.model import Transformer, fingerprint_of
+from longread.model import Transformer, fingerprint_of, undrawn
 
 KIND = "model"
 CONFIG_FILE = "config.json"
@@ -85,8 +85,7 @@ def read_model(directory: Path) -> tuple[Transformer, InnerConfig, dict[str, Any
         config, inner = ModelConfig.from_dict(values["model"]), InnerConfig.from_dict(values["inner"])
     except (KeyError, UserError) as error:
         raise UserError(f"{directory / CONFIG_FILE} does not describe a model: {error}") from None
-    with torch.device("meta"):  # nothing is drawn, and no parameter is in memory twice
-        model = Transformer(config)
+    model = undrawn(config)  # no parameter is in memory twice
     check(model, state, where=directory / WEIGHTS_FILE)
     model.load_state_dict(state, assign=True)
     return model, inner, values

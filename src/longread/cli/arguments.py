@@ -7,9 +7,12 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longread.config import RunConfig, UserError
+
+if TYPE_CHECKING:
+    from longread.loading import OpenModel
 
 DEFAULT_MODEL = "longread-small"
 MOST_TOKENS = 2**24
@@ -32,6 +35,28 @@ def settle_model(options: argparse.Namespace) -> None:
         options.model = DEFAULT_MODEL
         if not getattr(options, "quiet", False):
             print(f"longread: with the model {DEFAULT_MODEL}; --model takes another", file=sys.stderr)
+
+
+def add_learn(parser: Any) -> None:
+    """The option of a command whose model learns while it reads."""
+    parser.add_argument(
+        "--learn", action="store_true", help="let a converted model learn that was not adapted (it reads frozen else)"
+    )
+
+
+def settle_learning(options: argparse.Namespace, opened: OpenModel) -> OpenModel:
+    """The model as the command reads with it. One that was converted and not adapted reads frozen, which is said on
+    stderr, unless --learn lets it learn."""
+    if options.learn:
+        return opened._replace(learns=True)
+    silent = getattr(options, "quiet", False) or getattr(options, "frozen", False)
+    if not opened.learns and opened.model.config.num_suffix_blocks and not silent:
+        print(
+            f"longread: {opened.name} was converted and not adapted, so it reads frozen; `longread train` adapts it, "
+            "and --learn lets it learn as it is",
+            file=sys.stderr,
+        )
+    return opened
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from longread.cli.arguments import add_device, add_outputs, check_at_most, positive
+from longread.cli.arguments import add_device, add_learn, add_outputs, check_at_most, positive, settle_learning
 from longread.cli.texts import add_text_format, format_of
 
 NAME = "evaluate"
@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=8, help="documents side by side (default 8)")
     parser.add_argument("--no-control", action="store_true", help="leave out the frozen readings")
     parser.add_argument("--health", action="store_true", help="show gradient norms, clipping and drift by position")
+    add_learn(parser)
     add_outputs(parser)
     add_device(parser)
 
@@ -100,10 +101,10 @@ def run(options: argparse.Namespace) -> int:
     edges = bin_edges(lengths, options.indices)
     measurements, console, screen = [], progress_console(options), tables_console(options)
     for path, name in zip(options.models, names, strict=True):
-        opened = open_model(path, options.device)._replace(name=name)
+        opened = settle_learning(options, open_model(path, options.device)._replace(name=name))
         documents = texts[opened.tokenizer.fingerprint]
         for variant in read_otherwise(opened, options.window, options.mini_batch):
-            learns = variant.model.config.num_suffix_blocks > 0
+            learns = variant.learns and variant.model.config.num_suffix_blocks > 0
             for learn in (True, False) if learns and not options.no_control else (learns,):
                 way = "learning" if learn else "frozen"
                 with console.status(f"{variant.name}: reading {len(documents)} documents {way}"):

@@ -19,7 +19,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_json, add_model
+from longread.cli.arguments import add_json, add_learn, add_model, settle_learning
 from longread.tokenizer import decoded as decoded  # scripts take it from here too
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, metavar="N", help="the same seed draws the same text (default: another each time)"
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
-    parser.add_argument("--frozen", action="store_true", help="do not learn from prompt and continuation")
+    learning = parser.add_mutually_exclusive_group()
+    learning.add_argument("--frozen", action="store_true", help="do not learn from prompt and continuation")
+    add_learn(learning)
     parser.add_argument("--save", metavar="FILE", help="keep the session here afterwards")
     parser.add_argument(
         "--draft", metavar="MODEL", help="a faster model that guesses what --model writes, and learns from it"
@@ -91,9 +93,9 @@ def run(options: argparse.Namespace) -> int:
     if interactive and options.json:
         raise UserError("--json is about one continuation; give a prompt, or leave it out")
     prompt = _prompt(options)
-    opened = open_model(options.model, options.device)
+    opened = settle_learning(options, open_model(options.model, options.device))
     session = opened.restore(options.session) if options.session else opened.session()
-    learns = session.learn
+    learns = session.learn or options.learn
     session.learn = learns and not options.frozen
     pair = _with_draft(options, opened, session) if options.draft else None
     answers = Answers(options, opened.tokenizer, session, pair)

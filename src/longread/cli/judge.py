@@ -11,7 +11,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_device, add_outputs, check_at_most, positive
+from longread.cli.arguments import add_device, add_learn, add_outputs, check_at_most, positive, settle_learning
 from longread.cli.texts import add_text_format, format_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive, default=8, metavar="B", help="documents side by side (default 8)"
     )
     parser.add_argument("--no-control", action="store_true", help="leave out the frozen readings")
+    add_learn(parser)
     add_outputs(parser)
     add_device(parser)
 
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--context {T} does not divide into --bins {bins}; give a multiple, {T + bins - T % bins}")
     judge = _judge(options.judge, options.device)
     console = progress_console(options)
-    opened = [open_model(path, options.device) for path in options.models]
+    opened = [settle_learning(options, open_model(path, options.device)) for path in options.models]
     tokenizer = opened[0].tokenizer
     for path, other in zip(options.models, opened, strict=True):
         if other.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -100,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     check_judge(judge, tokenizer, human, list(zip(names, prints, strict=True)))
     writings = [Writing(HUMAN, "human", human)]
     for name, model in zip(names, opened, strict=True):
-        learns = model.model.config.num_suffix_blocks > 0
+        learns = model.learns and model.model.config.num_suffix_blocks > 0
         for learn in (True, False) if learns and not options.no_control else (learns,):
             with console.status(f"{name} continues {len(human)} documents {'learning' if learn else 'frozen'}"):
                 writings.append(
@@ -143,4 +144,6 @@ def _judge(path: str, device: str) -> Judge:
             raise UserError(f"{path} has no tokenizer.json beside it; copy there the one it was trained with")
         return HuggingFaceJudge(path, find_device(device))
     opened = open_model(path, device)
-    return LongreadJudge(opened.name, opened.model, opened.inner, opened.tokenizer, opened.fingerprint)
+    return LongreadJudge(
+        opened.name, opened.model, opened.inner, opened.tokenizer, opened.fingerprint, learn=opened.learns
+    )

@@ -13,7 +13,15 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import MOST_TOKENS, add_device, add_outputs, check_at_most, positive
+from longread.cli.arguments import (
+    MOST_TOKENS,
+    add_device,
+    add_learn,
+    add_outputs,
+    check_at_most,
+    positive,
+    settle_learning,
+)
 from longread.cli.texts import add_text_format, format_of
 
 if TYPE_CHECKING:
@@ -64,6 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="B", help="prompts side by side (default 8)")
     parser.add_argument("--no-control", action="store_true", help="leave out the frozen readings")
+    add_learn(parser)
     add_outputs(parser)
     add_device(parser)
 
@@ -91,9 +100,9 @@ def run(options: argparse.Namespace) -> int:
     prompts = _prompts(options, list(tokenizers.values()))
     searches, console = [], progress_console(options)
     for path, name in zip(options.models, table_names(options.models), strict=True):
-        opened = open_model(path, options.device)
+        opened = settle_learning(options, open_model(path, options.device)._replace(name=name))
         samples = prompts[opened.tokenizer.fingerprint]
-        learns = opened.model.config.num_suffix_blocks > 0
+        learns = opened.learns and opened.model.config.num_suffix_blocks > 0
         for learn in (True, False) if learns and not options.no_control else (learns,):
             way = "learning" if learn else "frozen"
             done = 0

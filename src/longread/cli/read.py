@@ -24,7 +24,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_json, add_model
+from longread.cli.arguments import add_json, add_learn, add_model, settle_learning
 from longread.cli.texts import add_text_format, format_of
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="read the frozen control too (default: of files of up to 256 KiB)",
     )
+    add_learn(parser)
     add_json(parser)
     parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
 
@@ -83,10 +84,11 @@ def run(options: argparse.Namespace) -> int:
     if options.resume and not (options.save or options.session):
         raise UserError("--resume does not say which reading to go on with; give --save or --session")
     inputs = Inputs(options.texts, format_of(options))
-    opened = open_model(options.model, options.device)
+    opened = settle_learning(options, open_model(options.model, options.device))
     if options.save:
         check_room(options.save, opened.model)
     session, begun, file = begin(opened, inputs, session=options.session, save=options.save, resume=options.resume)
+    session.learn = session.learn or options.learn
     readers = Readers(opened, session, control=_wants_control(options, inputs, begun))
     notes = readers.go_on(begun) if begun else []
     saving = Autosave(options.save, every=options.save_every, saved=begun if file == options.save else None)

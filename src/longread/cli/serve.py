@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_model, positive
+from longread.cli.arguments import add_learn, add_model, positive, settle_learning
 
 if TYPE_CHECKING:
     from longread.engine import Limits
@@ -27,6 +27,7 @@ NAME = "serve"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     add_model(parser)
+    add_learn(parser)
     parser.add_argument("--directory", metavar="DIR", help="keep sessions here (default: only while the server runs)")
     parser.add_argument("--name", help="what the model is called in requests (default: its directory's name)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     from longread.server.service import Service
 
     listener = listen(options.host, options.port, has_keys=bool(keys))
-    opened = open_model(options.model, options.device)
+    opened = settle_learning(options, open_model(options.model, options.device))
     _check_room(options.device_memory, engine_limits, opened.model)
     logging.getLogger("longread.server").setLevel(logging.INFO)
     with _directory(options.directory) as directory:
@@ -100,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
             keys=keys,
             limits=limits,
             keep_line_ends=options.keep_line_ends,
+            learn=opened.learns,
             scratch=directory / "passing",
         )
         serve(service, listener)

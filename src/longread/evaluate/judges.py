@@ -48,13 +48,21 @@ class LongreadJudge(Judge):
     context_limit = None
 
     def __init__(
-        self, name: str, model: Transformer, inner: InnerConfig, tokenizer: Tokenizer, fingerprint: str
+        self,
+        name: str,
+        model: Transformer,
+        inner: InnerConfig,
+        tokenizer: Tokenizer,
+        fingerprint: str,
+        *,
+        learn: bool = True,
     ) -> None:
         self.name, self.tokenizer, self.fingerprint = name, tokenizer, fingerprint
-        self._model, self._inner = model, inner
+        self._model, self._inner, self._learn = model, inner, learn
 
     def nll(self, tokens: Tensor) -> Tensor:
-        reading = read(self._model, begin(self._model, len(tokens)), tokens.to(self._model.device), inner=self._inner)
+        state, tokens = begin(self._model, len(tokens)), tokens.to(self._model.device)
+        reading = read(self._model, state, tokens, inner=self._inner, learn=self._learn)
         return reading.nll.double().cpu()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longread.config import ModelConfig, UserError
-from longread.model import Transformer
+from longread.model import undrawn
 from longread.pretrained.families import Network
 from longread.pretrained.schemes import Scheme, largest_units
 from longread.pretrained.source import Stored, TensorSource
@@ -35,8 +35,7 @@ class ReaderWeights(Mapping[str, Tensor]):
         self, network: Network, source: TensorSource, config: ModelConfig, scheme: Scheme, dtype: torch.dtype | None
     ) -> None:
         self._network, self._source, self._config, self._scheme = network, source, config, scheme
-        with torch.device("meta"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in undrawn(config).state_dict().items()}
         used = self._check(shapes)
         self.dtype = dtype or _common([stored for stored in used if len(stored.shape) == 2])
         self.layout = {name: Stored(shape, self._dtype(shape)) for name, shape in shapes.items()}

@@ -118,8 +118,12 @@ class Catalog:
                 frozen = await self._service.run(self._engine.losses, entry.twin)
         return own, frozen
 
-    async def create(self, tenant: str, *, label: str, learn: bool, compare: bool) -> Entry:
-        """A new session. Raises `ApiError` when the tenant has as many as it may, `Busy` when there is no room."""
+    async def create(self, tenant: str, *, label: str, learn: bool | None, compare: bool) -> Entry:
+        """A new session; `learn` None: as the model was trained to.
+
+        Raises `ApiError` when the tenant has as many as it may, `Busy` when there is no room.
+        """
+        learn = self._service.learn if learn is None else learn
         async with self._room(tenant, 1 + compare):
             return await self._service.run(self._create, tenant, label, learn, compare)
 

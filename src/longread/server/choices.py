@@ -141,9 +141,9 @@ def check_model(service: Service, model: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-async def completed(service: Service, work: Work, ids: list[int], sampling: Sampling, *, learn: bool) -> Running:
+async def completed(service: Service, work: Work, ids: list[int], sampling: Sampling, *, learn: bool | None) -> Running:
     """A session of its own reads the prompt and continues it; it is gone when the continuation ends."""
-    return await work.run(service.engine.complete, ids, sampling, learn=learn)
+    return await work.run(service.engine.complete, ids, sampling, learn=service.learn if learn is None else learn)
 
 
 def usage(prompts: Sequence[Sequence[int]], written: int) -> dict[str, Any]:

@@ -104,8 +104,8 @@ class OpenAIRequest(Writing):
     """At most the server's limit `choices`, divided by the number of prompts."""
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    learn: bool = True
-    """Whether the model learns while it reads the prompt, and what it writes."""
+    learn: bool | None = None
+    """Whether the model learns while it reads the prompt, and what it writes; null: as it was trained to."""
     presence_penalty: Annotated[Any, Only((0,), "it must be 0, and repetition_penalty can be used instead")] = None
     frequency_penalty: Annotated[Any, Only((0,), "it must be 0, and repetition_penalty can be used instead")] = None
     logit_bias: Annotated[Any, Only(({},), "it must be empty or left out, as there are no biases here")] = None

@@ -54,6 +54,8 @@ class Service:
     limits: ServerLimits = field(default_factory=ServerLimits)
     keep_line_ends: bool = False
     """Whether carriage returns of texts are read; else CRLF and CR become LF, as wherever the library reads text."""
+    learn: bool = True
+    """Whether sessions learn where a request does not say."""
     created: int = field(default_factory=lambda: int(time.time()))
     stopping: bool = False
     """Whether new requests are refused."""

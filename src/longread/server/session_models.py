@@ -18,7 +18,8 @@ class CreateRequest(Request):
     """A new session."""
 
     label: Label = ""
-    learn: bool = True
+    learn: bool | None = None
+    """Null: as the model was trained to."""
     compare: bool = False
     """Whether a frozen twin reads along, for the gain over it; twice the memory, and more than half as slow again."""
 
