@@ -159,6 +159,31 @@ def test_a_shared_context_is_read_once(directory: Path, monkeypatch: pytest.Monk
     assert sorted(tokens) == [2, 2, 2, 2, 100]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_reader_that_learning_has_broken_is_rescued_as_a_session_is(
+    directory: Path, opened: OpenModel, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    pairs = [(TEXT[i : i + 50] + ".", "abc") for i in range(3)]
+    model = harness_model(directory, batch_size=batch_size)
+    unharmed = model.loglikelihood(asked(pairs))
+    rule = sys.modules["longread.inner_loop.rescue"]
+    monkeypatch.setattr(rule, "MARGIN", -10.0)  # every reader counts as broken
+    found = model.loglikelihood(asked(pairs))
+    expected = [directly(opened, [256, *context.encode()], [*b"abc"]) for context, _ in pairs]
+    assert [x for x, _ in found] == pytest.approx(expected, rel=1e-13)
+    assert all(abs(x - y) > 1e-6 for (x, _), (y, _) in zip(found, unharmed, strict=True))
+
+
+def test_a_model_that_is_read_frozen_by_itself(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = OpenModel.session
+    monkeypatch.setattr(OpenModel, "session", lambda self, learn=False: session(self, learn=learn))
+    assert not harness_model(directory).learn
+    assert "is read frozen, as it says itself; learn=true learns" in caplog.text
+    assert harness_model(directory, learn="true").learn
+
+
 def test_learning_helps_where_a_prompt_repeats_itself(directory: Path) -> None:
     pair = [("abcdefghijklmnopqrstuvwxyz" * 12, "abcdefgh")]
     learned, frozen = (
