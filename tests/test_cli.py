@@ -51,7 +51,8 @@ COMMAND_LINE = {
     "--context --documents --temperature --top-p --repetition-penalty --seed --bins "
     "--batch-size --no-control --learn --json --quiet --plots --report --device",
     "demo": "FILE --model --device --tokens",
-    "convert": "SOURCE DIR --to --drop-fast --window --mini-batch --suffix --fast-hidden --scheme --dtype --tokenizer",
+    "convert": "SOURCE DIR --to --drop-fast --window --mini-batch --suffix --fast-hidden --scheme --dtype --tokenizer "
+    "--size",
     "bench": "WORK --sizes --methods --contexts --sequences --repeats --profile --from --json --report --plots "
     "--device",
     "serve": "--model --device --learn --directory --name --host --port --keys --device-memory --host-memory --disk "

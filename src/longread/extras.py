@@ -7,6 +7,7 @@ PACKAGES = {
     "parquet": "pyarrow",
     "hub": "datasets",
     "zarr": "zarr",
+    "orbax": "tensorstore",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "trackio": "trackio",

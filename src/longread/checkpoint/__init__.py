@@ -4,7 +4,8 @@ model      a model directory: config.json + model.safetensors
 training   the checkpoints of a run, from which training resumes exactly
 load       a model from any of these
 streamed   a model directory written parameter by parameter
-official   to and from the layout of the official implementation
+official   to and from the layout of the official implementation's numbers
+orbax      the arrays of an Orbax checkpoint; official_orbax: those of a model that the official code saved
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from longread.checkpoint.official import (
     model_config_from_official,
     to_official,
 )
+from longread.checkpoint.official_orbax import ITEM as ORBAX_ITEM, OrbaxModel
+from longread.checkpoint.orbax import find_orbax_item
 from longread.checkpoint.streamed import Layout, save_streamed, stream_safetensors
 from longread.checkpoint.training import (
     CHECKPOINTS,
@@ -32,11 +35,14 @@ from longread.model import fingerprint_of
 
 __all__ = [
     "CHECKPOINTS",
+    "ORBAX_ITEM",
     "Checkpoint",
     "Layout",
     "LoadedModel",
+    "OrbaxModel",
     "export_official",
     "fill",
+    "find_orbax_item",
     "find_tokenizer",
     "fingerprint_of",
     "from_official",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from longread.files import atomic_files, read_safetensors, write_safetensors
 from longread.model import Transformer
 
 OFFICIAL_WEIGHTS_FILE = "weights.safetensors"
-_WHOLE = {"embed.weight": "embedding.weight", "final_norm.weight": "final_norm.weight", "lm_head.weight": "head.weight"}
-_OF_A_BLOCK = {
+WHOLE = {"embed.weight": "embedding.weight", "final_norm.weight": "final_norm.weight", "lm_head.weight": "head.weight"}
+OF_A_BLOCK = {
     "wq": "attention.query",
     "wk": "attention.key",
     "wv": "attention.value",
@@ -40,14 +40,47 @@ _OF_A_BLOCK = {
     "ffn_norm": "static_mlp.pre_norm",
     "ffn_post_norm": "static_mlp.post_norm",
 }
-_OF_A_FAST_MLP = {
+OF_A_FAST_MLP = {
     "w1": "fast_mlp.gate",
     "w3": "fast_mlp.up",
     "w2": "fast_mlp.down",
     "ffn_prime_norm": "fast_mlp.pre_norm",
     "ffn_prime_post_norm": "fast_mlp.post_norm",
 }
+_STACKED = ("blocks.", "prime.")
 _PATTERNS: dict[str, AttentionPattern] = {"SWA": "window", "SWAFull": "window", "self_attention": "full"}
+
+
+class Place(NamedTuple):
+    """Where one of our parameters lies among the official tensors."""
+
+    name: str
+    block: int | None
+    """Its index in the stack `name`; None: it is the whole tensor."""
+    turned: bool
+    """Whether it is stored [in, out]."""
+    stacked: int
+    """Blocks that the stack has to have."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The parameter, from the tensor called `name`, or from anything shaped like it."""
+        part = tensor if self.block is None else tensor[self.block]
+        return part.T.contiguous() if self.turned else part
+
+
+def places(config: ModelConfig) -> dict[str, Place]:
+    """Where each parameter lies, a tensor after the other; the head too, which a tied model has not.
+
+    Gains that `config` switches off have no place.
+    """
+    found = {ours: Place(theirs, None, theirs == "lm_head.weight", 1) for theirs, ours in WHOLE.items()}
+    for prefix, names, first in _stacks(config):
+        for theirs, name in names.items():
+            if _in_use(name, config):
+                for block in range(first, config.num_blocks):
+                    place = Place(f"{prefix}.{theirs}", block - first, "norm" not in name, config.num_blocks - first)
+                    found[f"blocks.{block}.{name}.weight"] = place
+    return found
 
 
 def from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -55,32 +88,25 @@ def from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[st
 
     Gains that `config` switches off are dropped. Raises `UserError` if a stack has the wrong number of blocks.
     """
-    ours = {
-        _WHOLE[name]: _turned(tensor, name == "lm_head.weight") for name, tensor in tensors.items() if name in _WHOLE
-    }
-    for prefix, names, first in _stacks(config):
-        for theirs, name in names.items():
-            stack = tensors.get(f"{prefix}.{theirs}")
-            if stack is None or not _in_use(name, config):
-                continue
-            if len(stack) != config.num_blocks - first:
-                raise UserError(
-                    f"{prefix}.{theirs} has {len(stack)} blocks, but the config has {config.num_blocks - first}"
-                )
-            for block, tensor in enumerate(stack, first):
-                ours[f"blocks.{block}.{name}.weight"] = _turned(tensor, tensor.ndim == 2)
+    ours = {}
+    for name, place in places(config).items():
+        if (tensor := tensors.get(place.name)) is not None:
+            if place.block is not None and len(tensor) != place.stacked:
+                raise UserError(f"{place.name} has {len(tensor)} blocks, but the config has {place.stacked}")
+            ours[name] = place.of(tensor)
     return ours
 
 
 def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `from_official`, for a whole state dict. Gains that `config` switches off are left out."""
-    theirs = {old: _turned(state[new], old == "lm_head.weight") for old, new in _WHOLE.items() if new in state}
-    for prefix, names, first in _stacks(config):
-        for old, name in names.items():
-            if _in_use(name, config):
-                blocks = [state[f"blocks.{i}.{name}.weight"] for i in range(first, config.num_blocks)]
-                theirs[f"{prefix}.{old}"] = torch.stack([_turned(block, block.ndim == 2) for block in blocks])
-    return theirs
+    parts: dict[str, list[Tensor]] = {}
+    for name, place in places(config).items():
+        if name in state:
+            parts.setdefault(place.name, []).append(state[name].T if place.turned else state[name])
+    return {
+        name: torch.stack(blocks) if name.startswith(_STACKED) else blocks[0].contiguous()
+        for name, blocks in parts.items()
+    }
 
 
 def import_official(directory: str | Path) -> tuple[Transformer, InnerConfig]:
@@ -179,9 +205,9 @@ def inner_config_from_official(fields: Mapping[str, Any]) -> InnerConfig:
 
 def _stacks(config: ModelConfig) -> list[tuple[str, dict[str, str], int]]:
     """Prefix, names and first block of each group of stacked tensors."""
-    stacks = [("blocks", _OF_A_BLOCK, 0)]
+    stacks = [("blocks", OF_A_BLOCK, 0)]
     if config.num_suffix_blocks:
-        stacks.append(("prime", _OF_A_FAST_MLP, config.num_prefix_blocks))
+        stacks.append(("prime", OF_A_FAST_MLP, config.num_prefix_blocks))
     return stacks
 
 
@@ -189,7 +215,3 @@ def _in_use(name: str, config: ModelConfig) -> bool:
     layer = name.rpartition(".")[2]
     switches = {"pre_norm": config.pre_norm, "post_norm": config.post_norm}
     return switches.get(layer, config.qk_norm if layer in ("query_norm", "key_norm") else True)
-
-
-def _turned(tensor: Tensor, turn: bool) -> Tensor:
-    return tensor.T.contiguous() if turn else tensor

@@ -47,7 +47,7 @@ def save_streamed(
 
     Args:
         layout: of every parameter.
-        parameters: each is asked for once, and not kept.
+        parameters: each is asked for once, in their own order, and not kept.
 
     Raises:
         UserError: it cannot be written; a model that was there before is still whole then.
@@ -63,14 +63,26 @@ def save_streamed(
 def stream_safetensors(
     path: Path, layout: Mapping[str, Layout], parameters: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, in place; each of `parameters` is asked for once, and not kept."""
+    """Writes a safetensors file, in place; each of `parameters` is asked for once, in their own order, and not kept.
+
+    Where they come from can so be read in its own order; the file is the same.
+    """
+    header = _header(layout, metadata)
+    starts, end = {}, len(header)
+    for name in _order(layout):
+        starts[name] = end
+        end += layout[name].nbytes
     with path.open("wb") as file:
-        file.write(_header(layout, metadata))
-        for name in _order(layout):
-            tensor = parameters[name]
-            if (tuple(tensor.shape), tensor.dtype) != layout[name]:
-                raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, not {layout[name]}")
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.write(header)
+        for name in parameters:
+            file.seek(starts[name])
+            file.write(_bytes(name, parameters[name], layout[name]))  # and nothing of it is kept
+
+
+def _bytes(name: str, tensor: Tensor, expected: Layout) -> memoryview:
+    if (tuple(tensor.shape), tensor.dtype) != expected:
+        raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, not {expected}")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(path: Path, config: ModelConfig, layout: Mapping[str, Layout], parameters: Mapping[str, Tensor]) -> str:

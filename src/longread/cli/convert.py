@@ -4,7 +4,8 @@ Example:
   longread convert HuggingFaceTB/SmolLM2-135M runs/smollm  (a model in the cache of the Hugging Face Hub)
   longread convert SmolLM2-135M.gguf runs/smollm --suffix 8
   longread convert runs/smollm plain --to transformers     (the plain windowed model)
-  longread convert tests/parity/09-e2e-long converted      (official to Longread)
+  longread convert 125m_ttt_e2e_pretrain_dclm_8k_1x_cc runs/125m --size 125m     (an official checkpoint)
+  longread convert tests/parity/09-e2e-long converted      (official numbers to Longread)
   longread convert runs/toy official                       (Longread to official)
 
 A pretrained model is a directory as Transformers saves it, a GGUF file, which is dequantised, or a name of the Hub
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import positive
+from longread.cli.orbax import add_orbax_options, find_orbax, from_orbax
 from longread.config import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the matrices (default: as they are stored; float32 if quantised)",
     )
     dials.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json to take instead of the source's tokenizer")
+    add_orbax_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,14 +79,18 @@ def run(options: argparse.Namespace) -> int:
     destination = Path(options.destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} already exists; give the name of a new directory")
-    pretrained = None if options.source in boxed_models() else find_pretrained(options.source)
-    source = find_model(options.source) if pretrained is None else pretrained.path
-    _check_options(options, pretrained=pretrained is not None)
+    orbax = find_orbax(options)
+    pretrained = None if orbax or options.source in boxed_models() else find_pretrained(options.source)
+    source = orbax or (find_model(options.source) if pretrained is None else pretrained.path)
+    if orbax is None:
+        _check_options(options, pretrained=pretrained is not None)
     aside = temporary_sibling(destination)
     try:
         with writing(destination):
             aside.mkdir(parents=True)
-            if pretrained:
+            if orbax:
+                what = from_orbax(orbax, aside, options)
+            elif pretrained:
                 what = _from_pretrained(pretrained, aside, options)
             elif options.to:
                 what = _to_transformers(source, aside, options)
