@@ -577,3 +577,26 @@ def test_a_continuation_that_changes_the_last_token_of_its_context(chatting: Pat
     assert prompts.pair(" ", "lamp") == (whole[:1], tokenizer.encode(" lamp"))
     assert prompts.pair("", " lamp") == (whole[:1], tokenizer.encode(" lamp"))
     assert prompts.pair("the", "") == (whole[:-1], [])
+
+
+def test_a_converted_model_has_the_scores_of_its_source(tmp_path: Path) -> None:
+    """Against the harness's own model "hf": frozen, and shorter than the window, both are the same network."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast
+
+    from tests import pretrained_models
+
+    source = pretrained_models.make("llama")
+    pretrained_models.save(source, tmp_path / "source")
+    pretrained_models.converted(tmp_path / "source", tmp_path / "reader", "--window", "64", "--mini-batch", "16")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pretrained_models.tokenizer(), eos_token="~", pad_token="~")
+    theirs = HFLM(pretrained=source, tokenizer=tokenizer, device="cpu", max_length=256)
+    ours = harness_model(tmp_path / "reader", prefix_token_id=tokenizer.eos_token_id)
+    pairs = asked([("the lamp and the", " keeper"), ("a lamp ", "burns"), ("", "lamp")])
+    expected = [score for score, _ in theirs.loglikelihood(pairs, disable_tqdm=True)]
+    assert [score for score, _ in ours.loglikelihood(pairs, disable_tqdm=True)] == pytest.approx(expected, rel=1e-5)
+    document = asked([("the keeper trims the lamp",)])
+    expected = theirs.loglikelihood_rolling(document, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(document, disable_tqdm=True) == pytest.approx(expected, rel=1e-5)
+    wish = asked([("the lamp", {"until": ["q"], "max_gen_toks": 20, "do_sample": False})])
+    assert ours.generate_until(wish, disable_tqdm=True) == theirs.generate_until(wish, disable_tqdm=True)
