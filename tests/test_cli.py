@@ -34,8 +34,8 @@ SENTENCES = "".join(f"Sentence {i} of the text says {i * i % 101}, and not {i % 
 COMMAND_LINE = {
     "prepare": "SOURCE --out --tokenizer --train-tokenizer --documents --validation-fraction --field --exclude "
     "--vocab-size --bos-id --array-tokens --stretch --encoding --errors --keep-line-ends --overwrite --json --quiet",
-    "train": "RECIPE --data --out --method --context-length --steps --lr --batch-size --validation --init --resume "
-    "--seed --set --tracker --device --json --quiet",
+    "train": "RECIPE --data --out --method --context-length --steps --tokens --lr --batch-size --window --mini-batch "
+    "--only --validation --init --resume --seed --set --tracker --device --json --quiet",
     "read": "FILE --model --device --encoding --errors --keep-line-ends --markup --session --save --resume "
     "--save-every --control --learn --json --quiet --report",
     "generate": "--model --device --session --prompt --prompt-file --interactive --max-tokens --temperature --top-p "
@@ -57,7 +57,7 @@ COMMAND_LINE = {
     "--device",
     "serve": "--model --device --learn --directory --name --host --port --keys --device-memory --host-memory --disk "
     "--max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends --limit",
-    "estimate": "MODEL --context-length --train --precision --memory --json --quiet",
+    "estimate": "MODEL --context-length --train --only --precision --memory --json --quiet",
 }
 
 

@@ -301,11 +301,32 @@ def test_a_stop_without_a_place_to_save_says_what_is_lost(
     assert "The reading was interrupted (Ctrl-C): the figures are about its first" in out
 
 
+def test_an_echo_of_a_signal_does_not_hurry(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`timeout` sends its signal twice: the figures are shown all the same."""
+    reads = itertools.count()
+
+    def reading(session: Session, ids: list[int], read=Session.read) -> torch.Tensor:
+        if next(reads) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(session, ids)
+
+    monkeypatch.setattr(Session, "read", reading)
+    assert main(["read", "text", "--model", "model", "--device", "cpu", "--save", "s"]) == 143
+    out, err = capfd.readouterr()
+    assert "The reading was interrupted (SIGTERM): the figures are about its first" in out
+    assert err.count("stopping, and keeping") == 1
+    assert "ending at once" not in err
+
+
 def test_a_second_signal_loses_nothing_that_was_saved(
     home: Path, undisturbed: Session, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It comes while the first one's save is being written, and again: the save is whole, the figures are left out."""
     reads, fsync = itertools.count(), os.fsync
+    monkeypatch.setattr("longread.signals.ECHO", 0.0)
 
     def reading(session: Session, ids: list[int], read=Session.read) -> torch.Tensor:
         if next(reads) == 9:

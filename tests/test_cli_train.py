@@ -97,11 +97,11 @@ def test_memory_that_runs_out(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
     ):
-        monkeypatch.setattr("longread.train.run.fit", mock.Mock(side_effect=error))
+        monkeypatch.setattr("longread.train.settling.fit", mock.Mock(side_effect=error))
         assert "error: out of memory: a smaller batch (train: --set micro_batch_size=N)" in fails(
             capsys, *arguments, "--out", tmp_path / "run"
         )
-    monkeypatch.setattr("longread.train.run.fit", mock.Mock(side_effect=RuntimeError("something else")))
+    monkeypatch.setattr("longread.train.settling.fit", mock.Mock(side_effect=RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         main([str(argument) for argument in (*arguments, "--out", tmp_path / "run")])
 

@@ -28,7 +28,7 @@ from longread.outer_loop import (
     static_loss,
 )
 from longread.outer_loop.memory import block_bytes
-from longread.recipes import recipe
+from longread.recipes import recipe, without_fast_weights
 from tests.test_outer_loop import CPU, batch, gradients, make, same, small
 
 
@@ -145,7 +145,7 @@ def test_the_schedule_follows_the_budget() -> None:
 
 def a_run(loss: str = "end-to-end", **fields: Any) -> RunConfig:
     shape = {"batch_size": 12, "context_length": 16, "steps": 1, "optimizer": OptimizerConfig(lr=1e-3)}
-    return RunConfig(name="a", model=small(), loss=loss, **shape | fields)
+    return RunConfig(name="a", loss=loss, **shape | {"model": small()} | fields)
 
 
 def test_a_batch_is_cut_before_anything_is_computed_again() -> None:
@@ -168,6 +168,37 @@ def test_a_batch_is_cut_before_anything_is_computed_again() -> None:
 
 def test_what_the_update_needs_is_left() -> None:
     assert activation_budget(10**9, small()) == 0.8 * 10**9 - UPDATE_BYTES * small().num_parameters
+
+
+def converted(**fields: Any) -> ModelConfig:
+    """A pretrained network of Qwen 3's kind with fast MLPs in a quarter of its blocks, as a conversion gives it."""
+    shared = {"vocab_size": 151_936, "kv_heads": 8, "head_size": 128, "window_size": 1024, "mini_batch_size": 256}
+    return ModelConfig(**shared | {"post_norm": False, "num_suffix_blocks": fields["num_blocks"] // 4} | fields)
+
+
+SMALL = converted(width=1024, num_blocks=28, num_heads=16, mlp_hidden=3072)
+"""0.66B parameters."""
+LARGE = converted(width=2560, num_blocks=36, num_heads=32, mlp_hidden=9728)
+"""4.69B."""
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "trained_blocks", "schedule"),
+    [
+        (SMALL, "end-to-end", None, "none"),
+        (LARGE, "end-to-end", 9, "sqrt"),
+        (LARGE, "end-to-end", None, None),  # weights, gradients and moments alone take 70 GiB
+        (without_fast_weights(LARGE), "static", None, "blocks"),
+        (without_fast_weights(LARGE), "static", 9, "none"),
+    ],
+)
+def test_what_of_a_pretrained_model_is_trained_at_8k_on_80_gib(
+    model: ModelConfig, loss: str, trained_blocks: int | None, schedule: Schedule | None
+) -> None:
+    config = a_run(loss, model=model, batch_size=8, context_length=8192, trained_blocks=trained_blocks)
+    budget = activation_budget(80 * 2**30 - 4 * model.num_parameters, model, trained_blocks)
+    found = fit(config, itemsize=2, kernels=True, budget=budget)
+    assert (found.recompute if not found.missing else None) == schedule
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 
 from longread.config import ModelConfig
-from longread.outer_loop import UPDATE_BYTES, Fit, activation_budget, choose_recompute, fit, graph_bytes
-from longread.outer_loop.memory import block_bytes, step_bytes
+from longread.model import Transformer
+from longread.outer_loop import UPDATE_BYTES, Fit, activation_budget, choose_recompute, fit, graph_bytes, num_trained
+from longread.outer_loop.memory import block_bytes, head_bytes, step_bytes
+from longread.train.optimizer import freeze_below
 from tests.test_outer_loop import CPU, small
 from tests.test_outer_memory import a_run
 
@@ -62,16 +64,67 @@ def test_bytes_of_a_graph() -> None:
     step, carry = 2 * M * (2 * (22 * D + 10 * F) + 16 * D + V) * 4 + 2 * FAST * 4, 2 * FAST * 4 + 2 * 2 * K * D * 4
     shape = {"batch_size": 2, "context_length": 40, "itemsize": 4, "kernels": True}
     again = tokens * (6 * hidden + block)  # inputs of three blocks and the results of their attention
+    passing = 2 * 2 * M * V * 4
     assert graph_bytes(small(), "end-to-end", **shape) == {
-        "none": 3 * tokens * block + 10 * step,
-        "blocks": again + 10 * step,
-        "sqrt": again + 4 * (step + carry),
-        "step": again + step + 10 * carry,
+        "none": 3 * tokens * block + 10 * step + passing,
+        "blocks": again + 10 * step + passing,
+        "sqrt": again + 4 * (step + carry) + passing,
+        "step": again + step + 10 * carry + passing,
     }
+    logits = 3 * tokens * V * 4  # of the whole sequence, before the first block runs again
     assert graph_bytes(small(), "static", **shape) == {
-        "none": 4 * tokens * block,
-        "blocks": tokens * (8 * hidden + block),
+        "none": 4 * tokens * block + logits,
+        "blocks": tokens * 8 * hidden + max(tokens * block, logits),
     }
+
+
+def test_bytes_of_logits() -> None:
+    """With kernels they are kept where they fit into 1 GiB, and are made in pieces of that; on CPUs in narrow ones."""
+    config = small(vocab_size=2**17)
+    assert head_bytes(config, 2**12, 2, kernels=True) == (2**30, 2**31)
+    assert head_bytes(config, 2**12 + 1, 2, kernels=True) == (0, 2**31)
+    assert head_bytes(config, 10, 2, kernels=False) == (0, 3 * 10 * 16_384 * 4)
+    assert head_bytes(small(), 10, 8, kernels=False) == (0, 3 * 10 * V * 8)
+
+
+def test_bytes_where_heads_share_keys_and_fast_mlps_are_narrow() -> None:
+    """Of 4 heads of 6 with 2 for keys and values: queries have 24 numbers, keys 12, whatever the width is."""
+    config = small(num_heads=4, head_size=6, kv_heads=2, fast_hidden=8, post_norm=False, qk_norm=False)
+    Q, E, units = 24, 12, F + 8
+    assert block_bytes(config, 40, 2, kernels=True) == 2 * (4 * D + 3 * Q + 2 * E + 3 * F)
+    assert block_bytes(config, 40, 2, kernels=False) == 2 * (4 * D + 8 * Q + 10 * E + 3 * F)
+    bare = dataclasses.replace(config, pre_norm=False, block_windows=(0, 40, 4, 6), attention="full")
+    assert block_bytes(bare, 40, 2, kernels=False) * 4 == 2 * (
+        4 * (2 * D + 3 * Q + 2 * E + 3 * F) + 2 * (5 * Q + 8 * E)
+    )
+    weights = 2 * 3 * D * 8 * 4
+    past = 2 * K * E * 2
+    held = weights // 2 + M * V * 2
+    assert step_bytes(config, 1, 2, kernels=True) == (
+        M * (2 * (22 * D + 5 * units) + 4 * D + 6 * Q + 6 * E) * 2 + held,
+        weights + past,
+    )
+    narrow = dataclasses.replace(config, block_windows=(0, 0, 0, 3))
+    assert step_bytes(narrow, 1, 2)[1] == weights + past // 2
+
+
+def test_below_the_lowest_trained_block_nothing_is_kept_and_nothing_updated() -> None:
+    shape = {"batch_size": 2, "context_length": 40, "itemsize": 4, "kernels": True}
+    block = 2 * 40 * 4 * (13 * D + 3 * F)
+    whole, three, two, one = (
+        graph_bytes(small(), "end-to-end", trained_blocks=n, **shape)["none"] for n in (None, 3, 2, 1)
+    )
+    assert (whole - three, three - two, two - one) == (block, block, block)  # the lowest attention that learns is one
+    static = [graph_bytes(small(), "static", trained_blocks=n, **shape)["none"] for n in (4, 3, 1)]
+    assert (static[0] - static[1], static[1] - static[2]) == (block, 2 * block)
+    assert graph_bytes(small(), "static", trained_blocks=4, **shape) == graph_bytes(small(), "static", **shape)
+    for config in (small(), small(tie_embeddings=False), small(num_suffix_blocks=1)):
+        for blocks in (None, 1, 2, 3, 4):
+            model = Transformer(config)
+            freeze_below(model, blocks)
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            assert num_trained(config, blocks) == count
+        assert activation_budget(10**9, config, 1) == 8 * 10**8 - 12 * num_trained(config, 1)
 
 
 def test_what_the_update_needs_is_twelve_bytes_a_parameter() -> None:

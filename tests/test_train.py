@@ -266,7 +266,7 @@ def test_the_update_is_that_of_the_official_numbers() -> None:
 
 
 def test_what_will_not_fit_is_said(tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longread.train.run.fit", lambda *args, **options: Fit(1, "none", 3 * 2**30))
+    monkeypatch.setattr("longread.train.settling.fit", lambda *args, **options: Fit(1, "none", 3 * 2**30))
     with pytest.warns(UserWarning, match=r"1 sequences of 32 tokens at a time need 3\.0 GiB more than there are"):
         train(change(steps=1), data, tmp_path / "run")
 
@@ -291,7 +291,12 @@ def test_a_run_goes_on_with_or_without_the_weights_that_it_began_with(tmp_path: 
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
     run = files.read_json(tmp_path / "run" / "run.json", kind="run")
     fingerprint = checkpoint.load_model(tmp_path / "moved").fingerprint
-    assert run["initial"] == {"path": str(tmp_path / "short"), "fingerprint": fingerprint}
+    provenance = {"run": "microscopic", "step": 3, "tokens": rows_of(tmp_path / "moved")[-1]["tokens"]}
+    initial = {"path": str(tmp_path / "short"), "fingerprint": fingerprint, "provenance": provenance}
+    assert run["initial"] == initial
+    found = checkpoint.load_model(tmp_path / "run").metadata["provenance"]
+    assert found["adapted_from"] == {"model": "short", "fingerprint": fingerprint, "provenance": provenance}
+    assert "It began with `short`" in (tmp_path / "run" / "model" / "README.md").read_text()
     assert files.read_json(tmp_path / "moved" / "run.json", kind="run")["initial"] is None
 
 
@@ -335,7 +340,7 @@ def test_on_a_gpu_the_captured_gradient_is_the_plain_one(
     ("fields", "reason"),
     [
         ({"model__mlp_hidden": 24}, "mlp_hidden 16 and this run has 24; begin with a model of its shape"),
-        ({"model__window_size": 4}, "window_size 8 and this run has 4"),
+        ({"model__num_heads": 4}, "num_heads 2 and this run has 4"),
     ],
 )
 def test_a_model_of_another_shape_is_no_beginning(

@@ -214,10 +214,59 @@ def test_a_run_that_never_took_a_step_leaves_its_place_free(
 
     with monkeypatch.context() as full:
         full.setattr("longread.train.run.accumulate_gradient", fails)
-        with pytest.raises(MemoryError):
-            train(CONFIG, data, tmp_path / "run")
+        with pytest.raises(UserError, match=r"out of memory at step 1: 1 sequences of 32 tokens .* nothing was"):
+            train(change(micro_batch_size=1, recompute="step"), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(change(steps=1, micro_batch_size=1), data, tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_what_does_not_fit_after_all_is_cut_further(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Estimates may be too low. The run goes on with less at a time, and so does one that resumes it."""
+    tried, real = [], training.accumulate_gradient
+
+    def hungry(model: Transformer, config: RunConfig, *args: Any, **options: Any) -> Any:
+        tried.append((config.micro_batch_size, config.recompute))
+        if config.recompute != "sqrt":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, config, *args, **options)
+
+    with monkeypatch.context() as small:
+        small.setattr("longread.train.run.accumulate_gradient", hungry)
+        small.setattr(
+            "longread.train.settling.graph_bytes", lambda *_, **__: {"none": 4, "blocks": 3, "sqrt": 2, "step": 5}
+        )
+        train(CONFIG, data, tmp_path / "run")
+    assert tried[:5] == [(4, "none"), (2, "none"), (1, "none"), (1, "blocks"), (1, "sqrt")]
+    assert set(tried[5:]) == {(1, "sqrt")}
+    state = checkpoint.read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000006").state
+    assert (state["recompute"], state["micro_batch_size"]) == ("sqrt", 1)
+    train(change(recompute="sqrt", micro_batch_size=1), data, tmp_path / "same")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "same")
+
+
+def test_memory_that_runs_out_later_costs_no_step(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what became of it in a CUDA graph; the sentence names what was too much, and how to go on."""
+    config = change(checkpoint_every=None, micro_batch_size=2, recompute="none")
+
+    def spoil(model: Transformer, found: Any) -> Any:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+
+    with monkeypatch.context() as full:
+        poison(full, 4, spoil)
+        remedies = "--set micro_batch_size=1, --set recompute=sqrt, --only suffix, a shorter context or a smaller model"
+        with pytest.raises(UserError, match=f"out of memory at step 4: 2 sequences .*; {remedies} .* from step 3$"):
+            train(config, data, tmp_path / "run")
+    train(config, data, tmp_path / "run", resume=True)
+    train(config, data, tmp_path / "whole")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
 
 
 @contextmanager

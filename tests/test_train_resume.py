@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from longread import checkpoint, files
 from longread.config import UserError
 from longread.data import TokenDataset
 from longread.outer_loop import Fit
-from longread.train import train
+from longread.train import train, validation
+from longread.train.captured import CapturedGradient
+from longread.train.stopping import StopSignal
 from tests.test_train import CONFIG, MODEL, change, make_data, rows_of, weights_of, without_timing
 
 
@@ -41,7 +44,7 @@ def test_a_finished_run_has_nothing_left_and_a_longer_one_goes_on(tmp_path: Path
     assert [start["step"] for start in run["resumed"]] == [6, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     tmp_path: Path, data: TokenDataset, number: signal.Signals
 ) -> None:
@@ -50,6 +53,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     def interrupt(row: dict[str, Any]) -> None:
         if row["step"] == 2:
             signal.raise_signal(number)
+            signal.raise_signal(number)  # as `timeout` does
 
     result = train(change(checkpoint_every=None), data, tmp_path / "run", on_step=interrupt)
     assert signal.getsignal(number) is handler
@@ -63,7 +67,9 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
 
 
-def test_a_second_interrupt_aborts_at_once(tmp_path: Path, data: TokenDataset) -> None:
+def test_a_second_interrupt_aborts_at_once(tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longread.signals.ECHO", 0.0)
+
     def interrupt(row: dict[str, Any]) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -93,7 +99,7 @@ def test_an_older_run_that_had_not_settled_what_to_recompute_settles_it(
         return json.loads((max((tmp_path / "run" / "checkpoints").iterdir()) / "state.json").read_text())
 
     with monkeypatch.context() as older:
-        older.setattr("longread.train.run.fit", lambda *args, **options: Fit(4, "auto", 0))
+        older.setattr("longread.train.settling.fit", lambda *args, **options: Fit(4, "auto", 0))
         train(change(loss="static"), data, tmp_path / "run")
     assert stored()["recompute"] == "auto"
     train(change(loss="static", steps=8), data, tmp_path / "run", resume=True)
@@ -122,7 +128,7 @@ def test_what_a_run_settled_on_stays_when_memory_changes(
     tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as full:
-        full.setattr("longread.train.run.fit", lambda *args, **options: Fit(2, "sqrt", 0))
+        full.setattr("longread.train.settling.fit", lambda *args, **options: Fit(2, "sqrt", 0))
         train(change(steps=4), data, tmp_path / "run")
     train(CONFIG, data, tmp_path / "run", resume=True)
     state = checkpoint.read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000006").state
@@ -132,7 +138,7 @@ def test_what_a_run_settled_on_stays_when_memory_changes(
 def test_a_failing_validation_costs_no_step(
     tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*args: Any) -> dict[str, float]:
+    def fails(*args: Any, **options: Any) -> dict[str, float]:
         raise MemoryError
 
     with monkeypatch.context() as full:
@@ -143,6 +149,101 @@ def test_a_failing_validation_costs_no_step(
     train(CONFIG, data, tmp_path / "run", validation=data.validation, resume=True)
     train(CONFIG, data, tmp_path / "whole", validation=data.validation)
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_a_signal_does_not_wait_for_a_validation(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may read for minutes. The step before it is kept, and a run that goes on is as one that was never stopped."""
+    parts = itertools.count()
+
+    def interrupted(*args: Any, real: Any = validation._mini_batch_losses, **options: Any) -> torch.Tensor:
+        if next(parts) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "_mini_batch_losses", interrupted)
+        result = train(CONFIG, data, tmp_path / "run", validation=data.validation)
+    assert next(parts) == 2
+    assert (result.interrupted, result.signal) == (True, signal.SIGTERM)
+    last = rows_of(tmp_path / "run")[-1]
+    assert last["step"] == result.saved_step == result.step
+    assert "validation_loss" not in last
+    train(CONFIG, data, tmp_path / "run", validation=data.validation, resume=True)
+    train(CONFIG, data, tmp_path / "whole", validation=data.validation)
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path, data: TokenDataset) -> None:
+    """SIGHUP under nohup."""
+
+    def hang_up(row: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert not train(CONFIG, data, tmp_path / "run", on_step=hang_up).interrupted
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_waiting_for_a_device_ends_with_a_signal() -> None:
+    """The handler runs while the work that is waited for has not ended."""
+    asked = itertools.count()
+
+    def done() -> bool:
+        if next(asked) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return False
+
+    with StopSignal() as stop:
+        assert stop.comes_before(done)
+        assert stop.number == signal.SIGTERM
+    with StopSignal() as stop:
+        assert not stop.comes_before(lambda: next(asked) > 8)
+
+
+@pytest.mark.gpu
+def test_a_signal_in_the_middle_of_a_captured_step_leaves_the_step(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint is of the step before, and is written while the device still computes."""
+    replays, saved, last = itertools.count(1), [], {}
+
+    def interrupted(gradient: CapturedGradient, graph: Any, real: Any = CapturedGradient._replay) -> Any:
+        if next(replays) == 3:
+            torch.cuda._sleep(3 * 10**10)  # cycles: many seconds, in which nothing behind it on this stream ends
+            ended.record()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(gradient, graph)
+
+    def write(*args: Any, real: Any = checkpoint.write_checkpoint, **options: Any) -> Path:
+        path = real(*args, **options)
+        saved.append(ended.query())
+        return path
+
+    def keep(row: dict[str, Any]) -> None:
+        last["step"] = row["step"]
+
+    ended = torch.cuda.Event()
+    monkeypatch.setattr(CapturedGradient, "_replay", interrupted)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
+    config = change(checkpoint_every=None)
+    result = train(config, data, tmp_path / "run", device="cuda", on_step=keep)
+    assert (result.signal, result.step, result.saved_step, last["step"]) == (signal.SIGTERM, 2, 2, 2)
+    assert saved == [False]
+    assert "SIGTERM: saving a checkpoint, then ending" in caplog.text
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    found = checkpoint.read_checkpoint(newest)
+    assert found.step == 2
+    torch.cuda.synchronize()
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(found.model[name], tensor.cpu())
+    monkeypatch.undo()
+    assert train(config, data, tmp_path / "run", device="cuda", resume=True).step == config.steps
 
 
 def test_the_clock_makes_checkpoints_where_the_config_does_not(

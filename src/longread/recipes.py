@@ -4,6 +4,7 @@
     small                           7M parameters, for one GPU
     125m, 350m, 760m, 1.3b, 3b      the paper's
     a size other than toy, -extend  a trained model's extension to a longer context
+    adapt, of a model that exists   a pretrained one becomes a reader
 
 A method is a network, a loss, and the way it is read:
 
@@ -264,6 +265,54 @@ def small_extend(
         steps=steps,
         seed=seed,
     )
+
+
+def adapt(
+    model: ModelConfig,
+    method: Method = "e2e",
+    *,
+    inner: InnerConfig | None = None,
+    context_length: int = 8192,
+    batch_size: int = 8,
+    steps: int = 200,
+    lr: float = 3e-4,
+    seed: int = 0,
+) -> RunConfig:
+    """Further training of a model that exists, 13M tokens of it, so that a pretrained one learns to learn.
+
+    Of one model "swa" and "full" are the twins without fast MLPs, with its windows and without them. Only limits of
+    single blocks stay, as pretraining had them. The inner rate climbs to that of `inner`, by default 1.
+
+    Raises `UserError` if the method needs what the model has not.
+    """
+    if model.mixer != "attention":
+        raise UserError(f"a model with model.mixer {model.mixer} cannot be adapted; begin with one of attention alone")
+    if method not in ("e2e", "naive", "swa", "full", "hybrid"):
+        raise UserError(f"a model that exists cannot become {method}; choose e2e, naive, swa, full or hybrid")
+    if method in ("e2e", "naive") and not model.num_suffix_blocks:
+        raise UserError(
+            f"method {method} needs fast MLPs and this model has none; convert it with some (--suffix), or choose swa "
+            "or full"
+        )
+    if method not in ("e2e", "naive"):
+        model = dataclasses.replace(without_fast_weights(model), attention=_ATTENTION.get(method, "window"))
+    warmup, inner = round(0.1 * steps), inner or InnerConfig()
+    return RunConfig(
+        name=f"adapt-{method}",
+        model=model,
+        loss=_loss(method),
+        inner=dataclasses.replace(inner, warmup_from=0.1 * inner.lr, warmup_steps=warmup),
+        optimizer=_optimizer(lr, warmup, steps),
+        context_length=context_length,
+        batch_size=batch_size,
+        steps=steps,
+        seed=seed,
+    )
+
+
+def without_fast_weights(model: ModelConfig) -> ModelConfig:
+    """The same network without its fast MLPs."""
+    return dataclasses.replace(model, num_suffix_blocks=0, fast_hidden=None, fast_pre_norm=None, fast_post_norm=None)
 
 
 def with_steps(config: RunConfig, steps: int) -> RunConfig:

@@ -10,7 +10,7 @@ orbax      the arrays of an Orbax checkpoint; official_orbax: those of a model t
 
 from __future__ import annotations
 
-from longread.checkpoint.load import LoadedModel, find_tokenizer, load_model
+from longread.checkpoint.load import Description, LoadedModel, describe_model, find_tokenizer, load_model
 from longread.checkpoint.model import fill, save_model
 from longread.checkpoint.official import (
     export_official,
@@ -37,9 +37,11 @@ __all__ = [
     "CHECKPOINTS",
     "ORBAX_ITEM",
     "Checkpoint",
+    "Description",
     "Layout",
     "LoadedModel",
     "OrbaxModel",
+    "describe_model",
     "export_official",
     "fill",
     "find_orbax_item",

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longread.checkpoint.model import CONFIG_FILE, KIND, read_model
+from longread.checkpoint.model import CONFIG_FILE, KIND, configs_of, read_model
 from longread.checkpoint.training import CHECKPOINTS, MARKER_FILE, newest_checkpoint, verify_checkpoint
-from longread.config import InnerConfig, UserError
+from longread.config import InnerConfig, ModelConfig, UserError
+from longread.files import read_json
 from longread.model import Transformer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -31,6 +32,23 @@ class LoadedModel(NamedTuple):
     def learns(self) -> bool:
         """Whether it was trained to learn while it reads; a model that was only converted was not."""
         return self.metadata.get("learns") is not False
+
+
+class Description(NamedTuple):
+    """What the files of a model say of it, but for its weights."""
+
+    path: Path
+    config: ModelConfig
+    inner: InnerConfig
+    learns: bool
+    """Whether it was trained to learn while it reads; one that was only converted was not."""
+
+
+def describe_model(path: str | Path) -> Description:
+    """Of what `load_model` loads all but the weights, which stay unread."""
+    directory = _find(Path(path))
+    values = read_json(directory / CONFIG_FILE, kind=KIND)
+    return Description(Path(path), *configs_of(values, directory), values.get("learns") is not False)
 
 
 def load_model(

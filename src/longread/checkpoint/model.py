@@ -81,14 +81,19 @@ def read_model(directory: Path) -> tuple[Transformer, InnerConfig, dict[str, Any
     state, metadata = read_tensors(directory / WEIGHTS_FILE, kind=KIND)
     if metadata.get("fingerprint") != values.get("fingerprint"):
         raise UserError(f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} are of different models; copy both again")
-    try:
-        config, inner = ModelConfig.from_dict(values["model"]), InnerConfig.from_dict(values["inner"])
-    except (KeyError, UserError) as error:
-        raise UserError(f"{directory / CONFIG_FILE} does not describe a model: {error}") from None
+    config, inner = configs_of(values, directory)
     model = undrawn(config)  # no parameter is in memory twice
     check(model, state, where=directory / WEIGHTS_FILE)
     model.load_state_dict(state, assign=True)
     return model, inner, values
+
+
+def configs_of(values: Mapping[str, Any], directory: Path) -> tuple[ModelConfig, InnerConfig]:
+    """What the config.json of a model directory says. Raises `UserError` if that is no model."""
+    try:
+        return ModelConfig.from_dict(values["model"]), InnerConfig.from_dict(values["inner"])
+    except (KeyError, UserError) as error:
+        raise UserError(f"{directory / CONFIG_FILE} does not describe a model: {error}") from None
 
 
 def build(config: ModelConfig) -> Transformer:

@@ -9,6 +9,7 @@ Wrong input ends with one sentence on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -64,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return int(getattr(stop, "exit_status", 130))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        from longread.model import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         print(f"longread: error: out of memory: {_OUT_OF_MEMORY}", file=sys.stderr)
         return 2
@@ -79,11 +82,6 @@ _OUT_OF_MEMORY = (
 )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of Python, of NumPy, or of PyTorch, which is not imported for this."""
-    name, text = type(error).__name__, str(error)
-    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
-
-
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"longread: warning: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it, which is no reason to end
+        print(f"longread: warning: {message}", file=sys.stderr)

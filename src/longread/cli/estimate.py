@@ -3,6 +3,7 @@
 Example:
   longread estimate 3b --precision bfloat16 --memory 139 --context-length 131072
   longread estimate 3b --train 1 --precision bfloat16 --memory 139 --context-length 32768
+  longread estimate models/converted --train 1 --only suffix --precision bfloat16 --memory 80 --context-length 8192
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train", type=positive, metavar="N", help="of training instead, N sequences of the context length at a time"
     )
+    parser.add_argument("--only", choices=("suffix",), help="of training the blocks alone that learn while reading")
     parser.add_argument(
         "--precision",
         choices=("auto", "bfloat16", "float32"),
@@ -54,7 +56,9 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--memory is {options.memory:g}; give GiB, above 0 and below {2**30}")
     config, precision = _config(options.model), _precision(options.precision)
     if options.train is not None:
-        rows = _training(config, precision, options.train, options.context_length, options.memory)
+        rows = _training(config, precision, options)
+    elif options.only:
+        raise UserError("--only is about training; give --train too")
     else:
         rows = _sessions(config, precision, options.context_length, options.memory)
     screen = tables_console(options)
@@ -133,15 +137,19 @@ def _dense_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
     return 2 * tokens * config.kv_width * itemsize
 
 
-def _training(config: ModelConfig, precision: str, sequences: int, context: int, memory: float | None) -> list[_Row]:
+def _training(config: ModelConfig, precision: str, options: argparse.Namespace) -> list[_Row]:
     """What a training step takes with each schedule of recomputation, and which of them is the first to fit."""
     from longread.config import UserError
-    from longread.outer_loop import UPDATE_BYTES, activation_budget, graph_bytes
+    from longread.outer_loop import UPDATE_BYTES, activation_budget, graph_bytes, num_trained
 
+    sequences, context, memory = options.train, options.context_length, options.memory
+    blocks = config.num_suffix_blocks if options.only else None
+    if blocks == 0:
+        raise UserError(f"--only suffix: {options.model} has no blocks that learn; leave it out")
     if context % config.mini_batch_size:
         raise UserError(f"--context-length is {context}; give a multiple of the mini-batch, {config.mini_batch_size}")
     parameters = 4 * config.num_parameters
-    weights = parameters + UPDATE_BYTES * config.num_parameters
+    weights = parameters + UPDATE_BYTES * num_trained(config, blocks)
     need = graph_bytes(
         config,
         "end-to-end" if config.num_suffix_blocks else "static",
@@ -149,13 +157,15 @@ def _training(config: ModelConfig, precision: str, sequences: int, context: int,
         context_length=context,
         itemsize=2 if precision == "bfloat16" else 4,
         kernels=precision == "bfloat16",
+        trained_blocks=blocks,
     )
-    rows = [_Row("parameters, gradients and AdamW, in float32", weights, "bytes")]
+    of = f" of the last {blocks} blocks" if blocks else ""
+    rows = [_Row(f"parameters, gradients and AdamW{of}, in float32", weights, "bytes")]
     for schedule, size in need.items():
         step = f"a step of {sequences} × {context:,} tokens in {precision}, recompute {schedule}"
         rows.append(_Row(step, weights + size, "bytes"))
     if memory is not None:
-        budget = activation_budget(memory * 2**30 - parameters, config)
+        budget = activation_budget(memory * 2**30 - parameters, config, blocks)
         fitting = [schedule for schedule, size in need.items() if size <= budget]
         what = f"the first that fits into {memory:g} GiB, a fifth left free"
         rows.append(_Row(what, fitting[0] if fitting else None, "schedule"))
@@ -180,13 +190,13 @@ def session_bytes(model: Transformer) -> int:
 
 
 def _config(name: str) -> ModelConfig:
-    from longread.checkpoint import load_model
+    from longread.checkpoint import describe_model
     from longread.config import UserError
     from longread.loading import boxed_models, find_model
     from longread.recipes import RECIPES, recipe
 
     if Path(name).exists() or name in boxed_models():
-        return load_model(find_model(name)).model.config
+        return describe_model(find_model(name)).config
     if name not in RECIPES:
         raise UserError(f"there is no model at {name}; give a directory, or one of the recipes {', '.join(RECIPES)}")
     return recipe(name).model

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from longread.config import UserError
 
@@ -57,18 +57,32 @@ def tables_console(options: argparse.Namespace) -> Console:
 
     That is stdout, or stderr if an output goes to stdout, or nowhere with `--quiet`.
     """
-    from rich.console import Console
-
     taken = any(is_stdout(getattr(options, name, None)) for name in ("json", "report"))
-    console = Console(soft_wrap=True, stderr=taken, quiet=options.quiet)
-    return console if console.is_terminal else Console(width=160, soft_wrap=True, stderr=taken, quiet=options.quiet)
+    shown = {"needed": True, "soft_wrap": True, "stderr": taken, "quiet": options.quiet}
+    console = _console(**shown)
+    return console if console.is_terminal else _console(width=160, **shown)
 
 
 def progress_console(options: argparse.Namespace) -> Console:
     """Where a command says how far it is: stderr, or nowhere with `--quiet`."""
+    return _console(needed=False, stderr=True, quiet=options.quiet)
+
+
+def _console(*, needed: bool, **options: Any) -> Console:
+    """A console that is silent once nobody reads it: a `BrokenPipeError` if it is `needed`, else work goes on.
+
+    Rich itself ends the program then, whatever it is in the middle of.
+    """
     from rich.console import Console
 
-    return Console(stderr=True, quiet=options.quiet)
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # nothing is left to say, not even at exit
+            if needed:
+                raise BrokenPipeError
+
+    return Screen(**options)
 
 
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | None] = ()) -> None:

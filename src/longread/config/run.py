@@ -123,10 +123,12 @@ class RunConfig(Checked):
     max_bad_steps: int | None = 50
     """Steps in a row with an exploded loss or gradient at which the run halts (`longread.train.divergence`); None: it
     goes on."""
+    trained_blocks: int | None = field(default=None, metadata={"later": True})
+    """Train only the last so many blocks and the final norm, and leave all else as it is; None: train everything."""
 
     def _check(self) -> None:
         self._at_least(1, "context_length", "batch_size", "micro_batch_size", "steps", "truncate_after")
-        self._at_least(1, "evaluate_every", "checkpoint_every", "max_bad_steps")
+        self._at_least(1, "evaluate_every", "checkpoint_every", "max_bad_steps", "trained_blocks")
         self._at_least(0, "seed")
         if self.seed >= 2**63:
             raise UserError(f"seed is {self.seed}; it must be below 2^63")
@@ -141,6 +143,8 @@ class RunConfig(Checked):
             raise UserError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if (self.trained_blocks or 0) > self.model.num_blocks:
+            raise UserError(f"trained_blocks is {self.trained_blocks}; there are only {self.model.num_blocks} blocks")
         if self.loss == "end-to-end" and not self.model.num_suffix_blocks:
             raise UserError(
                 "loss end-to-end needs fast weights: set model.num_suffix_blocks to 1 or more, or use loss static"

@@ -1,6 +1,6 @@
 """The network, and nothing about how it is trained."""
 
-from longread.model.device import find_device, free_bytes
+from longread.model.device import find_device, free_bytes, is_out_of_memory
 from longread.model.fingerprint import fingerprint_of
 from longread.model.mixers.attention import Attention, Past, Ring
 from longread.model.mixers.recurrent import RecurrentMixer
@@ -20,6 +20,7 @@ __all__ = [
     "fingerprint_of",
     "free_bytes",
     "initialize",
+    "is_out_of_memory",
     "register_mixer",
     "undrawn",
 ]

@@ -26,6 +26,16 @@ def find_device(name: str | torch.device) -> torch.device:
     return torch.device(name)
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, says that memory ran out: Python's, NumPy's, or PyTorch's on any device."""
+    while error is not None:
+        said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said):
+            return True
+        error = error.__cause__ or error.__context__  # a CUDA graph that cannot be captured has reasons of its own
+    return False
+
+
 def free_bytes(device: torch.device) -> int:
     """What programs can still take: of a GPU, or of the machine, or of the container if that leaves less."""
     if device.type == "cuda":

@@ -27,6 +27,7 @@ from longread.outer_loop.memory import (
     choose_recompute,
     fit,
     graph_bytes,
+    num_trained,
 )
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "graph_bytes",
     "mean_loss",
     "num_counted",
+    "num_trained",
     "static_loss",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from longread.config import REGISTERED_MIXERS, Loss, ModelConfig, RunConfig
 from longread.model import free_bytes
+from longread.ops.cross_entropy.chunked import CHUNK
 
 Schedule = Literal["none", "blocks", "sqrt", "step"]
 """In the order of extra work; explained in `longread.outer_loop`."""
@@ -18,8 +20,10 @@ SHARE = 0.8
 UPDATE_BYTES = 12
 """Of each parameter, when it is trained: its gradient and the two moments of AdamW."""
 
-MIXER_NUMBERS = {"attention": (13, 0), "mamba2": (25, 25), "gated_deltanet": (25, 25), "ttt_kvb": (50, 0)}
+MIXER_NUMBERS = {"mamba2": (25, 25), "gated_deltanet": (25, 25), "ttt_kvb": (50, 0)}
 """Numbers a token that a mixer keeps with its norms, as multiples of D: in the type of the products, and in float32."""
+LOGITS_BYTES = 2**30
+"""Of logits, that our kernels have at a time; what fits into one such piece they keep for the gradient."""
 
 
 class Fit(NamedTuple):
@@ -53,6 +57,7 @@ def fit(config: RunConfig, *, itemsize: int, kernels: bool, budget: float) -> Fi
             context_length=config.context_length,
             itemsize=itemsize,
             kernels=kernels,
+            trained_blocks=config.trained_blocks,
         )
         if need[_of_loss(config.loss, schedule)] <= budget:
             return Fit(size, schedule, 0)
@@ -61,9 +66,26 @@ def fit(config: RunConfig, *, itemsize: int, kernels: bool, budget: float) -> Fi
     return Fit(size, schedule, max(0, math.ceil(need[_of_loss(config.loss, schedule)] - budget)))
 
 
-def activation_budget(free: float, model: ModelConfig) -> float:
+def activation_budget(free: float, model: ModelConfig, trained_blocks: int | None = None) -> float:
     """Bytes for activations, of those that are free beside the weights: a share of them, less what the update needs."""
-    return SHARE * free - UPDATE_BYTES * model.num_parameters
+    return SHARE * free - UPDATE_BYTES * num_trained(model, trained_blocks)
+
+
+def num_trained(model: ModelConfig, trained_blocks: int | None) -> int:
+    """Numbers that training changes: all, or those of the last `trained_blocks` blocks and of the final norm."""
+    if trained_blocks is None:
+        return model.num_parameters
+    below = model.num_blocks - trained_blocks
+    if not below:
+        return model.num_parameters - model.vocab_size * model.width * (1 if model.tie_embeddings else 2)
+    rest = dataclasses.replace(
+        model,
+        num_blocks=below,
+        num_suffix_blocks=max(0, model.num_suffix_blocks - trained_blocks),
+        block_rope=model.block_rope and model.block_rope[:below],
+        block_windows=model.block_windows and model.block_windows[:below],
+    )
+    return model.num_parameters - rest.num_parameters + model.width
 
 
 def _first(need: dict[Schedule, int], budget: float) -> Schedule:
@@ -103,58 +125,94 @@ def choose_recompute(
 
 
 def graph_bytes(
-    config: ModelConfig, loss: Loss, *, batch_size: int, context_length: int, itemsize: int, kernels: bool
+    config: ModelConfig,
+    loss: Loss,
+    *,
+    batch_size: int,
+    context_length: int,
+    itemsize: int,
+    kernels: bool,
+    trained_blocks: int | None = None,
 ) -> dict[Schedule, int]:
     """Bytes of activations that a loss keeps for its gradient, for each schedule it has, in the order of extra work.
 
     Args:
         kernels: whether our kernels for NVIDIA GPUs answer, which keep less than PyTorch's.
+        trained_blocks: as in `RunConfig`; below the lowest one nothing is kept.
     """
     tokens, count = batch_size * context_length, context_length // config.mini_batch_size
-    static = loss == "static"
-    depth = config.num_blocks if static else config.num_prefix_blocks + 1
+    static, L = loss == "static", config.num_blocks
+    trained = L if trained_blocks is None else trained_blocks
+    lowest = L - trained
+    whole = range(lowest, L) if static else range(lowest, config.num_prefix_blocks + 1)  # over the whole sequence
+    depth = len(whole)
     block = tokens * block_bytes(config, context_length, itemsize, kernels=kernels)
-    attention = sum("attention" in config.mixers_of(i) for i in range(depth))
-    kept, again = depth * block, (depth + attention) * tokens * config.width * itemsize + block
+    attention = sum("attention" in config.mixers_of(i) for i in whole)
+    inputs = depth * config.width + attention * config.num_heads * config.head_dim
+    kept, bare, running = depth * block, tokens * inputs * itemsize, min(1, depth) * block
     if static:
-        return {"none": kept, "blocks": again}
+        head = sum(head_bytes(config, tokens, itemsize, kernels=kernels))
+        return {"none": kept + head, "blocks": bare + max(running, head)}  # the head is done before a block runs
+    again = bare + running
+    _, passing = head_bytes(config, batch_size * config.mini_batch_size, itemsize, kernels=kernels)
     activations, carry = step_bytes(config, batch_size, itemsize, kernels=kernels)
     root = math.ceil(math.sqrt(count))
     return {
-        "none": kept + count * activations,
-        "blocks": again + count * activations,
-        "sqrt": again + root * (activations + carry),
-        "step": again + activations + count * carry,
+        "none": kept + count * activations + passing,
+        "blocks": again + count * activations + passing,
+        "sqrt": again + root * (activations + carry) + passing,
+        "step": again + activations + count * carry + passing,
     }
 
 
 def block_bytes(config: ModelConfig, context_length: int, itemsize: int, *, kernels: bool) -> int:
     """Bytes a token that a block over a whole sequence keeps, counted on CPUs; those of attention agree with an H200's.
 
-    The MLP keeps 3 F numbers. A window shorter than the sequence costs 13 D more without kernels.
+    With Q = N H and E = numbers of its keys, attention and the norms around both sub-layers keep up to 6 D + 4 Q + 3 E,
+    less without some of the norms, and the MLP 3 F. A window shorter than the sequence costs 5 Q + 8 E more without
+    kernels: bands of keys overlap.
     """
-    banded = 0 if kernels or config.attention == "full" or config.window_size >= context_length else 13
-    mixing = 0
-    for kind in (kind for i in range(config.num_blocks) for kind in config.mixers_of(i)):
-        narrow, wide = MIXER_NUMBERS[kind] if kind in MIXER_NUMBERS else REGISTERED_MIXERS[kind].kept_numbers
-        mixing += (narrow + (banded if kind == "attention" else 0)) * itemsize + wide * max(4, itemsize)
-    return config.width * mixing // config.num_blocks + 3 * config.mlp_hidden * itemsize
+    D, Q, E, L = config.width, config.num_heads * config.head_dim, config.kv_width, config.num_blocks
+    sub_layers = (2 + 2 * config.pre_norm + 2 * config.post_norm) * D
+    narrow, wide = L * 3 * config.mlp_hidden, 0
+    for index in range(L):
+        for kind in config.mixers_of(index):
+            if kind == "attention":
+                narrow += sub_layers + (3 + config.qk_norm) * Q + (2 + config.qk_norm) * E
+                window = config.window_of(index)
+                narrow += 0 if kernels or window is None or window >= context_length else 5 * Q + 8 * E
+            else:
+                own = MIXER_NUMBERS[kind] if kind in MIXER_NUMBERS else REGISTERED_MIXERS[kind].kept_numbers
+                narrow, wide = narrow + own[0] * D, wide + own[1] * D
+    return (narrow * itemsize + wide * max(4, itemsize)) // L
+
+
+def head_bytes(config: ModelConfig, tokens: int, itemsize: int, *, kernels: bool) -> tuple[int, int]:
+    """Bytes of the logits of `tokens` that are kept for the gradient, and that are there only while they are made."""
+    if not kernels:
+        return 0, 3 * tokens * min(config.vocab_size, CHUNK) * max(4, itemsize)
+    size = tokens * config.vocab_size * itemsize
+    return (size if size <= LOGITS_BYTES else 0), 2 * min(size, LOGITS_BYTES)
 
 
 def step_bytes(config: ModelConfig, batch_size: int, itemsize: int, *, kernels: bool = False) -> tuple[int, int]:
     """Bytes that one inner step keeps for its exact gradient, and bytes of a carry.
 
-    On CPUs the graph of a suffix block holds about 44 D + 20 F numbers a token, attention its scores five times, and
-    the fast weights are there three times: old, new and their gradient. With `kernels` it is about 22 D + 10 F, 16 D
-    for attention, the weights once in the type of the products, and the logits once.
+    On CPUs the graph of a suffix block holds about 44 D numbers a token and 10 for each unit of both its MLPs,
+    attention its scores five times, and the fast weights are there three times: old, new and their gradient. With
+    `kernels` it is about 22 D and 5 a unit, 4 D + 6 Q + 6 E for attention (as in `block_bytes`), the weights once in
+    the type of the products, and the logits once.
     """
-    B, M, D, F = batch_size, config.mini_batch_size, config.width, config.mlp_hidden
-    S, attentions = config.num_suffix_blocks, max(0, config.num_suffix_blocks - 1)
+    B, M, D = batch_size, config.mini_batch_size, config.width
+    Q, E, F = config.num_heads * config.head_dim, config.kv_width, config.mlp_hidden + config.fast_mlp_hidden
+    S, above = config.num_suffix_blocks, range(config.num_prefix_blocks + 1, config.num_blocks)
+    windows = [config.window_of(index) or config.window_size for index in above]
     weights = B * config.num_fast_weights * 4
-    past = attentions * 2 * B * config.window_size * D * itemsize
+    past = 2 * B * sum(windows) * E * itemsize
     if kernels:
-        numbers, held = S * (22 * D + 10 * F) + attentions * 16 * D + config.vocab_size, weights * itemsize // 4
+        numbers, held = S * (22 * D + 5 * F) + len(above) * (4 * D + 6 * Q + 6 * E), weights * itemsize // 4
+        held += head_bytes(config, B * M, itemsize, kernels=True)[0]
     else:
-        scores = 5 * config.num_heads * (config.window_size + M)
-        numbers, held = S * (44 * D + 20 * F) + attentions * scores, 3 * weights
+        scores = 5 * config.num_heads * sum(window + M for window in windows)
+        numbers, held = S * (44 * D + 10 * F) + scores, 3 * weights
     return B * M * numbers * itemsize + held, weights + past

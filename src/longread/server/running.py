@@ -15,6 +15,7 @@ from longread.server.app import create_app
 from longread.server.errors import ApiError
 from longread.server.log import logger
 from longread.server.service import Service
+from longread.signals import Requests
 
 HEADER_SECONDS = 20.0
 """In which a client must have sent the head of a request, once it is connected or has begun."""
@@ -93,14 +94,16 @@ def _draining_server() -> type[Any]:
         def __init__(self, config: Any, service: Service, address: str) -> None:
             super().__init__(config)
             self._service, self._address = service, address
+            self._requests = Requests()
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             logger.info("%s is served at %s", self._service.name, self._address)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            self._service.stopping = True
-            super().handle_exit(sig, frame)
+            if self._requests.is_new(sig):  # a second one, unlike an echo, asks to hurry
+                self._service.stopping = True
+                super().handle_exit(sig, frame)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             logger.info("stopping: requests may end within %g seconds, then all sessions are saved", PATIENCE_SECONDS)

@@ -9,17 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from longread.config import OptimizerConfig, UserError
+from longread.model import Transformer
 
 _EMBEDDING = "embedding.weight"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
+def freeze_below(model: Transformer, trained_blocks: int | None) -> None:
+    """Leaves a gradient to the last `trained_blocks` blocks and the final norm alone, or to everything."""
+    if trained_blocks is None:
+        return
+    model.requires_grad_(False)
+    for module in (*list(model.blocks)[-trained_blocks:], model.final_norm):
+        module.requires_grad_(True)
+
+
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of `model`; its rate is set by `update`, step by step."""
-    named = dict(model.named_parameters())
+    """AdamW over all parameters of `model` that are trained; its rate is set by `update`, step by step."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     undecayed = [] if config.decay_embedding else [_EMBEDDING]
     undecayed += [f"{place}.{name}" for place, m in model.named_modules() for name in getattr(m, "undecayed", ())]
-    exempt = [named.pop(name) for name in undecayed]
+    exempt = [named.pop(name) for name in undecayed if name in named]
     groups = [
         {"params": list(named.values()), "weight_decay": config.weight_decay},
         {"params": exempt, "weight_decay": 0.0},

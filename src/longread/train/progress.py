@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -42,10 +43,17 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError, SystemExit):
+                self._bar.stop()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Shows one row of metrics.jsonl."""
+        """Shows one row of metrics.jsonl, if anybody still looks: a run does not end for want of a screen."""
+        try:
+            self._show(row)
+        except (OSError, SystemExit):  # rich makes an end of the program of a pipe that has no reader any more
+            self._console.quiet = True
+
+    def _show(self, row: Mapping[str, Any]) -> None:
         if self._begun is None:
             self._begun = (row["step"], time.monotonic())
         if self._bar is not None:

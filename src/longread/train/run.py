@@ -13,15 +13,14 @@ functions of the step. So a resumed run computes bit for bit what an uninterrupt
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import gc
 import os
-import shutil
 import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,36 +28,35 @@ from typing import Any
 import torch
 
 from longread import checkpoint, files, record
-from longread.config import Precision, RunConfig, UserError
+from longread.config import RunConfig, UserError
 from longread.data import Batch, Sampler, TokenDataset
-from longread.model import Transformer, find_device, free_bytes, initialize
-from longread.outer_loop import activation_budget, fit
-from longread.train.agreement import (
-    ROUNDING,
-    RUN_FILE,
-    data_identity,
-    differences,
-    refuse_other_config,
-    refuse_other_data,
-)
+from longread.model import Transformer, find_device, initialize, is_out_of_memory, undrawn
+from longread.train.agreement import RUN_FILE, data_identity, refuse_other_config, refuse_other_data
+from longread.train.beginning import TOKENIZER_FILES, begin_with, copy_tokenizer, keep_tokenizer
 from longread.train.captured import CapturedGradient
+from longread.train.card import origin_of, write_card
 from longread.train.divergence import SAID_AFTER, DivergenceWatch
-from longread.train.gradient import accumulate_gradient, inner_steps
-from longread.train.optimizer import gradient_norm, make_optimizer, optimizer_tensors, restore_optimizer, update
+from longread.train.gradient import BatchGradient, accumulate_gradient, inner_steps
+from longread.train.optimizer import (
+    freeze_below,
+    gradient_norm,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    update,
+)
+from longread.train.settling import leaner, out_of_memory, precision_of, settled, settled_before
 from longread.train.stopping import StopSignal, diverged, halt, not_finite_in, not_finite_weight
 from longread.train.validation import validation_losses
 
 Row = dict[str, Any]
 
 METRICS_FILE, MODEL_DIRECTORY = "metrics.jsonl", "model"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _VALIDATION_SEED = 0
 LONGEST_UNSAVED = 600.0
 """Seconds between checkpoints where `checkpoint_every` does not say when."""
 _UNKNOWN: dict[str, Any] = {}
 """What a run without a record of it began with."""
-_MAY_CHANGE = ("model.rope_base", "model.init_std")
-"""Between the run that made a model and one that goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,10 @@ def train(
         trackers: names from `longread.record.TRACKERS`.
         on_step: called with each row of metrics.jsonl once it is written.
 
-    Returns when the last step is done, or after the current one when SIGTERM or SIGINT arrives; either way with a
-    checkpoint, of the last good step if the run had begun to diverge. Raises `UserError` when data, config, `out` and
-    device do not go together or another process trains in `out`, and `TrainingHalted` when a number is not finite or
+    Returns when the last step is done, or when SIGTERM, SIGINT or SIGHUP arrives: after the current step, or on a GPU
+    without it; either way with a checkpoint, of the last good step if the run had begun to diverge. Where memory runs
+    out it goes on with less at a time. Raises `UserError` when data, config, `out` and device do not go together,
+    another process trains in `out`, or nothing takes less memory, and `TrainingHalted` when a number is not finite or
     the run diverges for `config.max_bad_steps` steps.
     """
     started, out = time.monotonic(), Path(out)
@@ -129,10 +128,12 @@ def train(
         stack.enter_context(run.recording(trackers))
         row = None
         while run.step < config.steps and not stop.requested:
-            row = run.advance()
-            last = run.step == config.steps
+            advanced = run.advance_within_memory(stop)
+            if advanced is None:
+                break
+            row, last = advanced, run.step == config.steps
             if validation is not None and (last or _due(run.step, config.evaluate_every)):
-                run.validate(row)
+                run.validate(row, stop)
             run.record(row)
             run.refuse_to_diverge(row)
             if last or run.should_save:
@@ -165,10 +166,10 @@ class _Run:
     ) -> None:
         self.config, self.data, self.out, self.device = config, data, out, device
         for name, dataset in (("data", data), ("validation data", validation)):
-            if dataset is not None and dataset.vocab_size != config.model.vocab_size:
+            if dataset is not None and dataset.vocab_size > config.model.vocab_size:
                 raise UserError(
                     f"the model has vocab_size {config.model.vocab_size}, but the {name} has {dataset.vocab_size}; "
-                    "set the model's to that of the data"
+                    "set the model's to that of the data, or more"
                 )
         if validation is not None:
             if validation.tokenizer_fingerprint != data.tokenizer_fingerprint:
@@ -184,21 +185,21 @@ class _Run:
         """The newest checkpoint whose weights are known to be good, by the loss of the step after it."""
         self.divergence = DivergenceWatch(config.model.vocab_size)
         self._next_batch: Batch | None = None
+        self._left_step = self._updating = False
         self.refuse_or_clear(resume)
         newest = self._newest_checkpoint() if resume else None
         if resume and newest is None and os.path.exists(out / RUN_FILE):
             refuse_other_config(files.read_json(out / RUN_FILE, kind="run")["config"], config)
-        self.model = self._new_model()
-        self.initial = self._begin(initial, has_checkpoint=newest is not None)
+        begun = _UNKNOWN
+        if os.path.exists(out / RUN_FILE):
+            begun = files.read_json(out / RUN_FILE, kind="run").get("initial", _UNKNOWN)
+        self.model = self._new_model(drawn=not (initial or begun or newest))
+        self.initial = self._begin(initial, begun, has_checkpoint=newest is not None)
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.exact = self._settled()
+        self.exact = settled(config, device)
         if resume:
             self._restore(newest)
-        self.gradient = (
-            CapturedGradient(self.model, self.exact)
-            if device.type == "cuda"
-            else functools.partial(accumulate_gradient, self.model, self.exact)
-        )
+        self.gradient = self._gradient()
 
     def refuse_or_clear(self, resume: bool) -> None:
         names = (RUN_FILE, METRICS_FILE, MODEL_DIRECTORY, checkpoint.CHECKPOINTS)
@@ -214,23 +215,26 @@ class _Run:
             raise UserError(f"{self.out} holds a model but no checkpoint to resume from; train into another directory")
         return path
 
-    def _new_model(self) -> Transformer:
-        model = Transformer(self.config.model)
-        initialize(model, self.config.seed)
-        precision = self._precision()
+    def _new_model(self, *, drawn: bool) -> Transformer:
+        """Of drawn weights, or of none yet: drawing billions that nobody reads takes minutes."""
+        model = Transformer(self.config.model) if drawn else undrawn(self.config.model)
+        if drawn:
+            initialize(model, self.config.seed)
+        freeze_below(model, self.config.trained_blocks)
+        precision = precision_of(self.config, self.device)
         if precision == "bfloat16":
             model.compute_dtype = torch.bfloat16
-        return model.to(self.device, torch.float64 if precision == "float64" else torch.float32)
+        model.to(torch.float64 if precision == "float64" else torch.float32)
+        return model.to(self.device) if drawn else model.to_empty(device=self.device)
 
-    def _begin(self, given: str | Path | None, *, has_checkpoint: bool) -> dict[str, Any] | None:
+    def _begin(
+        self, given: str | Path | None, begun: dict[str, Any] | None, *, has_checkpoint: bool
+    ) -> dict[str, Any] | None:
         """Fills the model with the weights that the run begins with, and says for run.json which they are.
 
         A run that was begun keeps to them: given others, it is refused; given none, it reads those that run.json names
         if there is no checkpoint yet.
         """
-        begun = _UNKNOWN
-        if os.path.exists(self.out / RUN_FILE):
-            begun = files.read_json(self.out / RUN_FILE, kind="run").get("initial", _UNKNOWN)
         path = given
         if given is None and begun and not has_checkpoint:
             path = begun["path"]
@@ -244,51 +248,10 @@ class _Run:
                 f"{self.out} began with {weights}, and {path} holds others ({loaded.fingerprint[:8]}); "
                 f"{remedy}train into another directory"
             )
-        self._begin_with(loaded, path)
-        return {"path": os.path.realpath(path), "fingerprint": loaded.fingerprint}
-
-    def _begin_with(self, loaded: checkpoint.LoadedModel, path: str | Path) -> None:
-        mixers = loaded.model.config.mixer, self.config.model.mixer
-        if mixers[0] != mixers[1]:
-            raise UserError(
-                f"{path} has model.mixer {mixers[0]} and this run has {mixers[1]}; begin with a model of its kind"
-            )
-        wanted = dataclasses.asdict(self.config.model)
-        for name, before, now in differences(dataclasses.asdict(loaded.model.config), wanted, "model."):
-            if name not in _MAY_CHANGE:
-                raise UserError(
-                    f"{path} has {name} {before!r} and this run has {now!r}; begin with a model of its shape"
-                )
-        trained_on = loaded.metadata.get("tokenizer_fingerprint")
-        if trained_on != self.data.tokenizer_fingerprint:
-            raise UserError(f"{path} was trained with another tokenizer than the data; prepare the data with its own")
-        self.model.load_state_dict(loaded.model.state_dict())
-
-    def _precision(self) -> Precision:
-        if self.config.precision == "auto":
-            return "bfloat16" if self.device.type == "cuda" else "float32"
-        return self.config.precision
-
-    def _settled(self) -> RunConfig:
-        """The config with what it leaves open decided, once for all steps: other choices would round differently."""
-        found = fit(
-            self.config,
-            itemsize=self.model.dtype.itemsize,
-            kernels=self.device.type == "cuda",
-            budget=activation_budget(free_bytes(self.device), self.config.model),
-        )
-        if found.missing:
-            warnings.warn(
-                f"{found.micro_batch_size} sequences of {self.config.context_length:,} tokens at a time need "
-                f"{found.missing / 2**30:.1f} GiB more than there are, by an estimate; memory may run out",
-                stacklevel=4,
-            )
-        return dataclasses.replace(
-            self.config,
-            micro_batch_size=found.micro_batch_size,
-            recompute=found.recompute,
-            precision=self._precision(),
-        )
+        begin_with(self.model, loaded, path, self.data.tokenizer_fingerprint)
+        found = {"path": os.path.realpath(path), "fingerprint": loaded.fingerprint}
+        provenance = loaded.metadata.get("provenance")
+        return found | ({"provenance": provenance} if provenance else {})
 
     def _restore(self, path: Path | None) -> None:
         size = 0
@@ -301,7 +264,7 @@ class _Run:
                     f"this run was computed in {found.state['precision']}, but auto means {self.exact.precision} on "
                     f"{self.device}; resume on the device that it began on"
                 )
-            self._keep_rounding(found.state)
+            self.exact = settled_before(self.config, self.exact, found.state)
             checkpoint.fill(self.model, found.model, where=path)
             restore_optimizer(self.model, self.optimizer, found.optimizer, path)
             self.step = self.saved_step = found.step
@@ -314,20 +277,6 @@ class _Run:
         if not self.log.truncate(size):
             warnings.warn(f"{self.log.path} lacks rows from before step {self.step}; training goes on", stacklevel=2)
         self.divergence = DivergenceWatch(self.config.model.vocab_size, self.log.rows())
-
-    def _keep_rounding(self, state: Mapping[str, Any]) -> None:
-        """Takes over what the run settled on, but for what the config now asks for otherwise."""
-        settled = {name: state.get(name, state["config"][name]) for name in ROUNDING}
-        if settled["recompute"] == "auto":  # of revisions that could recompute nothing with the static loss
-            settled["recompute"] = "none"
-        settled["micro_batch_size"] = settled["micro_batch_size"] or self.config.batch_size
-        for name in ROUNDING:
-            if getattr(self.config, name) != state["config"][name]:
-                before, settled[name] = settled[name], getattr(self.exact, name)
-                warnings.warn(
-                    f"{name} was {before!r} and is {settled[name]!r} from now on; sums round differently", stacklevel=5
-                )
-        self.exact = dataclasses.replace(self.exact, **settled)
 
     @contextlib.contextmanager
     def recording(self, trackers: Sequence[str]) -> Iterator[None]:
@@ -348,35 +297,75 @@ class _Run:
                 stack.callback(tracker.close)
                 self._trackers.append(tracker)
             files.write_json_atomically(path, run, kind="run")
-            self._copy_tokenizer(self.out)
+            keep_tokenizer(run.get("initial"), self.data.directory, self.out)
             try:
                 yield
             except BaseException:
                 if self.step == 0 and not run["resumed"]:  # nothing to go on with: the place is free again
-                    for name in (RUN_FILE, *_TOKENIZER_FILES):
+                    for name in (RUN_FILE, *TOKENIZER_FILES):
                         (self.out / name).unlink(missing_ok=True)
                 raise
 
-    def _copy_tokenizer(self, directory: Path) -> None:
-        for name in _TOKENIZER_FILES:
-            source = self.data.directory / name
-            if source.is_file():
-                with files.atomic_files(directory / name) as (temporary,):
-                    shutil.copyfile(source, temporary)
+    def _gradient(self) -> Callable[..., BatchGradient]:
+        if self.device.type == "cuda":
+            return CapturedGradient(self.model, self.exact)
+        return functools.partial(accumulate_gradient, self.model, self.exact)
 
-    def advance(self) -> Row:
-        """Takes one step and returns its row. Raises `TrainingHalted` before the weights could be spoiled."""
+    def advance_within_memory(self, stop: StopSignal) -> Row | None:
+        """`advance`, with less at a time where memory runs out. Raises `UserError` if there is nothing less."""
+        while True:
+            try:
+                return self.advance(stop)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._make_room()  # only here, where nothing holds the tensors of the step any more
+
+    def _make_room(self) -> None:
+        less = None if self._updating else leaner(self.config, self.exact, self.device)
+        self.model.zero_grad(set_to_none=True)
+        before = self.exact
+        del self.gradient  # and with it what a graph has captured
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if less is None:
+            if self.step > self.saved_step and not (self.is_bad or self._updating):
+                self.save()
+            kept = f"--resume goes on from step {self.saved_step}" if self.saved_step else "nothing was trained yet"
+            raise out_of_memory(self.exact, self.step + 1, kept)
+        self.exact, size = less, less.micro_batch_size
+        warnings.warn(
+            f"out of memory at step {self.step + 1} with micro_batch_size {before.micro_batch_size} and recompute "
+            f"{before.recompute}: goes on with {size} and {less.recompute}; sums round differently from there on",
+            stacklevel=3,
+        )
+        self.gradient = self._gradient()
+
+    def advance(self, stop: StopSignal) -> Row | None:
+        """Takes one step and returns its row. Raises `TrainingHalted` before the weights could be spoiled.
+
+        On a GPU a signal leaves the step as if it had not begun: it may be long, and the weights do not change before
+        its end. None then.
+        """
         started = time.monotonic()
         inner_lr = self.config.inner.lr_at(self.step)
         batch = self._next_batch or self.sampler.batch(self.step)
         found = self.gradient(batch.to(self.device), inner_lr=inner_lr)
         norm = gradient_norm(self.model.parameters())
         self._next_batch = self.sampler.batch(self.step + 1)  # drawn while a GPU is still at work
+        if self.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self.device))
+            if stop.comes_before(done.query):
+                self._left_step = True
+                return None
         problem = not_finite_in(self.model, found, norm)
         if problem is not None:
             raise halt(self.config, self.step + 1, problem, self.last_checkpoint)
+        self._updating = True
         lr = update(self.model, self.optimizer, self.config.optimizer, self.step, norm)
-        self.step += 1
+        self.step, self._updating = self.step + 1, False
         tokens = int(batch.loss_mask.sum())
         self.tokens += tokens
         row: Row = {
@@ -398,10 +387,10 @@ class _Run:
         row["tokens_per_second"] = tokens / row["seconds"]
         return row
 
-    def validate(self, row: Row) -> None:
-        """Adds the losses on held-out text to a row. If that fails, what was trained is saved first."""
+    def validate(self, row: Row, stop: StopSignal) -> None:
+        """Adds the losses on held-out text to a row, unless a signal comes. If it fails, what was trained is saved."""
         try:
-            row |= validation_losses(self.model, self.exact, self.validation_sampler)
+            row |= validation_losses(self.model, self.exact, self.validation_sampler, stopped=lambda: stop.requested)
         except BaseException:
             self.record(row)
             if not self.is_bad:
@@ -441,6 +430,12 @@ class _Run:
 
     def save(self) -> None:
         """Writes a checkpoint of finite weights."""
+        # A step that was left still runs on the stream of this thread, and nothing there would come before its end.
+        beside = torch.cuda.stream(torch.cuda.Stream(self.device)) if self._left_step else contextlib.nullcontext()
+        with beside:
+            self._save()
+
+    def _save(self) -> None:
         problem = not_finite_weight(self.model)
         if problem is not None:
             raise halt(self.config, self.step, problem, self.last_checkpoint)
@@ -474,7 +469,11 @@ class _Run:
     def finish(self) -> Path:
         """Writes the finished model."""
         directory = self.out / MODEL_DIRECTORY
-        self._copy_tokenizer(directory)
-        provenance = {"run": self.config.name, "step": self.step, "tokens": self.tokens}
+        copy_tokenizer(self.out, directory)
+        provenance: dict[str, Any] = {"run": self.config.name, "step": self.step, "tokens": self.tokens}
+        initial = files.read_json(self.out / RUN_FILE, kind="run").get("initial")
+        if initial:
+            provenance["adapted_from"] = origin_of(initial)
+            write_card(directory, self.config, self.tokens, initial)
         checkpoint.save_model(directory, self.model, self.config.inner, self.data.tokenizer_fingerprint, provenance)
         return directory

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -13,9 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from longread.config import RunConfig, UserError
+from longread.signals import Requests
 from longread.train.gradient import BatchGradient
 
 logger = logging.getLogger(__name__)
+
+_BETWEEN_QUESTIONS = 1e-4
+"""Seconds; a step on a GPU takes a hundred times as long, and more."""
 
 
 class TrainingHalted(UserError):
@@ -25,33 +32,49 @@ class TrainingHalted(UserError):
 
 
 class StopSignal:
-    """While it is entered, SIGTERM and SIGINT set `requested` and the run ends after the step; a second SIGINT aborts.
+    """While it is entered, SIGTERM, SIGINT and SIGHUP set `requested`, and the run ends; a second SIGINT aborts.
 
-    Outside the main thread, where Python delivers no signals, it does nothing.
+    It says so at once. A signal and its echo are one; one that the process ignores (nohup) stays ignored. Outside the
+    main thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.number: int | None = None
         """Of the signal that came first."""
+        self._requests = Requests()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._request)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def comes_before(self, done: Callable[[], bool]) -> bool:
+        """Waits until `done()`, or for a signal; whether that came first.
+
+        A call of C that waits, like that for a GPU, keeps Python from handling a signal until it returns: many seconds,
+        where a step is long. So this asks again and again.
+        """
+        while not (self.requested or done()):
+            time.sleep(_BETWEEN_QUESTIONS)
+        return not done()
+
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if not self._requests.is_new(number):
+            return
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = self.number or number
         self.requested = True
-        logger.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
+        with contextlib.suppress(OSError, RuntimeError):  # stderr is gone, or in use by what is interrupted
+            logger.warning("%s: saving a checkpoint, then ending", signal.Signals(number).name)
 
 
 def not_finite_in(model: nn.Module, gradient: BatchGradient, norm: Tensor) -> str | None:
@@ -71,7 +94,9 @@ def not_finite_in(model: nn.Module, gradient: BatchGradient, norm: Tensor) -> st
 def not_finite_weight(model: nn.Module) -> str | None:
     """Names the first parameter that is not finite; None when all are."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if parameter.numel() and not all(
+            end.isfinite() for end in torch.aminmax(parameter.detach())
+        ):  # no copy is made
             return f"{name} is not finite after the update"
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,25 +18,36 @@ TOKENS = 2**14
 """Of sequences that are read at a time: the memory is what training leaves, and a GPU is busy with fewer."""
 
 
-def validation_losses(model: Transformer, config: RunConfig, sampler: Sampler) -> dict[str, float]:
+class _Stopped(Exception):
+    """Nobody waits for the losses any more."""
+
+
+def validation_losses(
+    model: Transformer, config: RunConfig, sampler: Sampler, *, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """`validation_loss` (learning) and `validation_loss_frozen`, in nats per token.
 
-    Each call reads the same few batches. A model without fast weights has only the first loss.
+    Each call reads the same few batches. A model without fast weights has only the first loss. There are none once
+    `stopped()` is true: a reading of long contexts takes minutes.
     """
     batches = [sampler.batch(i) for i in range(BATCHES)]
-    found = {"validation_loss": _mean_loss(model, config, batches, learn=True)}
-    if model.config.num_suffix_blocks:
-        found["validation_loss_frozen"] = _mean_loss(model, config, batches, learn=False)
-    return found
+    ways = {"validation_loss": True} | ({"validation_loss_frozen": False} if model.config.num_suffix_blocks else {})
+    try:
+        return {name: _mean_loss(model, config, batches, learn, stopped) for name, learn in ways.items()}
+    except _Stopped:
+        return {}
 
 
-def _mean_loss(model: Transformer, config: RunConfig, batches: list[Batch], *, learn: bool) -> float:
-    losses = [
-        _mini_batch_losses(model, config, Batch(*(tensor[start : start + size] for tensor in batch)), learn=learn)
-        for batch in batches
-        for size in [max(1, TOKENS // config.context_length)]
-        for start in range(0, len(batch.input_ids), size)
-    ]
+def _mean_loss(
+    model: Transformer, config: RunConfig, batches: list[Batch], learn: bool, stopped: Callable[[], bool]
+) -> float:
+    losses, size = [], max(1, TOKENS // config.context_length)
+    for batch in batches:
+        for start in range(0, len(batch.input_ids), size):
+            if stopped():
+                raise _Stopped
+            part = Batch(*(tensor[start : start + size] for tensor in batch))
+            losses.append(_mini_batch_losses(model, config, part, learn=learn))
     masks = [batch.loss_mask.to(model.device) for batch in batches]
     return mean_loss(torch.cat(losses), torch.cat(masks)).item()
 

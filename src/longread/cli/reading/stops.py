@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, Self, TypeVar
 
+from longread.signals import Requests
+
 T = TypeVar("T")
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
@@ -25,8 +27,9 @@ class Stop(KeyboardInterrupt):
 class StopSignals:
     """While it is entered, SIGINT, SIGTERM and SIGHUP raise `Stop`, one each: within `open`, or when it begins next.
 
-    The first signal is answered on stderr at once, whatever is being done. Outside the main thread, where Python
-    delivers no signals, it does nothing; a signal that the process ignores (nohup) stays ignored.
+    A signal and its echo are one. The first signal is answered on stderr at once, whatever is being done. Outside the
+    main thread, where Python delivers no signals, it does nothing; a signal that the process ignores (nohup) stays
+    ignored.
 
     Args:
         answer: what to say to the first signal, and to each that follows it; nothing if that is empty.
@@ -39,6 +42,7 @@ class StopSignals:
         self._open = False
         self._heard = self._obeyed = 0
         self._newest: int = signal.SIGINT
+        self._requests = Requests()
         self._before: dict[int, Any] = {}
 
     @property
@@ -80,6 +84,8 @@ class StopSignals:
             yield item
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if not self._requests.is_new(number):
+            return
         if answer := self._answer(self.number is None):
             with contextlib.suppress(OSError):  # not by print: what is interrupted may be in the middle of one
                 clear = "\r\x1b[K" if os.isatty(2) else ""
