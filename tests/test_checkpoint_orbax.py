@@ -196,6 +196,10 @@ def test_its_tokenizer(
     assert not (tmp_path / "small").exists()
 
     source = save(tmp_path / "saved", tree(drawn(vocab_size=300)))
+    assert convert(source, tmp_path / "named", "--tokenizer", f"{tmp_path}/bytes") == 0
+    assert (tmp_path / "named" / "tokenizer.json").is_file()
+    assert convert(source, tmp_path / "nowhere", "--tokenizer", f"{tmp_path}/nothing.json") == 2
+    capsys.readouterr()
     ByteTokenizer().save(source)
     assert convert(source, tmp_path / "with") == 0
     assert "with its tokenizer" in capsys.readouterr().out

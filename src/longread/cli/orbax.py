@@ -72,6 +72,7 @@ def from_orbax(item: Path, destination: Path, options: argparse.Namespace) -> st
 def _tokenizer(item: Path, options: argparse.Namespace) -> Path | None:
     """The one that was named, or that lies beside the weights."""
     if options.tokenizer:
-        return Path(options.tokenizer)
+        named = Path(options.tokenizer)
+        return named / "tokenizer.json" if named.is_dir() else named
     beside = [folder / "tokenizer.json" for folder in (Path(options.source), item, item.parent)]
     return next((path for path in beside if path.is_file()), None)
