@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from longread.checkpoint import load_model
+from longread.checkpoint import load_model, save_model
 from longread.cli import build_parser, main
 from longread.cli.arguments import changed
 from longread.config import UserError
+from longread.model import Transformer
 from longread.recipes import toy
 from longread.session import Session
 from longread.tokenizer import ByteTokenizer
@@ -42,7 +44,7 @@ COMMAND_LINE = {
     "--top-k --repetition-penalty --seed --stop --frozen --learn --save --draft --draft-session --draft-tokens "
     "--json --quiet",
     "evaluate": "MODEL --data --encoding --errors --keep-line-ends --markup "
-    "--documents --max-tokens --min-tokens --lengths --indices --window --mini-batch "
+    "--documents --max-tokens --min-tokens --lengths --indices --window --full --mini-batch "
     "--batch-size --no-control --health --learn --json --quiet --plots --report --device",
     "needle": "MODEL --variants --contexts --depths --samples --seed --haystack --encoding --errors --keep-line-ends "
     "--markup --repeat-haystack --max-tokens "
@@ -197,6 +199,38 @@ def test_evaluating_compares_models(home: Path, tmp_path: Path, capsys: pytest.C
     assert "<svg" in (tmp_path / "e.html").read_text()
     texts = ["evaluate", home / "run", "--data", home / "texts", "--documents", 2, "--max-tokens", 100, "--no-control"]
     assert main([str(a) for a in texts]) == 0
+
+
+def test_a_model_is_read_as_it_was_before_its_windows(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside its learning self: frozen, and as the network with full attention that has its weights."""
+    arguments = [
+        "evaluate",
+        home / "run",
+        "--full",
+        home / "run",
+        home / "run",
+        "--data",
+        home / "data",
+        "--no-control",
+    ]
+    assert main([str(a) for a in [*arguments, "--json", tmp_path / "e.json", "--max-tokens", 300]]) == 0
+    results = json.loads((tmp_path / "e.json").read_text())["results"]
+    names = ["run", "run 1, full attention", "run 2, full attention"]
+    assert [(r["model"], r["reading"]) for r in results] == list(
+        zip(names, ["learning", "frozen", "frozen"], strict=True)
+    )
+    loaded = load_model(home / "run")
+    whole = Transformer(dataclasses.replace(loaded.model.config, attention="full", num_suffix_blocks=1))
+    whole.load_state_dict(loaded.model.state_dict())
+    save_model(tmp_path / "whole", whole, loaded.inner, ByteTokenizer.fingerprint)
+    ByteTokenizer().save(tmp_path / "whole")
+    arguments = ["evaluate", tmp_path / "whole", "--data", home / "data", "--json", tmp_path / "w.json"]
+    assert main([str(a) for a in [*arguments, "--max-tokens", 300]]) == 0
+    frozen = json.loads((tmp_path / "w.json").read_text())["results"][1]
+    assert frozen["loss"] == results[1]["loss"]
+    assert frozen["loss"] != results[0]["loss"]
 
 
 def test_models_go_to_the_official_layout_and_back(home: Path, tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
     if place.type == "cpu" and loaded.model.dtype.itemsize < 4:
         loaded.model.float()
     loaded.model.requires_grad_(False)
+    if tokenizer.vocab_size < loaded.model.config.vocab_size:
+        loaded.model.known_tokens = tokenizer.vocab_size
     provenance = loaded.metadata.get("provenance", {})
     return OpenModel(
         path.name or str(path), loaded.model, loaded.inner, tokenizer, loaded.fingerprint, provenance, loaded.learns

@@ -4,6 +4,7 @@ Models with different tokenizers are compared on texts, in bits per byte, and --
 
 Example:
   longread evaluate runs/e2e runs/swa --data data/validation --report comparison.html
+  longread evaluate converted runs/e2e runs/swa runs/full --full converted --data books --max-tokens 131072
   longread evaluate runs/e2e --data data/validation --mini-batch 32 64 128 --health --json by-mini-batch.json
 """
 
@@ -37,6 +38,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--window", type=positive, nargs="+", metavar="K", help="read with these windows instead of the trained one"
     )
     parser.add_argument(
+        "--full",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="read these too, frozen and with full attention: what converted models were before",
+    )
+    parser.add_argument(
         "--mini-batch", type=positive, nargs="+", metavar="M", help="and with these mini-batches; every combination"
     )
     parser.add_argument("--batch-size", type=positive, default=8, help="documents side by side (default 8)")
@@ -50,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.documents import longest_of, read_for_all
-    from longread.cli.models import read_otherwise, table_names
+    from longread.cli.models import read_otherwise, read_whole, table_names
     from longread.cli.outputs import (
         check_outputs,
         figure_outputs,
@@ -84,8 +92,10 @@ def run(options: argparse.Namespace) -> int:
     charts = ["loss_by_position", "loss_by_context_length"]
     charts += ["inner_gradient_norm", "drift"] if options.health else []
     check_outputs(figure_outputs(options, FORMAT, charts), inputs=options.data)
-    names = table_names(options.models)
-    tokenizers = {name: open_tokenizer(path) for path, name in zip(options.models, names, strict=True)}
+    models = list(zip(options.models, table_names(options.models), strict=True))
+    whole = list(zip(options.full, table_names(options.full), strict=True))
+    tokenizers = {name: open_tokenizer(path) for path, name in models}
+    tokenizers |= {f"{name}, full attention": open_tokenizer(path) for path, name in whole}
     texts = read_for_all(
         options.data,
         tokenizers,
@@ -100,10 +110,14 @@ def run(options: argparse.Namespace) -> int:
     lengths = default_lengths(longest - 1) if options.lengths is None else options.lengths
     edges = bin_edges(lengths, options.indices)
     measurements, console, screen = [], progress_console(options), tables_console(options)
-    for path, name in zip(options.models, names, strict=True):
-        opened = settle_learning(options, open_model(path, options.device)._replace(name=name))
+    for i, (path, name) in enumerate([*models, *whole]):
+        opened = open_model(path, options.device)._replace(name=name)
         documents = texts[opened.tokenizer.fingerprint]
-        for variant in read_otherwise(opened, options.window, options.mini_batch):
+        if i < len(models):
+            variants = read_otherwise(settle_learning(options, opened), options.window, options.mini_batch)
+        else:
+            variants = [read_whole(opened)]
+        for variant in variants:
             learns = variant.learns and variant.model.config.num_suffix_blocks > 0
             for learn in (True, False) if learns and not options.no_control else (learns,):
                 way = "learning" if learn else "frozen"

@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from longread.config import UserError
+from longread.config import ModelConfig, UserError
 from longread.loading import OpenModel, open_model
-from longread.model import Transformer
+from longread.model import undrawn
 
-__all__ = ["OpenModel", "open_model", "read_otherwise", "table_names"]
+__all__ = ["OpenModel", "open_model", "read_otherwise", "read_whole", "table_names"]
 
 
 def table_names(paths: Sequence[str]) -> list[str]:
@@ -40,9 +40,26 @@ def read_otherwise(
         return [opened]
     variants = []
     for K, M in itertools.product(windows or [config.window_size], mini_batches or [config.mini_batch_size]):
-        model = Transformer(dataclasses.replace(config, window_size=K, mini_batch_size=M))
-        model.load_state_dict(opened.model.state_dict(), assign=True)
-        model.compute_dtype = opened.model.compute_dtype
         name = opened.name + (f", window {K}" if windows else "") + (f", mini-batch {M}" if mini_batches else "")
-        variants.append(opened._replace(name=name, model=model.requires_grad_(False)))
+        variants.append(_read_by(opened, dataclasses.replace(config, window_size=K, mini_batch_size=M), name))
     return variants
+
+
+def read_whole(opened: OpenModel) -> OpenModel:
+    """The same weights read frozen with full attention: what a converted model was before its windows.
+
+    Limits of single blocks stay, as its pretraining had them. Raises `UserError` for a network of other mixers.
+    """
+    config = opened.model.config
+    if config.mixer != "attention":
+        raise UserError(f"{opened.name} has model.mixer {config.mixer}; leave it out of --full")
+    whole = _read_by(opened, dataclasses.replace(config, attention="full"), f"{opened.name}, full attention")
+    return whole._replace(learns=False)
+
+
+def _read_by(opened: OpenModel, config: ModelConfig, name: str) -> OpenModel:
+    """The weights of `opened` in another network that they fit."""
+    model = undrawn(config)
+    model.load_state_dict(opened.model.state_dict(), assign=True)
+    model.compute_dtype, model.known_tokens = opened.model.compute_dtype, opened.model.known_tokens
+    return opened._replace(name=name, model=model.requires_grad_(False))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
 
 from longread.cli.arguments import add_json, check_at_most, positive
 from longread.cli.texts import add_text_format, format_of
@@ -31,7 +33,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tokenizer", default="bytes", help="bytes (default), a tokenizer.json, a directory with one")
+    which.add_argument(
+        "--tokenizer", default="bytes", help="bytes (default), a tokenizer.json, a model or other directory with one"
+    )
     which.add_argument("--train-tokenizer", type=positive, metavar="SIZE", help="train a byte-level BPE on the sources")
     parser.add_argument(
         "--documents",
@@ -84,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
             f"{options.tokenizer} has its own; leave out one of the two"
         )
     elif not options.vocab_size:
-        tokenizer = load_tokenizer(options.tokenizer)
+        tokenizer = load_tokenizer(_place(options.tokenizer))
     with progress_console(options).status("reading") as status:
 
         def show(progress: Progress) -> None:
@@ -123,3 +127,14 @@ def run(options: argparse.Namespace) -> int:
         about = {"vocab_size": dataset.vocab_size, "tokenizer_fingerprint": dataset.tokenizer_fingerprint}
         write_text(options.json, json.dumps({"format": FORMAT, **about, **made, "skipped": skipped}, indent=2) + "\n")
     return 0
+
+
+def _place(spec: str) -> str | Path:
+    """Where the tokenizer lies that `spec` names, that of a model among others."""
+    from longread.checkpoint import find_tokenizer
+    from longread.loading import boxed_models
+
+    if spec == "bytes":
+        return spec
+    path = spec if os.path.exists(spec) else boxed_models().get(spec, spec)
+    return find_tokenizer(path) or path

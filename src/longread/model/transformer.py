@@ -7,6 +7,7 @@ of tokens at once. `upper` is the rest: it runs mini-batch by mini-batch with th
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -99,6 +100,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.known_tokens: int | None = None
+        """Ids from here on are padding of the vocabulary, and never likely; None: all are tokens."""
         self._shared_head: Tensor | None = None
         self._ropes = {config.rope_of(index) for index in range(config.num_blocks)}
         self.embedding = nn.Embedding(config.vocab_size, config.width)
@@ -257,7 +260,10 @@ class Transformer(nn.Module):
         logits = output @ self.head_weight.to(output.dtype).t()
         logits = logits if logits.dtype == torch.float64 else logits.float()
         cap = self.config.logit_soft_cap
-        return logits if cap is None else capped(logits, cap)
+        logits = logits if cap is None else capped(logits, cap)
+        if self.known_tokens is not None:
+            logits[..., self.known_tokens :] = -math.inf
+        return logits
 
     def advance(
         self, pasts: Sequence[MixerPast], own: Sequence[MixerPast], first: int, extra: int = 0
