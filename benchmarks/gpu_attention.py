@@ -29,7 +29,7 @@ from longread.ops.attention.reference import reference_attention
 
 
 class Case(NamedTuple):
-    """Sizes of one call."""
+    """Sizes of one call; G heads of keys and values, 0 for as many as of queries."""
 
     name: str
     B: int
@@ -38,6 +38,7 @@ class Case(NamedTuple):
     P: int
     H: int
     window: int
+    G: int = 0
 
     @property
     def pairs(self) -> tuple[int, int]:
@@ -63,6 +64,11 @@ CHECKS = [
     for window, dtype, wanted in ((1100, torch.bfloat16, 3), (1 << 20, torch.bfloat16, 5), (333, torch.float32, 3))
 ]
 CHECKS += [
+    (Case("", 2, N, 1000, 1500, H, window, G), dtype, wanted)
+    for N, G, H in ((9, 3, 64), (4, 1, 128))
+    for window, dtype, wanted in ((1100, torch.bfloat16, 5), (333, torch.float32, 3))
+]
+CHECKS += [
     (Case("", 1, 2, 2049, 0, 80, 700), torch.bfloat16, 3),
     (Case("", 2, 1, 1, 777, 80, 500), torch.bfloat16, 3),
     (Case("", 1, 3, 129, 1, 48, 64), torch.float16, 5),
@@ -75,9 +81,21 @@ CHECKS += [
 
 
 def draw(case: Case, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """query, key, value inside [B, T, N, H], as a model makes them, and a past of its own."""
-    own = [torch.randn(case.B, case.T, case.N, case.H, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3)]
-    return own + [torch.randn(case.B, case.N, case.P, case.H, device="cuda", dtype=dtype) for _ in range(2)]
+    """query, key, value inside [B, T, heads, H], as a model makes them, and a past of its own."""
+    B, T, H, G = case.B, case.T, case.H, case.G or case.N
+    own = [torch.randn(B, T, heads, H, device="cuda", dtype=dtype).transpose(1, 2) for heads in (case.N, G, G)]
+    return own + [torch.randn(B, G, case.P, H, device="cuda", dtype=dtype) for _ in range(2)]
+
+
+def repeated(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same of keys and values that are written out for every head of queries."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, past: tuple[Tensor, Tensor] | None, window: int) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        k, v, *older = (x.repeat_interleave(group, 1) for x in (k, v, *(past or ())))
+        return f(q, k, v, past=(older[0], older[1]) if older else None, window=window)
+
+    return attend
 
 
 def derivatives(f: Callable[..., Tensor], tensors: list[Tensor], window: int, wanted: int) -> list[Tensor]:
@@ -117,8 +135,8 @@ def check() -> bool:
     for case, dtype, wanted in CHECKS:
         torch.manual_seed(0)
         tensors = draw(case, dtype)
-        exact = derivatives(reference_attention, [x.double() for x in tensors], case.window, wanted)
-        plain = derivatives(reference_attention, tensors, case.window, wanted)
+        exact = derivatives(repeated(reference_attention), [x.double() for x in tensors], case.window, wanted)
+        plain = derivatives(repeated(reference_attention), tensors, case.window, wanted)
         with poisoned_memory():
             fused = derivatives(kernels.triton_attention, tensors, case.window, wanted)
         errors, allowed = (
@@ -380,7 +398,8 @@ def compile_default(task: tuple[Case, torch.dtype, int]) -> None:
     """The same for all kernels as they are, on a small problem that takes the same branches."""
     case, dtype, wanted = task
     window = 20 if case.window < case.T else 50 if case.window < case.T + case.P else 1000
-    small = case._replace(B=1, N=1, T=min(case.T, 40), P=min(case.P, 24), window=window)
+    G = case.G or case.N
+    small = case._replace(B=1, N=case.N // G, G=1, T=min(case.T, 40), P=min(case.P, 24), window=window)
     with contextlib.suppress(Exception):
         derivatives(kernels.triton_attention, draw(small, dtype), small.window, wanted)
 

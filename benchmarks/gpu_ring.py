@@ -1,6 +1,6 @@
 """Times attention of one new token over a ring of keys and values on a GPU, for the ways to split it among programs.
 
-    python -m benchmarks.gpu_ring [--heads 32] [--head-dim 80] [--window 8192] [--batch 1 8] [--sweep]
+    python -m benchmarks.gpu_ring [--heads 32] [--kv-heads 32] [--head-dim 80] [--window 8192] [--batch 1 8] [--sweep]
 
 First the gate: at every timed shape the kernel must agree with float64. Times are of 32 rings one after the other, as
 in the blocks of a model, in one CUDA graph; the floor is reading every key and value once at the speed of copying
@@ -33,6 +33,7 @@ def main() -> None:
     """Prints a table, the fastest last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, help="as many as heads if not given")
     parser.add_argument("--head-dim", type=int, default=80)
     parser.add_argument("--window", type=int, default=8192)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
@@ -41,15 +42,16 @@ def main() -> None:
     device = torch.device("cuda")
     bandwidth = measure_machine(device).bandwidth
     for batch in options.batch:
-        measure((batch, options.heads, options.window, options.head_dim), device, bandwidth, options.sweep)
+        shape = batch, options.kv_heads or options.heads, options.window, options.head_dim
+        measure(options.heads, shape, device, bandwidth, options.sweep)
 
 
-def measure(shape: tuple[int, int, int, int], device: torch.device, bandwidth: float, sweep: bool) -> None:
-    """Prints the times of rings [B, N, R, H]."""
-    B, N, R, H = shape
+def measure(heads: int, shape: tuple[int, int, int, int], device: torch.device, bandwidth: float, sweep: bool) -> None:
+    """Prints the times of rings [B, G, R, H] that so many heads look at."""
+    B, G, R, H = shape
     rings = [(torch.randn(shape, device=device).bfloat16(), torch.randn(shape, device=device).bfloat16())]
     rings += [(rings[0][0].clone(), rings[0][1].clone()) for _ in range(RINGS - 1)]
-    new = [torch.randn(B, N, 1, H, device=device).bfloat16() for _ in range(3)]
+    new = [torch.randn(B, n, 1, H, device=device).bfloat16() for n in (heads, G, G)]
     position = torch.full((B,), 3 * R + 5, device=device)
     floor = 2 * rings[0][0].nbytes / bandwidth
     chosen = {name: getattr(ring_triton, name) for name in SWEEP}

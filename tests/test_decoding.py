@@ -34,26 +34,52 @@ def attend(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     return importlib.import_module("longread.ops.attention.ring_triton").triton_ring_attention
 
 
-@pytest.mark.parametrize(("H", "R", "window"), [(8, 40, 33), (20, 131, 131), (80, 70, 64), (16, 600, None)], ids=str)
-def test_a_ring_is_attention_over_its_newest_tokens(attend, H: int, R: int, window: int | None) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    ("N", "G", "H", "R", "window"),
+    [
+        (2, 2, 8, 40, 33),
+        (2, 2, 20, 131, 131),
+        (2, 2, 80, 70, 64),
+        (2, 2, 16, 600, None),
+        (6, 2, 20, 131, 131),
+        (4, 1, 80, 70, 64),
+        (10, 2, 256, 20, 19),  # more heads than a program serves
+        (5, 1, 16, 600, None),
+    ],
+    ids=str,
+)
+def test_a_ring_is_attention_over_its_newest_tokens(  # type: ignore[no-untyped-def]
+    attend, N: int, G: int, H: int, R: int, window: int | None
+) -> None:
     """Sequences at different positions, of which some have filled the ring; slots never written are not looked at."""
-    positions, N = [0, 3, R - 1] + ([R, 2 * R + 7] if window else []), 2
+    positions = [0, 3, R - 1] + ([R, 2 * R + 7] if window else [])
     generator = torch.Generator().manual_seed(H)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    text = torch.randn(3, len(positions), N, max(positions) + 1, H, generator=generator, dtype=torch.float64)
-    ring = Ring(*torch.full((2, len(positions), N, R, H), torch.nan), torch.tensor(positions))
+    shape = (len(positions), G, max(positions) + 1, H)
+    text = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    query = torch.randn(shape[0], N, 1, H, generator=generator, dtype=torch.float64)
+    ring = Ring(*torch.full((2, len(positions), G, R, H), torch.nan), torch.tensor(positions))
     new = torch.stack([text[:, b, :, p : p + 1] for b, p in enumerate(positions)], 1)
     for b, position in enumerate(positions):
         one = Ring(ring.key[b : b + 1], ring.value[b : b + 1], ring.position[b : b + 1])
         kept = min(position, R)
-        one.put(Past(*text[1:, b : b + 1, :, position - kept : position].float()), position)
+        one.put(Past(*text[:, b : b + 1, :, position - kept : position].float()), position)
     if attend is plain_ring_attention:  # what is not visible is multiplied with 0 there
         ring = Ring(ring.key.nan_to_num(), ring.value.nan_to_num(), ring.position)
     places = [x.to(device) for x in ring]
-    out = attend(*new.float().to(device), places[:2], places[2], window=window).cpu()
+    given = [x.float().to(device) for x in (query, *new)]
+    out = attend(*given, places[:2], places[2], window=window).cpu()
     for b, position in enumerate(positions):
-        q, k, v = text[:, b : b + 1, :, : position + 1]
-        expected = reference_attention(q, k, v, window=window)[:, :, -1:]
+        k, v = text[:, b : b + 1, :, : position + 1]
+        k_of_each, v_of_each = (x.repeat_interleave(N // G, 1) for x in (k, v))
+        seen = slice(0 if window is None else max(0, position + 1 - window), None)
+        expected = reference_attention(
+            query[b : b + 1],
+            k_of_each[:, :, -1:],
+            v_of_each[:, :, -1:],
+            past=(k_of_each[:, :, seen][:, :, :-1], v_of_each[:, :, seen][:, :, :-1]),
+            window=None,
+        )
         torch.testing.assert_close(out[b : b + 1].double(), expected, rtol=1e-4, atol=1e-5)
         held = Ring(places[0].cpu()[b : b + 1], places[1].cpu()[b : b + 1], ring.position)
         newest = held.take(min(position + 1, R), position + 1)

@@ -89,6 +89,22 @@ def test_which_attention_answers(
         torch.testing.assert_close(out, reference_attention(q, k, v, past=older, window=window))
 
 
+@pytest.mark.parametrize(("heads", "soft_cap", "answers"), [(6, None, True), (2, None, True), (6, 30.0, False)])
+def test_which_answers_where_heads_share(heads: int, soft_cap: float | None, answers: bool, kernel: Kernel) -> None:
+    """Kernels share; scores with a cap are beyond them."""
+    attending = kernel("longread.ops.attention.triton", "triton_attention", "longread.ops.attention")
+    q, k = torch.ones(1, 6, 3, 4), torch.ones(1, heads, 3, 4)
+    for order in (0, 1, 2):
+        out = attention(q, k, k, past=(k, k), window=4, order=order, soft_cap=soft_cap)
+        assert (out == "kernel") if answers else (out.shape == q.shape)
+    assert len(attending) == 3 * answers
+    ringing = kernel("longread.ops.attention.ring_triton", "triton_ring_attention", "longread.ops.attention.ring")
+    new, ring = k[:, :, :1], (torch.zeros(1, heads, 3, 4), torch.zeros(1, heads, 3, 4))
+    out = ring_attention(q[:, :, :1], new, new, ring, torch.tensor([5]), window=2, soft_cap=soft_cap)
+    assert (out == "kernel") if answers else (out.shape == (1, 6, 1, 4))
+    assert len(ringing) == answers
+
+
 @pytest.mark.parametrize(("H", "answers"), [(256, True), (257, False)])
 def test_which_ring_answers(H: int, answers: bool, kernel: Kernel) -> None:
     calls = kernel("longread.ops.attention.ring_triton", "triton_ring_attention", "longread.ops.attention.ring")

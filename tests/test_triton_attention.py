@@ -37,10 +37,23 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def draw(B: int, N: int, T: int, P: int, H: int) -> list[Tensor]:
-    """query, key, value, past key, past value in float64."""
+def draw(B: int, N: int, T: int, P: int, H: int, G: int | None = None) -> list[Tensor]:
+    """query, key, value, past key, past value in float64; of G heads but for the query's N."""
     generator = torch.Generator().manual_seed(T + P)
-    return [torch.randn(B, N, length, H, generator=generator, dtype=torch.float64) for length in (T, T, T, P, P)]
+    sizes = [(heads or N, length) for heads, length in ((N, T), (G, T), (G, T), (G, P), (G, P))]
+    return [torch.randn(B, *size, H, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+def repeated(
+    q: Tensor, k: Tensor, v: Tensor, *, past: tuple[Tensor, Tensor] | None = None, window: int | None
+) -> Tensor:
+    """Keys and values written out for every head that shares them."""
+
+    def for_each(x: Tensor) -> Tensor:
+        return torch.stack([x[:, n * x.shape[1] // q.shape[1]] for n in range(q.shape[1])], 1)
+
+    older = None if past is None else (for_each(past[0]), for_each(past[1]))
+    return reference_attention(q, for_each(k), for_each(v), past=older, window=window)
 
 
 def derivatives(
@@ -96,6 +109,54 @@ def test_every_order_is_the_reference(kernels: ModuleType, case: tuple[Any, ...]
         derivatives(reference_attention, tensors, torch.float64, window, inner),
         2e-5,
     )
+
+
+SHARED = [
+    # B, N, T, P, H, G, window
+    (1, 4, 40, 41, 16, 2, None),
+    (1, 3, 33, 40, 20, 1, 20),
+    (1, 3, 1, 45, 6, 1, 32),
+]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+@pytest.mark.parametrize("inner", [slice(3), slice(5)], ids=["past constant", "all"])
+def test_heads_share_keys_and_values_at_every_order(kernels: ModuleType, case: tuple[Any, ...], inner: slice) -> None:
+    *sizes, window = case
+    tensors = draw(*sizes)
+    agree(
+        derivatives(kernels.triton_attention, tensors, torch.float32, window, inner),
+        derivatives(repeated, tensors, torch.float64, window, inner),
+        2e-5,
+    )
+
+
+@pytest.mark.parametrize(("blocks", "window"), [((64, 16), 20), ((16, 32), None)], ids=str)
+def test_heads_share_in_any_blocks(
+    kernels: ModuleType, blocks: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "FLOAT32", kernels.Blocks(*blocks, 4, 2))
+    tensors = draw(1, 2, 70, 40, 16, 1)
+    agree(
+        derivatives(kernels.triton_attention, tensors, torch.float32, window, slice(3)),
+        derivatives(repeated, tensors, torch.float64, window, slice(3)),
+        2e-5,
+    )
+
+
+def test_shared_heads_are_never_written_out(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are given, and write, one head of keys and values for each group."""
+    given = []
+    launch = kernels._Problem.launch
+
+    def recorded(self: Any, kernel: Any, by_query: Any, by_key: Any, *arguments: Any, **constants: Any) -> None:
+        given.extend(x.shape[1] for x in by_key if x is not None)
+        launch(self, kernel, by_query, by_key, *arguments, **constants)
+
+    monkeypatch.setattr(kernels._Problem, "launch", recorded)
+    derivatives(kernels.triton_attention, draw(1, 4, 20, 30, 16, 2), torch.float32, 40, slice(5))
+    assert set(given) == {2}
+    assert len(given) > 20
 
 
 def test_without_a_past(kernels: ModuleType) -> None:
@@ -249,13 +310,22 @@ def test_dispatch_takes_the_kernels_on_a_gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize("window", [None, 500, 1500])
-def test_low_precision_on_a_gpu(kernels: ModuleType, head_dim: int, window: int | None) -> None:
-    tensors = [x.to(torch.bfloat16).double() for x in draw(1, 2, 700, 1025, head_dim)]
-    exact = derivatives(reference_attention, tensors, torch.float64, window, slice(3))
-    plain = derivatives(reference_attention, tensors, torch.bfloat16, window, slice(3))
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (4, 1)], ids=str)
+def test_low_precision_on_a_gpu(kernels: ModuleType, heads: tuple[int, int], head_dim: int, window: int | None) -> None:
+    N, G = heads
+    tensors = [x.to(torch.bfloat16).double() for x in draw(1, N, 700, 1025, head_dim, G)]
+    exact = derivatives(repeated, tensors, torch.float64, window, slice(3))
+    plain = derivatives(repeated, tensors, torch.bfloat16, window, slice(3))
     fused = derivatives(kernels.triton_attention, tensors, torch.bfloat16, window, slice(3))
     for f, p, e in zip(fused, plain, exact, strict=True):
         assert (f - e).norm() <= 1.5 * (p - e).norm() + 1e-3 * e.norm()
+
+
+@pytest.mark.gpu
+def test_shared_heads_give_the_same_bits_every_time(kernels: ModuleType) -> None:
+    tensors = draw(2, 8, 300, 513, 64, 2)
+    first, second = (derivatives(kernels.triton_attention, tensors, torch.bfloat16, 400, slice(5)) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 COMPILE = """
@@ -266,13 +336,14 @@ from triton.compiler import ASTSource
 from longread.ops.attention import triton as kernels
 
 BY_QUERY = {"q", "a", "o", "do", "od", "dq", "qh"}
-for name in kernels.TABLE:
+for name, group in [(name, 1) for name in kernels.TABLE] + [("key_gradient", 3), ("key_second", 3)]:
     function = getattr(kernels, f"_{name}_kernel")
     blocks = kernels.blocks_of(name, 80, 2)
     signature, fixed = {}, {}
     for parameter in inspect.signature(function.fn).parameters:
         if parameter.isupper() and len(parameter) > 1:
-            fixed[parameter] = {"QUERIES": blocks.queries, "KEYS": blocks.keys, "CLIPPED": False}.get(parameter, True)
+            numbers = {"QUERIES": blocks.queries, "KEYS": blocks.keys, "GROUP": group, "CLIPPED": False}
+            fixed[parameter] = numbers.get(parameter, True)
         elif parameter == "H":
             fixed[parameter] = 80
         elif parameter.endswith("gain"):
@@ -306,4 +377,4 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=root, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == 6
+    assert len(done.stdout.split()) == 8

@@ -67,7 +67,7 @@ def attention(
     if soft_cap is not None:
         return reference_attention(query, key, value, past=past, window=window, soft_cap=soft_cap)
     dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= query.shape[-2])
-    fits = query.numel() > 0 and query.shape[-1] <= LARGEST_HEAD_DIM and query.shape[1] == key.shape[1]
+    fits = query.numel() > 0 and query.shape[-1] <= LARGEST_HEAD_DIM
     if fits and fusible(query, key, value, *(past or ())) and not (dense and order < 2):
         from longread.ops.attention.triton import triton_attention
 

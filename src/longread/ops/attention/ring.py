@@ -42,7 +42,7 @@ def ring_attention(
         [B, N, 1, H].
     """
     check_heads(query, key, value, *ring)
-    fits = soft_cap is None and query.shape[-1] <= LARGEST_HEAD_DIM and query.shape[1] == key.shape[1]
+    fits = soft_cap is None and query.shape[-1] <= LARGEST_HEAD_DIM
     if fits and fusible(query, key, value, *ring):
         from longread.ops.attention.ring_triton import triton_ring_attention
 

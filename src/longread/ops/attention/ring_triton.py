@@ -3,8 +3,11 @@
 Each program takes the softmax over its share of the slots; a second kernel puts the shares together. The program whose
 share holds the new token's slot writes it down before it looks. In a share every row of a block runs a softmax of its
 own, over each BLOCK-th slot, and the rows are put together at the end: nothing in the loop waits for another row.
+
+Heads that share a ring are served by one program, as many as its registers hold, so that the ring is read once.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment"
+# ruff: noqa: RUF005 (Triton does not unpack into tuples)
 
 import torch
 import triton
@@ -14,9 +17,14 @@ from torch import Tensor
 BLOCK = 16
 """Slots that a program looks at together."""
 SHARE = 256
-"""Slots of a program; more where the ring would have more than `MOST_SHARES`."""
+"""Slots of a program that serves one head; more where the ring would have more than `MOST_SHARES`."""
+SMALLEST_SHARE = 64
+"""Programs that serve several heads are fewer, so each gets fewer slots, down to this."""
 MOST_SHARES = 256
 WARPS, STAGES = 2, 3
+COLUMNS, MOST_WARPS = 128, 8
+"""Where a program serves several heads: columns of all of them for each of its warps, whose threads keep BLOCK / 32
+numbers of a column in registers."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -30,20 +38,24 @@ def triton_ring_attention(
     window: int | None,
 ) -> Tensor:
     """The contract of `longread.ops.attention.ring.ring_attention`."""
-    B, N, R, H = ring[0].shape
-    share = max(SHARE, BLOCK * triton.cdiv(R, BLOCK * MOST_SHARES))
-    shares = triton.cdiv(R, share)
+    B, G, R, H = ring[0].shape
+    N = query.shape[1]
     width = triton.next_power_of_2(H)
-    query, key, value = (x.reshape(B, N, H) for x in (query, key, value))
+    heads = heads_of(N // G, width)
+    share = SHARE if heads == 1 else max(SMALLEST_SHARE, SHARE // heads // BLOCK * BLOCK)
+    share = max(share, BLOCK * triton.cdiv(R, BLOCK * MOST_SHARES))
+    shares = triton.cdiv(R, share)
+    query, key, value = (x.reshape(B, x.shape[1], H) for x in (query, key, value))
     mixed = torch.empty(B, N, shares, H, device=query.device, dtype=torch.float32)
     statistics = torch.empty(B, N, shares, 2, device=query.device, dtype=torch.float32)
     out = torch.empty(B, N, H, device=query.device, dtype=query.dtype)
     if out.numel():
-        _share_kernel[(shares, N, B)](
+        _share_kernel[(shares, N // heads, B)](
             query, key, value, *ring, position, mixed, statistics,
             R, share, R if window is None else min(window, R), H**-0.5,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-            H=H, WIDTH=width, BLOCK=BLOCK, STAGES=STAGES, num_warps=WARPS,
+            H=H, WIDTH=width, BLOCK=BLOCK, STAGES=STAGES, HEADS=heads, PARTS=N // G // heads,
+            num_warps=WARPS if heads == 1 else max(WARPS, triton.next_power_of_2(triton.cdiv(heads * width, COLUMNS))),
         )  # fmt: skip
         padded = triton.next_power_of_2(shares)
         warps = 4 if padded <= 64 else 8
@@ -51,34 +63,48 @@ def triton_ring_attention(
     return out.view(B, N, 1, H)
 
 
+def heads_of(group: int, width: int) -> int:
+    """How many heads of a group of so many a program serves, of a width that is a power of 2."""
+    most = max(1, MOST_WARPS * COLUMNS // width)
+    return max(heads for heads in range(1, min(group, most) + 1) if group % heads == 0)
+
+
 @triton.jit(do_not_specialize=["R", "share", "window"])
 def _share_kernel(
     query, key, value, ring_key, ring_value, positions, mixed, statistics, R, share, window, scale,
     query_b, query_n, key_b, key_n, value_b, value_n,
     H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """Of HEADS heads, whose ring is that of PARTS programs: all of them write the same new token, none waits."""
     b, n, index = tl.program_id(2), tl.program_id(1), tl.program_id(0)
+    g = n // PARTS
     position = tl.load(positions + b)
     here = (position % R).to(tl.int32)
     oldest = tl.maximum(position - window + 1, 0)
     column = tl.arange(0, WIDTH)
     inside = column < H
-    q = tl.load(query + b * query_b + n * query_n + column, inside, 0.0).to(tl.float32) * (scale * LOG2E)
+    q = ()
+    for i in tl.static_range(HEADS):
+        x = tl.load(query + b * query_b + (n * HEADS + i) * query_n + column, inside, 0.0)
+        q = q + (x.to(tl.float32) * (scale * LOG2E),)
     head = (b * tl.num_programs(1) + n).to(tl.int64)
-    ring_key += head * R * H
-    ring_value += head * R * H
+    ring_key += head // PARTS * R * H
+    ring_value += head // PARTS * R * H
     begin = index * share
     end = tl.minimum(begin + share, R)
     if position < R:  # slots that no token has reached
         end = tl.minimum(end, here + 1)
     if (here >= begin) & (here < end):
         new = here.to(tl.int64) * H + column
-        tl.store(ring_key + new, tl.load(key + b * key_b + n * key_n + column, inside, 0.0), inside)
-        tl.store(ring_value + new, tl.load(value + b * value_b + n * value_n + column, inside, 0.0), inside)
+        tl.store(ring_key + new, tl.load(key + b * key_b + g * key_n + column, inside, 0.0), inside)
+        tl.store(ring_value + new, tl.load(value + b * value_b + g * value_n + column, inside, 0.0), inside)
         tl.debug_barrier()
-    highest = tl.full([BLOCK], -1e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    out = tl.zeros([BLOCK, WIDTH], tl.float32)
+    highest, total, out = (), (), ()
+    for _ in tl.static_range(HEADS):
+        highest = highest + (tl.full([BLOCK], -1e30, tl.float32),)
+        total = total + (tl.zeros([BLOCK], tl.float32),)
+        out = out + (tl.zeros([BLOCK, WIDTH], tl.float32),)
     for first in tl.range(begin, end, BLOCK, num_stages=STAGES):
         slot = first + tl.arange(0, BLOCK)
         back = here - slot
@@ -88,19 +114,29 @@ def _share_kernel(
         read = (slot < end)[:, None] & inside[None, :]
         k = tl.load(ring_key + at, read, 0.0)
         v = tl.load(ring_value + at, read, 0.0)
-        s = tl.where(visible, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
-        higher = tl.maximum(highest, s)
+        highest, total, out = _look(q, k, v, visible, highest, total, out, HEADS)
+    for i in tl.static_range(HEADS):
+        most = tl.max(highest[i], 0)
+        weight = tl.exp2(highest[i] - most)
+        at = (head * HEADS + i) * tl.num_programs(0) + index
+        tl.store(statistics + at * 2, most)
+        tl.store(statistics + at * 2 + 1, tl.sum(total[i] * weight, 0))
+        tl.store(mixed + at * H + column, tl.sum(out[i] * weight[:, None], 0), inside)
+
+
+@triton.jit
+def _look(q, k, v, visible, highest, total, out, HEADS: tl.constexpr):
+    """Each head's softmax goes on over a block of slots."""
+    new_highest, new_total, new_out = (), (), ()
+    for i in tl.static_range(HEADS):
+        s = tl.where(visible, tl.sum(q[i][None, :] * k.to(tl.float32), 1), float("-inf"))
+        higher = tl.maximum(highest[i], s)
         p = tl.exp2(s - higher)
-        shrink = tl.exp2(highest - higher)
-        total = total * shrink + p
-        out = out * shrink[:, None] + p[:, None] * v.to(tl.float32)
-        highest = higher
-    most = tl.max(highest, 0)
-    weight = tl.exp2(highest - most)
-    at = head * tl.num_programs(0) + index
-    tl.store(statistics + at * 2, most)
-    tl.store(statistics + at * 2 + 1, tl.sum(total * weight, 0))
-    tl.store(mixed + at * H + column, tl.sum(out * weight[:, None], 0), inside)
+        shrink = tl.exp2(highest[i] - higher)
+        new_highest = new_highest + (higher,)
+        new_total = new_total + (total[i] * shrink + p,)
+        new_out = new_out + (out[i] * shrink[:, None] + p[:, None] * v.to(tl.float32),)
+    return new_highest, new_total, new_out
 
 
 @triton.jit(do_not_specialize=["shares"])

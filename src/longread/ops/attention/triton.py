@@ -17,6 +17,9 @@ Within each, blocks that are visible throughout are swept without a mask.
 A head of 80 or 96 is 64 + 16 or 64 + 32: a tile is a tuple of one or two parts whose widths are powers of two, and
 every product is one instruction a part. Tiles are moved by tensor descriptors: rows beyond the end read as zeros and
 are not written, so only probabilities need masks.
+
+Where heads share keys and values, a sweep over keys reads those of its head's group, and a program that has a block of
+keys sweeps over the queries of the whole group: its sums are complete, in an order that is always the same.
 """
 
 from typing import Any, NamedTuple
@@ -189,69 +192,96 @@ def _row_products(x, y):
     return total
 
 
-# A sweep: a tile that stays, tiles that move past it, and a step that meets each of them. Divisions round towards zero,
-# so they get nothing negative.
+# A sweep: a tile that stays, tiles that move past it, and a step that meets each of them. Where a tile of keys stays,
+# the queries of all GROUP heads that share it move past, position after position. Divisions round towards zero, so they
+# get nothing negative.
 
 
 @triton.jit
 def _sweep(
     step: tl.constexpr, state, staying, moving, b, n, start, end, shift, position, oldest, window, scale,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, KEYS_MOVE: tl.constexpr, CAUSAL: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    if GROUP == 1:
+        for first in tl.range(start, end, BLOCK):
+            state = _meet(
+                step, state, staying, moving, b, n, first, shift, position, oldest, window, scale,
+                BLOCK, KEYS_MOVE, CAUSAL, CLIPPED,
+            )  # fmt: skip
+    else:
+        for index in tl.range(0, tl.cdiv(tl.maximum(end - start, 0), BLOCK) * GROUP):
+            state = _meet(
+                step, state, staying, moving, b, n * GROUP + index % GROUP, start + index // GROUP * BLOCK,
+                shift, position, oldest, window, scale, BLOCK, KEYS_MOVE, CAUSAL, CLIPPED,
+            )  # fmt: skip
+    return state
+
+
+@triton.jit
+def _meet(
+    step: tl.constexpr, state, staying, moving, b, n, first, shift, position, oldest, window, scale,
     BLOCK: tl.constexpr, KEYS_MOVE: tl.constexpr, CAUSAL: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
-    for first in tl.range(start, end, BLOCK):
-        visible = None
-        if CAUSAL or CLIPPED:
-            other = first + tl.arange(0, BLOCK)
-            if KEYS_MOVE:
-                query, key = position[:, None], other[None, :]
-            else:
-                query, key = other[None, :], position[:, None]
-            if CAUSAL and CLIPPED:
-                visible = (key <= query) & (key > query - window)
-            elif CAUSAL:
-                visible = key <= query
-            else:
-                visible = (key > query - window) & (key >= oldest)
-        state = step(state, staying, moving, b, n, first + shift, visible, scale, BLOCK)
-    return state
+    visible = None
+    if CAUSAL or CLIPPED:
+        other = first + tl.arange(0, BLOCK)
+        if KEYS_MOVE:
+            query, key = position[:, None], other[None, :]
+        else:
+            query, key = other[None, :], position[:, None]
+        if CAUSAL and CLIPPED:
+            visible = (key <= query) & (key > query - window)
+        elif CAUSAL:
+            visible = key <= query
+        else:
+            visible = (key > query - window) & (key >= oldest)
+    return step(state, staying, moving, b, n, first + shift, visible, scale, BLOCK)
 
 
 @triton.jit
 def _over_keys(
     step: tl.constexpr, state, staying, own, past, b, n, first_query, T, P, window, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     """From the oldest visible key of a block of queries to the newest; blocks of the past end at position 0."""
+    g = n // GROUP
     query = first_query + tl.arange(0, QUERIES)
     if PAST:
         reach = tl.minimum(P, tl.maximum(window - 1 - first_query, 0))
         full_reach = tl.minimum(P, tl.maximum(window - first_query - QUERIES, 0))
         start, full_start = -tl.cdiv(reach, KEYS) * KEYS, -(full_reach // KEYS * KEYS)
         state = _sweep(
-            step, state, staying, past, b, n, start, full_start, P, query, -P, window, scale, KEYS, True, False, True
-        )
+            step, state, staying, past, b, g, start, full_start, P, query, -P, window, scale,
+            KEYS, 1, True, False, True,
+        )  # fmt: skip
         state = _sweep(
-            step, state, staying, past, b, n, full_start, 0, P, query, -P, window, scale, KEYS, True, False, False
-        )
+            step, state, staying, past, b, g, full_start, 0, P, query, -P, window, scale,
+            KEYS, 1, True, False, False,
+        )  # fmt: skip
     full_start = 0
     full_end = (first_query + 1) // KEYS * KEYS
     if CLIPPED:
         start = tl.maximum(first_query - window + 1, 0) // KEYS * KEYS
         full_start = tl.minimum(tl.cdiv(tl.maximum(first_query + QUERIES - window, 0), KEYS) * KEYS, full_end)
         state = _sweep(
-            step, state, staying, own, b, n, start, full_start, 0, query, 0, window, scale, KEYS, True, False, True
-        )
+            step, state, staying, own, b, g, start, full_start, 0, query, 0, window, scale,
+            KEYS, 1, True, False, True,
+        )  # fmt: skip
     state = _sweep(
-        step, state, staying, own, b, n, full_start, full_end, 0, query, 0, window, scale, KEYS, True, False, False
-    )
+        step, state, staying, own, b, g, full_start, full_end, 0, query, 0, window, scale,
+        KEYS, 1, True, False, False,
+    )  # fmt: skip
     end = tl.minimum(T, first_query + QUERIES)
-    return _sweep(step, state, staying, own, b, n, full_end, end, 0, query, 0, window, scale, KEYS, True, True, CLIPPED)
+    return _sweep(
+        step, state, staying, own, b, g, full_end, end, 0, query, 0, window, scale,
+        KEYS, 1, True, True, CLIPPED,
+    )  # fmt: skip
 
 
 @triton.jit
 def _over_queries(
-    step: tl.constexpr, state, staying, moving, b, n, first_key, T, P, window, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
+    step: tl.constexpr, state, staying, moving, b, g, first_key, T, P, window, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     """All queries that see a block of keys. Queries from T on are zeros, which add nothing.
 
@@ -270,17 +300,19 @@ def _over_queries(
         full_start = tl.minimum(tl.cdiv(first_key + KEYS - 1, QUERIES) * QUERIES, end)
     full_end = tl.maximum(full_start, full_end)
     state = _sweep(
-        step, state, staying, moving, b, n, full_start, full_end, 0, key, 0, window, scale, QUERIES, False, False, False
-    )
+        step, state, staying, moving, b, g, full_start, full_end, 0, key, 0, window, scale,
+        QUERIES, GROUP, False, False, False,
+    )  # fmt: skip
     if OWN:
         state = _sweep(
-            step, state, staying, moving, b, n, start, full_start, 0, key, 0, window, scale,
-            QUERIES, False, True, CLIPPED,
+            step, state, staying, moving, b, g, start, full_start, 0, key, 0, window, scale,
+            QUERIES, GROUP, False, True, CLIPPED,
         )  # fmt: skip
     if CLIPPED:
         state = _sweep(
-            step, state, staying, moving, b, n, full_end, end, 0, key, -P, window, scale, QUERIES, False, False, True
-        )
+            step, state, staying, moving, b, g, full_end, end, 0, key, -P, window, scale,
+            QUERIES, GROUP, False, False, True,
+        )  # fmt: skip
     return state
 
 
@@ -347,7 +379,7 @@ def _largest(pointer, H: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "P", "window"])
 def _forward_kernel(
     q0, q1, o0, o1, k0, k1, v0, v1, pk0, pk1, pv0, pv1, lse, query_gain, key_gain, T, P, window, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
     H: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     b, n, first_query = _position(QUERIES)
@@ -366,7 +398,7 @@ def _forward_kernel(
     state = (_zeros(QUERIES, outputs), tl.zeros([QUERIES], tl.float32) + highest, tl.zeros([QUERIES], tl.float32))
     out, highest, total = _over_keys(
         _bounded_step if BOUNDED else _forward_step, state, staying, own, past, b, n, first_query, T, P, window, scale,
-        QUERIES, KEYS, PAST, CLIPPED,
+        QUERIES, KEYS, GROUP, PAST, CLIPPED,
     )  # fmt: skip
     _store(outputs, b, n, first_query, _scale(out, 1 / total[:, None]))
     tl.store(lse + (b * tl.num_programs(1) + n) * _row_length(T) + query, highest + tl.log2(total), query < T)
@@ -388,7 +420,7 @@ def _query_gradient_step(dq, staying, moving, b, n, row, visible, scale, BLOCK: 
 @triton.jit(do_not_specialize=["T", "P", "window"])
 def _query_gradient_kernel(
     q0, q1, o0, o1, do0, do1, dq0, dq1, k0, k1, v0, v1, pk0, pk1, pv0, pv1, lse, delta, T, P, window, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     b, n, first_query = _position(QUERIES)
     query = first_query + tl.arange(0, QUERIES)
@@ -401,7 +433,7 @@ def _query_gradient_kernel(
     own, past = (_parts(k0, k1), _parts(v0, v1)), (_parts(pk0, pk1), _parts(pv0, pv1))
     dq = _over_keys(
         _query_gradient_step, _zeros(QUERIES, outputs), staying, own, past, b, n, first_query, T, P, window, scale,
-        QUERIES, KEYS, PAST, CLIPPED,
+        QUERIES, KEYS, GROUP, PAST, CLIPPED,
     )  # fmt: skip
     _store(outputs, b, n, first_query, _scale(dq, scale))
 
@@ -421,21 +453,21 @@ def _key_gradient_step(state, staying, moving, b, n, row, visible, scale, BLOCK:
 @triton.jit(do_not_specialize=["T", "P", "window"])
 def _key_gradient_kernel(
     q0, q1, do0, do1, k0, k1, v0, v1, dk0, dk1, dv0, dv1, lse, delta, T, P, window, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     """Of own keys, or with OWN False of the past, where k0 … dv1 and the rows of the grid are the past's."""
-    b, n, first = tl.program_id(2), tl.program_id(1), tl.program_id(0) * KEYS
+    b, g, first = tl.program_id(2), tl.program_id(1), tl.program_id(0) * KEYS
     shift = 0 if OWN else P
     key_outputs, value_outputs = _parts(dk0, dk1), _parts(dv0, dv1)
-    staying = (_load(_parts(k0, k1), b, n, first), _load(_parts(v0, v1), b, n, first))
+    staying = (_load(_parts(k0, k1), b, g, first), _load(_parts(v0, v1), b, g, first))
     moving = (_parts(q0, q1), _parts(do0, do1), lse, delta)
     state = (_zeros(KEYS, key_outputs), _zeros(KEYS, value_outputs))
     dk, dv = _over_queries(
-        _key_gradient_step, state, staying, moving, b, n, first - shift, T, P, window, scale,
-        QUERIES, KEYS, OWN, CLIPPED,
+        _key_gradient_step, state, staying, moving, b, g, first - shift, T, P, window, scale,
+        QUERIES, KEYS, GROUP, OWN, CLIPPED,
     )  # fmt: skip
-    _store(key_outputs, b, n, first, _scale(dk, scale))
-    _store(value_outputs, b, n, first, dv)
+    _store(key_outputs, b, g, first, _scale(dk, scale))
+    _store(value_outputs, b, g, first, dv)
 
 
 # Second derivative: r, ȯ and φ first, then what they make of the queries, and of the keys and values. `moving` or
@@ -462,7 +494,7 @@ def _tangent_step(state, staying, moving, b, n, row, visible, scale, BLOCK: tl.c
 def _tangent_kernel(
     q0, q1, a0, a1, o0, o1, do0, do1, od0, od1,
     k0, k1, v0, v1, b0, b1, c0, c1, pk0, pk1, pv0, pv1, pb0, pb1, pc0, pc1, lse, r, phi, T, P, window, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     b, n, first_query = _position(QUERIES)
     query = first_query + tl.arange(0, QUERIES)
@@ -473,8 +505,9 @@ def _tangent_kernel(
     state = (_zeros(QUERIES, outputs), tl.zeros([QUERIES], tl.float32))
     staying = (q, a, tl.load(lse + at, query < T, 0.0))
     o_dot, total = _over_keys(
-        _tangent_step, state, staying, own, past, b, n, first_query, T, P, window, scale, QUERIES, KEYS, PAST, CLIPPED
-    )
+        _tangent_step, state, staying, own, past, b, n, first_query, T, P, window, scale,
+        QUERIES, KEYS, GROUP, PAST, CLIPPED,
+    )  # fmt: skip
     o_dot = _minus(o_dot, total, _load(_parts(o0, o1), b, n, first_query))
     tl.store(r + at, total, query < T)
     tl.store(phi + at, _row_products(o_dot, _load(_parts(do0, do1), b, n, first_query)), query < T)
@@ -503,7 +536,7 @@ def _query_second_kernel(
     q0, q1, a0, a1, do0, do1, qh0, qh1,
     k0, k1, v0, v1, b0, b1, c0, c1, pk0, pk1, pv0, pv1, pb0, pb1, pc0, pc1,
     lse, delta, r, phi, T, P, window, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     b, n, first_query = _position(QUERIES)
     query = first_query + tl.arange(0, QUERIES)
@@ -517,7 +550,7 @@ def _query_second_kernel(
     staying = (q, a, do, of_first[0], of_first[1], tl.load(r + at, inside, 0.0), tl.load(phi + at, inside, 0.0))
     q_hat = _over_keys(
         _query_second_step, _zeros(QUERIES, outputs), staying, own, past, b, n, first_query, T, P, window, scale,
-        QUERIES, KEYS, PAST, CLIPPED,
+        QUERIES, KEYS, GROUP, PAST, CLIPPED,
     )  # fmt: skip
     _store(outputs, b, n, first_query, _scale(q_hat, scale))
 
@@ -546,25 +579,25 @@ def _key_second_step(state, staying, moving, b, n, row, visible, scale, BLOCK: t
 def _key_second_kernel(
     q0, q1, a0, a1, do0, do1, k0, k1, v0, v1, b0, b1, c0, c1, kh0, kh1, vh0, vh1,
     lse, delta, r, phi, T, P, window, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     """Of own keys, or with OWN False of the past, where k0 … vh1 and the rows of the grid are the past's."""
-    b, n, first = tl.program_id(2), tl.program_id(1), tl.program_id(0) * KEYS
+    b, g, first = tl.program_id(2), tl.program_id(1), tl.program_id(0) * KEYS
     shift = 0 if OWN else P
     key_outputs, value_outputs = _parts(kh0, kh1), _parts(vh0, vh1)
-    k, v = _load(_parts(k0, k1), b, n, first), _load(_parts(v0, v1), b, n, first)
+    k, v = _load(_parts(k0, k1), b, g, first), _load(_parts(v0, v1), b, g, first)
     if b0 is None:
         staying = (k, v)
     else:
-        staying = (k, v, _load(_parts(b0, b1), b, n, first), _load(_parts(c0, c1), b, n, first))  # type: ignore[assignment]
+        staying = (k, v, _load(_parts(b0, b1), b, g, first), _load(_parts(c0, c1), b, g, first))  # type: ignore[assignment]
     moving = (_parts(q0, q1), _parts(a0, a1), _parts(do0, do1), lse, delta, r, phi)
     state = (_zeros(KEYS, key_outputs), _zeros(KEYS, value_outputs))
     k_hat, v_hat = _over_queries(
-        _key_second_step, state, staying, moving, b, n, first - shift, T, P, window, scale,
-        QUERIES, KEYS, OWN, CLIPPED,
+        _key_second_step, state, staying, moving, b, g, first - shift, T, P, window, scale,
+        QUERIES, KEYS, GROUP, OWN, CLIPPED,
     )  # fmt: skip
-    _store(key_outputs, b, n, first, _scale(k_hat, scale))
-    _store(value_outputs, b, n, first, v_hat)
+    _store(key_outputs, b, g, first, _scale(k_hat, scale))
+    _store(value_outputs, b, g, first, v_hat)
 
 
 # Launches.
@@ -626,15 +659,17 @@ class _Problem(NamedTuple):
             statistics: one number a query, from `_row_of`; and whatever else the kernel takes there.
             past_alone: None for a sweep over keys; else whether the keys are the past's or the queries' own.
         """
-        query, key = by_query[0], by_key[0]
+        query = by_query[0]
+        key: Any = by_key[0]
+        group = query.shape[1] // key.shape[1]
         name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
         blocks = blocks_of(name, query.shape[-1], query.itemsize)
         T, P, window, _ = self
         numbers: list[Any] = statistics
         if past_alone is None:
-            rows, step, flags = T, blocks.queries, (P > 0, window < T)
+            rows, heads, step, flags = T, query.shape[1], blocks.queries, (P > 0, window < T)
         else:
-            rows, step = (P if past_alone else T), blocks.keys
+            rows, heads, step = (P if past_alone else T), key.shape[1], blocks.keys
             flags = (not past_alone, window < T + P * past_alone)
             shape = [*query.shape[:2], T]
             numbers = [TensorDescriptor(x, shape, list(x.stride()), [1, 1, blocks.queries]) for x in statistics]
@@ -642,10 +677,10 @@ class _Problem(NamedTuple):
         for x in by_key:  # an empty past is never looked at, but a descriptor of nothing cannot be
             x = key if x is not None and x.numel() == 0 else x
             arguments += [None, None] if x is None else _descriptors(_ready(x), blocks.keys)
-        grid = (triton.cdiv(rows, step), query.shape[1], query.shape[0])
+        grid = (triton.cdiv(rows, step), heads, query.shape[0])
         with torch.cuda.device_of(query):
             kernel[grid](
-                *arguments, *numbers, *self, blocks.queries, blocks.keys, *flags,
+                *arguments, *numbers, *self, blocks.queries, blocks.keys, group, *flags,
                 num_warps=blocks.warps, num_stages=blocks.stages, **constants,
             )  # fmt: skip
 
