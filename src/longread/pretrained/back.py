@@ -7,11 +7,13 @@ either: it is left out only if the user says so.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,7 +22,7 @@ from longread.config import UserError
 from longread.model import Transformer
 from longread.pretrained.back_config import Plain, plain_of
 from longread.pretrained.safetensors_source import SINGLE, parts_of
-from longread.pretrained.tokenizer import COPIED, SETTINGS
+from longread.pretrained.tokenizer import COPIED, copy_settings, special_ids
 from longread.pretrained.weights import half_split
 
 CONFIG_FILE = "config.json"
@@ -47,9 +49,10 @@ def export_transformers(source: Path, directory: Path, *, drop_fast: bool = Fals
         )
     weights = _PlainWeights(loaded.model, plain, in_place)
     stream_safetensors(directory / SINGLE, weights.layout, weights, {"format": "pt"})
-    values = plain.values | {"dtype": str(loaded.model.dtype).removeprefix("torch.")}
-    (directory / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tokenizer = _copy_tokenizer(loaded, directory)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    values = plain.values | special_ids(directory) | {"dtype": dtype, "torch_dtype": dtype}
+    (directory / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     left = f"without {len(dropped)} fast MLPs, " if dropped else ""
     return f"a {plain.values['model_type']} model for Transformers, {left}{plain.note}{tokenizer}"
 
@@ -58,9 +61,10 @@ def _copy_tokenizer(loaded: LoadedModel, directory: Path) -> str:
     path = loaded.tokenizer_path
     if path is None:
         return "without a tokenizer: there is none beside the model"
-    for name in (path.name, SETTINGS, *COPIED):
+    for name in (path.name, *COPIED):
         if (path.parent / name).is_file():
             shutil.copyfile(path.parent / name, directory / name)
+    copy_settings(path.parent, directory)
     return "with its tokenizer"
 
 
@@ -115,6 +119,9 @@ class _PlainWeights(Mapping[str, Tensor]):
                     if name in self._state:
                         found = name.replace("static_mlp", "fast_mlp") if i in self._in_place else name
                         yield f"model.layers.{i}.{theirs}.{kind}", self._of(found)
+            if self._plain.values["attention_bias"]:  # the architecture has one there too
+                shape = (config.width,)
+                yield f"model.layers.{i}.self_attn.o_proj.bias", (shape, functools.partial(torch.zeros, shape))
 
     def _of(self, name: str, factor: float = 1.0) -> tuple[tuple[int, ...], Callable[[], Tensor]]:
         shape = tuple(self._state[name].shape)

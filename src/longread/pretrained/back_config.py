@@ -72,10 +72,11 @@ def plain_of(config: ModelConfig, provenance: Mapping[str, Any]) -> Plain:
         "max_position_embeddings": context,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
+        "attention_bias": config.qkv_bias and kind == "qwen3",
         "sliding_window": sizes[0] if sizes else None,
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
     }
     layers = ["full_attention" if window is None else "sliding_attention" for window in windows]
     if kind == "mistral":
@@ -115,7 +116,7 @@ def _architecture(config: ModelConfig) -> str:
     else:
         kind = "smollm3" if len(windows) > 1 or "none" in turned else "mistral"
     lacking = {
-        "biases of queries, keys and values": config.qkv_bias and kind != "qwen2",
+        "biases of queries, keys and values": config.qkv_bias and kind not in ("qwen2", "qwen3"),
         "blocks without rotary embedding": "none" in turned and kind != "smollm3",
         "rotary embedding of another base in some blocks": "local" in turned and kind != "gemma3_text",
         "soft caps": bool(config.attention_soft_cap or config.logit_soft_cap) and not config.post_norm,

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
+
 from longread.config import UserError
 from longread.pretrained.tokenizer import write_settings
 from longread.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
@@ -77,8 +79,12 @@ def write_tokenizer(said: Mapping[str, Any], directory: Path, where: str) -> Tok
     definition = _byte_level(said, tokens, splitting) if splitting else _sentence_piece(said, tokens)
     if "tokenizer.huggingface.json" in said:
         definition = json.loads(said["tokenizer.huggingface.json"])
+    try:
+        tokenizers.Tokenizer.from_str(json.dumps(definition))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"the tokenizer in {where} cannot be read: {error}; give one with --tokenizer") from None
     (directory / FILE_NAME).write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     for part, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = said.get(f"tokenizer.ggml.{name}_token_id")
         settings[f"{part}_token"] = tokens[i] if i is not None and 0 <= i < len(tokens) else None

@@ -17,6 +17,10 @@ from longread.config import UserError
 from longread.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 
 SETTINGS = "tokenizer_config.json"
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+"""Of Transformers: tokenizer.json as it is, whatever the model's own class would make of it."""
+_ADDING = ("Llama", "CodeLlama", "Gemma")
+"""Classes of Transformers that add what `add_bos_token` says; others do what is in tokenizer.json."""
 COPIED = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 """What lies beside it and says more: which tokens are special, how chats are written, where answers end."""
 
@@ -51,7 +55,35 @@ def write_settings(directory: Path, settings: dict[str, Any], beginning: str | N
         settings = settings | {"add_bos_token": False}
     elif _content(settings.get("bos_token")) != beginning:
         settings = settings | {"bos_token": beginning}
+    settings = {"tokenizer_class": PLAIN_CLASS} | settings
     (directory / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_settings(source: Path, directory: Path) -> None:
+    """Copies what is said of the tokenizer in `source`; a model of another architecture keeps the tokenizer's class."""
+    settings = {"tokenizer_class": PLAIN_CLASS} | _read(source / SETTINGS)
+    (directory / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def special_ids(directory: Path) -> dict[str, int]:
+    """The numbers of BOS, EOS and padding of the tokenizer in `directory`, as config.json names them."""
+    if not (directory / FILE_NAME).is_file():
+        return {}
+    tokenizer, settings = _opened(directory / FILE_NAME), _read(directory / SETTINGS)
+    found = {}
+    for part in ("bos", "eos", "pad"):
+        name = _content(settings.get(f"{part}_token"))
+        number = None if name is None else tokenizer.token_to_id(name)
+        if number is not None:
+            found[f"{part}_token_id"] = number
+    return found
+
+
+def _opened(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path} is not a Hugging Face tokenizer: {error}") from None
 
 
 def _beginning(path: Path, settings: dict[str, Any]) -> str | None:
@@ -59,16 +91,13 @@ def _beginning(path: Path, settings: dict[str, Any]) -> str | None:
     adds, named = settings.get("add_bos_token"), _content(settings.get("bos_token"))
     if adds is False:
         return None
-    if adds is True and named is not None:
+    if adds is True and named is not None and str(settings.get("tokenizer_class")).startswith(_ADDING):
         return named
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        bare = tokenizer.encode("a", add_special_tokens=False).ids
-        whole = tokenizer.encode("a").ids
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} is not a Hugging Face tokenizer: {error}") from None
+    tokenizer = _opened(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
     before = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
     if len(before) > 1:
         raise UserError(f"{path} puts {len(before)} tokens before a text; Longread knows one at most")
