@@ -76,6 +76,12 @@ def test_it_is_free_of_scale() -> None:
 
 def test_before_there_is_a_history_only_a_loss_above_that_of_knowing_nothing_is_bad() -> None:
     assert judged([(5.5, 1.0), (8.0, 1e6), (8.4, 1.0), (9.0, 1.0)]) == [0, 0, 1, 2]
+    # one that began with a model knows more than nothing: a pretrained one that adaptation destroys in a few steps
+    judge, found = DivergenceWatch(V, [{"loss": 3.0, "grad_norm": 1.0}], knows=True), []
+    for loss in (4.4, 4.6, 5.4, 3.1):
+        judge.see(loss, 1.0)
+        found.append(judge.bad_steps)
+    assert found == [0, 1, 2, 0]
     # a run that begins far above ln V is good as long as it does not rise
     assert judged([(100.0, 1.0), (90.0, 1.0), (151.0, 1.0)]) == [0, 0, 1]
 

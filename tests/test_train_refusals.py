@@ -15,8 +15,10 @@ import torch
 
 from longread import checkpoint, files, train as training
 from longread.config import RunConfig, UserError
-from longread.data import TokenDataset
+from longread.data import TokenDataset, prepare
 from longread.model import Transformer
+from longread.recipes import recipe
+from longread.tokenizer import ByteTokenizer
 from longread.train import TrainingHalted, train
 from tests.test_train import CONFIG, change, make_data, rows_of, weights_of
 
@@ -245,6 +247,25 @@ def test_what_does_not_fit_after_all_is_cut_further(
     assert (state["recompute"], state["micro_batch_size"]) == ("sqrt", 1)
     train(change(recompute="sqrt", micro_batch_size=1), data, tmp_path / "same")
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "same")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_gpu_that_is_smaller_than_estimated_trains_with_less(tmp_path: Path) -> None:
+    """Its memory is limited behind the back of whoever asks what is free: 8 sequences at a time need twice as much."""
+    (tmp_path / "text.txt").write_text("".join(f"word{(i * i) % 97} " for i in range(20_000)))
+    data = prepare([tmp_path / "text.txt"], tmp_path / "data", ByteTokenizer(), documents="join")
+    config = recipe("small", context_length=8192, vocab_size=257, batch_size=8, steps=2)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(4 * 2**30 / total)
+    try:
+        result = train(config, data, tmp_path / "run", device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert result.step == 2
+    assert checkpoint.read_checkpoint(newest).state["micro_batch_size"] < 8
 
 
 def test_memory_that_runs_out_later_costs_no_step(

@@ -214,7 +214,7 @@ def test_a_signal_in_the_middle_of_a_captured_step_leaves_the_step(
 
     def interrupted(gradient: CapturedGradient, graph: Any, real: Any = CapturedGradient._replay) -> Any:
         if next(replays) == 3:
-            torch.cuda._sleep(3 * 10**10)  # cycles: many seconds, in which nothing behind it on this stream ends
+            torch.cuda._sleep(10**10)  # cycles: seconds, in which nothing behind it on this stream ends
             ended.record()
             os.kill(os.getpid(), signal.SIGTERM)
         return real(gradient, graph)

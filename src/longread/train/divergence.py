@@ -4,7 +4,8 @@ A step is bad when its loss or the norm of its outer gradient lies far above wha
 the median of the norms, or above `LOSS_FACTOR` times the median of the losses and by `LOSS_DEVIATIONS` of their median
 deviations. Medians run over the last `HISTORY` good steps, so neither a spike nor the divergence itself moves them, and
 there must be `FEWEST` of them. From the first step on, a loss is also bad above `LOSS_FACTOR` times what it costs to
-know nothing, ln V, or what the first step cost if that was more. A single bad step is a spike, and harmless as a rule;
+know nothing, ln V, or what the first step cost if that was more, or if the run began with a model, which knows
+something. A single bad step is a spike, and harmless as a rule;
 many in a row are a run that no longer learns.
 
 The history is a function of the rows of metrics.jsonl, so a resumed run judges as one that was never stopped.
@@ -30,12 +31,12 @@ SAID_AFTER = 3
 class DivergenceWatch:
     """Counts the bad steps in a row at the end of a run."""
 
-    def __init__(self, vocab_size: int, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        """`rows` of metrics.jsonl are the steps so far."""
+    def __init__(self, vocab_size: int, rows: Iterable[Mapping[str, Any]] = (), *, knows: bool = False) -> None:
+        """`rows` of metrics.jsonl are the steps so far; `knows`: the run began with the weights of a model."""
         self._losses: deque[float] = deque(maxlen=HISTORY)
         self._norms: deque[float] = deque(maxlen=HISTORY)
-        self._nothing = math.log(vocab_size)
-        """Loss of a model that knows nothing, or the first loss if that was more."""
+        self._nothing = 0.0 if knows else math.log(vocab_size)
+        """Loss of a model that knows nothing, or the first loss if that was more, or if `knows`."""
         self._begun = False
         self.bad_steps = 0
         """In a row, the last step included; 0: that step was good."""

@@ -183,7 +183,6 @@ class _Run:
         self.last_checkpoint: Path | None = None
         self.last_good: Path | None = None
         """The newest checkpoint whose weights are known to be good, by the loss of the step after it."""
-        self.divergence = DivergenceWatch(config.model.vocab_size)
         self._next_batch: Batch | None = None
         self._left_step = self._updating = False
         self.refuse_or_clear(resume)
@@ -193,7 +192,9 @@ class _Run:
         begun = _UNKNOWN
         if os.path.exists(out / RUN_FILE):
             begun = files.read_json(out / RUN_FILE, kind="run").get("initial", _UNKNOWN)
-        self.model = self._new_model(drawn=not (initial or begun or newest))
+        self._knows = bool(initial or begun)
+        self.divergence = DivergenceWatch(config.model.vocab_size, knows=self._knows)
+        self.model = self._new_model(drawn=not (self._knows or newest))
         self.initial = self._begin(initial, begun, has_checkpoint=newest is not None)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.exact = settled(config, device)
@@ -276,7 +277,7 @@ class _Run:
             warnings.warn(f"{self.out} has no checkpoint: training begins at the first step", stacklevel=4)
         if not self.log.truncate(size):
             warnings.warn(f"{self.log.path} lacks rows from before step {self.step}; training goes on", stacklevel=2)
-        self.divergence = DivergenceWatch(self.config.model.vocab_size, self.log.rows())
+        self.divergence = DivergenceWatch(self.config.model.vocab_size, self.log.rows(), knows=self._knows)
 
     @contextlib.contextmanager
     def recording(self, trackers: Sequence[str]) -> Iterator[None]:
