@@ -1,7 +1,7 @@
 """The pages of the experiments, a module each.
 
 `gather` makes what results.json holds of the results of the jobs in `NEEDS`, `tables` the tables of that alone, and
-`plots` the figures. The last two modules have no `gather`: other commands left their files of figures.
+`plots` the figures. `demo`, `pretrained` and `speculative` have no `gather`: other commands left their figures.
 """
 
 from __future__ import annotations

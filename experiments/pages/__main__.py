@@ -26,6 +26,7 @@ from experiments.pages import (
     derivation,
     meta,
     needles,
+    pretrained,
     rates,
     speculative,
     stability,
@@ -37,7 +38,7 @@ HERE = Path(__file__).resolve().parents[1]
 README = HERE.parent / "README.md"
 CARD = HERE.parent / "models" / "longread-small" / "README.md"
 PAGES = (boxed, context, rates, meta, stability, ablations, derivation, toy, needles, decoding)
-OTHERS = (demo, speculative)
+OTHERS = (demo, pretrained, speculative)
 """Of other commands, each of which left several files of figures."""
 
 
