@@ -19,6 +19,7 @@ from longread.config import InnerConfig, ModelConfig, OptimizerConfig, RunConfig
 from longread.data import Sampler, TokenDataset, prepare
 from longread.model import Transformer
 from longread.outer_loop import Fit, end_to_end_loss, static_loss
+from longread.record import TIMING_FIELDS
 from longread.tokenizer import ByteTokenizer
 from longread.train import Progress, train
 from longread.train.optimizer import gradient_norm
@@ -78,9 +79,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 
 def without_timing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")} for row in rows
-    ]
+    return [{name: value for name, value in row.items() if name not in TIMING_FIELDS} for row in rows]
 
 
 def weights_of(run: Path) -> bytes:
@@ -331,8 +330,9 @@ def test_on_a_gpu_the_captured_gradient_is_the_plain_one(
         train(config, data, tmp_path / device, validation=data.validation, device=device)
         rows[device] = rows_of(tmp_path / device)
     for plain, captured in zip(rows["cpu"], rows["cuda"], strict=True):
+        assert captured.pop("peak_memory_bytes") > 0
         assert plain.keys() == captured.keys()
-        for name in plain.keys() - {"seconds", "tokens_per_second"}:
+        for name in plain.keys() - set(TIMING_FIELDS):
             assert captured[name] == pytest.approx(plain[name], rel=1e-3), name
 
 

@@ -24,7 +24,7 @@ from longread import __version__
 from longread.config import RunConfig, UserError
 from longread.extras import install_command
 
-TIMING_FIELDS = ("seconds", "tokens_per_second")
+TIMING_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
 """Fields of a row of metrics.jsonl that differ between two runs of one config; all others are the same."""
 
 

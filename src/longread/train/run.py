@@ -386,6 +386,8 @@ class _Run:
             self.last_good = self.last_checkpoint
         row["seconds"] = time.monotonic() - started
         row["tokens_per_second"] = tokens / row["seconds"]
+        if self.device.type == "cuda":  # reserved, not allocated: what lies in the pools of graphs must be there too
+            row["peak_memory_bytes"] = torch.cuda.max_memory_reserved(self.device)
         return row
 
     def validate(self, row: Row, stop: StopSignal) -> None:
