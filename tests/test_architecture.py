@@ -116,7 +116,7 @@ def violations_of_rows(file: Source) -> list[str]:
                 found.append(f"{where} {file.unit} (row {ROW_OF[file.unit]}) imports {target} (row {ROW_OF[target]})")
             elif file.unit == "ops":
                 found.append(f"{where} ops imports {target}; it may import torch and triton only")
-        elif top in OPTIONAL:
+        elif top in OPTIONAL and top not in PACKAGES_OF[file.unit]:
             if file.name != OPTIONAL[top]["file"]:
                 found.append(f"{where} imports {top}; it may enter in {OPTIONAL[top]['file']} only")
             if not deferred:

@@ -37,6 +37,25 @@ def test_unless_told_otherwise_it_learns_from_every_target_and_looks_for_nothing
     assert (nothing.nll.shape, nothing.rolled_back.shape, nothing.top) == ((2, 0), (2, 0), None)
 
 
+@pytest.mark.parametrize("pieces", [[13], [1, 12], [M, M, 5], [5, 1, 1, 6]], ids=str)
+@pytest.mark.parametrize("learn", [True, False])
+def test_outputs_are_those_of_the_weights_before_each_step(pieces: list[int], learn: bool) -> None:
+    """Of two sequences at once, against the output after every single token."""
+    model, written = exact(), tokens(13, 0, 1)
+    state, expected = begin(model, 2), []
+    for t in range(13):
+        state = read(model, state, written[:, t : t + 1], inner=INNER, learn=learn).state
+        expected.append(state.output)
+    state, found = begin(model, 2), []
+    for part in written.split(pieces, dim=1):
+        made = read(model, state, part, inner=INNER, learn=learn, outputs=True)
+        assert made.outputs is not None
+        found.append(made.outputs)
+        state = made.state
+    torch.testing.assert_close(torch.cat(found, 1), torch.stack(expected, 1), rtol=1e-9, atol=1e-9)
+    assert read(model, begin(model, 2), written, inner=INNER, learn=learn).outputs is None
+
+
 @pytest.mark.parametrize("pieces", [[13], [1, 12], [4, 4, 5], [5, 1, 1, 6]], ids=str)
 @pytest.mark.parametrize("learn", [True, False])
 @pytest.mark.parametrize(("at_a_time", "top"), [(1, 1), (3, 3), (256, V), (2, 40)])

@@ -12,7 +12,7 @@ PACKAGES = {
     "wandb": "wandb",
     "trackio": "trackio",
     "fla": "fla-core",
-    "hf": "transformers",
+    "hf": "transformers accelerate",
     "gguf": "gguf",
     "fsspec": "fsspec",
     "lm-eval": "lm_eval jinja2 tqdm",

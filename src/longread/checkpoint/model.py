@@ -71,6 +71,8 @@ def described(
         "model": config.as_dict(),
         "inner": inner.as_dict(),
         "provenance": dict(extra or {}),
+        "model_type": "longread",  # by which Transformers knows what opens it (`longread.transformers`)
+        "architectures": ["LongreadForCausalLM"],
     }
     return values if learns else values | {"learns": False}
 

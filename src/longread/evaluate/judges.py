@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from longread.config import InnerConfig, UserError
 from longread.extras import install_command
+from longread.files import FORMAT
 from longread.inner_loop import begin, read
 from longread.model import Transformer
 from longread.tokenizer import Tokenizer, load_tokenizer
@@ -100,11 +102,13 @@ class HuggingFaceJudge(Judge):
 
 
 def is_hugging_face(path: str | Path) -> bool:
-    """Whether a directory's config.json is one of `transformers`: it names a `model_type`."""
+    """Whether a directory's config.json is one of `transformers`: it names a `model_type`, and is not of this library,
+    which names one too."""
     try:
-        return b'"model_type"' in (Path(path) / "config.json").read_bytes()
-    except OSError:
+        values = json.loads((Path(path) / "config.json").read_bytes())
+    except (OSError, ValueError):
         return False
+    return isinstance(values, dict) and "model_type" in values and values.get("format") != FORMAT
 
 
 def _from_pretrained(path: Path, device: torch.device) -> Any:

@@ -45,6 +45,8 @@ class Reading(NamedTuple):
     """Which of these steps the guard refused, bool [B, steps]; none without `guard`."""
     top: tuple[Tensor, Tensor] | None = None
     """log p and ids of the likeliest tokens in the place of each token, [B, n, top]; NaN for the first of all."""
+    outputs: Tensor | None = None
+    """What `Transformer.logits` turns into the logits of the token after each token, [B, n, D], where asked for."""
 
 
 def begin(model: Transformer, batch_size: int = 1) -> ReadingState:
@@ -84,6 +86,7 @@ def read(
     loss_mask: Tensor | None = None,
     guard: bool = False,
     top: int = 0,
+    outputs: bool = False,
 ) -> Reading:
     """Reads n more tokens of each sequence.
 
@@ -96,8 +99,9 @@ def read(
         guard: refuse a step whose gradient is not finite, or that is longer than `longest_step`: that mini-batch is
             read without learning, and the state stays good. Decided on the device, which is not waited for.
         top: how many of the likeliest tokens to find in the place of each token; costs all logits.
+        outputs: whether to keep the outputs of all tokens.
     """
-    reader = _Reader(model, state, inner, guard, top)
+    reader = _Reader(model, state, inner, guard, top, outputs)
     if tokens.shape[1]:
         mask = torch.ones_like(tokens, dtype=torch.bool) if loss_mask is None else loss_mask
         reader.first(tokens[:, :1])
@@ -113,6 +117,7 @@ def read(
         norms,
         reader.refused(norms),
         (torch.cat(reader.top_log_p, dim=1), torch.cat(reader.top_ids, dim=1)) if reader.top_ids else None,
+        torch.cat(reader.outputs, dim=1) if reader.outputs else None,
     )
 
 
@@ -125,12 +130,14 @@ class _Reader:
     inner: InnerConfig
     guard: bool
     top: int
+    keep_outputs: bool
     nll: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     refusals: list[Tensor] = field(default_factory=list)
     """Of each step, where the optimizer says it itself."""
     top_log_p: list[Tensor] = field(default_factory=list)
     top_ids: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
 
     def first(self, token: Tensor) -> None:
         """Scores the first token [B, 1], which the state before predicts, if there is one."""
@@ -194,7 +201,7 @@ class _Reader:
 
     def _replay(self, tokens: Tensor, mask: Tensor) -> bool:
         """Reads whole mini-batches as CUDA graphs, if there are any and they can be; says whether it did."""
-        possible = mask.shape[1] and not self.top
+        possible = mask.shape[1] and not self.top and not self.keep_outputs
         reader = captured_reader(self.model, self.state, self.inner, guard=self.guard) if possible else None
         found = None if reader is None else reader.read(self.state, tokens, mask, self.longest)
         if found is None:
@@ -226,6 +233,7 @@ class _Reader:
         """Scores tokens with the weights as they are; the pasts keep the window and `keep` tokens more."""
         state, model = self.state, self.model
         output, own = model.upper(hidden, state.fast, state.upper_pasts, start=state.start, order=0)
+        self.outputs += [output] if self.keep_outputs else []
         if targets.shape[1]:
             self.nll.append(model.token_losses(output[:, : targets.shape[1]], targets))
             self._look(output[:, : targets.shape[1]])
@@ -283,6 +291,7 @@ class _Reader:
             optimizer=optimizer_named(self.inner.optimizer),
         )
         self.nll.append(step.nll)
+        self.outputs += [step.output] if self.keep_outputs else []
         self._look(step.output)
         self._move(**state.moved(hidden.shape[1]))  # a token follows, and with it the output
         self._learned(step, state.upper_pasts)

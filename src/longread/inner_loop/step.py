@@ -50,6 +50,8 @@ class Scan(NamedTuple):
     """[B, T / M]"""
     grad_norm: Tensor
     """[B, steps]"""
+    output: Tensor | None = None
+    """Of `Transformer.upper`, [B, T, D], where asked for."""
 
 
 def mini_batch_loss(nll: Tensor, loss_mask: Tensor) -> Tensor:
@@ -167,30 +169,38 @@ def scan(
     order: int,
     last_step: bool = True,
     optimizer: InnerOptimizer = CLIPPED_SGD,
+    outer_mask: Tensor | None = None,
+    outputs: bool = False,
 ) -> Scan:
     """Reads T tokens, a multiple of M, mini-batch by mini-batch.
 
     Args as in `inner_step`, over [B, T]. `last_step` False leaves out the step on the last mini-batch, whose
-    weights nobody would use when the sequence ends there.
+    weights nobody would use when the sequence ends there. `outer_mask` says which targets count in the losses that
+    are returned, where these are not those of the steps.
     """
     M = model.config.mini_batch_size
     count = hidden.shape[1] // M
-    nll, loss, grad_norm = [], [], []
+    nll, loss, grad_norm, kept = [], [], [], []
+    outer = loss_mask if outer_mask is None else outer_mask
     # cut at once: the gradient of a slice is as large as all that it was cut from
-    parts = zip(*(x.split(M, dim=1) for x in (hidden, target_ids, loss_mask)), strict=True)
+    parts = zip(*(x.split(M, dim=1) for x in (hidden, target_ids, loss_mask, outer)), strict=True)
     with model.sharing_weights():
-        for i, inputs in enumerate(parts):
+        for i, (*inputs, counts) in enumerate(parts):
             if i == count - 1 and not last_step:
                 output, _ = model.upper(inputs[0], carry.fast, carry.pasts, start=start + i * M, order=min(order, 1))
                 nll.append(model.token_losses(output, inputs[1]))
-                loss.append(mini_batch_loss(nll[-1], inputs[2]))
+                loss.append(mini_batch_loss(nll[-1], counts))
             else:
                 step = inner_step(
                     model, carry, *inputs, start=start + i * M, lr=lr, clip=clip, order=order, optimizer=optimizer
                 )
                 carry = Carry(step.fast, model.advance(carry.pasts, step.own, model.num_lower_attentions))
                 nll.append(step.nll)
-                loss.append(step.loss)
+                output = step.output
+                loss.append(step.loss if outer_mask is None else mini_batch_loss(step.nll, counts))
                 grad_norm.append(step.grad_norm)
+            kept += [output] if outputs else []
     norms = torch.stack(grad_norm, dim=1) if grad_norm else hidden.new_empty(hidden.shape[0], 0)
-    return Scan(carry, torch.cat(nll, dim=1), torch.stack(loss, dim=1), norms)
+    return Scan(
+        carry, torch.cat(nll, dim=1), torch.stack(loss, dim=1), norms, torch.cat(kept, dim=1) if outputs else None
+    )

@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Linear)]
         for layer in layers:
             layer.shared = SharedWeight(layer.weight, self.dtype, layer.bias)
-        self._shared_head = self.head_weight.to(self.dtype)
+        object.__setattr__(self, "_shared_head", self.head_weight.to(self.dtype))  # never a parameter of its own
         try:
             yield
         finally:

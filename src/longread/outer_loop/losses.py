@@ -33,6 +33,9 @@ class OuterLoss(NamedTuple):
     """Mean over the unmasked targets of each mini-batch, [B, T / M]; 0 where there is none."""
     inner_grad_norm: Tensor
     """Norm of each inner gradient before clipping, [B, T / M − 1]; [B, 0] for the static loss."""
+    output: Tensor | None = None
+    """What `Transformer.logits` turns into logits, [B, T, D], where asked for; differentiable as the loss is, unless
+    inner steps run again for the gradient (schedules "sqrt" and "step"): then it is a constant."""
 
 
 def mean_loss(losses: Tensor, loss_mask: Tensor) -> Tensor:
@@ -55,7 +58,13 @@ def num_counted(loss_mask: Tensor) -> Tensor:
 
 
 def static_loss(
-    model: Transformer, input_ids: Tensor, target_ids: Tensor, loss_mask: Tensor, *, recompute: Recompute = "auto"
+    model: Transformer,
+    input_ids: Tensor,
+    target_ids: Tensor,
+    loss_mask: Tensor,
+    *,
+    recompute: Recompute = "auto",
+    outputs: bool = False,
 ) -> OuterLoss:
     """The ordinary loss: every token is scored with the initial weights (Eq. 4).
 
@@ -63,6 +72,7 @@ def static_loss(
         input_ids, target_ids: int64 [B, T], T a multiple of M.
         loss_mask: bool [B, T], True where the target counts.
         recompute: "none", or any other schedule, which is "blocks" here (see `longread.outer_loop`); "auto": what fits.
+        outputs: whether to keep the outputs of all tokens.
     """
     M = model.config.mini_batch_size
     _check_length(input_ids, M)
@@ -72,7 +82,8 @@ def static_loss(
     output, _ = model.upper(hidden, None, upper, start=0, order=1, recompute=again)
     nll = model.token_losses(output, target_ids)
     loss = mini_batch_loss(nll.unflatten(1, (-1, M)), loss_mask.unflatten(1, (-1, M)))
-    return OuterLoss(mean_loss(loss, loss_mask), nll.detach(), loss.detach(), nll.new_empty(nll.shape[0], 0))
+    norms, kept = nll.new_empty(nll.shape[0], 0), output if outputs else None
+    return OuterLoss(mean_loss(loss, loss_mask), nll.detach(), loss.detach(), norms, kept)
 
 
 def end_to_end_loss(
@@ -87,18 +98,24 @@ def end_to_end_loss(
     meta_gradient: MetaGradient = "exact",
     truncate_after: int | None = None,
     recompute: Recompute = "auto",
+    inner_mask: Tensor | None = None,
+    outputs: bool = False,
 ) -> OuterLoss:
     """The loss of the model as it learns, mean_i loss_i(W_{i−1}), differentiable through the inner steps (Eq. 3, 6).
 
     Args:
         input_ids, target_ids: int64 [B, T], T a multiple of M; each sequence starts from W_0 and learns alone.
-        loss_mask: bool [B, T], True where the target counts, in the inner loss as in the outer one.
+        loss_mask: bool [B, T], True where the target counts, in the outer loss and, without `inner_mask`, in the inner
+            one.
         inner_lr: rate; a tensor [] where it changes under a CUDA graph.
         inner_clip: largest gradient norm of one sequence; None: no clipping.
         inner_optimizer: rule of the steps, as `InnerConfig.optimizer` names it.
         meta_gradient: "exact", or "first-order", which holds each inner gradient constant.
         truncate_after: cut the chain of steps every so many steps; None: never.
         recompute: which activations are kept (see `longread.outer_loop`); all schedules give the same gradient.
+        inner_mask: bool [B, T], True where the target counts in the inner loss: all that is read, where only answers
+            are to be learned by heart.
+        outputs: whether to keep the outputs of all tokens.
     """
     M = model.config.mini_batch_size
     _check_length(input_ids, M)
@@ -118,13 +135,15 @@ def end_to_end_loss(
             carry,
             hidden,
             target_ids[:, part],
-            loss_mask[:, part],
+            (loss_mask if inner_mask is None else inner_mask)[:, part],
             start=first * M,
             lr=inner_lr,
             clip=inner_clip,
             order=order,
             last_step=last < count,
             optimizer=optimizer_named(inner_optimizer),
+            outer_mask=None if inner_mask is None else loss_mask[:, part],
+            outputs=outputs,
         )
 
     lower_pasts, upper_pasts = model.empty_pasts(B)
@@ -148,7 +167,9 @@ def end_to_end_loss(
         carry, first = parts[-1].carry, last
     losses = torch.cat([part.mini_batch_loss for part in parts], dim=1)
     nll, norms = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("nll", "grad_norm"))
-    return OuterLoss(mean_loss(losses, loss_mask), nll.detach(), losses.detach(), norms.detach())
+    kept = [part.output for part in parts if part.output is not None]
+    output = torch.cat(kept, dim=1) if kept else None
+    return OuterLoss(mean_loss(losses, loss_mask), nll.detach(), losses.detach(), norms.detach(), output)
 
 
 def _settled(recompute: Recompute, loss: Loss, model: Transformer, input_ids: Tensor) -> Schedule:

@@ -35,10 +35,10 @@ def run_again(
     `torch.utils.checkpoint`, do not serve; so the second run is a Function here.
     """
     num_fast = len(matrices(carry.fast))
-    loss, nll, norms, *after = _Segment.apply(
+    loss, nll, norms, output, *after = _Segment.apply(
         run, order, num_fast, len(parameters), hidden, *_flatten(carry), *parameters
     )
-    return Scan(_unflatten(after, num_fast), nll, loss, norms)
+    return Scan(_unflatten(after, num_fast), nll, loss, norms, output)
 
 
 class _Segment(torch.autograd.Function):
@@ -50,17 +50,20 @@ class _Segment(torch.autograd.Function):
         num_fast: int,
         num_parameters: int,
         *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.run, ctx.order, ctx.num_fast, ctx.num_parameters = run, order, num_fast, num_parameters
         ctx.save_for_backward(*tensors)
         hidden, *flat = (x.detach() for x in tensors[: len(tensors) - num_parameters])
         result = run(hidden, _unflatten(flat, num_fast), 0)
-        ctx.mark_non_differentiable(result.nll, result.grad_norm)
-        return result.mini_batch_loss, result.nll, result.grad_norm, *_flatten(result.carry)
+        output = result.output
+        ctx.mark_non_differentiable(*(x for x in (result.nll, result.grad_norm, output) if x is not None))
+        return result.mini_batch_loss, result.nll, result.grad_norm, output, *_flatten(result.carry)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, d_nll: Tensor, d_norm: Tensor, *d_carry: Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, d_loss: Tensor, d_nll: Tensor, d_norm: Tensor, d_output: Tensor, *d_carry: Tensor
+    ) -> tuple[Any, ...]:
         split = len(ctx.saved_tensors) - ctx.num_parameters
         inputs, parameters = ctx.saved_tensors[:split], ctx.saved_tensors[split:]
         hidden, *flat = inputs = [x.detach().requires_grad_() for x in inputs]
