@@ -43,7 +43,8 @@ def tables(files: Data) -> Iterator[Table]:
     yield Table("Speed of training, 8 × 8192 tokens a step, on one H200:", _SPEED, list(_speeds(runs)))
 
 
-_SPEED = ["model", "tokens", "seconds", "tokens/s, median", "lowest – highest", "reading, learning", "reading, frozen"]
+_SPEED = ["model", "tokens", "seconds", "tokens/s, median", "lowest – highest", "GiB at most", "learning", "frozen"]
+"""The last two: tokens a second of reading."""
 
 
 def loss_at(reading: dict[str, Any], column: str) -> float:
@@ -70,4 +71,6 @@ def _speeds(runs: dict[str, Any]) -> Iterator[list[str]]:
         read[1] = read[1] or reading.get("static", {}).get("tokens_per_second")
         cells = [_tokens(run), f"{training['seconds']:.0f}", f"{rate['median']:,.0f}"]
         cells.append(f"{rate['low']:,.0f} – {rate['high']:,.0f}")
+        peak = training.get("peak_memory_bytes")
+        cells.append(f"{peak / 2**30:.1f}" if peak else "–")
         yield [name, *cells, *(f"{speed:,.0f}" if speed else "–" for speed in read)]
