@@ -13,6 +13,7 @@ from longread.checkpoint import save_model
 from longread.cli import estimate, main
 from longread.cli.estimate import session_bytes
 from longread.model import Transformer
+from longread.outer_loop import UPDATE_BYTES, graph_bytes, num_trained
 from longread.session import Session
 from longread.tokenizer import ByteTokenizer
 from tests.server import INNER, M, make_model
@@ -70,6 +71,30 @@ def test_of_training_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert less["the first that fits into 40 GiB, a fifth left free"] == "none of them"
     assert main(["estimate", "toy", "--train", "1", "--context-length", "1000"]) == 2
     assert "--context-length is 1000; give a multiple of the mini-batch, 32" in capsys.readouterr().err
+
+
+def test_of_training_the_suffix_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Moments and gradients of it only; that weights are not read shows where there are none."""
+    save_model(tmp_path, model := make_model(), INNER, ByteTokenizer.fingerprint)
+    (tmp_path / "model.safetensors").unlink()
+    S = model.config.num_suffix_blocks
+    options = str(tmp_path), "--train", "1", "--precision", "float32", "--context-length", str(4 * M)
+    trained = num_trained(model.config, S)
+    found = figures(capsys, *options, "--only", "suffix")
+    size = 4 * model.config.num_parameters + UPDATE_BYTES * trained
+    assert found[f"parameters, and gradients and AdamW of {S} blocks, in float32"] == f"{size / 2**20:,.2f} MiB"
+    step = f"a step of 1 × {4 * M} tokens in float32, recompute none"
+    need = graph_bytes(
+        *(model.config, "end-to-end"),
+        batch_size=1,
+        context_length=4 * M,
+        itemsize=4,
+        kernels=False,
+        trained_blocks=S,
+    )
+    assert found[step] == f"{(size + need['none']) / 2**20:,.2f} MiB"
+    assert main(["estimate", "toy", "--only", "suffix"]) == 2
+    assert "--only is about training; give --train too" in capsys.readouterr().err
 
 
 def test_a_model_on_disk_can_be_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

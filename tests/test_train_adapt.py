@@ -209,6 +209,10 @@ def test_an_adaptation_that_cannot_begin(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_is_not_there(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no model at" in fails(capsys, *command(home, tmp_path / "run", model="nowhere"))
+
+
 def test_data_of_another_tokenizer_are_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     assert main(["prepare", str(home / "text.txt"), "--out", str(data), "--train-tokenizer", "260"]) == 0

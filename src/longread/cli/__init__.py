@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
     0; 2 for wrong input and for what needs more memory than there is; 3 for a run that diverged; 130 on SIGINT, 143 for
-    training that SIGTERM has stopped.
+    training that SIGTERM has stopped and 129 for one that SIGHUP has.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve beside any other busy process
     options = build_parser().parse_args(arguments)

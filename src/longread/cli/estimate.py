@@ -159,8 +159,8 @@ def _training(config: ModelConfig, precision: str, options: argparse.Namespace) 
         kernels=precision == "bfloat16",
         trained_blocks=blocks,
     )
-    of = f" of the last {blocks} blocks" if blocks else ""
-    rows = [_Row(f"parameters, gradients and AdamW{of}, in float32", weights, "bytes")]
+    updated = f"and gradients and AdamW of {blocks} blocks" if blocks else "gradients and AdamW"
+    rows = [_Row(f"parameters, {updated}, in float32", weights, "bytes")]
     for schedule, size in need.items():
         step = f"a step of {sequences} × {context:,} tokens in {precision}, recompute {schedule}"
         rows.append(_Row(step, weights + size, "bytes"))

@@ -116,7 +116,8 @@ def _model(options: argparse.Namespace) -> Description | None:
     from longread.config import UserError
     from longread.loading import boxed_models, find_model
 
-    if options.recipe in RECIPES or not (os.path.exists(options.recipe) or options.recipe in boxed_models()):
+    is_path = os.path.exists(options.recipe) or os.sep in options.recipe
+    if options.recipe in RECIPES or not (is_path or options.recipe in boxed_models()):
         return None
     if options.init:
         raise UserError(f"{options.recipe} is a model to begin with, and so is --init {options.init}; leave one out")
