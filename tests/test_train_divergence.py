@@ -156,8 +156,10 @@ def test_without_the_rule_the_same_run_goes_to_its_end(tmp_path: Path, data: Tok
         result = train(change(EXPLODES, max_bad_steps=None), data, tmp_path / "run")
     assert result.step == 80
     rows = rows_of(tmp_path / "run")
-    assert rows[-1]["bad_steps"] > 12
-    first = rows[-1]["step"] - rows[-1]["bad_steps"] + 1
+    *_, last = bad = list(streaks(rows))  # it may have come to itself in between: how often is a matter of rounding
+    assert max(map(len, bad)) >= 12
+    assert (len(last), last[-1]) == (rows[-1]["bad_steps"], 80)
+    first = last[0]
     messages = [str(w.message) for w in said]
     assert any(f"since step {first}" in m and "it goes on, as max_bad_steps is none" in m for m in messages)
     assert any("the checkpoint of step 80 is of weights that diverge; the last good one, " in m for m in messages)
