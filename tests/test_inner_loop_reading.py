@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from longread.inner_loop import ReadingState, begin, next_token_logits, read, reading
+from longread.config import InnerConfig
+from longread.inner_loop import (
+    ReadingState,
+    begin,
+    next_token_logits,
+    optimizer_named,
+    read,
+    reading,
+    register_inner_optimizer,
+)
 from longread.inner_loop.step import Carry, inner_step
 from longread.model import Transformer
 from tests.tiny import INNER, M, make, text
@@ -124,8 +134,8 @@ def test_it_reads_where_its_model_lies() -> None:
 class OfWholeMiniBatches:
     """What a captured reader promises: it reads mini-batches that came with all their targets, one step for each."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, inner: InnerConfig = INNER) -> None:
+        self.model, self.inner = model, inner
         self.counts: list[int] = []
 
     def read(
@@ -134,12 +144,14 @@ class OfWholeMiniBatches:
         count, rest = divmod(mask.shape[1], M)
         assert (rest, new.shape[1], state.hidden.shape[1]) == (0, mask.shape[1] + 1, 0)
         self.counts.append(count)
-        model, nll, norms = self.model, [], []
+        model, inner, nll, norms, refused = self.model, self.inner, [], [], []
+        optimizer = optimizer_named(inner.optimizer)
         for i in range(0, count * M, M):
             hidden, own = model.lower(new[:, i : i + M], state.lower_pasts, start=state.position)
             carry = Carry(state.fast, state.upper_pasts)
             targets, start = (new[:, i + 1 : i + M + 1], mask[:, i : i + M]), state.position
-            step = inner_step(model, carry, hidden, *targets, start=start, lr=INNER.lr, clip=INNER.clip, order=0)
+            settings = {"lr": inner.lr, "clip": inner.clip, "longest": longest, "optimizer": optimizer, "order": 0}
+            step = inner_step(model, carry, hidden, *targets, start=start, **settings)
             state = ReadingState(
                 position=start + M,
                 fast=step.fast,
@@ -152,7 +164,8 @@ class OfWholeMiniBatches:
             )
             nll.append(step.nll)
             norms.append(step.grad_norm)
-        return state, torch.cat(nll, 1), torch.stack(norms, 1), None
+            refused += [] if step.refused is None else [step.refused]
+        return state, torch.cat(nll, 1), torch.stack(norms, 1), torch.stack(refused, 1) if refused else None
 
 
 @pytest.mark.parametrize(
@@ -193,6 +206,28 @@ def test_whole_mini_batches_can_be_read_by_another(
         torch.testing.assert_close(made, getattr(expected, name), rtol=1e-10, atol=1e-12, equal_nan=True)
     read(model, begin(model, 2), written, inner=INNER, top=1)
     assert other.counts == counts  # it finds no likeliest tokens
+
+
+def test_what_is_refused_is_told_by_whoever_reads_whole_mini_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rule whose refusals do not follow from the norms, and of the steps before and after those."""
+
+    def every_second(weights: Sequence[Tensor], gradients: Sequence[Tensor], **_: object) -> list[Tensor]:
+        odd = torch.arange(len(weights[0])).view(-1, 1, 1) % 2 == 1
+        return [torch.where(odd, w + 1e6, w - 1e-3 * g) for w, g in zip(weights, gradients, strict=True)]
+
+    register_inner_optimizer("every_second", every_second)
+    model, written, inner = exact(), tokens(4 * M + 2, 0, 1, 2), InnerConfig(optimizer="every_second")
+    expected = read(model, begin(model, 3), written, inner=inner, guard=True)
+    other = OfWholeMiniBatches(model, inner)
+    monkeypatch.setattr(
+        reading, "captured_reader", lambda model, state, inner, *, guard: None if state.hidden.shape[1] else other
+    )
+    begun = read(model, begin(model, 3), written[:, :M], inner=inner, guard=True)
+    found = read(model, begun.state, written[:, M:], inner=inner, guard=True)
+    assert other.counts == [3]
+    assert found.rolled_back.tolist() == expected.rolled_back.tolist() == [[False] * 4, [True] * 4, [False] * 4]
+    for a, b in zip(found.state.tensors, expected.state.tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_a_first_token_is_predicted_by_nothing() -> None:

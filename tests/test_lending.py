@@ -130,6 +130,53 @@ def test_few_places_rest() -> None:
     assert gone() is None
 
 
+def test_places_that_are_given_up_leave_their_texts_with_whoever_rested_there() -> None:
+    """The oldest of more than are kept: those of one lane, once those of two and of three rest too."""
+    model = make(3, torch.float64)
+    states = [after(model, 6, B, B=B) for B in (1, 2, 3)]
+    decoders = [Decoder(model, state, INNER) for state in states]
+    for B, decoder in enumerate(decoders, start=1):
+        decoder.read(torch.full((B,), 7))
+        decoder.rest()
+    assert [lent.places.lanes for lent in lender_of(model).resting] == [2, 3]
+    assert [decoder.texts[0].state is None for decoder in decoders] == [False, True, True]
+    for B, (decoder, state) in enumerate(zip(decoders, states, strict=True), start=1):
+        expected = read(model, state, torch.full((B, 1), 7), inner=INNER).state
+        torch.testing.assert_close(decoder.logits(), next_token_logits(model, expected), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("resting", [True, False])
+def test_a_model_whose_weights_are_elsewhere_has_other_places(resting: bool) -> None:
+    """The texts move there from the old ones, whether or not anybody works in them."""
+    model = make(3, torch.float64)
+    decoder, state = Decoder(model, after(model, 6), INNER), after(model, 6)
+    decoder.read(torch.tensor([7]))
+    state = read(model, state, torch.tensor([[7]]), inner=INNER).state
+    assert decoder._lent is not None
+    before = decoder._lent
+    if resting:
+        decoder.rest()
+    model.embedding.weight.data = model.embedding.weight.data.clone()
+    torch.testing.assert_close(decoder.logits(), next_token_logits(model, state), rtol=1e-10, atol=1e-10)
+    assert decoder._lent is not None
+    assert decoder._lent.places is not before.places
+    assert before not in lender_of(model).resting
+    for a, b in zip(decoder.state().tensors, state.tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_all_texts_come_out_where_one_has_left() -> None:
+    model = make(3, torch.float64)
+    states = [after(model, 6, seed) for seed in (1, 2)]
+    decoder = Decoder(model, states, INNER)
+    decoder.leave(0)
+    decoder.read(torch.tensor([3, 7]))
+    gone_on = read(model, states[1], torch.tensor([[7]]), inner=INNER).state
+    for found, expected in zip(decoder.end(), (states[0], gone_on), strict=True):
+        for a, b in zip(found.tensors, expected.tensors, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_a_session_that_was_moved_out_is_what_it_was() -> None:
     model = make()
     sessions, alone = [reader(model, seed) for seed in range(3)], [reader(make(), seed) for seed in range(3)]

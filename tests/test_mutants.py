@@ -14,7 +14,7 @@ import pytest
 
 from tests.mutants.faults import faults
 from tests.mutants.judge import Task, in_children
-from tests.mutants.report import page
+from tests.mutants.report import cell, page, scores, survivors_of
 from tests.mutants.since import still_there, unchanged
 
 ROOT = Path(__file__).parent.parent
@@ -161,4 +161,13 @@ def test_an_earlier_run_is_taken_over_and_only_what_survived_is_judged_again(tre
     assert found["a > b (a >= b)"]["status"] == "survived"  # type: ignore[index]
     taken = sum("since" in fault for fault in state["faults"].values())
     assert taken > 1
-    assert f"\n{taken} faults are taken from the run before as killed" in page(earlier, state, {})  # type: ignore[arg-type]
+    text = page(earlier, state, {})  # type: ignore[arg-type]
+    assert f"\n{taken} faults are taken from the run before (Python {earlier['python']}, torch " in text
+    survivors = len(survivors_of(state))  # type: ignore[arg-type]
+    assert f"\n{survivors} of the survivors met only some of the tests here" in text
+    kept = {name: value for name, value in earlier.items() if name != "faults"}
+    kept |= {"commit": "0123abc", "scores": scores(earlier), "survivors": survivors_of(earlier)}  # type: ignore[dict-item, arg-type]
+    text = page(kept, state, {})  # type: ignore[arg-type]
+    assert cell(scores(earlier)["session"]) + " | " + cell(scores(state)["session"]) in text  # type: ignore[arg-type]
+    assert f"\n{taken} faults are taken from a run of {earlier['commit']} (Python " in text
+    assert f"## The {survivors} that survive, {survivors} of them without a reason yet\n" in text

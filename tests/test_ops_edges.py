@@ -159,13 +159,13 @@ def test_the_gradient_of_a_shared_bias_is_summed_in_float32(device: str) -> None
     """In bfloat16 a sum of ones ends at 256."""
     weight, bias = (draw(*n, seed=2).detach().to(device, torch.float32).requires_grad_() for n in ((5, 3), (5,)))
     product = SharedWeight(weight, torch.bfloat16, bias)
-    x = torch.ones(100, 3, dtype=torch.bfloat16, device=device)
+    x = torch.ones(301, 3, dtype=torch.bfloat16, device=device)
     outs = [product(x) for _ in range(7)]
     assert torch.equal(outs[0], torch.nn.functional.linear(x, weight.bfloat16(), bias.bfloat16()))
     found, of_weight = torch.autograd.grad(sum(out.sum() for out in outs), [bias, weight])
     assert found.dtype == of_weight.dtype == torch.float32
-    assert torch.equal(found.cpu(), torch.full((5,), 700.0))
-    torch.testing.assert_close(of_weight.cpu(), torch.full((5, 3), 700.0), rtol=0.01, atol=0)
+    assert torch.equal(found.cpu(), torch.full((5,), 2107.0))
+    torch.testing.assert_close(of_weight.cpu(), torch.full((5, 3), 2107.0), rtol=0.01, atol=0)
 
 
 def test_a_shared_weight_may_be_differentiated_again() -> None:

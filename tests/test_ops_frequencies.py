@@ -84,6 +84,7 @@ def test_fields_and_defaults_are_those_of_the_config() -> None:
 def test_yarn_attention_factor() -> None:
     assert yarn_attention_factor(1) == 1
     assert yarn_attention_factor(0.5) == 1
+    assert yarn_attention_factor(1.5) == pytest.approx(1 + math.log(1.5) / 10)
     assert yarn_attention_factor(math.e**2) == pytest.approx(1.2)
     assert yarn_attention_factor(math.e**2, 0.5, 1.0) == pytest.approx(1.1 / 1.2)
     assert yarn_attention_factor(math.e**2, mscale=0.5) == pytest.approx(1.2)  # one of them alone counts for nothing

@@ -77,7 +77,7 @@ def agree(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10
 
 
 @pytest.mark.parametrize("G", [1, 2, N])
-@pytest.mark.parametrize(("T", "P"), [(9, 0), (5, 6), (1, 7), (40, 3), (40, 33)])
+@pytest.mark.parametrize(("T", "P"), [(9, 0), (5, 6), (1, 7), (2, 4), (40, 3), (40, 33)])
 @pytest.mark.parametrize("window", [None, 1, 4, 33])
 def test_heads_share_keys_and_values(G: int, T: int, P: int, window: int | None) -> None:
     tensors = draw(2, G, T, P, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 
@@ -10,7 +11,7 @@ import torch
 
 from longread.config import UserError
 from longread.session import Session
-from longread.session.sampling import check_sampling, draw, penalised, probabilities
+from longread.session.sampling import check_sampling, derived_seed, draw, penalised, probabilities, seeded
 from tests.tiny import INNER, M, make, text
 
 LARGEST = 2**64 - 1
@@ -65,6 +66,35 @@ def test_unless_told_otherwise_the_distribution_is_the_model_s() -> None:
             1.0,
             None,
         ]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 100, 2**32 - 1])
+def test_a_seed_of_32_bits_is_pytorch_s_own(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    assert torch.equal(seeded(seed, torch.device("cpu")).get_state(), generator.get_state())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 100, LARGEST])
+def test_a_longer_seed_is_not_cut_to_its_lowest_bits(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    found = seeded(seed, torch.device("cpu"))
+    assert not torch.equal(found.get_state(), generator.get_state())
+    assert torch.equal(found.get_state(), seeded(seed, torch.device("cpu")).get_state())
+    assert found.initial_seed() < 2**32
+
+
+def test_seeds_of_several_draws_are_what_they_were() -> None:
+    """Else a command that was noted down would draw something else."""
+    assert derived_seed(7, 0) == 7
+    digest = int.from_bytes(hashlib.sha256(b"(7, 1)").digest())
+    assert derived_seed(7, 1) == digest >> (256 - 63)
+    assert seeded(-1, torch.device("cpu")).initial_seed() == int.from_bytes(hashlib.sha256(b"(-1,)").digest()[:4])
+
+
+def test_all_tokens_can_be_drawn_where_all_probability_is_asked_for() -> None:
+    """Also those so unlikely that the sum of the others is rounded to 1."""
+    found = probabilities(torch.tensor([[30.0, 0.0, -1.0]]), 1.0, 1.0, None)
+    assert (found > 0).all()
 
 
 def test_a_penalty_makes_the_recent_less_likely_whatever_their_sign() -> None:

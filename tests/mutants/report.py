@@ -20,12 +20,21 @@ argument, an assignment or a refusal left out. A fault is killed if one of the t
 
 
 def scores(state: State) -> dict[str, Counter[str]]:
-    """How many of each status a part of the library has; `all` is the last."""
+    """How many of each status a part of the library has; `all` is the last. A page keeps no more of a run than that."""
+    if "faults" not in state:
+        return {part: Counter(count) for part, count in state["scores"].items()}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for fault in sorted(state["faults"].values(), key=lambda fault: folder_of(fault["file"])):
         counts[folder_of(fault["file"])][fault["status"]] += 1
     counts["all"] = sum(counts.values(), Counter())
     return counts
+
+
+def survivors_of(state: State) -> list[dict[str, Any]]:
+    """The faults that no test noticed."""
+    if "faults" not in state:
+        return list(state["survivors"])
+    return [fault for fault in state["faults"].values() if fault["status"] == "survived"]
 
 
 def cell(count: Counter[str]) -> str:
@@ -48,7 +57,7 @@ def page(before: State, after: State, reasons: Reasons) -> str:
     ]
     earlier, later = scores(before), scores(after)
     lines += [f"| {part} | {cell(earlier[part])} | {cell(later[part])} |" for part in later]
-    survivors = [fault for fault in after["faults"].values() if fault["status"] == "survived"]
+    survivors = survivors_of(after)
     used: set[tuple[str, str, str]] = set()
     rows = []
     for fault in sorted(survivors, key=lambda fault: (fault["file"], fault["line"])):
@@ -62,25 +71,40 @@ def page(before: State, after: State, reasons: Reasons) -> str:
     if given - used and judged == after.get("places", judged):
         sys.exit(f"reasons for no fault that survived: {sorted(given - used)}")
     lines += carried(before["commit"], after)
-    lines += ["", f"## The {len(rows)} that survive", "", "| where | is | would be | why it may |", "|---|---|---|---|"]
+    open_ = sum(not reason_of(reasons, fault)[1] for fault in survivors)
+    lines += ["", f"## The {len(rows)} that survive, {open_} of them without a reason yet"]
+    lines += ["", "| where | is | would be | why it may |", "|---|---|---|---|"]
     return "\n".join([*lines, *rows]) + "\n"
 
 
 def carried(first: str, after: State) -> list[str]:
-    """What the page says of verdicts that come from an earlier run; `first` is the commit of the one before."""
+    """What the page says of verdicts that come from earlier runs; `first` is the commit of the one before."""
     faults = [*after["faults"].values()]
-    earlier = [fault for fault in faults if fault.get("since") == first]
-    killed = sum(fault["status"] == "killed" for fault in earlier)
-    survived = sum(fault["status"] == "survived" and not fault.get("excused") for fault in earlier)
-    unjudged = after.get("places", len(faults)) - len(faults)
     lines = []
-    if killed:
+    for commit in sorted({fault["since"] for fault in faults if "since" in fault}):
+        known = after.get("taken", {}).get(commit)
+        machine = f" (Python {known['python']}, torch {known['torch']})" if known else ""
+        run = ("the run before" if commit == first else f"a run of {commit}") + machine
+        earlier = [fault for fault in faults if fault.get("since") == commit]
+        killed = sum(fault["status"] == "killed" for fault in earlier)
+        excused = sum(bool(fault.get("excused")) for fault in earlier)
+        survived = sum(fault["status"] == "survived" for fault in earlier) - excused
+        if killed:
+            lines.append(
+                f"{killed} faults are taken from {run} as killed: their functions have not changed since, and the "
+                "tests that killed them are still there."
+            )
+        if excused:
+            lines.append(f"{excused} survivors of {run} that may survive, as a reason says, were not judged again.")
+        if survived:
+            lines.append(f"{survived} survivors of {run} were not judged again by the tests added since.")
+    some = sum(fault["status"] == "survived" and "met" in fault for fault in faults)
+    if some:
         lines.append(
-            f"{killed} faults are taken from the run before as killed: their functions have not changed since, and the "
-            "tests that killed them are still there."
+            f"{some} of the survivors met only some of the tests here (`--tests`), those that were new or nearest to "
+            "them."
         )
-    if survived:
-        lines.append(f"{survived} survivors of the run before were not judged again by the tests added since.")
+    unjudged = after.get("places", len(faults)) - len(faults)
     if unjudged:
         lines.append(f"{unjudged} faults of functions that have changed were not judged, and count for nothing here.")
     return [line for text in lines for line in ("", text)]
@@ -95,19 +119,20 @@ def code(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants.report", description=__doc__)
-    parser.add_argument("before", type=Path)
+    parser.add_argument("before", type=Path, help="results, or the .json of a page: its own `before` is taken")
     parser.add_argument("after", type=Path)
     parser.add_argument(
         "page", type=Path, help="benchmarks/results/mutants_<date>.md; a .json of the same name goes with it"
     )
     options = parser.parse_args()
     before, after = (json.loads(path.read_text()) for path in (options.before, options.after))
+    before = before.get("before", before)
     options.page.write_text(page(before, after, known_reasons()))
     kept = {
         when: {
             **{name: value for name, value in state.items() if name != "faults"},
             "scores": scores(state),
-            "survivors": [fault for fault in state["faults"].values() if fault["status"] == "survived"],
+            "survivors": survivors_of(state),
         }
         for when, state in (("before", before), ("after", after))
     }

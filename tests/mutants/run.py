@@ -38,6 +38,7 @@ class Run:
             self._add(group["files"], group["tests"], group.get("without", []))
         for file, named in self.tests_of.items():
             self.tests_of[file] = [test for test in named if any(part in test for part in tests.split(","))]
+        self.tests = tests
         self.state = self._begun(targets)
         self.lines: dict[str, Any] = {}
 
@@ -69,6 +70,8 @@ class Run:
     def take(self, earlier: dict[str, Any], reasons: Reasons) -> None:
         """Takes over what another run found about faults in functions that have not changed since. What was killed is
         taken as killed while the test that did it is there; what survived is judged again, unless a reason says why."""
+        machine = {name: earlier.get(name) for name in ("python", "torch")}
+        self.state.setdefault("taken", {})[earlier["commit"]] = machine
         for file in self.tests_of:
             then, now = source_at(self.tree, earlier["commit"], file), (self.tree / file).read_bytes()
             for was, fault in unchanged(then, now):
@@ -170,7 +173,8 @@ class Run:
 
     def _keep(self, file: str, fault: Fault, found: dict[str, Any]) -> None:
         told = {name: value for name, value in asdict(fault).items() if name not in {"last_line", "start", "end"}}
-        self.known[key(file, fault)] = {"file": file, **told, **found}
+        met = {"met": self.tests} if self.tests else {}  # of the tests, only these files
+        self.known[key(file, fault)] = {"file": file, **told, **found, **met}
         if len(self.known) % SAVED_EVERY == 0:
             self._save()
             print(f"{len(self.known)} judged", flush=True)
