@@ -67,6 +67,8 @@ def stream_safetensors(
 
     Where they come from can so be read in its own order; the file is the same.
     """
+    if set(parameters) != set(layout):
+        raise ValueError("the parameters are not those of the layout")
     header = _header(layout, metadata)
     starts, end = {}, len(header)
     for name in _order(layout):

@@ -43,16 +43,18 @@ def provenance_of(opened: Opened, scheme: Scheme, fast_hidden: int | None) -> di
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def write_card(directory: Path, opened: Opened, config: ModelConfig, scheme: Scheme, dtype: torch.dtype) -> None:
+def write_card(
+    directory: Path, opened: Opened, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, rate: float
+) -> None:
     """Writes the card, and copies licences that lie beside the source."""
-    (directory / CARD).write_text(_card(opened, config, scheme, dtype), encoding="utf-8")
+    (directory / CARD).write_text(_card(opened, config, scheme, dtype, rate), encoding="utf-8")
     if opened.found.path.is_dir():
         for pattern in ("LICENSE*", "NOTICE*"):
             for path in opened.found.path.glob(pattern):
                 shutil.copyfile(path, directory / path.name)
 
 
-def _card(opened: Opened, config: ModelConfig, scheme: Scheme, dtype: torch.dtype) -> str:
+def _card(opened: Opened, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, rate: float) -> str:
     found, network = opened.found, opened.network
     head = ["library_name: longread"]
     if opened.licence:
@@ -70,7 +72,7 @@ def _card(opened: Opened, config: ModelConfig, scheme: Scheme, dtype: torch.dtyp
             "than before, and this model equals the quantised one, not the one that was quantised."
         )
     if config.num_suffix_blocks:
-        lines += _of_learning(config, scheme)
+        lines += _of_learning(config, scheme, rate)
     licence = "The licence of the weights is that of the source, which does not say."
     if opened.licence:
         licence = f"Licence of the weights: {opened.licence}."
@@ -78,7 +80,7 @@ def _card(opened: Opened, config: ModelConfig, scheme: Scheme, dtype: torch.dtyp
     return "---\n" + "\n".join(head) + f"\n---\n\n# {_title(found.name)}, a reader\n\n{body}\n"
 
 
-def _of_learning(config: ModelConfig, scheme: Scheme) -> list[str]:
+def _of_learning(config: ModelConfig, scheme: Scheme, rate: float) -> list[str]:
     which = f"The last {config.num_suffix_blocks} of {config.num_blocks} blocks"
     what = f"{config.num_fast_weights:,} numbers for each text, a step every {config.mini_batch_size:,} tokens"
     lines = [f"{which} can learn while they read, {what}. {_WAYS[scheme]}"]
@@ -89,7 +91,8 @@ def _of_learning(config: ModelConfig, scheme: Scheme) -> list[str]:
         )
     lines.append(
         "**Not adapted: it reads frozen**, as the pretrained model with this window would. It was not trained to "
-        "learn, so learning does not help it until `longread train` has adapted it."
+        f"learn; what learning does to it depends on the text, and the small rate of {rate:g} in its config is for "
+        "whoever asks for it (`--learn`). `longread train` adapts it."
     )
     return lines
 

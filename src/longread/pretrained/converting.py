@@ -24,7 +24,11 @@ from longread.tokenizer import Tokenizer
 
 WINDOW, MINI_BATCH = 1024, 256
 UNADAPTED_RATE = 0.1
-"""Of the inner steps of a model that was not trained to learn, should somebody let it."""
+"""Of the inner steps of a model that was not trained to learn, should somebody let it.
+
+On SmolLM2-135M (zero-copy, 8 blocks, window 1024) the rate of 1 that models are trained for made books 0.06 nats per
+token worse, before any training; 0.1 made two texts of 3K and 4K tokens 0.05 better each.
+"""
 
 
 class Dials(NamedTuple):
@@ -82,7 +86,7 @@ def convert_pretrained(opened: Opened, directory: Path, dials: Dials = Dials()) 
         provenance,
         learns=False,
     )
-    write_card(directory, opened, config, dials.scheme, weights.dtype)
+    write_card(directory, opened, config, dials.scheme, weights.dtype, UNADAPTED_RATE)
     return Converted(config, weights.dtype, tokenizer, nbytes)
 
 
