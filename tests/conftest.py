@@ -6,6 +6,7 @@ import gc
 import importlib
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 def pytest_configure() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", WANDB_MODE="disabled")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; what is ignored stays so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
