@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from longread.checkpoint import fingerprint_of
+from longread.checkpoint import fingerprint_of, load_model
 from tests.pretrained_models import (
     GEMMA,
     TOKENS,
@@ -97,5 +97,21 @@ def test_half_precision_stays_what_it_is(dtype: torch.dtype, tmp_path: Path) -> 
     stored = load_file(tmp_path / "reader" / "model.safetensors")
     assert {t.dtype for t in stored.values() if t.dim() == 2} == {dtype}
     assert {t.dtype for t in stored.values() if t.dim() == 1} == {torch.float32}
+    on_a_gpu = load_model(tmp_path / "reader", dtype=torch.bfloat16).model
+    assert on_a_gpu.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in on_a_gpu.parameters()} == {torch.bfloat16, torch.float32}
     ids, source = a_text(), AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     check_equal(logits_of(opened, ids), wanted(source, ids))
+
+
+def test_another_type_if_it_is_asked_for(tmp_path: Path) -> None:
+    source = save(make("qwen3", head_dim=8), tmp_path / "source")
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        opened = converted(source, tmp_path / name, "--dtype", name)
+        stored = load_model(tmp_path / name).model
+        assert stored.dtype == dtype
+        assert stored.final_norm.weight.dtype == torch.float32
+        assert opened.model.dtype == torch.float32
+    whole = load_model(tmp_path / "float32").model.embedding.weight
+    assert torch.equal(load_model(tmp_path / "bfloat16").model.embedding.weight, whole.to(torch.bfloat16))
+    assert (load_model(tmp_path / "float32", dtype=torch.bfloat16).model.final_norm.weight).dtype == torch.bfloat16
