@@ -434,7 +434,6 @@ def test_pipeline(place: Path, model: LongreadForCausalLM) -> None:
         ({"inputs_embeds": torch.zeros(1, 3, 16)}, "a reader reads token ids"),
         ({CACHE: object()}, "the cache is of no reader of this model"),
     ],
-    ids=str,
 )
 def test_what_a_reader_cannot_do_is_refused_up_front(model: LongreadForCausalLM, given: dict, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
