@@ -1,8 +1,8 @@
-"""Trees as the official code saves them, written by Orbax itself."""
+"""Trees as the official code saves them, written by Orbax itself, and what `longread convert` makes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import orbax.checkpoint as ocp
 import torch
 from torch import Tensor
 
-from longread.checkpoint import to_official
+from longread.checkpoint import from_official, load_model, to_official
+from longread.cli import main
+from longread.config import InnerConfig
 from longread.recipes import Size
 from tests import tiny
 
@@ -21,6 +23,7 @@ LAYOUTS = {
     "files": (False, False),
     "files, zarr 3": (False, True),
 }
+DIALS = ("--size", "tiny", "--window", "6", "--mini-batch", "4")
 Official = dict[str, Tensor]
 
 
@@ -87,3 +90,40 @@ def drawn(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) 
     """The tensors of a tiny model."""
     model = tiny.make(seed, dtype, **{"init_std": 0.02} | changes)
     return to_official(model.state_dict(), model.config)
+
+
+def save_run(directory: Path) -> Path:
+    """A run of the official code, of which step 10 has `drawn(0)`."""
+    with ocp.CheckpointManager(directory) as manager:
+        for step, seed in ((9, 1), (10, 0)):
+            item = ocp.args.StandardSave(tree(drawn(seed)))
+            manager.save(step, args=ocp.args.Composite(model_weights=item, opt_state=item), force=True)
+    return directory
+
+
+def items_in(directory: Path) -> Callable[[str], Path]:
+    """Gives an item of `drawn(0)` in a named layout, written when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def saved(layout: str) -> Path:
+        if layout not in made:
+            made[layout] = save(directory / layout, tree(drawn()), layout)
+        return made[layout]
+
+    return saved
+
+
+def convert(source: Path, destination: Path, *more: str) -> int:
+    return main(["convert", str(source), str(destination), *DIALS, *more])
+
+
+def check(directory: Path, official: Official, **changes: object) -> None:
+    """The model in a directory is the official one, to the bit."""
+    loaded = load_model(directory)
+    config = tiny.config(**{"init_std": 0.02} | changes)
+    assert (loaded.model.config, loaded.inner) == (config, InnerConfig())
+    state, wanted = loaded.model.state_dict(), from_official(official, config)
+    assert state.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert state[name].dtype == tensor.dtype, name
+        assert torch.equal(state[name], tensor), name
