@@ -325,4 +325,4 @@ def test_a_missing_extra_is_named(
     other = hugging_face(home / "hf", monkeypatch)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert judged(home, home / "e2e", "--judge", other) == 2
-    assert "run pip install transformers," in capsys.readouterr().err
+    assert "run pip install transformers accelerate," in capsys.readouterr().err
