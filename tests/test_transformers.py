@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from longread.checkpoint import load_model
@@ -282,6 +282,17 @@ def test_a_fork_goes_on_by_itself(model: LongreadForCausalLM) -> None:
         assert found.sequences[0, len(question) :].tolist() == written(model, prompt + question, M + 2)
 
 
+def test_a_copy_of_a_model_is_another_model(model: LongreadForCausalLM) -> None:
+    """Its network is made of its own modules."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.embedding.weight += 0.1
+    ids = one(IDS[:20])
+    assert (twin(ids).logits - model(ids).logits).abs().max() > 1e-2
+    assert twin.double()(ids).logits.dtype == torch.float64
+    assert model(ids).logits.dtype == torch.float32
+
+
 def test_sampling_and_streamers(model: LongreadForCausalLM) -> None:
     class Streamer(BaseStreamer):
         given: list[int]
@@ -427,9 +438,11 @@ def test_pipeline(place: Path, model: LongreadForCausalLM) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"num_beams": 2}, "generation mode beam_search is refused: what a reader has learned cannot be taken back"),
-        ({"num_beams": 2, "do_sample": True}, "generation mode beam_sample is refused"),
-        ({"prompt_lookup_num_tokens": 3}, "generation mode assisted_generation is refused"),
+        ({"num_beams": 2}, "num_beams is 2: what a reader has learned cannot be taken back"),
+        ({"num_beams": 2, "do_sample": True}, "num_beams is 2"),
+        ({"generation_config": GenerationConfig(num_beams=3)}, "num_beams is 3"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha is 0.6"),
+        ({"prompt_lookup_num_tokens": 3}, "generation mode is assisted_generation: what a reader has learned"),
         ({"cache_implementation": "static"}, "a reader has a cache of its own"),
         ({"inputs_embeds": torch.zeros(1, 3, 16)}, "a reader reads token ids"),
         ({CACHE: object()}, "the cache is of no reader of this model"),
@@ -464,6 +477,7 @@ def test_wrong_input_is_one_sentence(model: LongreadForCausalLM, exact: Longread
         (lambda: SessionCache.of(model, [session_of(model, [1]), session_of(model, [1], learn=False)]), "otherwise"),
         (lambda: SessionCache(model).save(tmp_path / "s"), "the cache holds 0 sessions"),
         (lambda: greedy(model, 2, inputs=one([1, 2]), use_cache=False, **{CACHE: cache}), "use_cache is False"),
+        (lambda: model.generate_batch([IDS[:5]]), "continuous batching"),
         (lambda: model.resize_token_embeddings(300), "the vocabulary of a reader is fixed"),
         (lambda: model.save_pretrained(tmp_path, push_to_hub=True), "only writes files"),
         (lambda: LongreadConfig(model={"width": 3}), "ModelConfig"),

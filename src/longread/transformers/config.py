@@ -14,6 +14,16 @@ from longread.recipes import recipe
 
 KIND = "model"
 _OURS = ("fingerprint", "tokenizer_fingerprint", "model", "inner", "provenance")
+_DERIVED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+)
+_UNWRITTEN = {*_OURS, *_DERIVED, "learn", "learns"}
 
 
 class LongreadConfig(PretrainedConfig):
@@ -51,7 +61,7 @@ class LongreadConfig(PretrainedConfig):
         network = recipe("toy").model if model is None else ModelConfig.from_dict(model)
         self.model = network.as_dict()
         self.inner = InnerConfig.from_dict(inner or {}).as_dict()
-        self.learn = learns if learn is None else learn
+        self.learn, self.learns = learns if learn is None else learn, learns
         self.training_logits = training_logits
         self.fingerprint, self.tokenizer_fingerprint = fingerprint, tokenizer_fingerprint
         self.provenance = dict(provenance or {})
@@ -85,7 +95,7 @@ class LongreadConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of a config.json that Longread reads, and those of Transformers' own that it passes over."""
-        values = {name: value for name, value in super().to_dict().items() if name not in (*_OURS, *_DERIVED, "learn")}
+        values = {name: value for name, value in super().to_dict().items() if name not in _UNWRITTEN}
         ours: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": KIND}
         ours |= {name: copy.deepcopy(getattr(self, name)) for name in _OURS}
         return ours | values | ({} if self.learn else {"learns": False})
@@ -106,14 +116,3 @@ class LongreadConfig(PretrainedConfig):
         }
         kept = ("model_type", "transformers_version")
         return {n: v for n, v in values.items() if n in kept or n not in default or default[n] != v}
-
-
-_DERIVED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from longread.checkpoint import find_tokenizer
 from longread.checkpoint.model import CONFIG_FILE, WEIGHTS_FILE, write_model
@@ -17,7 +18,8 @@ from longread.config import UserError
 from longread.files import atomic_files
 from longread.loading import boxed_models
 from longread.model import Transformer
-from longread.tokenizer import load_tokenizer
+from longread.pretrained.tokenizer import special_ids
+from longread.tokenizer import ByteTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Model
@@ -48,15 +50,24 @@ class ModelDirectory(_Model):
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise UserError("a reader cannot be spread over several devices; give device_map='cuda', or leave it out")
         model.fingerprint = model.config.fingerprint
-        model._end_where_texts_begin(Path(place))
+        model._end_as_texts_end(Path(place))
+        if not (model.config.learn or model.config.learns) and model.config.network.num_suffix_blocks:
+            logging.get_logger(__name__).warning(
+                f"{place} reads frozen, as its config.json says: it was converted and not adapted, or saved so; give "
+                "learn=True to let it learn, or to train it to"
+            )
         return (model, info) if with_info else model
 
-    def _end_where_texts_begin(self, directory: Path) -> None:
-        """Where nothing says how a text ends, it ends where another would begin: at BOS."""
-        found = find_tokenizer(directory) if directory.is_dir() else None
-        settings = self.generation_config
-        if settings.eos_token_id is None and found is not None and (bos := load_tokenizer(found).bos_id) is not None:
-            settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = bos
+    def _end_as_texts_end(self, directory: Path) -> None:
+        """Where nothing says how a text ends, it ends as its tokenizer says, or where another would begin: at BOS."""
+        found, settings = find_tokenizer(directory) if directory.is_dir() else None, self.generation_config
+        if found is None or settings.eos_token_id is not None:
+            return
+        tokenizer = load_tokenizer(found)
+        named = {} if isinstance(tokenizer, ByteTokenizer) else special_ids(found.parent)
+        settings.eos_token_id = named.get("eos_token_id", tokenizer.bos_id)
+        settings.bos_token_id = tokenizer.bos_id
+        settings.pad_token_id = named.get("pad_token_id", settings.eos_token_id)
 
     def load_state_dict(self, *arguments: Any, **named: Any) -> Any:
         """As of any module."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 else:
     _Model = object
 
+_CANNOT = "what a reader has learned cannot be taken back, so no text is tried and dropped; decode greedily or sample"
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -71,6 +72,7 @@ class Generating(_Model):
         Raises:
             UserError: beams, an assistant or embeddings are asked for, or the inputs do not go on from the cache.
         """
+        self._refuse_trials(generation_config, others)
         given = others.pop("cache", None)
         older = others.pop("past_key_values", None)
         cache = older if given is None else given
@@ -97,6 +99,21 @@ class Generating(_Model):
             if cache is not None:
                 cache.ended = None
                 cache.rest()
+
+    def generate_batch(self, *arguments: Any, **named: Any) -> Any:
+        """Refused: raises `UserError`."""
+        raise UserError(
+            "continuous batching keeps keys and values in pages, a reader does not; use generate, or longread.Engine"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _refuse_trials(self, generation_config: Any, others: dict[str, Any]) -> None:
+        """Refuses what Transformers would look for elsewhere before it asks which mode that is."""
+        for name, most in (("num_beams", 1), ("num_beam_groups", 1), ("penalty_alpha", 0.0)):
+            wanted = others.get(name, getattr(generation_config or self.generation_config, name, None))
+            if wanted is not None and wanted > most:
+                raise UserError(f"{name} is {wanted}: {_CANNOT}")
 
     def _continued(
         self, cache: Any, inputs: Tensor | None, generation_config: Any, others: dict[str, Any], cached: bool
@@ -128,10 +145,7 @@ class Generating(_Model):
 
     def _validate_generation_mode(self, generation_mode: Any, *arguments: Any, **named: Any) -> None:
         if generation_mode not in _MODES:
-            raise UserError(
-                f"generation mode {getattr(generation_mode, 'value', generation_mode)} is refused: what a reader has "
-                "learned cannot be taken back, so no text can be tried and dropped; use greedy decoding or sampling"
-            )
+            raise UserError(f"generation mode is {getattr(generation_mode, 'value', generation_mode)}: {_CANNOT}")
         super()._validate_generation_mode(generation_mode, *arguments, **named)
 
     def _get_stopping_criteria(self, *arguments: Any, **named: Any) -> Any:
