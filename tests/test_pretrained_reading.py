@@ -84,6 +84,22 @@ def test_generating(reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert open_model(reader, "cpu").restore(path).learn
 
 
+def test_a_session_says_itself_whether_it_learns(
+    reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that has learned goes on learning, and nobody says that it is frozen."""
+    text, model = reader.parent / "text.txt", ["--model", reader]
+    for learning in (["--learn"], []):
+        path = tmp_path / f"{len(learning)}.session"
+        rows(capsys, "read", text, *model, "--save", path, *learning)
+        found, said = rows(capsys, "read", text, *model, "--session", path, "--no-control")
+        assert found == ["learning" if learning else "frozen"]
+        assert ("so it reads frozen" in said) != bool(learning)
+        command = ["generate", *model, "--session", path, "--prompt", "A", "--max-tokens", "3", "--device", "cpu"]
+        assert main([str(word) for word in command]) == 0
+        assert ("so it reads frozen" in capsys.readouterr().err) != bool(learning)
+
+
 def test_the_mark_changes_no_fingerprint(reader: Path, tmp_path: Path) -> None:
     """A session that was read with a model goes on with it once nothing but the mark is different."""
     loaded = load_model(reader)

@@ -44,19 +44,28 @@ def add_learn(parser: Any) -> None:
     )
 
 
-def settle_learning(options: argparse.Namespace, opened: OpenModel) -> OpenModel:
-    """The model as the command reads with it. One that was converted and not adapted reads frozen, which is said on
-    stderr, unless --learn lets it learn."""
+def settle_learning(options: argparse.Namespace, opened: OpenModel, *, restored: bool = False) -> OpenModel:
+    """The model as the command reads with it. One that was converted and not adapted reads frozen, which is said,
+    unless --learn lets it learn.
+
+    `restored`: a session is gone on with, which says itself whether it learns; then `say_if_frozen` follows.
+    """
     if options.learn:
         return opened._replace(learns=True)
+    if not restored:
+        say_if_frozen(options, opened, learns=opened.learns)
+    return opened
+
+
+def say_if_frozen(options: argparse.Namespace, opened: OpenModel, *, learns: bool) -> None:
+    """Says on stderr that a model is read frozen since it was converted and not adapted, where that is the reason."""
     silent = getattr(options, "quiet", False) or getattr(options, "frozen", False)
-    if not opened.learns and opened.model.config.num_suffix_blocks and not silent:
+    if not (learns or opened.learns or silent) and opened.model.config.num_suffix_blocks:
         print(
             f"longread: {opened.name} was converted and not adapted, so it reads frozen; `longread train` adapts it, "
             "and --learn lets it learn as it is",
             file=sys.stderr,
         )
-    return opened
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

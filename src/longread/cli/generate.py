@@ -19,7 +19,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_json, add_learn, add_model, settle_learning
+from longread.cli.arguments import add_json, add_learn, add_model, say_if_frozen, settle_learning
 from longread.tokenizer import decoded as decoded  # scripts take it from here too
 
 if TYPE_CHECKING:
@@ -93,9 +93,11 @@ def run(options: argparse.Namespace) -> int:
     if interactive and options.json:
         raise UserError("--json is about one continuation; give a prompt, or leave it out")
     prompt = _prompt(options)
-    opened = settle_learning(options, open_model(options.model, options.device))
+    opened = settle_learning(options, open_model(options.model, options.device), restored=bool(options.session))
     session = opened.restore(options.session) if options.session else opened.session()
     learns = session.learn or options.learn
+    if options.session:
+        say_if_frozen(options, opened, learns=learns)
     session.learn = learns and not options.frozen
     pair = _with_draft(options, opened, session) if options.draft else None
     answers = Answers(options, opened.tokenizer, session, pair)

@@ -24,7 +24,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_json, add_learn, add_model, settle_learning
+from longread.cli.arguments import add_json, add_learn, add_model, say_if_frozen, settle_learning
 from longread.cli.texts import add_text_format, format_of
 
 if TYPE_CHECKING:
@@ -84,11 +84,14 @@ def run(options: argparse.Namespace) -> int:
     if options.resume and not (options.save or options.session):
         raise UserError("--resume does not say which reading to go on with; give --save or --session")
     inputs = Inputs(options.texts, format_of(options))
-    opened = settle_learning(options, open_model(options.model, options.device))
+    goes_on = bool(options.session or options.resume)
+    opened = settle_learning(options, open_model(options.model, options.device), restored=goes_on)
     if options.save:
         check_room(options.save, opened.model)
     session, begun, file = begin(opened, inputs, session=options.session, save=options.save, resume=options.resume)
     session.learn = session.learn or options.learn
+    if goes_on:
+        say_if_frozen(options, opened, learns=session.learn)
     readers = Readers(opened, session, control=_wants_control(options, inputs, begun))
     notes = readers.go_on(begun) if begun else []
     saving = Autosave(options.save, every=options.save_every, saved=begun if file == options.save else None)
