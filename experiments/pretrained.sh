@@ -1,10 +1,10 @@
 #!/bin/sh
 # SmolLM2-135M made a reader, adapted on books, and compared: the commands behind experiments/*_pretrained.
 #
-#   sh experiments/smollm2.sh convert  SOURCE WORK
-#   sh experiments/smollm2.sh controls WORK DATA     one GPU, about 10 minutes
-#   sh experiments/smollm2.sh deeper   WORK DATA     one GPU, about 20 minutes
-#   sh experiments/smollm2.sh evaluate WORK VALIDATION MODEL...
+#   sh experiments/pretrained.sh convert  SOURCE WORK
+#   sh experiments/pretrained.sh controls WORK DATA     one GPU, about 10 minutes
+#   sh experiments/pretrained.sh deeper   WORK DATA     one GPU, about 20 minutes
+#   sh experiments/pretrained.sh evaluate WORK VALIDATION MODEL...
 #
 # SOURCE is the GGUF file or a Transformers directory, DATA and VALIDATION are what `longread prepare` wrote with the
 # converted model's tokenizer, WORK is a directory for everything that comes out.
