@@ -15,6 +15,7 @@ import pytest
 from tests.mutants.faults import faults
 from tests.mutants.judge import Task, in_children
 from tests.mutants.report import cell, page, scores, survivors_of
+from tests.mutants.run import _open
 from tests.mutants.since import still_there, unchanged
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +105,12 @@ def test_a_fault_is_killed_by_a_test_that_runs_it(tree: Path) -> None:
     assert found["a > b (a >= b)"]["status"] == "survived"  # type: ignore[index]
     assert found["a + a (a - a)"]["by"] == "no test runs it"  # type: ignore[index]
     assert found["break continue"]["by"] == "time"  # type: ignore[index]
+
+
+def test_again_is_judged_what_survived_and_not_what_was_killed() -> None:
+    """However many of its tests had not run."""
+    survived, killed = ({"status": status, "tests_left": 3} for status in ("survived", "killed"))
+    assert [_open(verdict, again) for verdict in (survived, killed) for again in (True, False)] == [True] + [False] * 3
 
 
 def test_what_fails_outside_of_tests_is_no_kill(tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ class Run:
 def _open(verdict: dict[str, Any], again: bool) -> bool:
     """Whether the verdict may change."""
     carried = verdict["status"] == "survived" and "since" in verdict and not verdict.get("excused")
-    return carried or verdict["status"] == "error" or bool(again and verdict.get("tests_left"))
+    left = verdict["status"] == "survived" and verdict.get("tests_left")
+    return carried or verdict["status"] == "error" or bool(again and left)
 
 
 def key(file: str, fault: Fault) -> str:
