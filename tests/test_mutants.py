@@ -177,4 +177,6 @@ def test_an_earlier_run_is_taken_over_and_only_what_survived_is_judged_again(tre
     text = page(kept, state, {})  # type: ignore[arg-type]
     assert cell(scores(earlier)["session"]) + " | " + cell(scores(state)["session"]) in text  # type: ignore[arg-type]
     assert f"\n{taken} faults are taken from a run of {earlier['commit']} (Python " in text
+    whole = cell(scores(earlier)["all"]).replace(" |", ",")  # type: ignore[arg-type]
+    assert f"of all faults of that tree had killed {whole}.\n" in text
     assert f"## The {survivors} that survive, {survivors} of them without a reason yet\n" in text

@@ -87,8 +87,13 @@ def carried(first: str, after: State) -> list[str]:
         run = ("the run before" if commit == first else f"a run of {commit}") + machine
         earlier = [fault for fault in faults if fault.get("since") == commit]
         killed = sum(fault["status"] == "killed" for fault in earlier)
-        excused = sum(bool(fault.get("excused")) for fault in earlier)
+        excused = sum(fault["status"] == "survived" and bool(fault.get("excused")) for fault in earlier)
         survived = sum(fault["status"] == "survived" for fault in earlier) - excused
+        if known and commit != first:
+            count = Counter({status: known.get(status, 0) for status in ("killed", "survived")})
+            lines.append(
+                f"{run[0].upper()}{run[1:]} of all faults of that tree had killed {cell(count)}.".replace(" |", ",")
+            )
         if killed:
             lines.append(
                 f"{killed} faults are taken from {run} as killed: their functions have not changed since, and the "
@@ -106,7 +111,9 @@ def carried(first: str, after: State) -> list[str]:
         )
     unjudged = after.get("places", len(faults)) - len(faults)
     if unjudged:
-        lines.append(f"{unjudged} faults of functions that have changed were not judged, and count for nothing here.")
+        lines.append(
+            f"{unjudged} faults of functions that are new or have changed were not judged, and count for nothing here."
+        )
     return [line for text in lines for line in ("", text)]
 
 

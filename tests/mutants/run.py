@@ -70,8 +70,9 @@ class Run:
     def take(self, earlier: dict[str, Any], reasons: Reasons) -> None:
         """Takes over what another run found about faults in functions that have not changed since. What was killed is
         taken as killed while the test that did it is there; what survived is judged again, unless a reason says why."""
-        machine = {name: earlier.get(name) for name in ("python", "torch")}
-        self.state.setdefault("taken", {})[earlier["commit"]] = machine
+        about = {name: earlier.get(name) for name in ("python", "torch")}
+        about |= Counter(found["status"] for found in earlier["faults"].values())
+        self.state.setdefault("taken", {})[earlier["commit"]] = about
         for file in self.tests_of:
             then, now = source_at(self.tree, earlier["commit"], file), (self.tree / file).read_bytes()
             for was, fault in unchanged(then, now):
