@@ -18,8 +18,9 @@ from torch import Tensor
 
 def pytest_configure() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", WANDB_MODE="disabled")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; what is ignored stays so
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:  # in a shell's background, under nohup; what is ignored stays so
+            signal.signal(number, default)
     if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
