@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from longread.config import UserError
 from longread.extras import install_command
+from longread.lm_eval.prompts import facts_of
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
@@ -25,7 +26,7 @@ def find_template(directory: Path, name: str | None = None) -> str:
     Raises:
         UserError: there is none, or none of that name.
     """
-    config = _config(directory)
+    config = facts_of(directory / CONFIG_FILE)
     found = config.get("chat_template")
     if isinstance(found, list):  # of several, [{"name": …, "template": …}]
         named = {str(one.get("name")): str(one.get("template")) for one in found}
@@ -64,7 +65,9 @@ def rendered(
     )
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    special = {name: _content(token) for name, token in _config(directory).items() if name.endswith("_token")}
+    special = {
+        name: _content(token) for name, token in facts_of(directory / CONFIG_FILE).items() if name.endswith("_token")
+    }
     facts = special | {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
     try:
         text = environment.from_string(template).render(facts)
@@ -77,17 +80,6 @@ def rendered(
     if place < 0:
         raise UserError(f"the chat template of {directory} changes the last message, which is to be continued")
     return text[: place + len(last)]
-
-
-def _config(directory: Path) -> Mapping[str, Any]:
-    path = directory / CONFIG_FILE
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    return value if isinstance(value, dict) else {}
 
 
 def _content(token: Any) -> Any:

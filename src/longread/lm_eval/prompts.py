@@ -44,10 +44,10 @@ class Prompts:
         """The token that ends a text, and all that end an answer."""
         spelled = None
         for name in _FACTS:
-            token = _facts(self._directory / name).get("eos_token", spelled)
+            token = facts_of(self._directory / name).get("eos_token", spelled)
             spelled = token.get("content") if isinstance(token, dict) else token
         eos = self.special.get(spelled) if isinstance(spelled, str) else None
-        named = _facts(self._directory / _GENERATION).get("eos_token_id")
+        named = facts_of(self._directory / _GENERATION).get("eos_token_id")
         others = named if isinstance(named, list) else [named]
         known = {i for i in others if isinstance(i, int) and 0 <= i < self.tokenizer.vocab_size}
         ends = known | {eos} if eos is not None else known
@@ -100,11 +100,11 @@ class Prompts:
 
 
 def _special_tokens(directory: Path) -> dict[str, int]:
-    added = _facts(directory / FILE_NAME).get("added_tokens", ())
+    added = facts_of(directory / FILE_NAME).get("added_tokens", ())
     return {token["content"]: token["id"] for token in added if token.get("special")}
 
 
-def _facts(path: Path) -> Mapping[str, Any]:
+def facts_of(path: Path) -> Mapping[str, Any]:
     """The JSON object in a file beside the tokenizer; empty where there is none."""
     try:
         value = json.loads(path.read_bytes())

@@ -3,8 +3,8 @@
     import longread.transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained("runs/reader")
-    tokenizer = AutoTokenizer.from_pretrained("runs/reader")
+    model = AutoModelForCausalLM.from_pretrained("runs/reader/model")
+    tokenizer = AutoTokenizer.from_pretrained("runs/reader/model")
 
 A directory of Transformers and one of Longread are the same directory: `save_pretrained` writes what
 `longread.load_model` reads. What Transformers calls the cache is a session for each row of a batch.
