@@ -1,4 +1,7 @@
-"""The outer loop's AdamW: decoupled decay of every parameter, gains included, and clipping by global norm."""
+"""The outer loop's AdamW: decoupled decay of every parameter, gains included, and clipping by global norm.
+
+Where rows of parameters are divided among ranks (`longread.parallel`), it steps those of this rank.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from longread.config import OptimizerConfig, UserError
 from longread.model import Transformer
+from longread.parallel import DividedRows
 
 _EMBEDDING = "embedding.weight"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -24,9 +28,14 @@ def freeze_below(model: Transformer, trained_blocks: int | None) -> None:
         module.requires_grad_(True)
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of `model` that are trained; its rate is set by `update`, step by step."""
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, all that get a gradient."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig, rows: DividedRows | None = None) -> torch.optim.AdamW:
+    """AdamW over all parameters of `model` that are trained, or over `rows` of them; `update` sets its rate."""
+    named = dict(trained_parameters(model) if rows is None else rows.own)
     undecayed = [] if config.decay_embedding else [_EMBEDDING]
     undecayed += [f"{place}.{name}" for place, m in model.named_modules() for name in getattr(m, "undecayed", ())]
     exempt = [named.pop(name) for name in undecayed if name in named]
@@ -56,17 +65,28 @@ def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, clip: float | Non
                 parameter.grad.mul_(clip / norm)
 
 
-def update(model: nn.Module, optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, norm: Tensor) -> float:
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    config: OptimizerConfig,
+    step: int,
+    norm: Tensor,
+    rows: DividedRows | None = None,
+) -> float:
     """One clipped step from the gradients in place, which are gone afterwards; returns the rate it used.
 
-    `step` counts from 0; `norm` is `gradient_norm` of the parameters.
+    `step` counts from 0; `norm` is that of the gradients together. With `rows`, which hold the reduced gradients, all
+    ranks take it together, and each has the whole new parameters in the end.
     """
     lr = config.lr_at(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    clip_gradients(model.parameters(), norm, config.clip)
+    clip_gradients(model.parameters() if rows is None else rows.own.values(), norm, config.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if rows is not None:
+        rows.gather()
+        rows.clear()
     return lr
 
 

@@ -1,0 +1,219 @@
+"""The processes of one training run: rank and size, decisions that all take alike, and deadlines that name who is late.
+
+`torchrun` (https://docs.pytorch.org/docs/stable/elastic/run.html) tells each process its place in the environment.
+What ranks decide goes through a group of its own over gloo, on CPUs, so that it never waits for a GPU and a peer that
+is gone is an exception and not a hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from longread.config import UserError
+
+DEADLINE = 600.0
+"""Seconds that a rank waits for the others before it gives up, and says for whom."""
+_PLACE = "longread/place/"
+_UNSEEN = "not seen yet"
+T = TypeVar("T")
+
+
+class RankFailed(UserError):
+    """Another rank failed or did not come; the message names it. That rank says why at more length itself."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A process's place among those that were started together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the processes of this machine."""
+    local_size: int = 1
+    restarts: int = 0
+    """How often all were started again after one had failed."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """As `torchrun` says it; alone where it does not. Raises `UserError` for what is no place."""
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
+        if int(environment.get("WORLD_SIZE") or 1) == 1 and "TORCHELASTIC_RESTART_COUNT" not in environment:
+            return cls()
+        try:
+            launch = cls(*(int(environment.get(name, default)) for name, default in names.items()))
+        except ValueError as error:
+            raise UserError(f"the environment of torchrun is damaged: {error}; start with torchrun") from None
+        if not (0 <= launch.rank < launch.size and 0 <= launch.local_rank < launch.local_size <= launch.size):
+            raise UserError(f"rank {launch.rank} of {launch.size} is no place among processes; start with torchrun")
+        return launch
+
+
+class World:
+    """The ranks of a run. With one of them each method returns what it was given."""
+
+    def __init__(self, launch: Launch = Launch(), deadline: float = DEADLINE) -> None:
+        """Several ranks need `torch.distributed` to be initialised; `joined` does so. All ranks make it together."""
+        self.launch, self.deadline = launch, deadline
+        self.rank, self.size = launch.rank, launch.size
+        self.step = 0
+        """That is being taken, from 1; for messages."""
+        self._votes: Any = None
+        if self.size > 1:
+            self._votes = self.new_votes()
+            self._store = dist.distributed_c10d._get_default_store()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes for all."""
+        return self.rank == 0
+
+    def new_votes(self) -> Any:
+        """A group of all ranks on CPUs, for a thread that must not meet the others' decisions. All make it together."""
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.deadline))
+
+    def agree(self, *votes: float, at: str = "a decision") -> tuple[float, ...]:
+        """The largest of each rank's votes; for flags, whether anybody has set them."""
+        return self._together(votes, dist.ReduceOp.MAX, at)
+
+    def total(self, *numbers: float, at: str = "a sum") -> tuple[float, ...]:
+        """The sum of each rank's numbers."""
+        return self._together(numbers, dist.ReduceOp.SUM, at)
+
+    def _together(self, numbers: tuple[float, ...], operation: Any, at: str) -> tuple[float, ...]:
+        if self.size == 1:
+            return tuple(float(number) for number in numbers)
+        held = torch.tensor(numbers, dtype=torch.float64)
+        with self.waiting(at):
+            dist.all_reduce(held, operation, group=self._votes)
+        return tuple(held.tolist())
+
+    def first(self, value: T, at: str = "what rank 0 says") -> T:
+        """The value of rank 0, which must be made of what JSON knows."""
+        if self.size == 1:
+            return value
+        found: T = json.loads(self._from(0, json.dumps(value) if self.is_first else "", at))
+        return found
+
+    def _from(self, rank: int, text: str, at: str) -> str:
+        """The text of one rank, for all."""
+        said = bytearray(text.encode()) if rank == self.rank else bytearray()
+        with self.waiting(at):
+            length = torch.tensor(len(said))
+            dist.broadcast(length, rank, group=self._votes)
+            held = torch.frombuffer(said or bytearray(max(1, int(length))), dtype=torch.uint8)
+            dist.broadcast(held, rank, group=self._votes)
+        return held.numpy().tobytes()[: int(length)].decode()
+
+    @contextlib.contextmanager
+    def together(self, at: str) -> Iterator[None]:
+        """What the block raises on any rank is raised on all: there itself, elsewhere as `RankFailed`."""
+        error: Exception | None = None
+        try:
+            yield
+        except RankFailed:  # all know it
+            raise
+        except Exception as caught:
+            if self.size == 1:
+                raise
+            error = caught
+        try:
+            failed = self.size - int(*self.agree(self.size - self.rank if error else 0, at=at))
+            said = self._from(failed, str(error), at) if failed < self.size else ""
+        except RankFailed:
+            if error is None:
+                raise
+        if error is not None:
+            raise error
+        if failed < self.size:
+            raise RankFailed(f"rank {failed} failed at {at}: {said}")
+
+    @contextlib.contextmanager
+    def waiting(self, at: str) -> Iterator[None]:
+        """Around a collective: says where this rank is, and turns a peer that is late or gone into one sentence."""
+        if self.size == 1:
+            yield
+            return
+        self.say(at)
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            raise self.late(at, str(error)) from error
+
+    def say(self, at: str) -> None:
+        """Leaves word where this rank is, for those that wait for it."""
+        if self.size > 1:
+            with contextlib.suppress(RuntimeError):  # the store is gone: what follows will say so
+                self._store.set(f"{_PLACE}{self.rank}", f"step {self.step}, {at}")
+
+    def late(self, at: str, reason: str) -> RankFailed:
+        """The exception of a rank that waited in vain `at` some place; `reason` is the library's."""
+        mine, others = f"step {self.step}, {at}", []
+        for rank in range(self.size):
+            place = self._place_of(rank)
+            if rank != self.rank and place != mine:
+                others.append(f"rank {rank} ({place})")
+        who = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+        first = reason.partition("\n")[0].rpartition("] ")[2][:160]
+        return RankFailed(
+            f"rank {self.rank} waited at step {self.step}, {at}, for {who or 'a rank that is gone'}: {first}; "
+            "the checkpoints are whole, start again with --resume"
+        )
+
+    def _place_of(self, rank: int) -> str:
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([f"{_PLACE}{rank}"]):
+                return str(self._store.get(f"{_PLACE}{rank}").decode())
+        return _UNSEEN
+
+
+ALONE = World()
+
+
+@contextlib.contextmanager
+def joined(device: str | torch.device = "auto", *, deadline: float = DEADLINE) -> Iterator[tuple[World, str]]:
+    """The world of this process and the device that it computes on; leaves again what it has joined.
+
+    Where `torchrun` has started several, they meet here: over gloo, and over NCCL where there are GPUs, one for each
+    process of a machine. A `torch.distributed` that was initialised before is taken as it is, and left so.
+
+    Raises `UserError` if a machine has fewer GPUs than processes.
+    """
+    launch = Launch.from_environment()
+    if launch.size == 1:
+        yield World(launch, deadline), str(device)
+        return
+    name = str(device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if launch.local_size > torch.cuda.device_count():
+            raise UserError(
+                f"{launch.local_size} processes share {torch.cuda.device_count()} GPUs; "
+                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}, or give --device cpu"
+            )
+        name = f"cuda:{launch.local_rank}"
+        torch.cuda.set_device(launch.local_rank)
+    began = not dist.is_initialized()
+    if began:
+        wait = timedelta(seconds=deadline)
+        on_gpu = name.startswith("cuda")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=wait,
+            device_id=torch.device(name) if on_gpu else None,
+        )
+    try:
+        yield World(launch, deadline), name
+    finally:
+        if began:
+            dist.destroy_process_group()
