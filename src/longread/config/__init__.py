@@ -23,13 +23,16 @@ from longread.config.model import (
 from longread.config.rope import RopeScaling
 from longread.config.run import (
     INNER_OPTIMIZERS,
+    BadBatch,
     InnerConfig,
     Loss,
     MetaGradient,
     OptimizerConfig,
+    Parallelism,
     Precision,
     Recompute,
     RunConfig,
+    Update,
 )
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "INNER_OPTIMIZERS",
     "REGISTERED_MIXERS",
     "AttentionPattern",
+    "BadBatch",
     "BindingConfig",
     "BindingOutput",
     "BlockRope",
@@ -48,9 +52,11 @@ __all__ = [
     "MixerPlan",
     "ModelConfig",
     "OptimizerConfig",
+    "Parallelism",
     "Precision",
     "Recompute",
     "RopeScaling",
     "RunConfig",
+    "Update",
     "UserError",
 ]

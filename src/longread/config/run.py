@@ -13,6 +13,8 @@ Loss = Literal["end-to-end", "static"]
 MetaGradient = Literal["exact", "first-order"]
 Recompute = Literal["auto", "none", "blocks", "sqrt", "step"]
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
+BadBatch = Literal["halt", "skip"]
+Update = Literal["shared", "replicated", "fully-sharded"]
 
 INNER_OPTIMIZERS = {"sgd"}
 """Names of the rules of the inner step; `longread.register_inner_optimizer` adds to them."""
@@ -123,6 +125,9 @@ class RunConfig(Checked):
     max_bad_steps: int | None = 50
     """Steps in a row with an exploded loss or gradient at which the run halts (`longread.train.divergence`); None: it
     goes on."""
+    bad_batch: BadBatch = field(default="halt", metadata={"later": True})
+    """What happens at a batch whose loss or gradient is not finite: the run halts, or goes on without it. Either way the
+    batch is kept (`longread.train.quarantine`)."""
     trained_blocks: int | None = field(default=None, metadata={"later": True})
     """Train only the last so many blocks and the final norm, and leave all else as it is; None: train everything."""
 
@@ -149,3 +154,21 @@ class RunConfig(Checked):
             raise UserError(
                 "loss end-to-end needs fast weights: set model.num_suffix_blocks to 1 or more, or use loss static"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parallelism(Checked):
+    """How several processes divide the work of a run. It decides nothing but how sums are rounded."""
+
+    _path = "parallelism."
+
+    update: Update = "shared"
+    """shared: parameters whole on every rank, gradients and moments divided among those of a machine; replicated: moments
+    whole too; fully-sharded: parameters divided as well (FSDP2)."""
+    state: int = 1
+    """Ranks that read the same sequences and divide the hidden units of the fast MLPs among themselves."""
+
+    def _check(self) -> None:
+        self._at_least(1, "state")
+        if self.state > 1 and self.update == "fully-sharded":
+            raise UserError("parallelism.state above 1 does not go with update fully-sharded; use shared")
