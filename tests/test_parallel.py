@@ -30,6 +30,7 @@ def test_one_process_is_the_identity() -> None:
     assert world.agree(3, 0) == (3, 0)
     assert world.total(2.5) == (2.5,)
     assert world.first({"a": [1]}) == {"a": [1]}
+    assert world.each({"a": [1]}) == [{"a": [1]}]
     with pytest.raises(ValueError, match="mine"), world.together("a place"):
         raise ValueError("mine")
 

@@ -232,9 +232,7 @@ def read_tensors(
     path, header = Path(path), {}
 
     def check_header(layout: Layout, metadata: dict[str, str]) -> None:
-        header.update(_header(path, metadata))
-        if kind is not None and header.get("kind") != kind:
-            raise UserError(f"{path} holds {header.get('kind')}, not {kind}; give another file")
+        header.update(_header(path, metadata, kind))
         if check is not None:
             check(layout, header["metadata"])
 
@@ -244,7 +242,23 @@ def read_tensors(
     return tensors, header["metadata"]
 
 
-def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+@contextlib.contextmanager
+def open_tensors(path: Path, *, kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A tensor file that is read in parts, through `get_tensor` and `get_slice` of safetensors, and its metadata.
+
+    Its checksum is of all of it and stays unread. Raises `UserError` as `read_tensors` does.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise UserError(_why_no_safetensors(path, error)) from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        yield file, _header(path, file.metadata() or {}, kind)["metadata"]
+
+
+def _header(path: Path, metadata: dict[str, str], kind: str | None) -> dict[str, Any]:
     """The entry that all tensor files of Longread have."""
     try:
         header = json.loads(metadata[FORMAT])
@@ -254,6 +268,8 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     _refuse_newer(path, version)
     if not isinstance(entries, dict):
         raise UserError(f"{path} is damaged: its metadata is no table; restore it from a copy")
+    if kind is not None and header.get("kind") != kind:
+        raise UserError(f"{path} holds {header.get('kind')}, not {kind}; give another file")
     return dict(header)
 
 

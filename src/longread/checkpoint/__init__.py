@@ -2,6 +2,8 @@
 
 model      a model directory: config.json + model.safetensors
 training   the checkpoints of a run, from which training resumes exactly
+saving     writes them while training goes on
+moments    the optimizer in them, whole or divided among ranks; sharded: through DCP; storage: DCP's files
 load       a model from any of these
 streamed   a model directory written parameter by parameter
 official   to and from the layout of the official implementation's numbers
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from longread.checkpoint.load import Description, LoadedModel, describe_model, find_tokenizer, load_model
 from longread.checkpoint.model import fill, save_model
+from longread.checkpoint.moments import read_moments
 from longread.checkpoint.official import (
     export_official,
     from_official,
@@ -22,10 +25,12 @@ from longread.checkpoint.official import (
 )
 from longread.checkpoint.official_orbax import ITEM as ORBAX_ITEM, OrbaxModel
 from longread.checkpoint.orbax import find_orbax_item
+from longread.checkpoint.saving import CheckpointWriter
 from longread.checkpoint.streamed import Layout, save_streamed, stream_safetensors
 from longread.checkpoint.training import (
     CHECKPOINTS,
     Checkpoint,
+    kept,
     newest_checkpoint,
     read_checkpoint,
     verify_checkpoint,
@@ -37,6 +42,7 @@ __all__ = [
     "CHECKPOINTS",
     "ORBAX_ITEM",
     "Checkpoint",
+    "CheckpointWriter",
     "Description",
     "Layout",
     "LoadedModel",
@@ -50,10 +56,12 @@ __all__ = [
     "from_official",
     "import_official",
     "inner_config_from_official",
+    "kept",
     "load_model",
     "model_config_from_official",
     "newest_checkpoint",
     "read_checkpoint",
+    "read_moments",
     "save_model",
     "save_streamed",
     "stream_safetensors",

@@ -16,7 +16,9 @@ from longread.config import InnerConfig, ModelConfig
 from longread.files import FORMAT, FORMAT_VERSION, atomic_files, digest, write_json
 from longread.model.fingerprint import fingerprint_of_parts
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+"""As safetensors calls them."""
 _NO_DIGEST = "0" * 64
 
 
@@ -118,7 +120,7 @@ def _header(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes:
     end = 0
     for name in _order(layout):
         shape, dtype = layout[name]
-        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [end, end + layout[name].nbytes]}
+        entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [end, end + layout[name].nbytes]}
         end += layout[name].nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

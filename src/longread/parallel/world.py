@@ -67,9 +67,11 @@ class World:
         self.rank, self.size = launch.rank, launch.size
         self.step = 0
         """That is being taken, from 1; for messages."""
-        self._votes: Any = None
+        self.votes: Any = None
+        """The group in which they decide, over gloo; None alone."""
+        self._places = _PLACE
         if self.size > 1:
-            self._votes = self.new_votes()
+            self.votes = self.new_votes()
             self._store = dist.distributed_c10d._get_default_store()
 
     @property
@@ -80,6 +82,12 @@ class World:
     def new_votes(self) -> Any:
         """A group of all ranks on CPUs, for a thread that must not meet the others' decisions. All make it together."""
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.deadline))
+
+    def beside(self, name: str) -> Self:
+        """The same ranks, with decisions and places apart, for a thread called `name`. All make it together."""
+        other = type(self)(self.launch, self.deadline)
+        other._places = f"{_PLACE}{name}/"
+        return other
 
     def agree(self, *votes: float, at: str = "a decision") -> tuple[float, ...]:
         """The largest of each rank's votes; for flags, whether anybody has set them."""
@@ -94,7 +102,7 @@ class World:
             return tuple(float(number) for number in numbers)
         held = torch.tensor(numbers, dtype=torch.float64)
         with self.waiting(at):
-            dist.all_reduce(held, operation, group=self._votes)
+            dist.all_reduce(held, operation, group=self.votes)
         return tuple(held.tolist())
 
     def first(self, value: T, at: str = "what rank 0 says") -> T:
@@ -104,14 +112,21 @@ class World:
         found: T = json.loads(self._from(0, json.dumps(value) if self.is_first else "", at))
         return found
 
+    def each(self, value: T, at: str = "what each rank says") -> list[T]:
+        """The value of every rank, in their order; they must be made of what JSON knows."""
+        if self.size == 1:
+            return [value]
+        mine = json.dumps(value)
+        return [json.loads(self._from(rank, mine if rank == self.rank else "", at)) for rank in range(self.size)]
+
     def _from(self, rank: int, text: str, at: str) -> str:
         """The text of one rank, for all."""
         said = bytearray(text.encode()) if rank == self.rank else bytearray()
         with self.waiting(at):
             length = torch.tensor(len(said))
-            dist.broadcast(length, rank, group=self._votes)
+            dist.broadcast(length, rank, group=self.votes)
             held = torch.frombuffer(said or bytearray(max(1, int(length))), dtype=torch.uint8)
-            dist.broadcast(held, rank, group=self._votes)
+            dist.broadcast(held, rank, group=self.votes)
         return held.numpy().tobytes()[: int(length)].decode()
 
     @contextlib.contextmanager
@@ -153,7 +168,7 @@ class World:
         """Leaves word where this rank is, for those that wait for it."""
         if self.size > 1:
             with contextlib.suppress(RuntimeError):  # the store is gone: what follows will say so
-                self._store.set(f"{_PLACE}{self.rank}", f"step {self.step}, {at}")
+                self._store.set(f"{self._places}{self.rank}", f"step {self.step}, {at}")
 
     def late(self, at: str, reason: str) -> RankFailed:
         """The exception of a rank that waited in vain `at` some place; `reason` is the library's."""
@@ -171,8 +186,8 @@ class World:
 
     def _place_of(self, rank: int) -> str:
         with contextlib.suppress(RuntimeError):
-            if self._store.check([f"{_PLACE}{rank}"]):
-                return str(self._store.get(f"{_PLACE}{rank}").decode())
+            if self._store.check([f"{self._places}{rank}"]):
+                return str(self._store.get(f"{self._places}{rank}").decode())
         return _UNSEEN
 
 
