@@ -237,7 +237,7 @@ def test_a_checkpoint_that_falls_on_a_spike_is_written_after_it(
         found = real(*args, **options)
         return found._replace(loss=found.loss + 100.0) if next(calls) == 4 else found
 
-    monkeypatch.setattr("longread.train.run.accumulate_gradient", spiked)
+    monkeypatch.setattr("longread.train.outer_step.accumulate_gradient", spiked)
     written: list[int] = []
 
     def watch(row: dict[str, Any]) -> None:

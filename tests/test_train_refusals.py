@@ -56,7 +56,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[Transfor
         found = real(model, *args, **options)
         return spoil(model, found) if next(calls) == step else found
 
-    monkeypatch.setattr("longread.train.run.accumulate_gradient", poisoned)
+    monkeypatch.setattr("longread.train.outer_step.accumulate_gradient", poisoned)
 
 
 def bad_gradient(model: Transformer, found: Any) -> Any:
@@ -215,7 +215,7 @@ def test_a_run_that_never_took_a_step_leaves_its_place_free(
         raise MemoryError
 
     with monkeypatch.context() as full:
-        full.setattr("longread.train.run.accumulate_gradient", fails)
+        full.setattr("longread.train.outer_step.accumulate_gradient", fails)
         with pytest.raises(UserError, match=r"out of memory at step 1: 1 sequences of 32 tokens .* nothing was"):
             train(change(micro_batch_size=1, recompute="step"), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -236,7 +236,7 @@ def test_what_does_not_fit_after_all_is_cut_further(
         return real(model, config, *args, **options)
 
     with monkeypatch.context() as small:
-        small.setattr("longread.train.run.accumulate_gradient", hungry)
+        small.setattr("longread.train.outer_step.accumulate_gradient", hungry)
         small.setattr(
             "longread.train.settling.graph_bytes", lambda *_, **__: {"none": 4, "blocks": 3, "sqrt": 2, "step": 5}
         )

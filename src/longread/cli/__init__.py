@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except UserError as error:
-        print(f"longread: error: {error}", file=sys.stderr)
+        if not getattr(error, "is_said_elsewhere", False):
+            print(f"longread: error: {_rank()}{error}", file=sys.stderr)
         return int(getattr(error, "exit_status", 2))
     except KeyboardInterrupt as stop:
         return int(getattr(stop, "exit_status", 130))
@@ -80,6 +81,11 @@ _OUT_OF_MEMORY = (
     "a smaller batch (train: --set micro_batch_size=N), a shorter text or context or a smaller model needs less; "
     "`longread estimate` says how much"
 )
+
+
+def _rank() -> str:
+    """Which of several processes of `torchrun` speaks; nothing where there is one."""
+    return f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -23,6 +23,7 @@ import warnings
 from typing import TYPE_CHECKING, get_args
 
 from longread.cli.arguments import add_device, add_json, changed, positive
+from longread.config import Update
 from longread.recipes import RECIPES, Method
 
 if TYPE_CHECKING:
@@ -60,6 +61,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change one field of the recipe; repeatable"
     )
+    parser.add_argument(
+        "--update",
+        default="shared",
+        choices=get_args(Update),
+        help="under torchrun, what ranks divide: moments and sums of gradients (shared), nothing, or weights too",
+    )
+    parser.add_argument(
+        "--state-parallel", type=positive, default=1, metavar="P", help="ranks that divide the fast MLPs of a sequence"
+    )
+    parser.add_argument(
+        "--deadline", type=positive, default=600, metavar="SECONDS", help="that a rank waits for others (default 600)"
+    )
     parser.add_argument("--tracker", action="append", default=[], help="tensorboard, wandb or trackio; repeatable")
     add_device(parser)
     add_json(parser, "the last row of the metrics")
@@ -75,9 +88,10 @@ def run(options: argparse.Namespace) -> int:
         tables_console,
         write_text,
     )
-    from longread.config import UserError
+    from longread.config import Parallelism, UserError
     from longread.data import TokenDataset
     from longread.loading import find_model
+    from longread.parallel import Launch
     from longread.train import Progress, train
 
     model = _model(options)
@@ -90,6 +104,8 @@ def run(options: argparse.Namespace) -> int:
     _warn(options, config)
     initial = model.path if model else find_model(options.init) if options.init else None
     validation = TokenDataset.open(options.validation) if options.validation else data.validation
+    rank = Launch.from_environment().rank
+    options.quiet = options.quiet or rank > 0  # rank 0 speaks for all
     with Progress(config, progress_console(options)) as progress:
         result = train(
             config,
@@ -101,7 +117,11 @@ def run(options: argparse.Namespace) -> int:
             resume=options.resume,
             trackers=options.tracker,
             on_step=progress,
+            parallelism=Parallelism(update=options.update, state=options.state_parallel),
+            deadline=options.deadline,
         )
+    if rank:
+        return 128 + (result.signal or 0) if result.interrupted else 0
     with contextlib.suppress(BrokenPipeError):  # the status says how it ended
         tables_console(options).out(_ending(config, result), highlight=False)
     if options.json:

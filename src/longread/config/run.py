@@ -126,8 +126,8 @@ class RunConfig(Checked):
     """Steps in a row with an exploded loss or gradient at which the run halts (`longread.train.divergence`); None: it
     goes on."""
     bad_batch: BadBatch = field(default="halt", metadata={"later": True})
-    """What happens at a batch whose loss or gradient is not finite: the run halts, or goes on without it. Either way the
-    batch is kept (`longread.train.quarantine`)."""
+    """At a batch whose loss or gradient is not finite the run halts, or goes on without it. The batch is kept
+    (`longread.train.quarantine`)."""
     trained_blocks: int | None = field(default=None, metadata={"later": True})
     """Train only the last so many blocks and the final norm, and leave all else as it is; None: train everything."""
 
@@ -163,8 +163,8 @@ class Parallelism(Checked):
     _path = "parallelism."
 
     update: Update = "shared"
-    """shared: parameters whole on every rank, gradients and moments divided among those of a machine; replicated: moments
-    whole too; fully-sharded: parameters divided as well (FSDP2)."""
+    """shared: parameters whole on every rank, gradients and moments divided among the ranks of a machine; replicated:
+    moments whole too; fully-sharded: parameters divided as well (FSDP2)."""
     state: int = 1
     """Ranks that read the same sequences and divide the hidden units of the fast MLPs among themselves."""
 

@@ -17,8 +17,9 @@ Schedule = Literal["none", "blocks", "sqrt", "step"]
 
 SHARE = 0.8
 """Of free memory that may be counted on."""
-UPDATE_BYTES = 12
-"""Of each parameter, when it is trained: its gradient and the two moments of AdamW."""
+GRADIENT_BYTES, MOMENT_BYTES = 4, 8
+"""Of each parameter, when it is trained: its gradient, and the two moments of AdamW, which ranks may divide."""
+UPDATE_BYTES = GRADIENT_BYTES + MOMENT_BYTES
 
 MIXER_NUMBERS = {"mamba2": (25, 25), "gated_deltanet": (25, 25), "ttt_kvb": (50, 0)}
 """Numbers a token that a mixer keeps with its norms, as multiples of D: in the type of the products, and in float32."""
@@ -66,9 +67,14 @@ def fit(config: RunConfig, *, itemsize: int, kernels: bool, budget: float) -> Fi
     return Fit(size, schedule, max(0, math.ceil(need[_of_loss(config.loss, schedule)] - budget)))
 
 
-def activation_budget(free: float, model: ModelConfig, trained_blocks: int | None = None) -> float:
-    """Bytes for activations, of those that are free beside the weights: a share of them, less what the update needs."""
-    return SHARE * free - UPDATE_BYTES * num_trained(model, trained_blocks)
+def activation_budget(free: float, model: ModelConfig, trained_blocks: int | None = None, *, divided: int = 1) -> float:
+    """Bytes for activations, of those that are free beside the weights: a share of them, less what the update needs.
+
+    Args:
+        divided: ranks that divide the moments; each also holds the sum of its rows' gradients then.
+    """
+    update = UPDATE_BYTES if divided == 1 else GRADIENT_BYTES + (GRADIENT_BYTES + MOMENT_BYTES) / divided
+    return SHARE * free - update * num_trained(model, trained_blocks)
 
 
 def num_trained(model: ModelConfig, trained_blocks: int | None) -> int:

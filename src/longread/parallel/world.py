@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self, TypeVar
@@ -22,13 +25,18 @@ from longread.config import UserError
 
 DEADLINE = 600.0
 """Seconds that a rank waits for the others before it gives up, and says for whom."""
+BETWEEN_QUESTIONS = 1e-4
+"""Seconds; a step on a GPU takes a hundred times as long, and more."""
 _PLACE = "longread/place/"
 _UNSEEN = "not seen yet"
 T = TypeVar("T")
 
 
 class RankFailed(UserError):
-    """Another rank failed or did not come; the message names it. That rank says why at more length itself."""
+    """Another rank failed or did not come; the message names it."""
+
+    is_said_elsewhere = False
+    """By the rank that failed, at more length."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +150,33 @@ class World:
                 raise
             error = caught
         try:
-            failed = self.size - int(*self.agree(self.size - self.rank if error else 0, at=at))
-            said = self._from(failed, str(error), at) if failed < self.size else ""
+            found = self.word(None if error is None else str(error), at)
         except RankFailed:
             if error is None:
                 raise
         if error is not None:
             raise error
-        if failed < self.size:
-            raise RankFailed(f"rank {failed} failed at {at}: {said}")
+        if found:
+            failed = RankFailed(f"rank {found[0]} failed at {at}: {found[1]}")
+            failed.is_said_elsewhere = True
+            raise failed
+
+    def word(self, text: str | None, at: str) -> tuple[int, str] | None:
+        """The lowest rank that has something to say, and what; None if none has."""
+        (most,) = self.agree(0 if text is None else self.size - self.rank, at=at)
+        if not most:
+            return None
+        rank = self.size - int(most)
+        return rank, text or "" if self.size == 1 else self._from(rank, text or "", at)
+
+    def wait(self, done: Callable[[], bool], at: str) -> None:
+        """Returns when `done()`: a GPU has computed what the ranks compute together. `RankFailed` if it is late."""
+        self.say(at)
+        began = time.monotonic()
+        while not done():
+            if time.monotonic() - began > self.deadline:
+                raise self.late(at, f"no answer within {self.deadline:g} seconds")
+            time.sleep(BETWEEN_QUESTIONS)
 
     @contextlib.contextmanager
     def waiting(self, at: str) -> Iterator[None]:
@@ -195,6 +221,21 @@ ALONE = World()
 
 
 @contextlib.contextmanager
+def _ended_by_interrupts() -> Iterator[None]:
+    """Ctrl-C ends the process at once: Python would not hear of it before the others have come, and nothing is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def joined(device: str | torch.device = "auto", *, deadline: float = DEADLINE) -> Iterator[tuple[World, str]]:
     """The world of this process and the device that it computes on; leaves again what it has joined.
 
@@ -222,11 +263,12 @@ def joined(device: str | torch.device = "auto", *, deadline: float = DEADLINE) -
     if began:
         wait = timedelta(seconds=deadline)
         on_gpu = name.startswith("cuda")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=wait,
-            device_id=torch.device(name) if on_gpu else None,
-        )
+        with _ended_by_interrupts():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                timeout=wait,
+                device_id=torch.device(name) if on_gpu else None,
+            )
     try:
         yield World(launch, deadline), name
     finally:

@@ -3,10 +3,14 @@
 optimizer   AdamW, clipping by global norm, the state of both by parameter name
 gradient    the meta-gradient of one batch, accumulated over micro-batches
 captured    the same as one CUDA graph
+sharing     what of a run is a rank's: its share of each batch, the rows that it steps
+outer_step  one step of all ranks: gradients, votes, the sum, the update; less at a time where memory runs out
+quarantine  batches that are not finite, kept
 validation  the loss on held-out text, read learning and read frozen
 divergence  whether the steps of a run are still good
 stopping    SIGTERM, SIGINT, and the halt at numbers that are not finite or a run that diverges
 run         the run: start or resume, step, record, checkpoint, finish
+rank_log    a log for each of several ranks
 agreement   what must be as it was when a run goes on
 progress    a line or a bar for people
 """

@@ -44,7 +44,8 @@ def with_schedules_of(config: RunConfig, begun: RunConfig) -> RunConfig:
 def refuse_other_config(stored: Mapping[str, Any], config: RunConfig) -> None:
     """Raises `UserError` where `config` would compute other steps than the run did that `stored` belongs to."""
     given = config.as_dict()
-    stored = {**stored, **{name: given[name] for name in _FREE}}
+    stored = {name: value for name, value in stored.items() if name not in _FREE}
+    stored |= {name: given[name] for name in _FREE if name in given}
     # Rates depend on decay_steps, not on steps, so a longer run begins with the same steps as a shorter one.
     if stored.get("steps", math.inf) <= given["steps"]:
         stored = {**stored, "steps": given["steps"]}

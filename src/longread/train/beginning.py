@@ -1,4 +1,4 @@
-"""What a run takes over from a model that it begins with: weights, as far as its network is that of the run; tokenizer.
+"""What a run begins with: its network, new weights or those of another model, and a tokenizer.
 
 How a text is read may differ (window, mini-batch, attention, rotary base): it shapes no weight. And a run without fast
 weights may begin with a model that has some, so that a pretrained network's SWA and full-attention twins begin alike.
@@ -7,6 +7,7 @@ weights may begin with a model that has some, so that a pretrained network's SWA
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longread.checkpoint import LoadedModel, find_tokenizer
-from longread.config import ModelConfig, UserError
+from longread.checkpoint import LoadedModel, find_tokenizer, load_model
+from longread.config import ModelConfig, Precision, RunConfig, UserError
 from longread.files import atomic_files
-from longread.model import Transformer
+from longread.model import Transformer, initialize, undrawn
 from longread.recipes import without_fast_weights
 from longread.train.agreement import differences
+from longread.train.optimizer import freeze_below
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,7 +33,54 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """The tokenizer, and what pretrained models say beside it: how chats are written, and where answers end."""
+UNKNOWN: dict[str, Any] = {}
+"""What a run without a record of it began with."""
 _MAY_DIFFER = ("rope_base", "init_std", "window_size", "mini_batch_size", "attention")
+
+
+def new_model(config: RunConfig, precision: Precision, device: torch.device, *, drawn: bool) -> Transformer:
+    """Of drawn weights, or of none yet: drawing billions that nobody reads takes minutes."""
+    model = Transformer(config.model) if drawn else undrawn(config.model)
+    if drawn:
+        initialize(model, config.seed)
+    freeze_below(model, config.trained_blocks)
+    if precision == "bfloat16":
+        model.compute_dtype = torch.bfloat16
+    model.to(torch.float64 if precision == "float64" else torch.float32)
+    return model.to(device) if drawn else model.to_empty(device=device)
+
+
+def fill_first_weights(
+    model: Transformer,
+    given: str | Path | None,
+    begun: dict[str, Any] | None,
+    *,
+    out: Path,
+    tokenizer_fingerprint: str | None,
+    has_checkpoint: bool,
+) -> dict[str, Any] | None:
+    """Fills the model with the weights that the run `out` begins with, and says for run.json which they are.
+
+    A run that was begun keeps to them: given others, it is refused; given none, it reads those that run.json names if
+    there is no checkpoint yet. `begun` is what run.json says of them, or `UNKNOWN`.
+    """
+    path = given
+    if given is None and begun and not has_checkpoint:
+        path = begun["path"]
+    if path is None:
+        return None
+    loaded = load_model(path)
+    if begun is not UNKNOWN and (begun is None or begun["fingerprint"] != loaded.fingerprint):
+        weights = "new weights" if begun is None else f"the weights of {begun['path']} ({begun['fingerprint'][:8]})"
+        remedy = "" if given is None else "resume without it, or "
+        raise UserError(
+            f"{out} began with {weights}, and {path} holds others ({loaded.fingerprint[:8]}); "
+            f"{remedy}train into another directory"
+        )
+    begin_with(model, loaded, path, tokenizer_fingerprint)
+    found = {"path": os.path.realpath(path), "fingerprint": loaded.fingerprint}
+    provenance = loaded.metadata.get("provenance")
+    return found | ({"provenance": provenance} if provenance else {})
 
 
 def begin_with(model: Transformer, loaded: LoadedModel, path: str | Path, tokenizer_fingerprint: str | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -30,10 +31,10 @@ class CapturedGradient:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._refused = False
 
-    def __call__(self, batch: Batch, *, inner_lr: float) -> BatchGradient:
-        """Sets the gradients of the model to that of the batch's loss."""
+    def __call__(self, batch: Batch, *, inner_lr: float, stopped: Callable[[], bool] = lambda: False) -> BatchGradient:
+        """Sets the gradients of the model to that of the batch's loss. A graph is not left once it runs."""
         if self._refused:
-            return accumulate_gradient(self.model, self.config, batch, inner_lr=inner_lr)
+            return accumulate_gradient(self.model, self.config, batch, inner_lr=inner_lr, stopped=stopped)
         if self._graph is None:
             return self._first(batch, inner_lr)
         for place, value in zip(self._batch, batch, strict=True):

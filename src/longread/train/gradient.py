@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,18 +24,30 @@ class BatchGradient(NamedTuple):
     """Before clipping, [B, inner steps]; [B, 0] for the static loss."""
 
 
+class StepLeft(Exception):
+    """A step was left between two of its micro-batches."""
+
+
 def accumulate_gradient(
-    model: Transformer, config: RunConfig, batch: Batch, *, inner_lr: float | Tensor
+    model: Transformer,
+    config: RunConfig,
+    batch: Batch,
+    *,
+    inner_lr: float | Tensor,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> BatchGradient:
     """Adds the gradient of the batch's loss, the mean over its sequences, to the gradients of `model`.
 
     Sequences run `config.micro_batch_size` at a time; the result does not depend on it but for rounding, since each
-    part counts by its sequences that have a target. Nothing here waits for the device.
+    part counts by its sequences that have a target. Nothing here waits for the device. Raises `StepLeft` when
+    `stopped()` between two of them.
     """
     size = config.micro_batch_size or batch.input_ids.shape[0]
     total = num_counted(batch.loss_mask)
     losses, norms = [], []
     for start in range(0, batch.input_ids.shape[0], size):
+        if start and stopped():
+            raise StepLeft
         part = Batch(*(tensor[start : start + size] for tensor in batch))
         outer = _outer_loss(model, config, part, inner_lr)
         loss = outer.loss * num_counted(part.loss_mask) / total
@@ -44,20 +57,33 @@ def accumulate_gradient(
     return BatchGradient(torch.stack(losses).sum(), torch.cat(norms))
 
 
-def inner_steps(norms: Tensor, loss_mask: Tensor, clip: float | None) -> dict[str, float]:
-    """`inner_grad_norm`, the mean over inner steps, and `inner_clipped`, the share of them that the clip shortened.
+class InnerSums(NamedTuple):
+    """Over inner steps on mini-batches with a target; added over ranks before they are divided."""
 
-    Only steps on mini-batches with a target count; empty if there is none.
+    steps: float
+    norm: float
+    """Before clipping."""
+    clipped: float
+    """Steps that the clip shortened."""
+
+    def means(self) -> dict[str, float]:
+        """As metrics: `inner_grad_norm`, and `inner_clipped`, a share; empty where there was no step."""
+        if not self.steps:
+            return {}
+        return {"inner_grad_norm": self.norm / self.steps, "inner_clipped": self.clipped / self.steps}
+
+
+def inner_sums(norms: Tensor, loss_mask: Tensor, clip: float | None) -> InnerSums:
+    """Of one batch.
 
     Args:
         norms: [B, steps]; loss_mask: bool [B, T].
     """
     B, steps = norms.shape
-    norms = norms[loss_mask.view(B, steps + 1, -1).any(-1)[:, :-1]]
-    if not norms.numel():
-        return {}
-    clipped = norms > (math.inf if clip is None else clip)
-    return {"inner_grad_norm": norms.mean().item(), "inner_clipped": clipped.double().mean().item()}
+    if not steps:
+        return InnerSums(0, 0.0, 0)
+    norms = norms[loss_mask.view(B, steps + 1, -1).any(-1)[:, :-1]].double()
+    return InnerSums(len(norms), norms.sum().item(), int((norms > (math.inf if clip is None else clip)).sum()))
 
 
 def _outer_loss(model: Transformer, config: RunConfig, batch: Batch, inner_lr: float | Tensor) -> OuterLoss:

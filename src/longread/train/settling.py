@@ -15,6 +15,7 @@ import torch
 from longread.config import Precision, RunConfig, UserError
 from longread.model import free_bytes
 from longread.outer_loop import activation_budget, fit, graph_bytes
+from longread.parallel import ALONE, World
 from longread.train.agreement import ROUNDING
 
 
@@ -25,14 +26,18 @@ def precision_of(config: RunConfig, device: torch.device) -> Precision:
     return config.precision
 
 
-def settled(config: RunConfig, device: torch.device) -> RunConfig:
-    """`config` with what it leaves open decided by what is free now. Warns if nothing fits."""
+def settled(config: RunConfig, device: torch.device, world: World = ALONE, *, divided: int = 1) -> RunConfig:
+    """`config`, of one rank's share of a batch, with what it leaves open decided by what is free now on every rank.
+
+    Warns if nothing fits. `divided` as in `activation_budget`.
+    """
     precision = precision_of(config, device)
+    free = free_bytes(device) / (1 if device.type == "cuda" else world.launch.local_size)
     found = fit(
         config,
         itemsize=_itemsize(precision),
         kernels=device.type == "cuda",
-        budget=activation_budget(free_bytes(device), config.model, config.trained_blocks),
+        budget=-world.agree(-activation_budget(free, config.model, config.trained_blocks, divided=divided))[0],
     )
     if found.missing:
         warnings.warn(
@@ -50,7 +55,9 @@ def settled_before(config: RunConfig, exact: RunConfig, state: Mapping[str, Any]
     kept = {name: state.get(name, state["config"][name]) for name in ROUNDING}
     if kept["recompute"] == "auto":  # of revisions that could recompute nothing with the static loss
         kept["recompute"] = "none"
-    kept["micro_batch_size"] = kept["micro_batch_size"] or config.batch_size
+    kept["micro_batch_size"] = kept["micro_batch_size"] or exact.batch_size
+    if exact.batch_size % kept["micro_batch_size"]:  # fewer sequences for each of more ranks
+        kept["micro_batch_size"] = exact.micro_batch_size
     for name in ROUNDING:
         if getattr(config, name) != state["config"][name]:
             before, kept[name] = kept[name], getattr(exact, name)

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from longread.config import RunConfig, UserError
+from longread.parallel.world import BETWEEN_QUESTIONS
 from longread.signals import Requests
 from longread.train.gradient import BatchGradient
 
 logger = logging.getLogger(__name__)
-
-_BETWEEN_QUESTIONS = 1e-4
-"""Seconds; a step on a GPU takes a hundred times as long, and more."""
 
 
 class TrainingHalted(UserError):
@@ -38,7 +36,9 @@ class StopSignal:
     main thread, where Python delivers no signals, it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, passed_on: bool = False) -> None:
+        """`passed_on`: a launcher passes on what a terminal has sent already, so that a second SIGINT says nothing."""
+        self._passed_on = passed_on
         self.requested = False
         self.number: int | None = None
         """Of the signal that came first."""
@@ -63,13 +63,13 @@ class StopSignal:
         where a step is long. So this asks again and again.
         """
         while not (self.requested or done()):
-            time.sleep(_BETWEEN_QUESTIONS)
+            time.sleep(BETWEEN_QUESTIONS)
         return not done()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if not self._requests.is_new(number):
             return
-        if self.requested and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT and not self._passed_on:
             raise KeyboardInterrupt
         self.number = self.number or number
         self.requested = True
@@ -78,7 +78,10 @@ class StopSignal:
 
 
 def not_finite_in(model: nn.Module, gradient: BatchGradient, norm: Tensor) -> str | None:
-    """Names the first quantity of a step that is not finite; None when all is well."""
+    """Names the first quantity of a step that is not finite; None when all is well.
+
+    `norm` is that of the gradients of `model`.
+    """
     if norm.isfinite() and gradient.loss.isfinite() and gradient.inner_grad_norm.isfinite().all():
         return None
     if not gradient.loss.isfinite():

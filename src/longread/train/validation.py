@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,8 @@ from longread.data import Batch, Sampler
 from longread.inner_loop import begin, mini_batch_loss, read
 from longread.model import Transformer
 from longread.outer_loop import mean_loss
+from longread.parallel import ALONE, World
+from longread.train.sharing import WHOLE, Share
 
 BATCHES = 4  # batches of the training size; enough to see a trend, few enough not to be seen in the time
 TOKENS = 2**14
@@ -23,19 +26,30 @@ class _Stopped(Exception):
 
 
 def validation_losses(
-    model: Transformer, config: RunConfig, sampler: Sampler, *, stopped: Callable[[], bool] = lambda: False
+    model: Transformer,
+    config: RunConfig,
+    sampler: Sampler,
+    share: Share = WHOLE,
+    world: World = ALONE,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """`validation_loss` (learning) and `validation_loss_frozen`, in nats per token.
 
-    Each call reads the same few batches. A model without fast weights has only the first loss. There are none once
-    `stopped()` is true: a reading of long contexts takes minutes.
+    Each call reads the same few batches, of which each rank reads its share. A model without fast weights has only the
+    first loss. There are none once `stopped()` is true on any rank: a reading of long contexts takes minutes.
     """
-    batches = [sampler.batch(i) for i in range(BATCHES)]
+    batches = [share.batch(sampler, i) for i in range(BATCHES)]
     ways = {"validation_loss": True} | ({"validation_loss_frozen": False} if model.config.num_suffix_blocks else {})
-    try:
-        return {name: _mean_loss(model, config, batches, learn, stopped) for name, learn in ways.items()}
-    except _Stopped:
-        return {}
+    counted, losses = sum(int(batch.loss_mask.any(1).sum()) for batch in batches), [0.0] * len(ways)
+    was_stopped = True
+    with world.together("the validation"), contextlib.suppress(_Stopped):
+        losses = [_mean_loss(model, config, batches, learn, stopped) for learn in ways.values()]
+        was_stopped = False
+    sequences, any_stopped = world.total(counted, was_stopped, at="counting validation targets")
+    weight = counted / sequences if sequences else 1.0
+    means = world.total(*(weight * loss for loss in losses), at="the sum of the validation losses")
+    return {} if any_stopped else dict(zip(ways, means, strict=True))
 
 
 def _mean_loss(
