@@ -1,0 +1,1 @@
+"""Agents that think before they act."""
