@@ -59,6 +59,7 @@ COMMAND_LINE = {
     "--device",
     "serve": "--model --device --learn --directory --name --host --port --keys --device-memory --host-memory --disk "
     "--max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends --limit",
+    "think": "ACTION",
     "estimate": "MODEL --context-length --train --only --precision --memory --json --quiet",
 }
 

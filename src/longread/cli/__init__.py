@@ -1,7 +1,7 @@
 """The command line. One file a command; heavy imports happen when a command runs, so that --help is instant.
 
     longread demo | prepare | train | read | generate | evaluate | needle | judge | convert | bench | serve |
-             estimate
+             estimate | think
 
 Wrong input ends with one sentence on stderr and exit status 2.
 """
@@ -17,11 +17,25 @@ import warnings
 from collections.abc import Sequence
 
 from longread import __version__
-from longread.cli import bench, convert, demo, estimate, evaluate, generate, judge, needle, prepare, read, serve, train
+from longread.cli import (
+    bench,
+    convert,
+    demo,
+    estimate,
+    evaluate,
+    generate,
+    judge,
+    needle,
+    prepare,
+    read,
+    serve,
+    think,
+    train,
+)
 from longread.cli.arguments import settle_model
 from longread.config import UserError
 
-_COMMANDS = (demo, prepare, train, read, generate, evaluate, needle, judge, convert, bench, serve, estimate)
+_COMMANDS = (demo, prepare, train, read, generate, evaluate, needle, judge, convert, bench, serve, estimate, think)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,9 +7,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from longread.config import RunConfig, UserError
+from longread.config import UserError
+from longread.config.checked import Checked
 
 if TYPE_CHECKING:
     from longread.loading import OpenModel
@@ -107,13 +108,16 @@ def check_at_most(option: str, value: int, limit: int = MOST_TOKENS, unit: str =
         raise UserError(f"{option} {value} is more than {limit} {unit}; lower it")
 
 
-def changed(config: RunConfig, settings: Iterable[str]) -> RunConfig:
+AnyConfig = TypeVar("AnyConfig", bound=Checked)
+
+
+def changed(config: AnyConfig, settings: Iterable[str]) -> AnyConfig:
     """`config` with each setting `dotted.field=value` in place; values are read as JSON, else as text.
 
     Raises:
         UserError: there is no such field, or the resulting config is not valid.
     """
-    fields = dataclasses.asdict(config)
+    fields = dataclasses.asdict(config)  # type: ignore[call-overload]
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
@@ -125,7 +129,7 @@ def changed(config: RunConfig, settings: Iterable[str]) -> RunConfig:
         if not isinstance(place, dict) or name not in place or isinstance(place[name], dict):
             raise UserError(f"--set {path}: there is no such field; there are {', '.join(_paths(fields))}")
         place[name] = _value(text)
-    return RunConfig.from_dict(fields)
+    return type(config).from_dict(fields)
 
 
 def _value(text: str) -> Any:

@@ -17,7 +17,7 @@ from longread.thinking.config import ThinkingConfig
 from longread.thinking.draws import Draws, choose
 from longread.thinking.layers import Linear, one_hot
 from longread.thinking.memory import Fast, LinearMemory, MLPMemory
-from longread.thinking.trials import Outcomes
+from longread.thinking.trials import Known
 from longread.thinking.world import DROPS, World
 
 MENTAL, ACTING = 0, 1
@@ -78,7 +78,7 @@ class PlasticAgent(nn.Module):
         like = self.slow.bias
         self.log_scale = nn.Parameter(like.new_zeros(draws.count, 2))
         self.log_rate = nn.Parameter(like.new_ones(draws.count, DROPS, 2))
-        if self.teach != "none":
+        if self.teach != "off":
             seen = config.key_width + DROPS * (world.cells + 3 * A) + 1
             self.teacher = Linear(draws.of("teacher"), seen, config.teacher_width)
             signal = DROPS * (A if self.teach == "vector" else 1)
@@ -100,7 +100,7 @@ class PlasticAgent(nn.Module):
         """τ (slow + z): [S, B, N, D, A]"""
         return self._scale(phase) * (task.slow[:, :, None] + self.memory.read(fast, task.key))
 
-    def trial(self, task: Task, fast: Fast, phase: int, known: Outcomes, uniform: Tensor) -> tuple[Trial, Fast]:
+    def trial(self, task: Task, fast: Fast, phase: int, known: Known, uniform: Tensor) -> tuple[Trial, Fast]:
         """Draws a plan by `uniform` [S, B, N, D] and looks up what comes of it; the fast weights stay as they are."""
         log_policy = torch.log_softmax(self.logits(task, fast, phase), -1)
         plan = choose(log_policy.exp(), uniform)
@@ -124,7 +124,7 @@ class PlasticAgent(nn.Module):
         )
 
     def _teaching(self, task: Task, trial: Trial, chosen: Tensor, reward: Tensor) -> Tensor:
-        if self.teach == "none":
+        if self.teach == "off":
             return torch.zeros_like(chosen)
         A, copies = self.world.actions, trial.plan.shape[2]
         moved = (trial.positions % A - trial.plan) % A

@@ -44,7 +44,9 @@ class Cohort:
         self.seeds = list(seeds) if seeds is not None else [config.seed]
         self.withheld = list(withheld) if withheld is not None else [config.withheld] * len(self.seeds)
         if len(self.seeds) != len(self.withheld):
-            raise UserError(f"there are {len(self.seeds)} seeds and {len(self.withheld)} combinations; give one for each")
+            raise UserError(
+                f"there are {len(self.seeds)} seeds and {len(self.withheld)} combinations; give one for each"
+            )
         self.world = World(config.world, device)
         self.rule = rule(self.world, self.withheld, pairs=config.pairs)
         self.draws = Draws.from_seeds(self.seeds, device)

@@ -1,4 +1,4 @@
-"""What a thinking agent is trained on and how: everything that decides the result, and nothing about where it happens."""
+"""What a thinking agent is trained on and how: all that decides the result, and nothing about where it happens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longread.config.checked import Checked
 
 Kind = Literal["plastic", "recurrent"]
 Memory = Literal["linear", "fast_mlp"]
-Teaching = Literal["none", "scalar", "vector"]
+Teaching = Literal["off", "scalar", "vector"]
 Selection = Literal["random", "gap", "learnability", "gap_unsolved", "sequence_gap"]
 
 

@@ -1,8 +1,8 @@
 """Random numbers as a function of a seed and of what they are for: no state, the same on every device.
 
 The numbers are those of splitmix64 (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number generators"): its
-mixing function, applied to a key and a counter. So an agent draws the same whether it is trained alone or beside others,
-and a run that goes on needs no state of a generator.
+mixing function, applied to a key and a counter. So an agent draws the same whether it is trained alone or beside
+others, and a run that goes on needs no state of a generator.
 """
 
 from __future__ import annotations

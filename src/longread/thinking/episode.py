@@ -13,7 +13,7 @@ from longread.thinking.config import ThinkingConfig
 from longread.thinking.draws import Draws
 from longread.thinking.memory import Fast
 from longread.thinking.recurrent import RecurrentAgent
-from longread.thinking.trials import Outcomes
+from longread.thinking.trials import Known
 from longread.thinking.world import DROPS, World
 
 Agent = PlasticAgent | RecurrentAgent
@@ -35,28 +35,21 @@ class Episode(NamedTuple):
 
 
 def thinking(
-    agent: Agent, task: Task, fast: Fast, known: Outcomes, draws: Draws, *, trials: int
+    agent: Agent, task: Task, fast: Fast, known: Known, draws: Draws, shape: tuple[int, ...], *, trials: int
 ) -> Iterator[tuple[Trial, Fast]]:
     """Mental trials one after the other, each with the fast weights that it leaves.
 
     Args:
-        known: what comes of every plan, in the world or in a model of it.
+        known: what comes of a plan, in the world or in a model of it.
+        shape: B boards, N copies, D marbles.
     """
-    lead = (*known.first.shape[1:2], fast_copies(fast, known))
     for number in range(trials):
-        trial, fast = agent.trial(task, fast, MENTAL, known, draws.of("mental", number).uniform(*lead, DROPS))
+        trial, fast = agent.trial(task, fast, MENTAL, known, draws.of("mental", number).uniform(*shape))
         fast = agent.learn(task, fast, trial)
         yield trial, fast
 
 
-def fast_copies(fast: Fast, known: Outcomes) -> int:
-    """N, which a memory lays out as it likes."""
-    seeds, boards = known.first.shape[:2]
-    leading = fast[0].shape
-    return leading[2] if leading[:2] == (seeds, boards) else leading[0] // (seeds * boards)
-
-
-def episode(agent: Agent, cells: Tensor, known: Outcomes, draws: Draws, config: ThinkingConfig) -> Episode:
+def episode(agent: Agent, cells: Tensor, known: Known, draws: Draws, config: ThinkingConfig) -> Episode:
     """An episode on boards [S, B, P]; fast weights begin at the same place before and after."""
     task = agent.view(cells)
     shape = (cells.shape[1], config.copies, DROPS)
@@ -67,7 +60,7 @@ def episode(agent: Agent, cells: Tensor, known: Outcomes, draws: Draws, config: 
         others = task.slow.detach().roll(1, 1)
         task = task._replace(slow=torch.where(swapped[..., None, None], others, task.slow))
     mental = []
-    for trial, after_it in thinking(agent, task, fast, known, draws, trials=config.trials):
+    for trial, after_it in thinking(agent, task, fast, known, draws, shape, trials=config.trials):
         mental.append(trial)
         fast = after_it
     after, _ = agent.trial(task, fast, ACTING, known, draws.of("after").uniform(*shape))

@@ -31,4 +31,3 @@ def one_hot(index: Tensor, size: int) -> Tensor:
     """[...] -> [..., size] in the default type of floating point numbers."""
     places = torch.arange(size, device=index.device)
     return (index[..., None] == places).to(torch.get_default_dtype())
-

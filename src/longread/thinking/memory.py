@@ -1,7 +1,7 @@
 """Fast weights of an agent: what thinking about one board changes, and nothing else does.
 
-Both memories take the same inner step at the same loss. With z_d the logits that a memory adds for marble d, π the policy
-of the trial, a its signed rate and v the teaching signal,
+Both memories take the same inner step at the same loss. With z_d the logits that a memory adds for marble d, π the
+policy of the trial, a its signed rate and v the teaching signal,
 
     l = − Σ_d ( a_d log π_d(action_d) + ⟨v_d, z_d⟩ )
 
@@ -83,7 +83,8 @@ class MLPMemory(nn.Module):
         """z: [S, B, N, D, A]"""
         copies = len(fast[0]) // (key.shape[0] * key.shape[1])
         x = key[:, :, None].expand(-1, -1, copies, -1)
-        hidden = fast_mlp(x.reshape(-1, 1, self.width), *fast).view(x.shape)
+        gate, up, down = fast
+        hidden = fast_mlp(x.reshape(-1, 1, self.width), gate, up, down).view(x.shape)
         return self.readout(hidden).unflatten(-1, (DROPS, self.actions))
 
     def step(

@@ -10,7 +10,7 @@ from longread.thinking.config import ThinkingConfig
 from longread.thinking.draws import Draws, choose
 from longread.thinking.layers import Linear, one_hot
 from longread.thinking.memory import Fast
-from longread.thinking.trials import Outcomes
+from longread.thinking.trials import Known
 from longread.thinking.world import DROPS, World
 
 
@@ -43,7 +43,7 @@ class RecurrentAgent(torch.nn.Module):
         """The state before any trial."""
         return (task.key.new_zeros(*task.key.shape[:2], copies, self.width),)
 
-    def trial(self, task: Task, fast: Fast, phase: int, known: Outcomes, uniform: Tensor) -> tuple[Trial, Fast]:
+    def trial(self, task: Task, fast: Fast, phase: int, known: Known, uniform: Tensor) -> tuple[Trial, Fast]:
         """Draws marble after marble: the second action sees where the first marble landed."""
         (state,), A, cells = fast, self.world.actions, self.world.cells
         lead = uniform.shape[:-1]

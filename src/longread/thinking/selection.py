@@ -107,7 +107,9 @@ class Population:
         """Halves the distance of scores to new ones, then lets the worst go."""
         score, chosen = self.score_of(before.double(), after.double()), self._chosen
         known = self.score.gather(1, chosen)
-        self.score = self.score.scatter(1, chosen, torch.where(self.tried.gather(1, chosen), (known + score) / 2, score))
+        self.score = self.score.scatter(
+            1, chosen, torch.where(self.tried.gather(1, chosen), (known + score) / 2, score)
+        )
         self.tried = self.tried.scatter(1, chosen, True)
         leaving = self.config.replaced
         worst = torch.where(self.tried, self.score, torch.inf).argsort(dim=1, stable=True)[:, :leaving]

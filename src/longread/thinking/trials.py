@@ -6,6 +6,7 @@ Everything here takes the dynamics as a function `step`, so the world and a mode
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ def drop(world: World, step: Step, cells: Tensor, action: Tensor, number: int) -
         cells, marble, now = step(cells, marble)
         position = torch.where(marble < world.none, marble // world.columns, position)
         success = success | now
+        if (marble == world.none).all():
+            break
     return Landing(cells, position, success)
 
 
@@ -82,8 +85,24 @@ class Outcomes(NamedTuple):
         return Outcomes(*(entry[rows, index] for entry in self))
 
 
+@dataclass(frozen=True)
+class Played:
+    """What comes of a plan, found by playing it: what `Outcomes` looks up. For boards [S, B, P]."""
+
+    world: World
+    step: Step
+    cells: Tensor
+
+    def of(self, plan: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Outcomes.of`."""
+        return play(self.world, self.step, self.cells[..., None, :].expand(*plan.shape[:-1], -1), plan)
+
+
+Known = Outcomes | Played
+
+
 def outcomes(world: World, step: Step, cells: Tensor) -> Outcomes:
-    """The outcomes of every plan on boards [..., P]: an exact short cut where many trials of one board are asked for."""
+    """The outcomes of every plan on boards [..., P]: an exact short cut where many trials of a board are asked for."""
     A = world.actions
     actions = torch.arange(A, device=cells.device).expand(*cells.shape[:-1], A)
     one = drop(world, step, cells[..., None, :].expand(*actions.shape, -1), actions, 0)

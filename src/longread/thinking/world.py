@@ -1,8 +1,8 @@
 """The marble run: what a marble meets decides its tint, and its tint where it lands.
 
-A board has `rows` × `columns` cells. From the top: curtain rows, empty rows, a row of wedges, the floor with a key and a
-sealed goal. A trial is two marbles, one after the other on the same board; marble d starts with tint d in a column of
-the top row, which is the action. It must be the first one that lands on the key, and the second on the goal.
+A board has `rows` × `columns` cells. From the top: curtain rows, empty rows, a row of wedges, the floor with a key and
+a sealed goal. A trial is two marbles, one after the other on the same board; marble d starts with tint d in a column
+of the top row, which is the action. The first must land on the key, and the second on the goal.
 
 | cell | the marble | the board |
 |---|---|---|

@@ -18,6 +18,8 @@ from longread.thinking.world import World
 _CELLS_STAY = 6.0
 """Added to the logit of what a cell is now: most cells stay what they are."""
 _CELL_WEIGHT = 30.0
+_BOARDS_AT_ONCE = 2048
+"""Of all models together, so that what a step needs of memory does not grow with what is asked."""
 
 
 class WorldModel(nn.Module):
@@ -65,11 +67,16 @@ class WorldModel(nn.Module):
         Boards without a marble stay as they are.
         """
         shape, there = marble.shape, marble < self.world.none
-        logits = self(cells.reshape(shape[0], -1, cells.shape[-1]), marble.reshape(shape[0], -1))
-        next_cells = logits[0].argmax(-1).view(cells.shape)
-        next_marble, success = logits[1].argmax(-1).view(shape), (logits[2] > 0).view(shape)
-        kept = torch.where(there[..., None], next_cells, cells)
-        return kept, torch.where(there, next_marble, self.world.none), success & there
+        flat = cells.reshape(shape[0], -1, cells.shape[-1]), marble.reshape(shape[0], -1)
+        size = max(1, _BOARDS_AT_ONCE // shape[0])
+        parts = [self._likeliest(*part) for part in zip(*(x.split(size, 1) for x in flat), strict=True)]
+        next_cells, next_marble, success = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        kept = torch.where(there[..., None], next_cells.view(cells.shape), cells)
+        return kept, torch.where(there, next_marble.view(shape), self.world.none), success.view(shape) & there
+
+    def _likeliest(self, cells: Tensor, marble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        next_cells, next_marble, success = self(cells, marble)
+        return next_cells.argmax(-1), next_marble.argmax(-1), success > 0
 
 
 @torch.no_grad()
@@ -80,4 +87,5 @@ def damaged(model: WorldModel, noise: float, seed: int = 0) -> None:
         if name.endswith("weight"):
             drawn = draws.of(name).uniform(2, *weight.shape)[0]
             gaussian = (-2 * (1 - drawn[0]).log()).sqrt() * (2 * torch.pi * drawn[1]).cos()  # Box and Muller
-            weight += gaussian.to(weight.dtype) * noise * weight.std((1, 2), keepdim=True)
+            spread = weight.std((1, 2), keepdim=True)
+            weight.add_(gaussian.to(weight.dtype) * noise * spread)
