@@ -60,7 +60,8 @@ COMMAND_LINE = {
     "serve": "--model --device --learn --directory --name --host --port --keys --device-memory --host-memory --disk "
     "--max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends --limit",
     "think": "ACTION",
-    "estimate": "MODEL --context-length --train --only --precision --memory --json --quiet",
+    "estimate": "MODEL --context-length --train --only --precision --memory --gpus --nodes --gpu --batch-size --update "
+    "--state-parallel --recompute --price --json --quiet",
 }
 
 

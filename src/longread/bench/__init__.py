@@ -7,7 +7,6 @@ prefill   reading a context
 decode    writing after a context
 profile   where the time goes
 machine   the device's best, its clock, its memory
-flops     what a measure cannot do without
 rows      the figures, and the file that collects them
 run       one case after the other
 report    the page

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 
 from longread.bench.cases import MEASURES, METHODS, Case
-from longread.bench.flops import decoding_bytes, reading_flops, training_flops
 from longread.bench.machine import Machine
 from longread.bench.rows import Row
 from longread.bench.run import Outcome
+from longread.flops import decoding_bytes, reading_flops, training_flops
 
 Cells = list[str]
 NAMES = {"e2e": "TTT-E2E", "swa": "SWA", "full": "full attention"}

@@ -1,9 +1,10 @@
-"""Memory of sessions, or of training: what they take, and what fits, before anything is trained or served.
+"""Memory of sessions or of training, time and cost of training on several GPUs, before anything is trained or served.
 
 Example:
   longread estimate 3b --precision bfloat16 --memory 139 --context-length 131072
   longread estimate 3b --train 1 --precision bfloat16 --memory 139 --context-length 32768
   longread estimate models/converted --train 1 --only suffix --precision bfloat16 --memory 80 --context-length 8192
+  longread estimate 3b --train --gpus 8 --nodes 8 --price 2.50
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 from longread.cli.arguments import add_json, positive
+from longread.cli.plans import AS_MANY_AS_FIT, add_plan, check_plan, plan_rows
+from longread.cli.rows import EstimateRow, shown
 
 if TYPE_CHECKING:
     from longread.config import ModelConfig
@@ -22,16 +25,24 @@ if TYPE_CHECKING:
 
 NAME = "estimate"
 FORMAT = "longread-estimate/1"
+DEFAULT_CONTEXT = 131_072
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument("model", metavar="MODEL", help="a recipe, a model directory, a run, or a checkpoint")
     parser.add_argument(
-        "--context-length", type=positive, default=131_072, help="for full attention, or --train (default 131072)"
+        "--context-length",
+        type=positive,
+        help=f"for full attention, or --train (default {DEFAULT_CONTEXT}; with --gpus that of the recipe)",
     )
     parser.add_argument(
-        "--train", type=positive, metavar="N", help="of training instead, N sequences of the context length at a time"
+        "--train",
+        type=positive,
+        nargs="?",
+        const=AS_MANY_AS_FIT,
+        metavar="N",
+        help="of training instead, N sequences of the context length at a time; with --gpus as many as fit, without N",
     )
     parser.add_argument("--only", choices=("suffix",), help="of training the blocks alone that learn while reading")
     parser.add_argument(
@@ -43,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="of the device: say how many sessions fit, or which training"
     )
+    add_plan(parser)
     add_json(parser)
 
 
@@ -54,40 +66,39 @@ def run(options: argparse.Namespace) -> int:
     check_outputs([Output("--json", options.json, figures_of(FORMAT))])
     if options.memory is not None and not 0 < options.memory < 2**30:
         raise UserError(f"--memory is {options.memory:g}; give GiB, above 0 and below {2**30}")
-    config, precision = _config(options.model), _precision(options.precision)
-    if options.train is not None:
-        rows = _training(config, precision, options)
-    elif options.only:
-        raise UserError("--only is about training; give --train too")
+    check_plan(options)
+    if options.gpus is not None:
+        rows, about = plan_rows(options)
     else:
-        rows = _sessions(config, precision, options.context_length, options.memory)
+        rows, about = _rows(options)
     screen = tables_console(options)
     for row in rows:
         screen.out(row.line, highlight=False)
     if options.json:
-        found = {"format": FORMAT, "precision": precision, "context_length": options.context_length}
+        found = {"format": FORMAT, **about}
         found["rows"] = [{"what": row.what.strip(), row.unit: row.value} for row in rows]
         write_text(options.json, json.dumps(found, indent=2) + "\n")
     return 0
 
 
-class _Row(NamedTuple):
-    """One figure: of what, in which unit."""
+def _rows(options: argparse.Namespace) -> tuple[list[EstimateRow], dict[str, object]]:
+    """The figures of one device, and what they are about."""
+    from longread.config import UserError
 
-    what: str
-    value: int | str | None
-    unit: Literal["bytes", "count", "schedule", "remark"]
+    config, precision = _config(options.model), _precision(options.precision)
+    context = options.context_length or DEFAULT_CONTEXT
+    if options.train == AS_MANY_AS_FIT:
+        raise UserError("--train has no number; say how many sequences at a time, or give --gpus for a plan")
+    if options.train is not None:
+        rows = _training(config, precision, context, options)
+    elif options.only:
+        raise UserError("--only is about training; give --train too")
+    else:
+        rows = _sessions(config, precision, context, options.memory)
+    return rows, {"precision": precision, "context_length": context}
 
-    @property
-    def line(self) -> str:
-        """The row for people."""
-        if self.unit == "remark":
-            return str(self.value)
-        shown = {"bytes": _shown, "count": "{:,}".format, "schedule": lambda value: value or "none of them"}
-        return f"{self.what:60} {shown[self.unit](self.value):>12}"
 
-
-def _sessions(config: ModelConfig, precision: str, context: int, memory: float | None) -> list[_Row]:
+def _sessions(config: ModelConfig, precision: str, context: int, memory: float | None) -> list[EstimateRow]:
     """What a session takes at rest and while it writes and, of a device's memory, how many of them fit."""
     from longread.engine import capacity, session_sizes
     from longread.engine.capacity import MOST_TOGETHER
@@ -110,24 +121,24 @@ def _sessions(config: ModelConfig, precision: str, context: int, memory: float |
     beside_dense = dense.resting > session.resting and config != dense_config
     if beside_dense:
         rows.append((f"keys and values of full attention at {context:,} tokens", _dense_bytes(config, context, item)))
-    found_rows = [_Row(what, size, "bytes") for what, size in rows]
+    found_rows = [EstimateRow(what, size, "bytes") for what, size in rows]
     if memory is None:
         return found_rows
     free = int(memory * 2**30) - weights
     found = capacity(free, session)
     found_rows += [
-        _Row(f"for sessions, {100 * SHARE:.0f} % of what is left of {memory:g} GiB", found.budget, "bytes"),
-        _Row("sessions that lie there, none of which writes", found.resting, "count"),
+        EstimateRow(f"for sessions, {100 * SHARE:.0f} % of what is left of {memory:g} GiB", found.budget, "bytes"),
+        EstimateRow("sessions that lie there, none of which writes", found.resting, "count"),
     ]
     writing = [("sessions", found.writing)] + [
         ("texts of full attention", capacity(free, dense).writing)
     ] * beside_dense
     for what, count in writing:
         most = ", the most that may (--max-batch)" if count == MOST_TOGETHER else ""
-        found_rows.append(_Row(f"{what} that write at once{most}", count, "count"))
+        found_rows.append(EstimateRow(f"{what} that write at once{most}", count, "count"))
     if not found.writing:
         remark = _too_small(free, weights, found.budget, session.resting + session.place)
-        found_rows.append(_Row("", remark, "remark"))
+        found_rows.append(EstimateRow("", remark, "remark"))
     return found_rows
 
 
@@ -137,12 +148,12 @@ def _dense_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
     return 2 * tokens * config.kv_width * itemsize
 
 
-def _training(config: ModelConfig, precision: str, options: argparse.Namespace) -> list[_Row]:
+def _training(config: ModelConfig, precision: str, context: int, options: argparse.Namespace) -> list[EstimateRow]:
     """What a training step takes with each schedule of recomputation, and which of them is the first to fit."""
     from longread.config import UserError
     from longread.outer_loop import UPDATE_BYTES, activation_budget, graph_bytes, num_trained
 
-    sequences, context, memory = options.train, options.context_length, options.memory
+    sequences, memory = options.train, options.memory
     blocks = config.num_suffix_blocks if options.only else None
     if blocks == 0:
         raise UserError(f"--only suffix: {options.model} has no blocks that learn; leave it out")
@@ -160,25 +171,25 @@ def _training(config: ModelConfig, precision: str, options: argparse.Namespace) 
         trained_blocks=blocks,
     )
     updated = f"and gradients and AdamW of {blocks} blocks" if blocks else "gradients and AdamW"
-    rows = [_Row(f"parameters, {updated}, in float32", weights, "bytes")]
+    rows = [EstimateRow(f"parameters, {updated}, in float32", weights, "bytes")]
     for schedule, size in need.items():
         step = f"a step of {sequences} × {context:,} tokens in {precision}, recompute {schedule}"
-        rows.append(_Row(step, weights + size, "bytes"))
+        rows.append(EstimateRow(step, weights + size, "bytes"))
     if memory is not None:
         budget = activation_budget(memory * 2**30 - parameters, config, blocks)
         fitting = [schedule for schedule, size in need.items() if size <= budget]
         what = f"the first that fits into {memory:g} GiB, a fifth left free"
-        rows.append(_Row(what, fitting[0] if fitting else None, "schedule"))
+        rows.append(EstimateRow(what, fitting[0] if fitting else None, "schedule"))
     return rows
 
 
 def _too_small(free: int, weights: int, budget: int, session: int) -> str:
     """Why not even one session can write."""
     if free <= 0:
-        return f"The parameters alone take {_shown(weights)}; give more --memory."
+        return f"The parameters alone take {shown(weights)}; give more --memory."
     return (
-        f"The parameters leave {_shown(free)}, sessions may take {_shown(budget)} of that, and one that enters the "
-        f"place where it writes takes {_shown(session)}; give more --memory."
+        f"The parameters leave {shown(free)}, sessions may take {shown(budget)} of that, and one that enters the "
+        f"place where it writes takes {shown(session)}; give more --memory."
     )
 
 
@@ -218,7 +229,3 @@ def _on_no_device(config: ModelConfig, precision: str) -> Transformer:
     from longread.model import undrawn
 
     return undrawn(config).to(getattr(torch, precision))
-
-
-def _shown(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"

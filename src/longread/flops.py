@@ -14,9 +14,14 @@ and in units of that:
     reading, frozen           1
     reading, learning         1 below; above it 2, and 1 more for the weight gradient of each fast MLP; nothing for
                               the gradient of the lowest one's input, which nobody asks for
+
+What a schedule of recomputation runs once more is told apart (`recomputed_flops`).
 """
 
 from __future__ import annotations
+
+import math
+from typing import Literal
 
 from longread.config import Loss, ModelConfig
 
@@ -29,9 +34,17 @@ def visible_keys(tokens: int, window: int | None) -> float:
 
 def attention_flops(config: ModelConfig, block: int, tokens: int) -> float:
     """Of one token in the attention of `block`."""
-    queries = config.num_heads * config.head_dim
-    projections = 4 * config.width * (queries + config.kv_width)
-    return projections + 4 * queries * visible_keys(tokens, config.window_of(block))
+    return projection_flops(config) + score_flops(config, block, tokens)
+
+
+def projection_flops(config: ModelConfig) -> float:
+    """Of one token's queries, keys, values and output in one attention."""
+    return 4 * config.width * (config.num_heads * config.head_dim + config.kv_width)
+
+
+def score_flops(config: ModelConfig, block: int, tokens: int) -> float:
+    """Of one token's scores in the attention of `block`, and of mixing values by them."""
+    return 4 * config.num_heads * config.head_dim * visible_keys(tokens, config.window_of(block))
 
 
 def mlp_flops(config: ModelConfig, *, fast: bool = False) -> float:
@@ -64,6 +77,29 @@ def training_flops(config: ModelConfig, tokens: int, loss: Loss) -> float:
     """Of one token of a training sequence of `tokens`."""
     below, above = lower_flops(config, tokens), upper_flops(config, tokens) + head_flops(config)
     return 3 * below + (6 if loss == "end-to-end" else 3) * above
+
+
+def recomputed_flops(
+    config: ModelConfig, tokens: int, loss: Loss, recompute: Literal["none", "blocks", "sqrt", "step"]
+) -> float:
+    """Of one token of a training sequence of `tokens`, what is computed again besides (`longread.outer_loop`).
+
+    Blocks over whole sequences run forward once more without their scores, and all inner steps but those of the last
+    segment, each as when it is read: forward, and the gradient of the fast weights.
+    """
+    if recompute == "none":
+        return 0.0
+    L, prefix = config.num_blocks, config.num_prefix_blocks
+    if loss == "static":
+        fast = config.num_suffix_blocks * mlp_flops(config, fast=True)
+        return L * (projection_flops(config) + mlp_flops(config)) + fast
+    blocks = min(prefix + 1, L) * projection_flops(config) + prefix * mlp_flops(config)
+    if recompute == "blocks":
+        return blocks
+    steps = tokens // config.mini_batch_size
+    last = 1 if recompute == "step" else math.ceil(math.sqrt(steps))
+    step = reading_flops(config, tokens) - lower_flops(config, tokens)
+    return blocks + step * (steps - last) / steps
 
 
 def reading_flops(config: ModelConfig, tokens: int, *, scored: bool = True) -> float:
