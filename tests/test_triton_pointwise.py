@@ -266,6 +266,21 @@ def test_guarded_clipped_sgd(clip: float | None) -> None:
     assert all(torch.equal(copy, w.bfloat16()) for copy, w in zip(working, weights, strict=True))
 
 
+@pytest.mark.parametrize("clip", [None, 0.5, 90.0])
+def test_clipped_sgd_with_norms_over_ranks(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with equal parts, of which one runs: a sum over ranks is twice its own."""
+    module, group = kernels("clipped_sgd"), object()
+    monkeypatch.setattr(module, "summed", lambda x, over: x.mul_(2) if over is group else x)
+    weights, gradients = [draw(3, 70, 61), draw(3, 2)], [draw(3, 70, 61, seed=8), draw(3, 2, seed=3)]
+    found = step(module.triton_clipped_sgd, weights, gradients, lr=0.7, clip=clip, group=group)
+    twice = [wide(weights + weights), wide(gradients + gradients)]
+
+    new, norm = reference_clipped_sgd(*twice, lr=0.7, clip=clip)
+    total = sum((w.double() * draw(*w.shape, seed=5 + i % 2)).sum() for i, w in enumerate(new))
+    expected = torch.autograd.grad(total, twice[0][:2] + twice[1][:2])
+    agree(found, [*new[:2], norm, *expected], 1e-6)
+
+
 def test_clipped_sgd_is_finite_at_zero() -> None:
     weight, gradient = draw(2, 3), torch.zeros(2, 3, device=DEVICE, requires_grad=True)
     new, norm, _, adjoint = step(kernels("clipped_sgd").triton_clipped_sgd, [weight], [gradient], lr=1.0, clip=1.0)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from longread.config import INNER_OPTIMIZERS, UserError
 from longread.ops.clipped_sgd import clipped_sgd, clipped_sgd_
@@ -52,8 +53,15 @@ class InnerOptimizer:
         lr: float | Tensor,
         clip: float | None,
         longest: Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> Update:
-        """Args as in `clipped_sgd`. Raises `ValueError` if the rule gives other shapes or types than it was given."""
+        """Args as in `clipped_sgd`. Raises `ValueError` if the rule gives other shapes or types than it was given, and
+        `UserError` for a `group`: only clipped SGD takes norms over ranks."""
+        if group is not None:
+            raise UserError(
+                f"the inner optimizer {self.rule} cannot be divided among {group.size()} ranks; use inner.optimizer "
+                "sgd, or parallelism.state 1"
+            )
         wide = [g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)]
         new = tuple(self.rule(weights, wide, lr=lr, clip=clip))
         if [(w.shape, w.dtype) for w in new] != [(w.shape, w.dtype) for w in weights]:
@@ -100,8 +108,9 @@ class _ClippedSGD(InnerOptimizer):
         lr: float | Tensor,
         clip: float | None,
         longest: Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> Update:
-        return Update(*clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest), None)
+        return Update(*clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest, group=group), None)
 
     def step_(
         self,

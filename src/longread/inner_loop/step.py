@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from longread.inner_loop.optimizers import CLIPPED_SGD, InnerOptimizer
 from longread.model import FastWeights, Past, Transformer
@@ -100,6 +101,7 @@ def inner_gradient(
     *,
     start: int | Tensor,
     order: int,
+    group: ProcessGroup | None = None,
 ) -> InnerGradient:
     """Scores one mini-batch and takes the gradient of its loss with respect to the fast weights.
 
@@ -108,7 +110,8 @@ def inner_gradient(
     the type of the products, and require a gradient.
     """
     with torch.enable_grad():
-        output, own = model.upper(hidden, from_matrices(working), pasts, start=start, order=max(1, order))
+        fast = from_matrices(working)
+        output, own = model.upper(hidden, fast, pasts, start=start, order=max(1, order), group=group)
         nll = model.token_losses(output, target_ids)
         loss = mini_batch_loss(nll, loss_mask)
         gradients = torch.autograd.grad(loss.sum(), working, create_graph=order == 2, retain_graph=order > 0)
@@ -131,6 +134,7 @@ def inner_step(
     order: int,
     longest: Tensor | None = None,
     optimizer: InnerOptimizer = CLIPPED_SGD,
+    group: ProcessGroup | None = None,
 ) -> Step:
     """Scores one mini-batch with the weights of `carry`, then takes one step on it.
 
@@ -143,16 +147,19 @@ def inner_step(
         lr, clip: of the step; of SGD rate, and largest norm per sequence (None: no clipping).
         order: 0, 1 or 2, as explained at the top of this file.
         longest: guards the step at order 0 (see `longest_step`).
+        group: as in `Transformer.upper`.
     """
     weights = matrices(carry.fast)
     weights = [w if order and w.requires_grad else w.detach().requires_grad_() for w in weights]
     with torch.enable_grad():
         # the gradient is taken where the products are, in their type; the step keeps the precision of the weights
         working = [w.to(model.dtype) for w in weights]
-    found = inner_gradient(model, working, carry.pasts, hidden, target_ids, loss_mask, start=start, order=order)
+    found = inner_gradient(
+        model, working, carry.pasts, hidden, target_ids, loss_mask, start=start, order=order, group=group
+    )
     if order == 0:
         weights = [w.detach() for w in weights]
-    new, norm, refused = optimizer.step(weights, found.gradients, lr=lr, clip=clip, longest=longest)
+    new, norm, refused = optimizer.step(weights, found.gradients, lr=lr, clip=clip, longest=longest, group=group)
     return Step(from_matrices(new), found.own, found.nll, found.loss, norm, found.output, refused)
 
 
@@ -171,6 +178,7 @@ def scan(
     optimizer: InnerOptimizer = CLIPPED_SGD,
     outer_mask: Tensor | None = None,
     outputs: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Scan:
     """Reads T tokens, a multiple of M, mini-batch by mini-batch.
 
@@ -187,12 +195,21 @@ def scan(
     with model.sharing_weights():
         for i, (*inputs, counts) in enumerate(parts):
             if i == count - 1 and not last_step:
-                output, _ = model.upper(inputs[0], carry.fast, carry.pasts, start=start + i * M, order=min(order, 1))
+                first, last = start + i * M, min(order, 1)
+                output, _ = model.upper(inputs[0], carry.fast, carry.pasts, start=first, order=last, group=group)
                 nll.append(model.token_losses(output, inputs[1]))
                 loss.append(mini_batch_loss(nll[-1], counts))
             else:
                 step = inner_step(
-                    model, carry, *inputs, start=start + i * M, lr=lr, clip=clip, order=order, optimizer=optimizer
+                    model,
+                    carry,
+                    *inputs,
+                    start=start + i * M,
+                    lr=lr,
+                    clip=clip,
+                    order=order,
+                    optimizer=optimizer,
+                    group=group,
                 )
                 carry = Carry(step.fast, model.advance(carry.pasts, step.own, model.num_lower_attentions))
                 nll.append(step.nll)

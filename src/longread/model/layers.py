@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from longread.config import Gate
+from longread.ops.collective import part
 from longread.ops.fast_mlp import fast_mlp
 from longread.ops.linear import SharedWeight
 from longread.ops.rms_norm import rms_norm
@@ -83,16 +85,21 @@ class MLP(nn.Module):
         self.pre_norm, self.post_norm, self.activation = pre_norm, post_norm, activation
         self.gate, self.up, self.down = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
 
-    def forward(self, x: Tensor, weights: SwiGLU | None = None) -> Tensor:
-        """x: [B, T, D], `weights` as in `SwiGLU`; returns [B, T, D]."""
+    def forward(self, x: Tensor, weights: SwiGLU | None = None, group: ProcessGroup | None = None) -> Tensor:
+        """x: [B, T, D], `weights` as in `SwiGLU`, with a `group` this rank's part of them; returns [B, T, D]."""
         normed = self.pre_norm(x)
         if weights is None:
             out = self.down(swiglu(self.gate(normed), self.up(normed), activation=self.activation))
         else:
-            out = fast_mlp(normed, *weights, activation=self.activation)
+            out = fast_mlp(normed, *weights, activation=self.activation, group=group)
         return self.post_norm(out, residual=x)
 
-    def initial_weights(self, batch_size: int) -> SwiGLU:
-        """W_0 for every sequence: views of the parameters, or float32 copies of half-precision ones."""
-        matrices = (layer.weight for layer in (self.gate, self.up, self.down))
+    def initial_weights(self, batch_size: int, group: ProcessGroup | None = None) -> SwiGLU:
+        """W_0 for every sequence: views of the parameters, or float32 copies of half-precision ones.
+
+        With a `group` this rank's part of the hidden units, see `longread.ops.collective.part`.
+        """
+        matrices: list[Tensor] = [layer.weight for layer in (self.gate, self.up, self.down)]
+        if group is not None:
+            matrices = [part(w, dim, group) for w, dim in zip(matrices, (0, 0, 1), strict=True)]
         return SwiGLU(*((w.float() if w.dtype.itemsize < 4 else w).expand(batch_size, -1, -1) for w in matrices))

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longread.config import BlockRope, ModelConfig
@@ -81,13 +82,19 @@ class Block(nn.Module):
         return (x if hasattr(self, "fast_mlp") else self.static_mlp(x)), own
 
     def above(
-        self, x: Tensor, past: Past | None, fast: SwiGLU | None, turns: Turns, order: int
+        self,
+        x: Tensor,
+        past: Past | None,
+        fast: SwiGLU | None,
+        turns: Turns,
+        order: int,
+        group: ProcessGroup | None = None,
     ) -> tuple[Tensor, Past | None]:
         """Its part of `Transformer.upper`: attention, unless it belongs to `below` (no past), and both MLPs."""
         own = None
         if past is not None:
             x, own = self.attention(x, past, turn=turns[self._rope], order=order)
-        return self.static_mlp(self.fast_mlp(x, fast)), own
+        return self.static_mlp(self.fast_mlp(x, fast, group)), own
 
 
 class Transformer(nn.Module):
@@ -100,6 +107,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.state_group: ProcessGroup | None = None
+        """Ranks that read the same sequences in the end-to-end loss, and divide the fast MLPs' hidden units there."""
         self.known_tokens: int | None = None
         """Ids from here on are padding of the vocabulary, and never likely; None: all are tokens."""
         self._shared_head: Tensor | None = None
@@ -171,9 +180,9 @@ class Transformer(nn.Module):
             for layer in layers:
                 layer.shared = None
 
-    def initial_fast_weights(self, batch_size: int) -> FastWeights:
-        """W_0 for every sequence of a batch, as views of the parameters."""
-        return tuple(block.fast_mlp.initial_weights(batch_size) for block in self.suffix)
+    def initial_fast_weights(self, batch_size: int, group: ProcessGroup | None = None) -> FastWeights:
+        """W_0 for every sequence of a batch, as views of the parameters; with a `group` this rank's part of it."""
+        return tuple(block.fast_mlp.initial_weights(batch_size, group) for block in self.suffix)
 
     def empty_pasts(self, batch_size: int) -> tuple[tuple[MixerPast, ...], tuple[MixerPast, ...]]:
         """The pasts of sequences that begin: those of `lower`'s mixers, and those of `upper`'s."""
@@ -216,6 +225,7 @@ class Transformer(nn.Module):
         start: int | Tensor,
         order: int,
         recompute: bool = False,
+        group: ProcessGroup | None = None,
     ) -> tuple[Tensor, tuple[Past, ...]]:
         """The suffix above its first attention, and the final norm, with the given fast weights.
 
@@ -225,6 +235,7 @@ class Transformer(nn.Module):
             pasts: one for each attention above the lowest fast MLP.
             order: order of derivative that will be taken.
             recompute: as in `lower`.
+            group: ranks that divide F among themselves and have all else alike; `fast` is then this rank's part.
 
         Returns:
             [B, T, D], what the head turns into logits, and each attention's own keys and values, for `advance`.
@@ -233,7 +244,7 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.suffix):
             past = pasts[index - 1] if index else None
             weights = None if fast is None else fast[index]
-            x, made = _perhaps_again(block.above, x, past, weights, turns, order, again=recompute)
+            x, made = _perhaps_again(block.above, x, past, weights, turns, order, group, again=recompute)
             own += [] if made is None or recompute else [made]
         return self.final_norm(x), tuple(own)
 

@@ -103,6 +103,9 @@ def end_to_end_loss(
 ) -> OuterLoss:
     """The loss of the model as it learns, mean_i loss_i(W_{i−1}), differentiable through the inner steps (Eq. 3, 6).
 
+    Where `model.state_group` is set, its ranks call this together with the same arguments. Each holds its part of the
+    fast weights and gets the whole result; gradients are right in the mean over ranks, see `ops.collective.part`.
+
     Args:
         input_ids, target_ids: int64 [B, T], T a multiple of M; each sequence starts from W_0 and learns alone.
         loss_mask: bool [B, T], True where the target counts, in the outer loss and, without `inner_mask`, in the inner
@@ -126,7 +129,7 @@ def end_to_end_loss(
     B, count = input_ids.shape[0], input_ids.shape[1] // M
     schedule = _settled(recompute, "end-to-end", model, input_ids)
     longest = {"sqrt": math.ceil(math.sqrt(count)), "step": 1}.get(schedule, count)
-    horizon = truncate_after or count
+    horizon, group = truncate_after or count, model.state_group
 
     def run(first: int, last: int, hidden: Tensor, carry: Carry, order: int) -> Scan:
         part = slice(first * M, last * M)
@@ -144,11 +147,12 @@ def end_to_end_loss(
             optimizer=optimizer_named(inner_optimizer),
             outer_mask=None if inner_mask is None else loss_mask[:, part],
             outputs=outputs,
+            group=group,
         )
 
     lower_pasts, upper_pasts = model.empty_pasts(B)
     hidden, _ = model.lower(input_ids, lower_pasts, start=0, recompute=schedule != "none")
-    initial = model.initial_fast_weights(B)
+    initial = model.initial_fast_weights(B, group)
     carry = Carry(initial, upper_pasts)
     order = 2 if meta_gradient == "exact" else 1
     parameters = [p for p in model.upper_parameters() if p.requires_grad]

@@ -8,6 +8,7 @@ triton.py      the same in as few passes over memory as there can be
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from longread.ops.clipped_sgd.explicit import explicit_clipped_sgd, refused
 from longread.ops.fusible import fusible
@@ -22,6 +23,7 @@ def clipped_sgd(
     lr: float | Tensor,
     clip: float | None,
     longest: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """W − lr · min(1, clip / ‖g‖) · g, with one norm per sequence over all its weights.
 
@@ -31,6 +33,7 @@ def clipped_sgd(
         clip: largest norm; None: no clipping.
         longest: a guard, [] in float32 or wider: a sequence whose step would be longer, or whose gradient is not
             finite, keeps its weights (see `refused`). None: every step is taken. Not to be differentiated.
+        group: ranks that divide the weights of each sequence; the norm is that over the parts of all.
 
     Returns:
         The new weights, and the norms before clipping, [B], which take no part in differentiation.
@@ -38,8 +41,8 @@ def clipped_sgd(
     if fusible(*weights, *gradients):
         from longread.ops.clipped_sgd.triton import triton_clipped_sgd
 
-        return triton_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest)
-    return explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest)
+        return triton_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest, group=group)
+    return explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest, group=group)
 
 
 def clipped_sgd_(

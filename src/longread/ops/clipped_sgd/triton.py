@@ -3,8 +3,9 @@
     forward    read g: ‖g‖²        read W and g, write W' (in place: over W, and once more in the type of products)
     backward   read g, λ: ⟨g, λ⟩   read g and λ, write the adjoint of g; g is left out where nothing was clipped
 
-Sums are made of one partial sum for each program, added in a fixed order. Weights may be one matrix shared by all
-sequences (stride 0 between them); gradients may be float32 or half precision, and are kept as they came.
+Sums are made of one partial sum for each program, added in a fixed order; ranks add partial sum to partial sum. Weights
+may be one matrix shared by all sequences (stride 0 between them); gradients may be float32 or half precision, and are
+kept as they came.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -16,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from longread.ops.collective import summed
 
 BLOCK, WARPS = 4096, 8
 PROGRAMS = 1056
@@ -30,9 +34,10 @@ def triton_clipped_sgd(
     lr: float | Tensor,
     clip: float | None,
     longest: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
-    *stepped, norm = _Step.apply(lr, clip, longest, *weights, *gradients)
+    *stepped, norm = _Step.apply(lr, clip, longest, group, *weights, *gradients)
     return tuple(stepped), norm
 
 
@@ -59,12 +64,16 @@ def triton_clipped_sgd_(
 
 
 def _norm_and_step(
-    gradients: Sequence[Tensor], lr: float | Tensor, clip: float | None, longest: Tensor | None
+    gradients: Sequence[Tensor],
+    lr: float | Tensor,
+    clip: float | None,
+    longest: Tensor | None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of each sequence, [B]: the norm of its gradient, and what the gradient is multiplied with; 0 if refused."""
     batch_size, device = len(gradients[0]), gradients[0].device
     norm, step = (torch.empty(batch_size, device=device, dtype=torch.float32) for _ in range(2))
-    squares = _dots(gradients, gradients, None, 0.0)
+    squares = summed(_dots(gradients, gradients, None, 0.0), group)
     if batch_size:
         _sgd_norm[(batch_size,)](
             squares,
@@ -103,16 +112,21 @@ def _update(weight: Tensor, gradient: Tensor, step: Tensor, out: Tensor, copy: T
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, lr: float | Tensor, clip: float | None, longest: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        lr: float | Tensor,
+        clip: float | None,
+        longest: Tensor | None,
+        group: ProcessGroup | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         weights, gradients = tensors[:count], [_by_sequence(g) for g in tensors[count:]]
-        norm, step = _norm_and_step(gradients, lr, clip, longest)
+        norm, step = _norm_and_step(gradients, lr, clip, longest, group)
         stepped = [torch.empty(w.shape, device=w.device, dtype=w.dtype) for w in weights]
         for weight, gradient, out in zip(weights, gradients, stepped, strict=True):
             _update(weight, gradient, step, out, None, guarded=longest is not None)
         ctx.save_for_backward(norm, step, *gradients)
-        ctx.clip = clip
+        ctx.clip, ctx.group = clip, group
         ctx.mark_non_differentiable(norm)
         return *stepped, norm
 
@@ -121,13 +135,13 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *adjoints: Tensor) -> tuple[Any, ...]:
         norm, step, *gradients = ctx.saved_tensors
         to_weights = adjoints[:-1]  # the last one belongs to the norm
-        if not any(ctx.needs_input_grad[3 + len(gradients) :]):
-            return None, None, None, *to_weights, *[None] * len(gradients)
+        if not any(ctx.needs_input_grad[4 + len(gradients) :]):
+            return None, None, None, None, *to_weights, *[None] * len(gradients)
         flat = [_by_sequence(adjoint) for adjoint in to_weights]
         radial = torch.empty_like(norm)
         clip = float("inf") if ctx.clip is None else ctx.clip
         if len(norm):
-            dots = None if ctx.clip is None else _dots(gradients, flat, norm, clip)
+            dots = None if ctx.clip is None else summed(_dots(gradients, flat, norm, clip), ctx.group)
             _sgd_radial[(len(norm),)](
                 norm if dots is None else dots,
                 norm,
@@ -156,7 +170,7 @@ class _Step(torch.autograd.Function):
                     num_warps=WARPS,
                 )
             to_gradients.append(out)
-        return None, None, None, *to_weights, *to_gradients
+        return None, None, None, None, *to_weights, *to_gradients
 
 
 def _grid(flat: Tensor) -> tuple[int, int]:

@@ -5,12 +5,22 @@ explicit.py    the same with the derivatives of the products written out; order 
 """
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from longread.ops.collective import enter, leave
 from longread.ops.fast_mlp.explicit import explicit_fast_mlp
 from longread.ops.swiglu import Activation
 
 
-def fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Activation = "silu") -> Tensor:
+def fast_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation = "silu",
+    *,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     """down · (s(gate · x) ∘ (up · x)), sequence by sequence.
 
     Args:
@@ -18,8 +28,11 @@ def fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Acti
         gate, up: [B, F, D] and
         down: [B, D, F]: the weights of each sequence.
         activation: s, as `longread.ops.swiglu.swiglu` names it.
+        group: ranks that divide F and have the same x; the weights are this rank's part.
 
     Returns:
-        [B, T, D] of the type of x.
+        [B, T, D] of the type of x, the same on all ranks of the group.
     """
-    return explicit_fast_mlp(x, gate, up, down, activation)
+    if group is None:
+        return explicit_fast_mlp(x, gate, up, down, activation)
+    return leave(explicit_fast_mlp(enter(x, group), gate, up, down, activation), group)
