@@ -64,6 +64,11 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
+def place_of(run: Path, step: int) -> Path:
+    """The directory of the checkpoint of `step` finished steps."""
+    return run / CHECKPOINTS / f"step-{step:08d}"
+
+
 def write_checkpoint(
     run: Path,
     step: int,
@@ -87,7 +92,7 @@ def write_checkpoint(
 
     Raises `UserError` when it cannot be written, on all ranks; the older checkpoints are still whole then.
     """
-    path = run / CHECKPOINTS / f"step-{step:08d}"
+    path = place_of(run, step)
     aside = Path(world.first(str(temporary_sibling(path)), "the name of a checkpoint"))
     try:
         with world.together("making a directory"), writing(path):
@@ -99,9 +104,7 @@ def write_checkpoint(
                     f"{path.parent} is not what rank 0 sees there; train where all machines see one directory"
                 )
         if world.size > 1:
-            from longread.checkpoint.sharded import (
-                write_moments,
-            )  # with it comes DCP, which takes two seconds to import
+            from longread.checkpoint.sharded import write_moments  # with DCP, which takes two seconds to import
 
             files = [write_moments(aside, optimizer, step, world)]
         else:

@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _show_warning
     logging.basicConfig(format="longread: %(message)s", stream=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":  # rank 0 speaks for all
+        logging.getLogger().handlers[0].setLevel(logging.ERROR)
     settle_model(options)
     try:
         return int(options.run(options))

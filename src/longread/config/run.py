@@ -122,6 +122,10 @@ class RunConfig(Checked):
     precision: Precision = "auto"
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
+    keep_checkpoints: int = field(default=2, metadata={"later": True})
+    """The newest so many stay."""
+    milestone_every: int | None = field(default=None, metadata={"later": True})
+    """Of each so many steps, one checkpoint stays for good; None: no more than `keep_checkpoints`."""
     max_bad_steps: int | None = 50
     """Steps in a row with an exploded loss or gradient at which the run halts (`longread.train.divergence`); None: it
     goes on."""
@@ -134,6 +138,7 @@ class RunConfig(Checked):
     def _check(self) -> None:
         self._at_least(1, "context_length", "batch_size", "micro_batch_size", "steps", "truncate_after")
         self._at_least(1, "evaluate_every", "checkpoint_every", "max_bad_steps", "trained_blocks")
+        self._at_least(1, "keep_checkpoints", "milestone_every")
         self._at_least(0, "seed")
         if self.seed >= 2**63:
             raise UserError(f"seed is {self.seed}; it must be below 2^63")

@@ -16,7 +16,7 @@ from longread.data import TokenDataset
 RUN_FILE = "run.json"
 ROUNDING = ("recompute", "micro_batch_size")
 """Of a run's config, what changes nothing but the order of sums."""
-_FREE = (*ROUNDING, "max_bad_steps", "bad_batch")
+_FREE = (*ROUNDING, "max_bad_steps", "bad_batch", "keep_checkpoints", "milestone_every")
 
 
 def begun_config(out: str | Path) -> RunConfig | None:

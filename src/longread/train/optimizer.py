@@ -90,21 +90,21 @@ def update(
     return lr
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """The moments of every parameter that has been stepped, as `parameter.moment`."""
+def optimizer_tensors(rows: DividedRows, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The moments of all rows that have been stepped, as `parameter.moment`."""
     return {
         f"{name}.{moment}": optimizer.state[parameter][moment]
-        for name, parameter in model.named_parameters()
+        for name, parameter in rows.own.items()
         if parameter in optimizer.state
         for moment in _MOMENTS
     }
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor], where: Path
+    rows: DividedRows, optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor], where: Path
 ) -> None:
-    """Puts back what `optimizer_tensors` gave. Raises `UserError` if the moments are not of this model."""
-    for name, parameter in model.named_parameters():
+    """Puts back what `optimizer_tensors` gave. Raises `UserError` if the moments are not of these rows."""
+    for name, parameter in rows.own.items():
         moments = {moment: tensors[key] for moment in _MOMENTS if (key := f"{name}.{moment}") in tensors}
         if not moments:  # it has never had a gradient
             continue

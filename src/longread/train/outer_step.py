@@ -74,7 +74,8 @@ class OuterStep:
         """The step has begun to change what others see: an error here is one of all ranks."""
         self.clock_is_due = False
         """Rank 0 finds it time for a checkpoint."""
-        self._next: Batch | None = None
+        self._drawn: dict[int, Batch] = {}
+        """This rank's share of the batches of this step and the next."""
         self._gradient = self._new_gradient()
 
     def _new_gradient(self) -> Callable[..., BatchGradient]:
@@ -132,11 +133,11 @@ class OuterStep:
     def _take(self, step: int, stop: StopSignal, is_due: Callable[[], bool]) -> Row | None:
         began, self.world.step = time.monotonic(), step + 1
         inner_lr = self.config.inner.lr_at(step)
-        batch = self._next or self.share.batch(self.sampler, step)
+        batch = self._batch(step)
         found = None
         with contextlib.suppress(StepLeft):
             found = self._gradient(batch.to(self.device), inner_lr=inner_lr, stopped=lambda: stop.requested)
-        self._next = self.share.batch(self.sampler, step + 1)  # drawn while a GPU is still at work
+        self._batch(step + 1)  # drawn while a GPU is still at work
         left = found is None or stop.comes_before(self._done())
         own = time.monotonic() - began
         anyone_left, anyone_short = self._vote(is_due, left=left)
@@ -169,6 +170,12 @@ class OuterStep:
             row["peak_memory_bytes"] = int(most)
         steps.info("step %d: %.3f s, of which %.3f s for the gradient of this rank", step + 1, row["seconds"], own)
         return row
+
+    def _batch(self, step: int) -> Batch:
+        self._drawn = {number: batch for number, batch in self._drawn.items() if number >= step - 1}
+        if step not in self._drawn:
+            self._drawn[step] = self.share.batch(self.sampler, step)
+        return self._drawn[step]
 
     def _done(self) -> Callable[[], bool]:
         """Asks whether the device has computed everything that it was given so far."""

@@ -142,6 +142,7 @@ def train(
         stack.enter_context(rank_log(world, out))
         stop = stack.enter_context(StopSignal(passed_on=world.size > 1))
         stack.enter_context(run.recording(trackers))
+        stack.enter_context(run.writer)
         row = None
         while run.step < config.steps and not run.is_stopped(stop):
             advanced = run.advance(stop)
@@ -156,8 +157,10 @@ def train(
                 run.save()
             if on_step is not None:
                 on_step(row)
+        run.is_stopped(stop)
         if run.step > run.saved_step and not run.is_bad:
             run.save()
+        run.writer.wait()
         finished = run.finish() if run.step >= config.steps else None
     seconds = time.monotonic() - started
     return TrainResult(run.model, run.step, run.saved_step, run.tokens, seconds, row, finished, run.signal)
@@ -218,19 +221,19 @@ class _Run:
 
     def begin(self, initial: str | Path | None, resume: bool) -> None:
         """Makes model and optimizer, new or as they were."""
-        found: dict[str, Any] = {"newest": None, "record": {}}
-        with self.world.together("looking for a checkpoint"):
+        newest, record = checkpoint.newest_checkpoint(self.out, self.world) if resume else None, {}
+        with self.world.together("reading what the run began with"):
             if self.world.is_first:
-                newest = self._newest_checkpoint() if resume else None
+                if resume and newest is None and (self.out / MODEL_DIRECTORY).exists():
+                    raise UserError(
+                        f"{self.out} holds a model but no checkpoint to resume from; train into another directory"
+                    )
                 if os.path.exists(self.out / RUN_FILE):
-                    found["record"] = files.read_json(self.out / RUN_FILE, kind="run")
+                    record = files.read_json(self.out / RUN_FILE, kind="run")
                     if resume and newest is None:
-                        refuse_other_config(found["record"]["config"], self.config)
-                found["newest"] = newest and str(newest)
-        found = self.world.first(found)
-        newest = Path(found["newest"]) if found["newest"] else None
-        begun = found["record"].get("initial", UNKNOWN)
-        self._knows, state = bool(initial or begun), None
+                        refuse_other_config(record["config"], self.config)
+        begun = self.world.first(record).get("initial", UNKNOWN)
+        self._knows = bool(initial or begun)
         with self.world.together("making the model"):
             precision = precision_of(self.config, self.device)
             self.model = new_model(self.config, precision, self.device, drawn=not (self._knows or newest))
@@ -241,18 +244,27 @@ class _Run:
         self.rows = divided(self.model, self.parallelism, self.world, self.device)
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.rows)
         self.exact = settled(self.share.of_config(self.config), self.device, self.world, divided=self.rows.count)
-        with self.world.together("reading the checkpoint"):
-            if newest is not None:
-                state = self._restore(newest)
+        found = None if newest is None else checkpoint.read_checkpoint(newest, self.world, self.rows)
+        with self.world.together("going on from the checkpoint"):
+            if found is not None:
+                self._restore(found)
             elif resume:
                 warnings.warn(f"{self.out} has no checkpoint: training begins at the first step", stacklevel=3)
-            if resume and self.world.is_first and not self.log.truncate(state["metrics_bytes"] if state else 0):
+            if resume and self.world.is_first and not self.log.truncate(found.state["metrics_bytes"] if found else 0):
                 missing = f"{self.log.path} lacks rows from before step {self.step}"
                 warnings.warn(f"{missing}; training goes on", stacklevel=3)
         rows = self.log.rows() if resume else ()
         self.divergence = DivergenceWatch(self.config.model.vocab_size, rows, knows=self._knows)
         if self.device.type == "cuda":  # the first use loads kernels, which later would wait for a step that is left
             not_finite_weight(self.model)
+        self.writer = checkpoint.CheckpointWriter(
+            self.out,
+            self.world,
+            self.rows,
+            keep=self.config.keep_checkpoints,
+            milestone_every=self.config.milestone_every,
+            newest=newest,
+        )
         self.outer = OuterStep(
             self.config,
             self.exact,
@@ -266,14 +278,7 @@ class _Run:
             out=self.out,
         )
 
-    def _newest_checkpoint(self) -> Path | None:
-        path = checkpoint.newest_checkpoint(self.out)
-        if path is None and (self.out / MODEL_DIRECTORY).exists():
-            raise UserError(f"{self.out} holds a model but no checkpoint to resume from; train into another directory")
-        return path
-
-    def _restore(self, path: Path) -> dict[str, Any]:
-        found = checkpoint.read_checkpoint(path)
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
         refuse_other_config(found.state["config"], self.config)
         refuse_other_data(found.state["data"], self.data)
         if found.state["precision"] != self.exact.precision:
@@ -282,14 +287,13 @@ class _Run:
                 f"{self.device}; resume on the device that it began on"
             )
         self.exact = settled_before(self.config, self.exact, found.state)
-        checkpoint.fill(self.model, found.model, where=path)
-        restore_optimizer(self.model, self.optimizer, found.optimizer, path)
+        checkpoint.fill(self.model, found.model, where=found.path)
+        restore_optimizer(self.rows, self.optimizer, found.optimizer, found.path)
         self.step = self.saved_step = found.step
         self.tokens = found.state["tokens"]
-        self.last_checkpoint = path
+        self.last_checkpoint = found.path
         if good := found.state.get("last_good"):
-            self.last_good = path.parent / good
-        return found.state
+            self.last_good = found.path.parent / good
 
     @contextlib.contextmanager
     def recording(self, trackers: Sequence[str]) -> Iterator[None]:
@@ -426,7 +430,8 @@ class _Run:
         problem = not_finite_weight(self.model)
         if problem is not None:
             raise halt(self.config, self.step, problem, self.last_checkpoint)
-        self.log.make_durable()
+        with self.world.together("making the metrics durable"):
+            self.log.make_durable()
         state = {
             "config": self.config.as_dict(),
             "data": data_identity(self.data),
@@ -441,16 +446,16 @@ class _Run:
         if self.divergence.bad_steps:
             kept = f"the last good one, {self.last_good}, is kept" if self.last_good else "there is no good one"
             warnings.warn(f"the checkpoint of step {self.step} is of weights that diverge; {kept}", stacklevel=3)
-        self.last_checkpoint = checkpoint.write_checkpoint(
-            self.out,
+        self.writer.save(
             self.step,
             model=self.model,
             inner=self.config.inner,
-            optimizer=optimizer_tensors(self.model, self.optimizer),
+            optimizer=optimizer_tensors(self.rows, self.optimizer),
             state=state,
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
             spare=self.last_good,
         )
+        self.last_checkpoint = checkpoint.place_of(self.out, self.step)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def finish(self) -> Path:
