@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pkgutil
+import shutil
+import threading
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from longread import checkpoint
-from longread.checkpoint import CheckpointWriter, training
-from longread.parallel import DividedRows, Launch, World
+from longread.checkpoint import CheckpointWriter, storage, training
+from longread.config import UserError
+from longread.files import open_tensors
+from longread.parallel import DividedRows, Launch, RankFailed, World
 from longread.parallel.rows import row_mesh
 from tests.ranks import Ranks
-from tests.test_checkpoint import INNER, equal, make_model
+from tests.test_checkpoint import INNER, equal, flip, make_model
 
 SIZE = 3
 SHAPES = {"even": (6, 3), "uneven": (7, 2, 2), "short": (2,), "one": (1, 5)}
@@ -118,7 +129,9 @@ def test_moments_are_read_at_any_number_of_ranks(ranks: Ranks, tmp_path: Path, s
     pieces = {f"optimizer-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
     others = {"model.safetensors", "config.json", "state.json", "manifest.json", "COMMITTED"}
     assert {file.name for file in path.iterdir()} == pieces | others
-    assert sum((path / name).stat().st_size for name in pieces) < 2 * sum(x.nbytes for x in moments(2).values()) + 9000
+    assert sum(x.numel() for name in pieces for x in load_file(path / name).values()) == sum(
+        x.numel() for x in moments(2).values()
+    )
     found = checkpoint.read_checkpoint(path)
     assert same(found.optimizer, moments(2))
     assert found.state["tokens"] == 20
@@ -127,6 +140,25 @@ def test_moments_are_read_at_any_number_of_ranks(ranks: Ranks, tmp_path: Path, s
     assert loaded.metadata["provenance"] == {"step": 2}
     for count in (1, SIZE):
         assert ranks.run(read, path, count) == [True] * SIZE
+
+
+def of_divided_parameters(run: Path) -> bool:
+    """Where parameters are DTensors, moments are too."""
+    rows = divided(SIZE)
+    given = {
+        name: held if held.ndim == 0 else DTensor.from_local(held, rows.mesh, [Replicate(), Shard(0)], run_check=False)
+        for name, held in own(rows, 2).items()
+    }
+    with CheckpointWriter(run, world(), rows) as saving:
+        weights = {name: tensor.clone() for name, tensor in make_model(2).state_dict().items()}
+        saving.save(2, model=make_model(), inner=INNER, optimizer=given, state={"tokens": 20}, weights=weights)
+        path = saving.wait()
+    return path is not None and read(path, SIZE)
+
+
+def test_moments_and_weights_of_divided_parameters(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks.run(of_divided_parameters, tmp_path) == [True] * SIZE
+    assert equal(checkpoint.load_model(tmp_path).model, make_model(2))
 
 
 def test_what_one_process_wrote_is_read_in_rows(ranks: Ranks, tmp_path: Path) -> None:
@@ -142,3 +174,254 @@ def test_what_one_process_wrote_is_read_in_rows(ranks: Ranks, tmp_path: Path) ->
     }
     assert "optimizer.safetensors" in {file.name for file in path.iterdir()}
     assert ranks.run(read, path, SIZE) == [True] * SIZE
+
+
+def damaged(saved: Path, run: Path, name: str, damage: str) -> Path:
+    """A copy of the run whose newest checkpoint has a file that is not what it was."""
+    shutil.copytree(saved, run)
+    file = run / "checkpoints" / "step-00000002" / name
+    if damage == "flip":
+        flip(file, file.stat().st_size - 9)  # in a tensor, which DCP would load
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    return file.parent
+
+
+@pytest.mark.parametrize("rank", range(SIZE))
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_piece_is_passed_over_with_a_warning(saved: Path, tmp_path: Path, rank: int, damage: str) -> None:
+    name = f"optimizer-0000{rank + 1}-of-00003.safetensors"
+    path = damaged(saved, tmp_path / "run", name, damage)
+    with pytest.raises(UserError, match=name):
+        checkpoint.read_checkpoint(path)
+    with pytest.warns(UserWarning, match="going back to step-00000001"):
+        assert checkpoint.newest_checkpoint(tmp_path / "run") == path.with_name("step-00000001")
+
+
+def newest(run: Path) -> tuple[str, str, int]:
+    """What ranks find together, how they are refused, and how many of them say so."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        found = checkpoint.newest_checkpoint(run, world())
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(run / "checkpoints" / "step-00000002", world(), divided(SIZE))
+    said = sum("going back to step-00000001" in str(each.message) for each in heard)
+    return str(found and found.name), str(caught.value), said
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("model.safetensors", "flip"), ("optimizer-00002-of-00003.safetensors", "delete"), ("COMMITTED", "delete")],
+)
+def test_ranks_pass_over_the_same(ranks: Ranks, saved: Path, tmp_path: Path, name: str, damage: str) -> None:
+    """Each checks a part of the files; what one finds is what all find."""
+    path = damaged(saved, tmp_path / "run", name, damage)
+    found = ranks.run(newest, path.parent.parent)
+    assert {each[:2] for each in found} == {("step-00000001", found[0][1])}
+    assert [each[2] for each in found] == [int(name != "COMMITTED"), 0, 0]
+    assert ("writing it was interrupted" if name == "COMMITTED" else name) in found[0][1]
+
+
+def test_pieces_that_are_not_all_there_are_refused_by_themselves(saved: Path, tmp_path: Path) -> None:
+    """Where nobody has looked at the manifest: a rank must never go on with numbers that were in memory by chance."""
+    path = damaged(saved, tmp_path / "run", "optimizer-00002-of-00003.safetensors", "delete")
+    with pytest.raises(UserError, match="is one of 3 files, of which 2 are there"):
+        checkpoint.read_moments(path)
+    shutil.copy(path / "optimizer-00001-of-00003.safetensors", path / "optimizer-00002-of-00003.safetensors")
+    with pytest.raises(UserError, match="lacks a part of"):
+        checkpoint.read_moments(path)
+
+
+def test_moments_of_another_model_are_refused(saved: Path, tmp_path: Path) -> None:
+    other = DividedRows({"even": nn.Parameter(torch.zeros(6, 4))})
+    training.write_checkpoint(tmp_path, 2, model=make_model(), inner=INNER, optimizer=moments(2), state={})
+    for run in (saved, tmp_path):
+        with pytest.raises(UserError, match=r"even.exp_avg.* has shape \(6, 3\), but its parameter \(6, 4\)"):
+            checkpoint.read_moments(run / "checkpoints" / "step-00000002", other)
+
+
+def training_goes_on(run: Path) -> tuple[bool, bool, Path | None, bool]:
+    """A save that is held up while weights and moments change in place."""
+    model, held, rows = make_model(5), own(divided(SIZE), 2), divided(SIZE)
+    given = {name: tensor.clone() for name, tensor in held.items()}
+    writing_may_go_on, real = threading.Event(), training._size_and_sum
+
+    def slow(path: Path) -> dict[str, Any]:
+        writing_may_go_on.wait(20)
+        return real(path)
+
+    training._size_and_sum = slow
+    try:
+        with CheckpointWriter(run, world(), rows) as saving:
+            saving.save(2, model=model, inner=INNER, optimizer=given, state={"tokens": 20})
+            for tensor in (*model.state_dict().values(), *given.values()):
+                tensor.fill_(7)
+            world().agree(1, at="a step of training")
+            going_on = saving.newest is None and not (run / "checkpoints" / "step-00000002").exists()
+            writing_may_go_on.set()
+            path = saving.wait()
+    finally:
+        training._size_and_sum = real
+    found = checkpoint.read_checkpoint(run / "checkpoints" / "step-00000002", world(), rows)
+    return going_on, same(found.optimizer, held), path, equal(make_model(5), checkpoint.load_model(run).model)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(ranks: Ranks, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "step-00000002"
+    assert ranks.run(training_goes_on, tmp_path) == [(True, True, path, True)] * SIZE
+
+
+def refused(run: Path, function: str, rank: int) -> tuple[str, bool, str]:
+    """A save during which a function has no disk left on one rank, and what the next one says."""
+    saving, real = writer(run, SIZE), pkgutil.resolve_name(function)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread().name == "checkpoint":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if world().rank == rank:
+            patch.setattr(function, full)
+        begin(saving, 3, SIZE)
+        said = ""
+        try:
+            begin(saving, 4, SIZE)
+        except UserError as error:
+            said = f"{type(error).__name__}: {error}"
+    world().agree(0, at="the error")
+    there = sorted(path.name for path in (run / "checkpoints").iterdir())
+    return said, saving.failed, " ".join(there)
+
+
+@pytest.mark.parametrize(
+    ("function", "rank"),
+    [
+        ("longread.checkpoint.storage.write_tensors", 1),
+        ("longread.checkpoint.training.make_durable", 1),
+        ("longread.checkpoint.training.write_model", 0),
+        ("os.replace", 0),
+        ("pathlib.Path.mkdir", 0),
+    ],
+)
+def test_a_full_disk_of_one_rank_is_an_error_of_all(
+    ranks: Ranks, saved: Path, tmp_path: Path, function: str, rank: int
+) -> None:
+    """Raised by the save that follows. The older checkpoints are whole, temporaries are gone, and saving goes on."""
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    for index, (said, failed, there) in enumerate(ranks.run(refused, run, function, rank)):
+        assert "No space left on device" in said
+        assert said.startswith("UserError: cannot write" if index == rank else f"RankFailed: rank {rank} failed at")
+        assert not failed
+        assert there == "step-00000001 step-00000002"
+    assert checkpoint.read_checkpoint(run / "checkpoints" / "step-00000002").step == 2
+    ranks.run(save, run, 4, SIZE)
+    after = checkpoint.newest_checkpoint(run)
+    assert after is not None
+    assert same(checkpoint.read_checkpoint(after).optimizer, moments(4))
+
+
+def out_of_memory(run: Path) -> str:
+    model = make_model(1)
+    if world().is_first:
+        model.state_dict = lambda: 1 / 0  # type: ignore[assignment]
+    saving = writer(run, SIZE)
+    with pytest.raises((RankFailed, ZeroDivisionError)) as caught:
+        saving.save(1, model=model, inner=INNER, optimizer={}, state={})
+    saving.wait()
+    return type(caught.value).__name__
+
+
+def test_a_copy_that_fails_on_one_rank_fails_on_all(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks.run(out_of_memory, tmp_path) == ["ZeroDivisionError", "RankFailed", "RankFailed"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def gone(run: Path, answer: Path) -> None:
+    """Rank 1 ends in the middle of writing."""
+    alone = World(Launch.from_environment(), deadline=20)
+    rows = DividedRows(parameters(), row_mesh(2, 2, "cpu"))
+    saving = CheckpointWriter(run, alone, rows)
+    if alone.rank == 1:
+        storage.write_tensors = lambda *args, **kwargs: os._exit(1)  # type: ignore[assignment]
+    saving.save(3, model=make_model(3), inner=INNER, optimizer=own(rows, 3), state={})
+    try:
+        saving.wait()
+    except RankFailed as error:
+        answer.write_text(str(error))
+
+
+def test_a_rank_that_ends_while_it_writes_is_named_and_nothing_is_committed(saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    (tmp_path / "meeting").mkdir()
+    with Ranks(2, tmp_path / "meeting") as two, pytest.raises(EOFError):
+        two.run(gone, run, tmp_path / "answer")
+    said = (tmp_path / "answer").read_text()
+    assert said.startswith("rank 0 waited at step 3, the rows of the others, for rank 1 (step 3, writing its rows): ")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    assert checkpoint.newest_checkpoint(run) == run / "checkpoints" / "step-00000002"
+
+
+def test_what_an_error_interrupts_says_that_its_checkpoint_failed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(error: Exception | None) -> None:
+        with CheckpointWriter(tmp_path) as saving:
+            monkeypatch.setattr(saving, "_error", UserError("no disk"))
+            assert saving.failed
+            if error is not None:
+                raise error
+
+    with pytest.raises(ValueError, match="mine") as caught:
+        interrupted(ValueError("mine"))
+    assert "no disk" in caught.value.__notes__[0]
+    with pytest.raises(UserError, match="no disk"):
+        interrupted(None)
+
+
+# What is kept
+
+
+def steps(*numbers: int) -> list[Path]:
+    return [Path(f"step-{number:08d}") for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("every", "stay"),
+    [(None, (70, 90)), (20, (20, 45, 60, 90)), (25, (35, 55, 90)), (1000, ())],
+)
+def test_milestones_stay_beside_the_newest(every: int | None, stay: tuple[int, ...]) -> None:
+    """The first checkpoint at or after each multiple."""
+    committed = steps(5, 20, 35, 45, 55, 60, 70, 90)
+    assert checkpoint.kept(committed, milestone_every=every) == {*steps(*stay), *steps(70, 90)}
+    spare = committed[0]
+    assert checkpoint.kept(committed, keep=1, milestone_every=every, spare=spare) >= {spare, *steps(90)}
+
+
+def test_milestones_of_a_run(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, milestone_every=4) as saving:
+        for step in range(2, 17, 2):
+            saving.save(step, model=make_model(), inner=INNER, optimizer={}, state={})
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [path.name for path in steps(4, 8, 12, 14, 16)]
+
+
+def test_who_has_a_checkpoint_open_goes_on_reading_it(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        training.write_checkpoint(
+            tmp_path, step, model=make_model(), inner=INNER, optimizer=moments(step), state={}, keep=1
+        )
+        if step == 1:
+            path = checkpoint.newest_checkpoint(tmp_path)
+            assert path is not None
+            reading = open_tensors(path / "optimizer.safetensors", kind="optimizer")
+            file, _ = reading.__enter__()
+    assert not path.exists()
+    assert same({name: file.get_tensor(name) for name in file.keys()}, moments(1))  # noqa: SIM118
+    reading.__exit__(None, None, None)
+    with pytest.raises(UserError, match="is no finished checkpoint"):
+        checkpoint.read_checkpoint(path)

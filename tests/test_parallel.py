@@ -53,6 +53,7 @@ def test_a_place_that_is_none_is_refused(damage: dict[str, str]) -> None:
 def decisions() -> tuple[Any, ...]:
     world = World(Launch.from_environment())
     found = world.agree(world.rank == 2, -world.rank), world.total(0.5, world.rank), world.first({"rank": world.rank})
+    assert world.each({"ü": world.rank}) == [{"ü": rank} for rank in range(SIZE)]
     try:
         with world.together("opening the data"):
             if world.rank in (1, 3):
@@ -75,6 +76,25 @@ def test_all_decide_alike(ranks: Ranks) -> None:
         other,
         "UserError: no data for 3 — ünï",
     ]
+
+
+def known() -> tuple[str, bool]:
+    """An error that is agreed on already, inside of another block."""
+    world = World(Launch.from_environment(), deadline=10)
+
+    def fail() -> None:
+        with world.together("outside"), world.together("inside"):
+            if world.rank == 2:
+                raise ValueError("mine")
+
+    with pytest.raises((ValueError, RankFailed)) as caught:
+        fail()
+    return str(caught.value), world.agree(1) == (1,)
+
+
+def test_nobody_is_asked_twice_about_an_error(ranks: Ranks) -> None:
+    other = ("rank 2 failed at inside: mine", True)
+    assert ranks.run(known) == [other, other, ("mine", True), other]
 
 
 def late() -> str:

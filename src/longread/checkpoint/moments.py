@@ -35,8 +35,9 @@ def read_moments(path: Path, rows: DividedRows | None = None) -> dict[str, Tenso
         from longread.checkpoint.sharded import read_pieces  # with it comes DCP, which takes two seconds to import
 
         return read_pieces(path, rows)
-    if rows is None or rows.mesh is None:
-        return read_tensors(whole, kind=KIND)[0]
+    if rows is None or rows.count == 1:
+        tensors, _ = read_tensors(whole, kind=KIND)
+        return {name: x for name, x in tensors.items() if rows is None or is_moment(name, x.shape, rows, path)}
     found = {}
     with open_tensors(whole, kind=KIND) as (file, _):
         for name in file.keys():  # noqa: SIM118 - no mapping

@@ -14,8 +14,10 @@ from torch import Tensor
 from longread.checkpoint.training import write_checkpoint
 from longread.config import InnerConfig
 from longread.model import Transformer, undrawn
-from longread.parallel import ALONE, DividedRows, World
+from longread.parallel import ALONE, DividedRows, RankFailed, World, agreed
 from longread.parallel.rows import row_mesh
+
+_PLACE = "the end of a checkpoint"
 
 
 class CheckpointWriter:
@@ -25,7 +27,8 @@ class CheckpointWriter:
     groups of its own. The copies take memory of the host until then: 8 bytes a parameter for the moments, divided among
     the ranks that divide rows, and on rank 0 the weights, 4 bytes a parameter, once more.
 
-    A save that fails is raised by the `save` or `wait` that follows, on all ranks.
+    A save that fails is raised by the `save` or `wait` that follows, on all ranks: on the one that failed what it was,
+    elsewhere `RankFailed`. After a `RankFailed` of one that is late or gone, nothing more can be saved.
     """
 
     def __init__(
@@ -120,24 +123,34 @@ class CheckpointWriter:
             self._error = error
 
     def wait(self) -> Path | None:
-        """Returns `newest` once the save under way is finished. Raises what has made it fail, once."""
+        """Returns `newest` once the save under way is finished; all ranks together. Raises what made it fail, once."""
+        underway, error = self._thread is not None, self._finished()
+        try:
+            found = self._world.word(None if error is None else str(error), _PLACE) if underway else None
+            if found is not None and error is None:
+                error = failed = RankFailed(f"rank {found[0]} failed at {_PLACE}: {found[1]}")
+                failed.is_said_elsewhere = True
+        except RankFailed as gone:
+            error = error or gone
+        if error is not None:
+            raise agreed(error)
+        return self.newest
+
+    def _finished(self) -> BaseException | None:
+        """What has made the save under way fail; None if it is finished, or if there is none."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return self.newest
+        return error
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        try:
+        if error is None:
             self.wait()
-        except Exception as failure:
-            if error is None:
-                raise
+        elif failure := self._finished():  # the other ranks may be anywhere
             error.add_note(f"The checkpoint under way was not written either: {failure}")
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from longread.checkpoint.moments import is_moment, row_range
 from longread.checkpoint.storage import PieceReader, PieceWriter
-from longread.parallel import DividedRows, RankFailed, World
+from longread.parallel import DividedRows, World
 
 
 def staged_moments(moments: Mapping[str, Tensor], rows: DividedRows, mesh: DeviceMesh) -> dict[str, Tensor]:
@@ -47,7 +47,8 @@ def _placed(held: Tensor, shape: torch.Size, mesh: DeviceMesh) -> Tensor:
     if held.ndim == 0:
         return held
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(held, mesh, [Replicate(), Shard(0)], run_check=False, shape=shape, stride=stride)
+    placements = [*([Replicate()] * (mesh.ndim - 1)), Shard(0)]
+    return DTensor.from_local(held, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def write_moments(directory: Path, moments: Mapping[str, Tensor], step: int, world: World) -> Path:
@@ -57,14 +58,15 @@ def write_moments(directory: Path, moments: Mapping[str, Tensor], step: int, wor
     """
     writer = PieceWriter(directory, step, world.say)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    errors: dict[int, BaseException] = {}
     try:
         with world.waiting("the rows of the others"):
             save(dict(moments), storage_writer=writer, planner=planner, process_group=world.votes)
-    except CheckpointException as error:
-        if world.rank in error.failures:
-            raise error.failures[world.rank][0] from None
-        rank = min(error.failures)
-        raise RankFailed(f"rank {rank} failed at writing its rows: {error.failures[rank][0]}") from None
+    except CheckpointException as error:  # of the plan; all ranks get it
+        errors = {rank: failure[0] for rank, failure in error.failures.items()}
+    with world.together("writing its rows"):
+        if failure := writer.error or errors.get(world.rank):
+            raise failure
     return writer.file
 
 

@@ -44,6 +44,9 @@ class PieceWriter(StorageWriter):
         self._directory, self._step, self._say = directory, step, say
         self.file = directory
         """The file, as soon as it is known."""
+        self.error: Exception | None = None
+        """Why it could not be written. DCP does not hear of it: with some versions of Python it cannot pass errors on,
+        and ranks would wait for one that has left."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
 
@@ -57,24 +60,28 @@ class PieceWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         self._say("writing its rows")
+        try:
+            self._write(plan, planner)
+        except Exception as error:
+            self.error = error
+        self._say("its rows are written")
+        return _done([])  # nobody needs to know where pieces lie: the files say it
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> None:
         rank, size = plan.storage_data
-        tensors, shapes, offsets, results = {}, {}, {}, []
+        self.file = self._directory / f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
+        tensors, shapes, offsets = {}, {}, {}
         for item in plan.items:
-            name, data = item.index.fqn, item.tensor_data
-            tensor = planner.resolve_data(item)
+            name, data, tensor = item.index.fqn, item.tensor_data, planner.resolve_data(item)
             if not isinstance(tensor, torch.Tensor) or data is None:
                 raise TypeError(f"{name} is no tensor")
             tensors[name], shapes[name], offsets[name] = tensor, list(data.size), list(data.chunk.offsets)
-            results.append(WriteResult(item.index, tensor.nbytes, None))
         metadata = {"step": self._step, "files": size, "shapes": shapes, "offsets": offsets}
-        self.file = self._directory / f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
         with writing(self.file):
             write_tensors(self.file, tensors, metadata, kind=KIND)
-        self._say("its rows are written")
-        return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Nothing is left to be said: every file describes itself."""
+        """Nothing is left to do: there is no index beside the files."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -200,7 +200,8 @@ def _failure(path: Path, world: World) -> str | None:
         _verify(path, world.rank, world.size)
     except UserError as error:
         mine = str(error)
-    return next((failure for failure in world.each(mine, f"checking {path.name}") if failure is not None), None)
+    found = world.word(mine, f"checking {path.name}")
+    return None if found is None else found[1]
 
 
 def _verify(path: Path, first: int, every: int) -> None:

@@ -9,6 +9,17 @@ from __future__ import annotations
 
 from longread.parallel.rows import DividedRows
 from longread.parallel.state import Place, divide_state
-from longread.parallel.world import ALONE, DEADLINE, Launch, RankFailed, World, joined
+from longread.parallel.world import ALONE, DEADLINE, Launch, RankFailed, World, agreed, joined
 
-__all__ = ["ALONE", "DEADLINE", "DividedRows", "Launch", "Place", "RankFailed", "World", "divide_state", "joined"]
+__all__ = [
+    "ALONE",
+    "DEADLINE",
+    "DividedRows",
+    "Launch",
+    "Place",
+    "RankFailed",
+    "World",
+    "agreed",
+    "divide_state",
+    "joined",
+]

@@ -29,7 +29,9 @@ BETWEEN_QUESTIONS = 1e-4
 """Seconds; a step on a GPU takes a hundred times as long, and more."""
 _PLACE = "longread/place/"
 _UNSEEN = "not seen yet"
+_AGREED = "all ranks know it"
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 
 class RankFailed(UserError):
@@ -37,6 +39,12 @@ class RankFailed(UserError):
 
     is_said_elsewhere = False
     """By the rank that failed, at more length."""
+
+
+def agreed(error: E) -> E:
+    """Marks an error that all ranks raise or know of: a `World.together` around it asks nobody again."""
+    vars(error)[_AGREED] = True
+    return error
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ class World:
         except RankFailed:  # all know it
             raise
         except Exception as caught:
-            if self.size == 1:
+            if self.size == 1 or _AGREED in vars(caught):
                 raise
             error = caught
         try:
@@ -155,7 +163,7 @@ class World:
             if error is None:
                 raise
         if error is not None:
-            raise error
+            raise agreed(error)
         if found:
             failed = RankFailed(f"rank {found[0]} failed at {at}: {found[1]}")
             failed.is_said_elsewhere = True
