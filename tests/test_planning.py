@@ -137,8 +137,8 @@ def test_state_parallel_cuts_fast_mlps_and_their_activations() -> None:
     cut = layout.local(config.model)
     assert cut.num_fast_weights == config.model.num_fast_weights // 2
     assert cut.num_parameters == config.model.num_parameters - config.model.num_fast_weights // 2
-    assert state_bytes(config, layout).weights == 4 * cut.num_parameters
-    assert state_bytes(config, layout).moments == 8 * cut.num_parameters // 2  # two GPUs hold the same half
+    assert state_bytes(config, layout).weights == 4 * config.model.num_parameters  # each GPU keeps all and uses a part
+    assert state_bytes(config, layout).moments == 8 * config.model.num_parameters // 4
     assert (
         load_of(config, layout, GIB * 2).memory.activations
         == (graph_bytes(cut, "end-to-end", batch_size=4, context_length=40, itemsize=2, kernels=True)["none"])
@@ -285,7 +285,7 @@ def test_a_run_that_does_not_fit_says_what_would() -> None:
         "131,072 tokens with update replicated on 4 × h200 need 161.3 GiB of a GPU's 139.6 GiB by an"
     )
     found = options_of(said)
-    assert list(found) == ["--update shared", "--state-parallel 4", "--context-length 65536", "--only suffix"]
+    assert list(found) == ["--update shared", "--context-length 65536", "--only suffix"]
     assert max(found.values()) < 139.6
     assert found["--update shared"] == pytest.approx(planned("3b-extend", laid(4)).load.memory.total / GIB, abs=0.1)
     alone = options_of(refused("3b-extend", laid(1)))

@@ -39,6 +39,8 @@ VARIANTS: dict[str, tuple[RunConfig, Parallelism]] = {
     "static": (change(BASE, loss="static"), Parallelism()),
     "unclipped": (change(BASE, optimizer__clip=None, inner__clip=None), Parallelism()),
     "clipped": (change(BASE, optimizer__clip=0.01), Parallelism()),
+    "fast MLPs divided": (BASE, Parallelism(state=2)),
+    "fast MLPs divided, step by step": (change(BASE, recompute="step", micro_batch_size=2), Parallelism(state=2)),
     "the suffix alone": (change(BASE, trained_blocks=1), Parallelism()),
 }
 

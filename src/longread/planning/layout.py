@@ -55,8 +55,8 @@ class Layout:
 
     @property
     def sharing(self) -> int:
-        """GPUs of a node that hold the same parameters, and so can divide them."""
-        return self.gpus // self.parallelism.state
+        """GPUs of a node, which all hold the same parameters, and so can divide their rows."""
+        return self.gpus
 
     @property
     def shards(self) -> int:

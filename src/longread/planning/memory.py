@@ -67,7 +67,7 @@ def groups_of(model: ModelConfig) -> Groups:
 
 def state_bytes(config: RunConfig, layout: Layout) -> GpuMemory:
     """Everything but activations, which are 0 here."""
-    model = layout.local(config.model)
+    model = config.model
     held, trained = model.num_parameters, num_trained(model, config.trained_blocks)
     shards = layout.shards
     if layout.parallelism.update == "fully-sharded" and shards > 1:
@@ -82,8 +82,8 @@ def state_bytes(config: RunConfig, layout: Layout) -> GpuMemory:
             PROCESS,
             0,
         )
-    summed = GRADIENT * trained // shards if layout.data_ranks > 1 else 0
-    bucket = max(BUCKET_BYTES, GRADIENT * model.vocab_size * model.width) if layout.data_ranks > 1 else 0
+    summed = GRADIENT * trained // shards if layout.all_gpus > 1 else 0
+    bucket = max(BUCKET_BYTES, GRADIENT * model.vocab_size * model.width) if layout.all_gpus > 1 else 0
     return GpuMemory(
         WEIGHT * held,
         GRADIENT * trained + summed,

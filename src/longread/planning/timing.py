@@ -78,7 +78,7 @@ def collective_seconds(size: float, ranks: int, rate: float, count: int = 1) -> 
 
 def _travelling(config: RunConfig, layout: Layout, gpu: Gpu, load: Load) -> tuple[float, float]:
     """Seconds within a node and between nodes: gradients come together, new values or weights go round."""
-    model, ranks, nodes = layout.local(config.model), layout.sharing, layout.nodes
+    model, ranks, nodes = config.model, layout.sharing, layout.nodes
     gradient = GRADIENT * num_trained(model, config.trained_blocks)
     pieces = math.ceil(gradient / BUCKET_BYTES)
     between = 2 * collective_seconds(gradient / ranks, nodes, gpu.network, pieces)

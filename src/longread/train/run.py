@@ -34,7 +34,7 @@ from longread import checkpoint, files, record
 from longread.config import Parallelism, RunConfig, UserError
 from longread.data import Sampler, TokenDataset
 from longread.model import Transformer, find_device
-from longread.parallel import DEADLINE, World, joined
+from longread.parallel import DEADLINE, World, divide_state, joined
 from longread.train.agreement import RUN_FILE, data_identity, refuse_other_config, refuse_other_data
 from longread.train.beginning import (
     TOKENIZER_FILES,
@@ -241,9 +241,17 @@ class _Run:
             self.initial = fill_first_weights(
                 self.model, initial, begun, out=self.out, tokenizer_fingerprint=fingerprint, has_checkpoint=there
             )
+        place = divide_state(self.world, self.config.model, self.parallelism.state, self.device)
+        self.model.state_group = place.group
         self.rows = divided(self.model, self.parallelism, self.world, self.device)
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.rows)
-        self.exact = settled(self.share.of_config(self.config), self.device, self.world, divided=self.rows.count)
+        self.exact = settled(
+            self.share.of_config(self.config),
+            self.device,
+            self.world,
+            whole=self.config.model,
+            divided=self.rows.count,
+        )
         found = None if newest is None else checkpoint.read_checkpoint(newest, self.world, self.rows)
         with self.world.together("going on from the checkpoint"):
             if found is not None:

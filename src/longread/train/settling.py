@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from longread.config import Precision, RunConfig, UserError
+from longread.config import ModelConfig, Precision, RunConfig, UserError
 from longread.model import free_bytes
 from longread.outer_loop import activation_budget, fit, graph_bytes
-from longread.parallel import ALONE, World
+from longread.parallel import World
 from longread.train.agreement import ROUNDING
 
 
@@ -26,18 +26,23 @@ def precision_of(config: RunConfig, device: torch.device) -> Precision:
     return config.precision
 
 
-def settled(config: RunConfig, device: torch.device, world: World = ALONE, *, divided: int = 1) -> RunConfig:
-    """`config`, of one rank's share of a batch, with what it leaves open decided by what is free now on every rank.
+def settled(config: RunConfig, device: torch.device, world: World, *, whole: ModelConfig, divided: int) -> RunConfig:
+    """`config`, of one rank's share of the work, with what it leaves open decided by what is free now on every rank.
 
-    Warns if nothing fits. `divided` as in `activation_budget`.
+    Warns if nothing fits.
+
+    Args:
+        whole: the network of the run, of which `config` has this rank's part.
+        divided: as in `activation_budget`.
     """
     precision = precision_of(config, device)
     free = free_bytes(device) / (1 if device.type == "cuda" else world.launch.local_size)
+    budget = activation_budget(free, whole, config.trained_blocks, divided=divided)
     found = fit(
         config,
         itemsize=_itemsize(precision),
         kernels=device.type == "cuda",
-        budget=-world.agree(-activation_budget(free, config.model, config.trained_blocks, divided=divided))[0],
+        budget=-world.agree(-budget, at="what memory is free")[0],
     )
     if found.missing:
         warnings.warn(

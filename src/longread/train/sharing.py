@@ -46,12 +46,15 @@ class Share:
         return sampler.batch(step, self.index, self.count)
 
     def of_config(self, config: RunConfig) -> RunConfig:
-        """`config` for one share: of fewer sequences."""
+        """`config` for one rank: fewer sequences, and its part of the hidden units of fast MLPs."""
+        model = config.model
+        if self.copies > 1:
+            model = dataclasses.replace(model, fast_hidden=model.fast_mlp_hidden // self.copies)
         size = config.batch_size // self.count
         micro = config.micro_batch_size
         if micro is not None:
             micro = next(n for n in range(min(micro, size), 0, -1) if size % n == 0)
-        return dataclasses.replace(config, batch_size=size, micro_batch_size=micro)
+        return dataclasses.replace(config, model=model, batch_size=size, micro_batch_size=micro)
 
 
 WHOLE = Share()
