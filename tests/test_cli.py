@@ -37,7 +37,8 @@ COMMAND_LINE = {
     "prepare": "SOURCE --out --tokenizer --train-tokenizer --documents --validation-fraction --field --exclude "
     "--vocab-size --bos-id --array-tokens --stretch --encoding --errors --keep-line-ends --overwrite --json --quiet",
     "train": "RECIPE --data --out --method --context-length --steps --tokens --lr --batch-size --window --mini-batch "
-    "--only --validation --init --resume --seed --set --tracker --device --json --quiet",
+    "--only --validation --init --resume --seed --set --update --state-parallel --deadline --tracker --device "
+    "--json --quiet",
     "read": "FILE --model --device --encoding --errors --keep-line-ends --markup --session --save --resume "
     "--save-every --control --learn --json --quiet --report",
     "generate": "--model --device --session --prompt --prompt-file --interactive --max-tokens --temperature --top-p "
@@ -55,8 +56,8 @@ COMMAND_LINE = {
     "demo": "FILE --model --device --tokens",
     "convert": "SOURCE DIR --to --drop-fast --window --mini-batch --suffix --fast-hidden --scheme --dtype --tokenizer "
     "--size",
-    "bench": "WORK --sizes --methods --contexts --sequences --repeats --profile --from --json --report --plots "
-    "--device",
+    "bench": "WORK --sizes --methods --contexts --sequences --gpus --update --repeats --profile --from --json --report "
+    "--plots --device",
     "serve": "--model --device --learn --directory --name --host --port --keys --device-memory --host-memory --disk "
     "--max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends --limit",
     "think": "ACTION",

@@ -3,6 +3,8 @@
 cases     what is measured, and what of it makes sense
 gate      small networks against float64, in the timed precision
 training  a step of `longread train`, and the first one of a process
+parallel  a step on several GPUs, beside the same load on one
+ranks     what one of several processes measures
 prefill   reading a context
 decode    writing after a context
 profile   where the time goes

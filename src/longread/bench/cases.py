@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from longread.config import RunConfig, UserError
+from longread.config import RunConfig, Update, UserError
 from longread.recipes import PRETRAINING_CONTEXT, SIZES, Method, recipe
 
 MEASURES = {
@@ -17,14 +17,19 @@ MEASURES = {
     "decode": "decode_tokens_per_s",
 }
 """Work, and what its rows call it."""
+PARALLEL = "parallel_train_tokens_per_s"
+"""What rows call training on several GPUs, all of them together."""
 UNITS = {
     "train_tokens_per_s": "tokens/s",
+    PARALLEL: "tokens/s",
     "first_step_s": "s",
     "prefill_ms_per_1k": "ms",
     "decode_tokens_per_s": "tokens/s",
 }
 METHODS = ("e2e", "swa", "full")
 SIZE_NAMES = ("toy", "small", *SIZES)
+UPDATES: tuple[Update, ...] = ("shared", "replicated")
+MOST_GPUS = 16
 LONGEST = 2**24
 """Tokens of a context, and of a training step."""
 LONGEST_CACHE = 131_072
@@ -49,6 +54,10 @@ class Case:
     size: str
     context: int
     sequences: int = 1
+    """Of one training step, on each GPU."""
+    gpus: int = 1
+    update: Update = "shared"
+    """Of several GPUs, see `longread.config.Parallelism`."""
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -65,17 +74,24 @@ class Case:
                 f"{self.sequences} sequences of {self.context} tokens are more than {LONGEST} tokens a step; "
                 "lower --sequences"
             )
+        if self.gpus > 1 and self.work != "train":
+            raise UserError(f"{self.work} is measured on one GPU; leave --gpus out, or choose train")
+        if self.gpus > MOST_GPUS:
+            raise UserError(f"--gpus {self.gpus} is more than the {MOST_GPUS} of a machine; lower it")
+        if self.update not in UPDATES:
+            raise UserError(f"--update {self.update} cannot be measured yet; choose from {', '.join(UPDATES)}")
         if self.work in ("train", "first-step") and self.fits_cache:
             _ = self.config  # refuses a context that is no multiple of the mini-batch
 
     def __str__(self) -> str:
         many = f" × {self.sequences}" if self.sequences > 1 else ""
-        return f"{self.work} {self.size} {self.method} {self.context}{many}"
+        where = f" on {self.gpus} GPUs, {self.update}" if self.gpus > 1 else ""
+        return f"{self.work} {self.size} {self.method} {self.context}{many}{where}"
 
     @property
     def measure(self) -> str:
         """As rows call it."""
-        return MEASURES[self.work]
+        return MEASURES[self.work] if self.gpus == 1 else PARALLEL
 
     @property
     def fits_cache(self) -> bool:
@@ -97,8 +113,11 @@ class Case:
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> Case:
         """The case that a row is about."""
+        about = row["method"], row["size"], row["context"], row["sequences"]
+        if row["measure"] == PARALLEL:
+            return cls("train", *about, row["gpus"], row["update"])
         work = next((work for work, measure in MEASURES.items() if measure == row["measure"]), row["measure"])
-        return cls(work, row["method"], row["size"], row["context"], row["sequences"])
+        return cls(work, *about)
 
 
 def plan(
@@ -109,6 +128,8 @@ def plan(
     methods: Sequence[str] = (),
     contexts: Sequence[int] = (),
     sequences: int | None = None,
+    gpus: int = 1,
+    update: Update = "shared",
 ) -> list[Case]:
     """All cases of what is asked for, in the order in which they are measured; what is not said has a default.
 
@@ -117,11 +138,11 @@ def plan(
     """
     cases = []
     for size in dict.fromkeys(sizes or (("125m", "760m", "3b") if gpu else ("toy",))):
-        for work in dict.fromkeys(works or MEASURES):
+        for work in dict.fromkeys(works or (MEASURES if gpus == 1 else ("train",))):
             lengths = sorted(set(contexts)) or list((_ON_A_GPU if gpu else _ON_A_CPU).get(work, ()))
             for context in lengths[:1] if work == "first-step" else lengths or [0]:
                 for method in dict.fromkeys(methods or METHODS):
                     training = work in ("train", "first-step")
                     count = sequences or max(1, _TOKENS_A_STEP.get(size, 0) // max(1, context)) if training else 1
-                    cases.append(Case(work, method, size, context, count))
+                    cases.append(Case(work, method, size, context, count, gpus, update))
     return cases

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 
-from longread.bench.cases import MEASURES, METHODS, Case
+from longread.bench.cases import MEASURES, METHODS, PARALLEL, Case
 from longread.bench.machine import Machine
 from longread.bench.rows import Row
 from longread.bench.run import Outcome
@@ -20,6 +20,10 @@ TITLES = {
     "prefill": "Prefill",
     "decode": "Decoding, greedy",
 }
+_PARALLEL_NOTES = (
+    "Steps of `longread train` in as many processes, votes of the ranks included, by the slowest rank of each; then, "
+    "in the same processes, the same load on one GPU while the others wait. n measurements, their median and range."
+)
 
 
 def seconds_per_token(row: Row) -> float:
@@ -40,7 +44,7 @@ def work_per_token(row: Row) -> float:
 
 def share_of_peak(row: Row, machine: Machine) -> float:
     """Of the measured product's rate, or of the measured bandwidth where tokens are written."""
-    rate = work_per_token(row) / seconds_per_token(row)
+    rate = work_per_token(row) / seconds_per_token(row) / row.get("gpus", 1)
     return rate / (machine.bandwidth if row["measure"] == "decode_tokens_per_s" else machine.flops)
 
 
@@ -63,6 +67,8 @@ def markdown(outcome: Outcome, *, command: str, hardware: object, title: str = "
         rows = [row for row in outcome.rows if row["measure"] == measure]
         if rows:
             parts += [f"## {TITLES[work]}", _notes(work, outcome), _table(work, rows, outcome)]
+    if rows := [row for row in outcome.rows if row["measure"] == PARALLEL]:
+        parts += ["## Training on several GPUs", _PARALLEL_NOTES, _parallel_table(rows)]
     if outcome.failures:
         parts += ["## Not measured", "\n".join(f"- {case}: {reason}" for case, reason in outcome.failures)]
     if outcome.profiles:
@@ -138,7 +144,7 @@ def _table(work: str, rows: Sequence[Row], outcome: Outcome) -> str:
                 ("% of peak", lambda row: f"{100 * share_of_peak(row, machine):.1f}"),
                 ("× floor", lambda row: f"{1 / share_of_peak(row, machine):.2f}"),
             ]
-    columns.append(("peak GiB", lambda row: "" if row["peak_gib"] is None else str(row["peak_gib"])))
+    columns.append(("peak GiB", lambda row: _gib(row["peak_gib"])))
     if any("recompute" in row for row in rows):
         columns.append(("computed again", lambda row: row.get("recompute", "")))
     ordered = sorted(rows, key=lambda row: (row["context"], METHODS.index(row["method"])))
@@ -146,6 +152,34 @@ def _table(work: str, rows: Sequence[Row], outcome: Outcome) -> str:
     lines = [[name for name, _ in columns], ["---"] + ["--:"] * (len(columns) - 1)]
     lines += [[cell(row) for _, cell in columns] for row in ordered]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _parallel_table(rows: Sequence[Row]) -> str:
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("size", lambda row: row["size"]),
+        ("context", lambda row: f"{row['context']:,}"),
+        ("sequences a GPU", lambda row: str(row["sequences"])),
+        ("method", lambda row: NAMES[row["method"]]),
+        ("GPUs", lambda row: str(row["gpus"])),
+        ("update", lambda row: row["update"]),
+        ("tokens/s", lambda row: f"{row['value']:,.6g}"),
+        ("range", _spread),
+        ("n", lambda row: str(row["n"])),
+        ("one GPU", lambda row: "" if row["one_gpu"] is None else f"{row['one_gpu']:,.6g}"),
+        ("range", lambda row: _spread({"spread": row["one_gpu_spread"]})),
+        ("ratio", lambda row: _number(row["ratio"])),
+        ("peak GiB a GPU", lambda row: _gib(row["peak_gib"])),
+        ("by the estimate", lambda row: _gib(row["estimated_gib"])),
+        ("peak of one GPU", lambda row: _gib(row["one_gpu_peak_gib"])),
+        ("computed again", lambda row: row["recompute"]),
+    ]
+    lines = [[name for name, _ in columns], ["---"] + ["--:"] * (len(columns) - 1)]
+    lines += [[cell(row) for _, cell in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _gib(size: float | None) -> str:
+    return "" if size is None else str(size)
 
 
 def _spread(row: Row) -> str:

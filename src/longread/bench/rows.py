@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longread import record
-from longread.bench.cases import UNITS, Case
+from longread.bench.cases import PARALLEL, UNITS, Case
 from longread.bench.machine import versions
 from longread.config import UserError
 from longread.files import atomic_files
@@ -33,7 +33,7 @@ KEYS = (
     "versions",
 )
 _IDENTITY = KEYS[:5]
-_DIGITS = {"train_tokens_per_s": 1, "first_step_s": 2, "prefill_ms_per_1k": 3, "decode_tokens_per_s": 2}
+_DIGITS = {"train_tokens_per_s": 1, PARALLEL: 1, "first_step_s": 2, "prefill_ms_per_1k": 3, "decode_tokens_per_s": 2}
 
 
 def make_row(
@@ -72,7 +72,7 @@ def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return *(row[key] for key in _IDENTITY), row["versions"].get("device")
+    return *(row[key] for key in _IDENTITY), row.get("gpus"), row.get("update"), row["versions"].get("device")
 
 
 def read_rows(path: str | Path, *, missing_ok: bool = False) -> list[Row]:

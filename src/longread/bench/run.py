@@ -12,9 +12,11 @@ from longread.bench.cases import LONGEST_CACHE, Case
 from longread.bench.decode import measure_decode
 from longread.bench.gate import GateFailed, Verdict, check_gradients, check_scores
 from longread.bench.machine import Machine, free_memory, measure_machine
+from longread.bench.parallel import measure_parallel
 from longread.bench.prefill import measure_prefill
 from longread.bench.rows import Row
 from longread.bench.training import measure_first_step, measure_training
+from longread.config import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ def run_cases(
         except GateFailed as error:
             outcome.red = True
             outcome.failures.append((case, f"RED, no time taken: {error}"))
+        except UserError:
+            raise
         except Exception as error:  # the cases after it, and the rows before it, are worth more than a traceback
             logger.warning("%s failed", case, exc_info=True)
             outcome.red = True
@@ -101,7 +105,10 @@ def _gate(
 
 def _measure(case: Case, device: torch.device, repeats: int, profile: bool, outcome: Outcome) -> Row:
     text = None
-    if case.work == "train":
+    if case.gpus > 1:
+        row, verdict = measure_parallel(case, device, repeats=repeats)
+        outcome.verdicts.append(verdict)
+    elif case.work == "train":
         row, text = measure_training(case, device, repeats=repeats, profile=profile)
     elif case.work == "first-step":
         row = measure_first_step(case, device)

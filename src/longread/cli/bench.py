@@ -3,6 +3,7 @@
 Example:
   longread bench
   longread bench train prefill --sizes 3b --contexts 8192 131072 --json h200.json --report h200.md
+  longread bench train --gpus 2 --sizes 760m --contexts 8192 --json h200.json
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="toy, small; 125m, 350m, 760m, 1.3b, 3b")
     parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="e2e, swa, full (default all)")
     parser.add_argument("--contexts", nargs="+", type=positive, default=[], metavar="T", help="tokens of context")
-    parser.add_argument("--sequences", type=positive, metavar="B", help="of one training step (default by size)")
+    parser.add_argument(
+        "--sequences", type=positive, metavar="B", help="of one training step, on each GPU (default by size)"
+    )
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="train on so many GPUs of this machine")
+    parser.add_argument(
+        "--update", choices=("shared", "replicated"), default="shared", help="what several GPUs divide (default shared)"
+    )
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="measurements of each (default 5)")
     parser.add_argument("--profile", action="store_true", help="also tell where the time goes")
     parser.add_argument("--from", dest="source", metavar="FILE", help="measure nothing; take the rows of a --json FILE")
@@ -74,6 +81,8 @@ def _measured(options: argparse.Namespace, before: list[dict[str, object]]) -> O
         methods=options.methods,
         contexts=options.contexts,
         sequences=options.sequences,
+        gpus=options.gpus,
+        update=options.update,
     )
     rows: list[dict[str, object]] = []
 
