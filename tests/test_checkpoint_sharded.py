@@ -89,19 +89,19 @@ def writer(run: Path, count: int) -> CheckpointWriter:
     return CheckpointWriter(run, world(), divided(count))
 
 
-def begin(saving: CheckpointWriter, step: int, count: int) -> None:
+def begin(saving: CheckpointWriter, step: int, rows: DividedRows) -> None:
     saving.save(
         step,
         model=make_model(step),
         inner=INNER,
-        optimizer=own(divided(count), step),
+        optimizer=own(rows, step),
         state={"tokens": 10 * step},
         tokenizer_fingerprint="abc",
     )
 
 
 def save(run: Path, step: int, count: int) -> Path | None:
-    begin(writer(run, count), step, count)
+    begin(writer(run, count), step, divided(count))
     return writer(run, count).wait()
 
 
@@ -285,10 +285,10 @@ def refused(run: Path, function: str, rank: int) -> tuple[str, bool, str]:
     with pytest.MonkeyPatch.context() as patch:
         if world().rank == rank:
             patch.setattr(function, full)
-        begin(saving, 3, SIZE)
+        begin(saving, 3, divided(SIZE))
         said = ""
         try:
-            begin(saving, 4, SIZE)
+            begin(saving, 4, divided(SIZE))
         except UserError as error:
             said = f"{type(error).__name__}: {error}"
     world().agree(0, at="the error")
@@ -340,28 +340,71 @@ def test_a_copy_that_fails_on_one_rank_fails_on_all(ranks: Ranks, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def not_shared(run: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        if world().rank == 1:
+            patch.setattr(Path, "is_dir", lambda path: False)
+        begin(writer(run, SIZE), 1, divided(SIZE))
+        with pytest.raises(UserError) as caught:
+            writer(run, SIZE).wait()
+    return str(caught.value)
+
+
+def test_machines_that_see_different_directories_are_told(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks.run(not_shared, tmp_path)
+    assert found[1].startswith(f"{tmp_path}/checkpoints is not what rank 0 sees there")
+    assert found[0] == found[2] == f"rank 1 failed at finding the directory of rank 0: {found[1]}"
+
+
+def standing_still(run: Path) -> str:
+    """Rank 1 does not come to an end with its rows before the others have given up."""
+    few, rows, given_up = World(Launch.from_environment(), deadline=4), divided(SIZE), threading.Event()
+    saving, real = CheckpointWriter(run, few, rows), storage.write_tensors
+
+    def still(*args: Any, **kwargs: Any) -> None:
+        given_up.wait(20)
+        real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if few.rank == 1:
+            patch.setattr(storage, "write_tensors", still)
+        begin(saving, 3, rows)
+        for rank in (0, 1):  # rank 1 last
+            if (few.rank == 1) == (rank == 1):
+                given_up.set()
+                with pytest.raises(RankFailed) as caught:
+                    saving.wait()
+            world().agree(0, at="the end of a test")
+    return str(caught.value)
+
+
 def gone(run: Path, answer: Path) -> None:
     """Rank 1 ends in the middle of writing."""
-    alone = World(Launch.from_environment(), deadline=20)
+    both = World(Launch.from_environment(), deadline=20)
     rows = DividedRows(parameters(), row_mesh(2, 2, "cpu"))
-    saving = CheckpointWriter(run, alone, rows)
-    if alone.rank == 1:
+    saving = CheckpointWriter(run, both, rows)
+    if both.rank == 1:
         storage.write_tensors = lambda *args, **kwargs: os._exit(1)  # type: ignore[assignment]
-    saving.save(3, model=make_model(3), inner=INNER, optimizer=own(rows, 3), state={})
-    try:
+    begin(saving, 3, rows)
+    with pytest.raises(RankFailed) as caught:
         saving.wait()
-    except RankFailed as error:
-        answer.write_text(str(error))
+    answer.write_text(str(caught.value))
 
 
-def test_a_rank_that_ends_while_it_writes_is_named_and_nothing_is_committed(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["ends", "stands still"])
+def test_a_rank_that_is_lost_while_it_writes_is_named_and_nothing_is_committed(
+    ranks: Ranks, saved: Path, tmp_path: Path, how: str
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(saved, run)
-    (tmp_path / "meeting").mkdir()
-    with Ranks(2, tmp_path / "meeting") as two, pytest.raises(EOFError):
-        two.run(gone, run, tmp_path / "answer")
-    said = (tmp_path / "answer").read_text()
-    assert said.startswith("rank 0 waited at step 3, the rows of the others, for rank 1 (step 3, writing its rows): ")
+    if how == "ends":
+        (tmp_path / "meeting").mkdir()
+        with Ranks(2, tmp_path / "meeting") as two, pytest.raises(EOFError):
+            two.run(gone, run, tmp_path / "answer")
+        said = (tmp_path / "answer").read_text()
+    else:
+        said = ranks.run(standing_still, run)[0]
+    assert said.startswith("rank 0 waited at step 3, the rows of the others, for rank 1 (step 3, writing its rows)")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
     assert checkpoint.newest_checkpoint(run) == run / "checkpoints" / "step-00000002"
 

@@ -125,13 +125,14 @@ class CheckpointWriter:
     def wait(self) -> Path | None:
         """Returns `newest` once the save under way is finished; all ranks together. Raises what made it fail, once."""
         underway, error = self._thread is not None, self._finished()
-        try:
-            found = self._world.word(None if error is None else str(error), _PLACE) if underway else None
+        if underway and not _is_of_a_rank_gone(error):
+            try:
+                found = self._world.word(None if error is None else str(error), _PLACE)
+            except RankFailed as gone:
+                error, found = error or gone, None
             if found is not None and error is None:
                 error = failed = RankFailed(f"rank {found[0]} failed at {_PLACE}: {found[1]}")
                 failed.is_said_elsewhere = True
-        except RankFailed as gone:
-            error = error or gone
         if error is not None:
             raise agreed(error)
         return self.newest
@@ -152,6 +153,11 @@ class CheckpointWriter:
             self.wait()
         elif failure := self._finished():  # the other ranks may be anywhere
             error.add_note(f"The checkpoint under way was not written either: {failure}")
+
+
+def _is_of_a_rank_gone(error: BaseException | None) -> bool:
+    """Whether ranks waited in vain, so that nothing can be asked of them."""
+    return isinstance(error, RankFailed) and not error.is_said_elsewhere
 
 
 def _staged(model: Transformer, weights: Mapping[str, Tensor] | None) -> Transformer:
