@@ -12,14 +12,15 @@ import math
 from typing import NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from longread.config import Loss, MetaGradient, Recompute
+from longread.config import Loss, MetaGradient, Recompute, UserError
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.step import Carry, Scan, from_matrices, matrices, mini_batch_loss, scan
 from longread.model import FastWeights, Transformer
 from longread.outer_loop.memory import Schedule, choose_recompute
 from longread.outer_loop.segments import run_again
+from longread.parallel import is_divided
 
 
 class OuterLoss(NamedTuple):
@@ -76,6 +77,7 @@ def static_loss(
     """
     M = model.config.mini_batch_size
     _check_length(input_ids, M)
+    _refuse_divided(model)
     again = _settled(recompute, "static", model, input_ids) != "none"
     lower, upper = model.empty_pasts(input_ids.shape[0])
     hidden, _ = model.lower(input_ids, lower, start=0, recompute=again)
@@ -122,6 +124,7 @@ def end_to_end_loss(
     """
     M = model.config.mini_batch_size
     _check_length(input_ids, M)
+    _refuse_divided(model)
     if meta_gradient not in get_args(MetaGradient):
         raise ValueError(f"meta_gradient is {meta_gradient!r}; it must be one of {', '.join(get_args(MetaGradient))}")
     if truncate_after is not None and truncate_after < 1:
@@ -191,6 +194,14 @@ def _check_length(input_ids: Tensor, mini_batch_size: int) -> None:
     T = input_ids.shape[1]
     if T == 0 or T % mini_batch_size:
         raise ValueError(f"{T} tokens are no multiple of the mini-batch of {mini_batch_size}; pad or cut the sequences")
+
+
+def _refuse_divided(model: Transformer) -> None:
+    """Only the prefix may gather parameters as it goes. A part used as if it were whole would raise somewhere below, or
+    lose its gradient: segments do not tell a parameter that gets none from one that is out of sight."""
+    seen: list[nn.Module] = [model.embedding, *model.suffix, model.final_norm, *([model.head] if model.head else [])]
+    if any(is_divided(parameter) for module in seen for parameter in module.parameters()):
+        raise UserError("the model's parameters are divided among ranks; compute its loss by longread.train.meta_step")
 
 
 def _cut(carry: Carry, initial: FastWeights) -> Carry:

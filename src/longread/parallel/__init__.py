@@ -1,12 +1,14 @@
 """Several processes that train one model, as `torchrun` starts them; one process alone is the identity.
 
 world   who takes part, what they decide together, and who is late
-state   neighbours that read the same sequences and divide the hidden units of the fast MLPs
 rows    parameters whose rows are divided: gradients come together, new values go round
+fully_sharded   parameters of which each rank holds its rows alone (FSDP2)
+state   neighbours that read the same sequences and divide the hidden units of the fast MLPs
 """
 
 from __future__ import annotations
 
+from longread.parallel.fully_sharded import FullySharded, fill_rows, is_divided, whole_tensors
 from longread.parallel.rows import DividedRows
 from longread.parallel.state import Place, divide_state
 from longread.parallel.world import ALONE, DEADLINE, Launch, RankFailed, World, agreed, joined
@@ -15,11 +17,15 @@ __all__ = [
     "ALONE",
     "DEADLINE",
     "DividedRows",
+    "FullySharded",
     "Launch",
     "Place",
     "RankFailed",
     "World",
     "agreed",
     "divide_state",
+    "fill_rows",
+    "is_divided",
     "joined",
+    "whole_tensors",
 ]

@@ -3,6 +3,7 @@
 optimizer   AdamW, clipping by global norm, the state of both by parameter name
 gradient    the meta-gradient of one batch, accumulated over micro-batches
 captured    the same as one CUDA graph
+meta_step   the same where parameters are divided among ranks: the outer loss as one `forward`
 sharing     what of a run is a rank's: its share of each batch, the rows that it steps
 outer_step  one step of all ranks: gradients, votes, the sum, the update; less at a time where memory runs out
 quarantine  batches that are not finite, kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,19 +42,26 @@ def accumulate_gradient(
     part counts by its sequences that have a target. Nothing here waits for the device. Raises `StepLeft` when
     `stopped()` between two of them.
     """
-    size = config.micro_batch_size or batch.input_ids.shape[0]
     total = num_counted(batch.loss_mask)
-    losses, norms = [], []
-    for start in range(0, batch.input_ids.shape[0], size):
-        if start and stopped():
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+    for part, _ in micro_batches(batch, config.micro_batch_size):
+        if losses and stopped():
             raise StepLeft
-        part = Batch(*(tensor[start : start + size] for tensor in batch))
-        outer = _outer_loss(model, config, part, inner_lr)
+        outer = outer_loss(model, config, part, inner_lr)
         loss = outer.loss * num_counted(part.loss_mask) / total
         loss.backward()
         losses.append(loss.detach())
         norms.append(outer.inner_grad_norm.detach())
     return BatchGradient(torch.stack(losses).sum(), torch.cat(norms))
+
+
+def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, bool]]:
+    """`size` sequences at a time, or all at once; and whether they are the last."""
+    count = batch.input_ids.shape[0]
+    for start in range(0, count, size or count):
+        end = start + (size or count)
+        yield Batch(*(tensor[start:end] for tensor in batch)), end >= count
 
 
 class InnerSums(NamedTuple):
@@ -86,7 +93,8 @@ def inner_sums(norms: Tensor, loss_mask: Tensor, clip: float | None) -> InnerSum
     return InnerSums(len(norms), norms.sum().item(), int((norms > (math.inf if clip is None else clip)).sum()))
 
 
-def _outer_loss(model: Transformer, config: RunConfig, batch: Batch, inner_lr: float | Tensor) -> OuterLoss:
+def outer_loss(model: Transformer, config: RunConfig, batch: Batch, inner_lr: float | Tensor) -> OuterLoss:
+    """The loss that `config` says, of all sequences of `batch` at once."""
     if config.loss == "static":
         return static_loss(model, *batch, recompute=config.recompute)
     return end_to_end_loss(
