@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longread.bench import read_rows
-from longread.cli import main
+from longread.cli import estimate, main
 from longread.config import OptimizerConfig, Parallelism, RunConfig, UserError
 from longread.flops import recomputed_flops, training_flops
 from longread.model import Transformer
@@ -403,3 +404,27 @@ def test_a_refused_context_can_be_planned(capsys: pytest.CaptureFixture[str]) ->
     """What the refusal proposes for a recipe of pre-training, at as many tokens a step."""
     found = figures(capsys, "3b", "--train", "--gpus", "8", "--context-length", "4096")
     assert next(iter(found)).startswith("3b-e2e on 8 × h200, update shared: 256 × 4,096 tokens a")
+
+
+# The page.
+
+
+def test_the_page_shows_what_the_command_and_the_script_print(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.scaling_prediction import tables
+
+    page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+    (command,) = re.findall(r"^longread (estimate .*)$", page, re.MULTILINE)
+    assert command in str(estimate.__doc__)
+    assert main(command.split()) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert f"\n    {line}\n" in page
+    for table in tables(H200):
+        assert f"\n\n{table}\n\n" in page
+
+
+def test_predictions_take_as_little_state_parallelism_as_they_can() -> None:
+    from benchmarks.scaling_prediction import of_whole_batch, run_of
+
+    found = {count: of_whole_batch(run_of("3b", 131_072), count, H200) for count in (8, 64, 128, 256)}
+    assert [plan and plan.layout.parallelism.state for plan in found.values()] == [1, 4, 8, None]
+    assert [plan and plan.layout.all_gpus for plan in found.values()] == [8, 64, 128, None]

@@ -54,14 +54,9 @@ class Layout:
         return self.all_gpus // self.parallelism.state
 
     @property
-    def sharing(self) -> int:
-        """GPUs of a node, which all hold the same parameters, and so can divide their rows."""
-        return self.gpus
-
-    @property
     def shards(self) -> int:
         """Parts that the moments of AdamW are divided into."""
-        return 1 if self.parallelism.update == "replicated" else self.sharing
+        return 1 if self.parallelism.update == "replicated" else self.gpus
 
     def share(self, config: RunConfig) -> int:
         """Sequences of a step on each GPU. Raises `UserError` if they do not divide."""
@@ -76,7 +71,8 @@ class Layout:
         return config.batch_size // ranks
 
     def local(self, model: ModelConfig) -> ModelConfig:
-        """The network as one GPU holds it: 1 / P of the hidden units of each fast MLP, all else whole.
+        """The network as one GPU computes it: 1 / P of the hidden units of each fast MLP, all else whole. What it holds
+        of parameters and moments does not depend on P.
 
         Raises `UserError` if they do not divide, or there are none.
         """

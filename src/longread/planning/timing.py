@@ -52,7 +52,7 @@ def step_seconds(config: RunConfig, layout: Layout, gpu: Gpu, load: Load) -> Ste
     model, tokens = layout.local(config.model), layout.share(config) * config.context_length
     work = training_flops(model, config.context_length, config.loss)
     work += recomputed_flops(model, config.context_length, config.loss, load.recompute)
-    trained = num_trained(model, config.trained_blocks)
+    trained = num_trained(config.model, config.trained_blocks)
     within, between = _travelling(config, layout, gpu, load)
     return StepSeconds(
         compute=work * tokens / (utilisation(config).share * gpu.flops),
@@ -78,7 +78,7 @@ def collective_seconds(size: float, ranks: int, rate: float, count: int = 1) -> 
 
 def _travelling(config: RunConfig, layout: Layout, gpu: Gpu, load: Load) -> tuple[float, float]:
     """Seconds within a node and between nodes: gradients come together, new values or weights go round."""
-    model, ranks, nodes = config.model, layout.sharing, layout.nodes
+    model, ranks, nodes = config.model, layout.gpus, layout.nodes
     gradient = GRADIENT * num_trained(model, config.trained_blocks)
     pieces = math.ceil(gradient / BUCKET_BYTES)
     between = 2 * collective_seconds(gradient / ranks, nodes, gpu.network, pieces)
