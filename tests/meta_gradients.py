@@ -62,15 +62,17 @@ class Found:
         return max(((found - exact).norm() / exact.norm()).item() for found, exact in pairs)
 
 
-def make(dtype: torch.dtype) -> Transformer:
-    """The same weights in each type, away from where gains are 1."""
+def make(dtype: torch.dtype, device: str = "cpu") -> Transformer:
+    """The same weights in each type, away from where gains are 1. bfloat16: of the products, over float32."""
     sizes = {"width": 32, "mini_batch_size": M, "window_size": 24, "mlp_hidden": 40, "fast_hidden": 24}
     model = tiny.make(dtype=torch.float32, **sizes)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model.to(dtype)
+    if dtype == torch.bfloat16:
+        model.compute_dtype, dtype = dtype, torch.float32
+    return model.to(device, dtype)
 
 
 def batch() -> Batch:
@@ -104,9 +106,9 @@ def config(model: Transformer, case: Case) -> RunConfig:
     return dataclasses.replace(found, micro_batch_size=case.micro_batch_size)
 
 
-def alone(case: Case, dtype: torch.dtype = torch.float64) -> Found:
+def alone(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Found:
     """By one process."""
-    model = make(dtype)
-    found = accumulate_gradient(model, config(model, case), batch(), inner_lr=0.7)
+    model = make(dtype, device)
+    found = accumulate_gradient(model, config(model, case), batch().to(device), inner_lr=0.7)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Found(gradients, found.loss.item(), found.inner_grad_norm)

@@ -1,4 +1,4 @@
-"""Ranks for tests: processes that stay, joined over gloo, and run one function together."""
+"""Ranks for tests: processes that stay, joined with one another, and run one function together."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from typing import Any, Self
 class Ranks:
     """`size` processes; use it in a `with`. A rank that fails ends them all: the others may wait for it."""
 
-    def __init__(self, size: int, directory: Path) -> None:
-        """`directory` is where they meet; a new one."""
+    def __init__(self, size: int, directory: Path, backend: str = "gloo") -> None:
+        """`directory` is where they meet; a new one. With NCCL in `backend` each has a GPU of its own."""
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, directory / "store"), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, size, directory / "store", backend), daemon=True
+            )
             process.start()
             self._pipes.append(mine)
             self._processes.append(process)
@@ -44,7 +46,7 @@ class Ranks:
         return [answer for _, answer in found]
 
 
-def _serve(pipe: Connection, rank: int, size: int, store: Path) -> None:
+def _serve(pipe: Connection, rank: int, size: int, store: Path, backend: str) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -55,7 +57,11 @@ def _serve(pipe: Connection, rank: int, size: int, store: Path) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+    device = torch.device("cuda", rank) if "nccl" in backend else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    meeting = dist.FileStore(str(store), size)
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, device_id=device)
     while True:
         function, args = pipe.recv()
         try:
