@@ -23,7 +23,7 @@ from longread.session import Session, cuts
 from tests.small_model import save_small_model
 
 SENTENCE = "the whale swam naïve – slowly beneath cold stars while nobody watched it, and then it 🐋 turned\n"
-TEXT = " ".join(random.Random(0).choices(SENTENCE.split(), k=500))
+TEXT = " ".join(random.Random(0).choices(SENTENCE.split(), k=300))
 FAULTS = ("SIGINT", "SIGTERM", "killed", "disk", "memory", "bad byte")
 
 
@@ -75,10 +75,15 @@ def assert_same(one: Session, other: Session) -> None:
     )
 
 
-@pytest.fixture
-def undisturbed(home: Path) -> Session:
-    assert read("text", save="undisturbed") == 0
-    return restored("undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    directory = tmp_path_factory.mktemp("undisturbed")
+    (directory / "text").write_text(TEXT)
+    names = [str(directory / "text"), "--model", str(model), "--device", "cpu", "--save", str(directory / "s")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cuts.LONGEST_PIECE, "cpu", 64)
+        assert main(["read", *names, "--save-every", "0", "--quiet", "--no-control"]) == 0
+    return Session.restore(directory / "s", load_model(model).model)
 
 
 class Faults:
@@ -223,17 +228,17 @@ def test_session_goes_on_in_its_own_text_and_after_it_with_another(
 
 def test_a_text_that_has_grown_is_gone_on_with(home: Path) -> None:
     data = TEXT.encode()
-    Path("log").write_bytes(data[:1000])
+    Path("log").write_bytes(data[:700])
     assert read("log", "--resume") == 0
     assert read("log", "--resume") == 0  # nothing new
-    assert restored().position == 1001
-    Path("log").write_bytes(data[:2000])
+    assert restored().position == 701
+    Path("log").write_bytes(data[:1400])
     assert read("log", "--resume") == 0
     text = restored().text
     assert text is not None
-    assert (text.num_bytes, text.sha256) == (2000, hashlib.sha256(data[:2000]).hexdigest())
-    Path("rest").write_bytes(data[1000:2000])
-    Path("first").write_bytes(data[:1000])
+    assert (text.num_bytes, text.sha256) == (1400, hashlib.sha256(data[:1400]).hexdigest())
+    Path("rest").write_bytes(data[700:1400])
+    Path("first").write_bytes(data[:700])
     assert read("first", "rest", save="two") == 0
     assert_same(restored("two"), restored())
 
@@ -264,7 +269,7 @@ def test_several_texts_are_read_in_order_and_gone_on_with(
 
 def test_a_session_file_has_one_size_whatever_was_read(home: Path) -> None:
     sizes = set()
-    for count in (1000, 2000, 2400):
+    for count in (1000, 1200, 1500):
         Path("text").write_bytes(TEXT.encode()[:count])
         assert read("text", save=f"s{count}") == 0
         sizes.add(Path(f"s{count}").stat().st_size)

@@ -59,6 +59,15 @@ def test_rms_norm() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_without_gradients_gives_the_same_bits(dtype: torch.dtype) -> None:
+    x, gain = draw(2, 5, 7, dtype=dtype), draw(7, seed=9, dtype=torch.float32)
+    with torch.no_grad():
+        found = rms_norm(x, gain, 1e-5)
+    assert torch.equal(found, rms_norm(x, gain, 1e-5))
+    assert found.dtype == dtype
+
+
 def test_rms_norm_whose_gain_is_held_constant() -> None:
     """As in the inner step: its gradient is asked for x alone, and then differentiated for the gain too."""
     x, gain, cotangent = draw(2, 5, 7), draw(7, seed=9), draw(2, 5, 7, seed=1)

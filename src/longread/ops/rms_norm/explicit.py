@@ -24,7 +24,10 @@ def explicit_rms_norm(
 ) -> Tensor:
     """The contract of `longread.ops.rms_norm.rms_norm`."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    out = _Norm.apply(wide, gain.to(wide.dtype), eps).to(x.dtype)
+    gain = gain.to(wide.dtype)
+    # autograd's own part of a small norm takes as long as the norm, so reading goes without it
+    out = _Norm.apply(wide, gain, eps) if torch.is_grad_enabled() else _scaled(wide, gain, _scale(wide, eps))
+    out = out.to(x.dtype)
     if turn is not None:
         out = rotate(out, turn)
     return out if residual is None else residual + out
@@ -34,6 +37,14 @@ def _mean_of_product(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).mean(-1, keepdim=True)
 
 
+def _scale(x: Tensor, eps: float) -> Tensor:
+    return _mean_of_product(x, x).add_(eps).rsqrt_()
+
+
+def _scaled(x: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
+    return (x * scale).mul_(gain)
+
+
 def _sum_to_gain(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).reshape(-1, a.shape[-1]).sum(0)
 
@@ -41,9 +52,9 @@ def _sum_to_gain(a: Tensor, b: Tensor) -> Tensor:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        scale = _mean_of_product(x, x).add_(eps).rsqrt_()
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, gain, scale)
-        return (x * scale).mul_(gain)
+        return _scaled(x, gain, scale)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
