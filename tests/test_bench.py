@@ -74,6 +74,7 @@ def measured_machine() -> None:
 # What is right.
 
 
+@pytest.mark.usefixtures("short_gates")
 def test_a_wrong_step_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_gradients("e2e", 32, CPU).passed
     make_wrong(monkeypatch)

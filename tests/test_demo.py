@@ -14,7 +14,8 @@ from longread.loading import open_model
 TEXT = "def add(first, second):\n    return first + second\n\n\nHe said that it was a very fine day. "
 
 
-def test_it_reads_any_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_reads_any_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "CONTINUATION", 8)
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 60, encoding="utf-8")
     assert main(["demo", str(text), "--tokens", "1200", "--device", "cpu"]) == 0

@@ -53,16 +53,16 @@ def test_a_new_session_has_read_nothing(engine: Engine) -> None:
 
 def test_reading_reports_as_it_goes(engine: Engine) -> None:
     sid = engine.create().id
-    task = engine.append(sid, text(600 * M))
+    task = engine.append(sid, text(120 * M))
     events = list(task)
     found = task.result()
     assert len(events) > 1
     assert all(isinstance(event, Progress) for event in events)
-    assert [event.position for event in events][-1] == found.position == 600 * M
+    assert [event.position for event in events][-1] == found.position == 120 * M
     joined = [x for event in events for x in event.nll]
     assert math.isnan(joined[0])
     assert joined[1:] == found.nll[1:]
-    assert sum(len(event.grad_norms) for event in events) == found.steps == engine.info(sid).steps == 599
+    assert sum(len(event.grad_norms) for event in events) == found.steps == engine.info(sid).steps == 119
     assert engine.info(sid).drift > 0
     assert found.rolled_back == 0
 
@@ -106,16 +106,16 @@ def test_a_fork_goes_its_own_way(engine: Engine) -> None:
 def test_a_session_can_be_forked_while_it_writes(engine: Engine) -> None:
     sid = engine.create().id
     read(engine, sid, text(9))
-    task = engine.generate(sid, Sampling(max_tokens=400, seed=3))
+    task = engine.generate(sid, Sampling(max_tokens=150, seed=3))
     events = iter(task)
     next(events)
     fork = engine.fork(sid)
     at = fork.position - 9
     written = [event.id for event in events]
-    assert task.result().position == 409
+    assert task.result().position == 159
     session = Session(engine.model, INNER)
     session.read(text(9))
-    assert list(session.generate(400, seed=3))[1:] == written
+    assert list(session.generate(150, seed=3))[1:] == written
     twin = Session(engine.model, INNER)
     twin.read(text(9))
     all_written = list(twin.generate(at, seed=3))
@@ -159,7 +159,7 @@ def test_a_completion_needs_no_session(engine: Engine) -> None:
 def test_learning_can_be_switched_while_writing(engine: Engine) -> None:
     sid = engine.create().id
     read(engine, sid, text(9))
-    task = engine.generate(sid, Sampling(max_tokens=300, seed=0))
+    task = engine.generate(sid, Sampling(max_tokens=150, seed=0))
     next(iter(task))
     assert engine.update(sid, learn=False, label="frozen").label == "frozen"
     steps = engine.info(sid).steps
@@ -187,9 +187,9 @@ def test_repeated_appends_are_read_once(engine: Engine) -> None:
 
 def test_an_append_that_is_repeated_while_it_runs_is_read_once(engine: Engine) -> None:
     sid = engine.create().id
-    one, two = (engine.append(sid, text(300 * M), expected_position=0) for _ in range(2))
+    one, two = (engine.append(sid, text(100 * M), expected_position=0) for _ in range(2))
     assert one.result() == two.result()
-    assert engine.info(sid).position == 300 * M
+    assert engine.info(sid).position == 100 * M
 
 
 def test_an_append_of_nothing(engine: Engine) -> None:
@@ -380,14 +380,15 @@ def test_no_more_is_begun_than_fits(apart: bool) -> None:
     model = make()
     size = largest_session(model)
     with Engine(model, INNER, limits=Limits(device_bytes=4 * size, max_batch=2, batch_invariant=apart)) as engine:
-        tasks = [engine.complete(text(40 * M, i), Sampling(max_tokens=9, seed=i)) for i in range(12)]
+        tasks = [engine.complete(text(16 * M, i), Sampling(max_tokens=9, seed=i)) for i in range(12)]
         most = 0.0
         while not all(task.done for task in tasks):
             most = max(most, engine.stats()["bytes_device"])
+            threading.Event().wait(0.002)
         assert most <= 6 * size  # and not 12: a lane of so small a model is larger than its session
         for i, task in enumerate(tasks):
             session = Session(model, INNER)
-            session.read(text(40 * M, i))
+            session.read(text(16 * M, i))
             assert [event.id for event in task if isinstance(event, Token)] == list(session.generate(9, seed=i))
 
 
@@ -425,7 +426,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
     """To the byte, in memory and in the file."""
     with Engine(make(), INNER) as engine:
         sizes = set()
-        for n in (16, 64, 256):
+        for n in (16, 48, 128):
             sid = engine.create().id
             read(engine, sid, text(n * M))
             sizes.add(engine.info(sid).nbytes)
@@ -438,14 +439,14 @@ def test_a_secret_stays_where_it_was_read(apart: bool) -> None:
     model, secret = make(), [17, 3, 11, 5, 13, 2]
 
     def others(engine: Engine, beside: bool) -> list[list[int]]:
-        ids = [engine.create().id for _ in range(6)]
+        ids = [engine.create().id for _ in range(5)]
         if beside:
-            spies = [engine.create().id for _ in range(3)]
-            busy = [engine.append(spy, secret * 60) for spy in spies]
-            busy += [engine.generate(spy, Sampling(max_tokens=60, seed=0)) for spy in spies]
+            spies = [engine.create().id for _ in range(2)]
+            busy = [engine.append(spy, secret * 30) for spy in spies]
+            busy += [engine.generate(spy, Sampling(max_tokens=30, seed=0)) for spy in spies]
         for i, sid in enumerate(ids):
             engine.append(sid, text(20 + i, i))
-        tasks = [engine.generate(sid, Sampling(max_tokens=40, seed=i)) for i, sid in enumerate(ids)]
+        tasks = [engine.generate(sid, Sampling(max_tokens=20, seed=i)) for i, sid in enumerate(ids)]
         written = [[token.id for token in task] for task in tasks]
         for task in busy if beside else ():
             task.result()

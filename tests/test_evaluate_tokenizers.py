@@ -31,7 +31,7 @@ from longread.model import Transformer, initialize
 from longread.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 INNER = InnerConfig(lr=0.7, clip=0.5)
-TEXTS = [" ".join(f"Part {i} of tëxt {k} counts {i * i % 89}." for i in range(30 + 9 * k)) for k in range(3)]
+TEXTS = [" ".join(f"Part {i} of tëxt {k} counts {i * i % 89}." for i in range(12 + 15 * k)) for k in range(3)]
 BYTES = ByteTokenizer()
 BPE = train_bpe(TEXTS, 320)
 

@@ -150,13 +150,13 @@ def test_reading_keeps_no_graph() -> None:
 
 
 def test_the_state_has_one_size_at_any_length() -> None:
-    model = make_wide(mini_batch_size=32, window_size=48).float()
+    model = make_wide(mini_batch_size=96, window_size=144).float()
     state = begin(model)
     sizes = {}
     for n in (1024, 4096, 16384):
         state = read(model, state, tokens(n - state.position, B=1), inner=INNER).state
         sizes[n] = state.nbytes
-        assert max(x.untyped_storage().nbytes() for x in state.tensors) <= 4 * 2 * 8 * (48 + 2048)
+        assert max(x.untyped_storage().nbytes() for x in state.tensors) <= 4 * 2 * 8 * (144 + 2048)
     assert len(set(sizes.values())) == 1
 
 
@@ -167,7 +167,7 @@ def live_bytes() -> int:
 
 def test_memory_is_flat_from_1k_to_64k_tokens() -> None:
     """Tensors alive after reading 1K tokens and after 64K: the same bytes."""
-    model = make_wide(mini_batch_size=64, window_size=64).float()
+    model = make_wide(mini_batch_size=256, window_size=64).float()
     state = read(model, begin(model), tokens(1025, B=1), inner=INNER).state
     after_1k = live_bytes()
     for i in range(63):

@@ -32,6 +32,13 @@ from longread.recipes import recipe, without_fast_weights
 from tests.test_outer_loop import CPU, batch, gradients, make, same, small
 
 
+@pytest.fixture(autouse=True)
+def _few_objects() -> None:
+    """What is there before the test is nothing that it keeps: the garbage collector need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 def kept_bytes(loss: Callable[[], OuterLoss], model: Transformer) -> int:
     """What is held for the gradient of a loss, by autograd or by Python, parameters left out."""
     before = {x.untyped_storage().data_ptr() for x in (*tensors_of_python(), *model.parameters())}

@@ -98,7 +98,7 @@ def frequencies(session: Session, **options: float) -> torch.Tensor:
 
 
 def test_tokens_are_drawn_from_the_distribution_asked_for() -> None:
-    session = after(9)
+    session = after(9, num_blocks=1, num_suffix_blocks=1)
     logits = session.model.logits(session.state.output)[0].detach()
     p = (logits / 0.7).softmax(-1)
     assert (frequencies(session, temperature=0.7) - p).abs().max() < 0.07
@@ -129,7 +129,7 @@ def test_extreme_settings_do_not_overflow(options: dict) -> None:
 
 
 def test_the_repetition_penalty_looks_at_the_window() -> None:
-    session = after(30)
+    session = after(30, num_blocks=1, num_suffix_blocks=1)
     recent = set(text(30)[-6:])
     free = frequencies(session)
     penalised = frequencies(session, repetition_penalty=1000.0)

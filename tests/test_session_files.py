@@ -180,7 +180,7 @@ def test_an_unknown_storage_is_refused(tmp_path: Path) -> None:
 LONG = {"vocab_size": 19, "width": 4, "num_blocks": 2, "num_heads": 1, "mlp_hidden": 8, "num_suffix_blocks": 1}
 
 
-@pytest.mark.parametrize("total", [65_536, 2**20])
+@pytest.mark.parametrize("total", [2**18, pytest.param(2**20, marks=pytest.mark.slow)])
 def test_a_session_has_one_size_at_any_length(total: int, tmp_path: Path) -> None:
     """In memory and on the disk, to the byte, in every storage."""
     model = make(**LONG, window_size=256, mini_batch_size=1024)

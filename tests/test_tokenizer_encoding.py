@@ -97,7 +97,7 @@ def test_a_tokenizer_without_places_to_cut_waits_for_all(kind: str) -> None:
 @pytest.mark.parametrize("run", ["a", " ", "1", "\n", "\u0301"])
 def test_a_long_run_is_looked_at_a_few_times_only(kind: str, run: str) -> None:
     """Wherever it cannot be cut, the next look waits until it has doubled."""
-    tokenizer, text = tokenizer_of(kind), "so " + run * 20_000 + " it goes"
+    tokenizer, text = tokenizer_of(kind), "so " + run * 7_000 + " it goes"
     looks, last_cut = [], tokenizer.last_cut
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "last_cut", lambda t, known: looks.append(len(t)) or last_cut(t, known))

@@ -75,7 +75,8 @@ def test_the_wheel_has_something_to_run(installed: Path, tmp_path: Path) -> None
     command = installed / "longread"
     shown = python(command, "demo", "book.txt", "--tokens", "1100", cwd=tmp_path, executable=installed / "python")
     assert "Learning gains" in shown.stdout
-    figures = python(command, "read", "book.txt", "--json", "-", cwd=tmp_path, executable=installed / "python")
+    (tmp_path / "note.txt").write_text(TEXT[:1500], encoding="utf-8")
+    figures = python(command, "read", "note.txt", "--json", "-", cwd=tmp_path, executable=installed / "python")
     learning, frozen = json.loads(figures.stdout)["results"]
     assert (learning["model"], learning["reading"], frozen["reading"]) == ("longread-small", "learning", "frozen")
     assert "with the model longread-small" in figures.stderr
