@@ -31,7 +31,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         yield pair
 
 
-def checked(update: Any, scale: float = 1.0, lost: str = "") -> tuple[bool, str]:
+def checked(update: Any, scale: float = 1.0, lost: str = "", state: int = 1) -> tuple[bool, str]:
     """The gate of two ranks; with sums that are `scale` times too large, or rows of `lost` that never go round."""
     gate._VOCABULARY, gate._MINI_BATCH = 100, 32
     right = DividedRows.reduce, DividedRows.gather
@@ -46,7 +46,7 @@ def checked(update: Any, scale: float = 1.0, lost: str = "") -> tuple[bool, str]
     DividedRows.reduce, DividedRows.gather = reduce, gather  # type: ignore[method-assign]
     try:
         with joined("cpu") as (world, _):
-            verdict = ranks.check_sum(dataclasses.replace(TWO, update=update), CPU, world)
+            verdict = ranks.check_sum(TWO, CPU, world, Parallelism(update=update, state=state))
     finally:
         DividedRows.reduce, DividedRows.gather = right  # type: ignore[method-assign]
     return verdict.passed, str(verdict)
@@ -62,6 +62,12 @@ def test_the_sum_of_two_ranks_is_the_gradient_of_one(pair: Ranks, update: str) -
     for passed, said in pair.run(checked, update):
         assert passed, said
         assert f"gradients of 2 ranks, e2e, update {update}, float32: right" in said
+
+
+def test_two_ranks_that_divide_fast_mlps_have_the_gradient_of_one(pair: Ranks) -> None:
+    for passed, said in pair.run(checked, "shared", 1.0, "", 2):
+        assert passed, said
+        assert "gradients of 2 ranks, e2e, update shared, state 2, float32: right" in said
 
 
 @pytest.mark.parametrize("wrong", [{"scale": 1.001}, {"scale": 0.5}, {"lost": "all"}])
@@ -128,10 +134,13 @@ def test_a_row_has_the_rates_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) 
     assert too_large["one_gpu"] is too_large["ratio"] is None
     assert merged([row], [too_large]) == [too_large]
     assert len(merged([row], [row | {"gpus": 4}, row | {"update": "replicated"}])) == 3
+    pooled, _ = measured(monkeypatch, Found(verdict, together, alone), dataclasses.replace(TWO, state=2))
+    assert (pooled["value"], pooled["ratio"], pooled["state_parallel"]) == (64 / 0.5, 0.5, 2)
+    assert len(merged([row], [pooled])) == 2
     page = markdown(Outcome(Machine("m", "p", 1e12, 1e10), [row, too_large]), command="c", hardware=None)
     lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| toy |")]
-    assert lines[0][6:12] == ["256", "128–512", "3", "256", "128–320", "1.00"]
-    assert lines[1][9:12] == ["", "", ""]
+    assert lines[0][7:13] == ["256", "128–512", "3", "256", "128–320", "1.00"]
+    assert lines[1][10:13] == ["", "", ""]
     assert share_of_peak(row, Machine("m", "p", 1e12, 1e10)) == pytest.approx(work_per_token(row) * 128 / 1e12)
 
 
@@ -155,6 +164,10 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         Case("prefill", "e2e", "toy", 64, gpus=2)
     with pytest.raises(UserError, match="--gpus 99 is more than the 16 of a machine"):
         Case("train", "e2e", "toy", 64, gpus=99)
+    with pytest.raises(UserError, match="--state-parallel 3 does not divide --gpus 4; choose a divisor"):
+        Case("train", "e2e", "toy", 64, gpus=4, state=3)
+    with pytest.raises(UserError, match="--state-parallel divides fast MLPs, and swa has none; choose e2e"):
+        Case("train", "swa", "toy", 64, gpus=2, state=2)
     with pytest.raises(UserError, match="--update fully-sharded cannot be measured yet"):
         Case("train", "e2e", "toy", 64, gpus=2, update="fully-sharded")
     assert {case.work for case in plan(gpu=True, gpus=2)} == {"train"}

@@ -56,8 +56,8 @@ COMMAND_LINE = {
     "demo": "FILE --model --device --tokens",
     "convert": "SOURCE DIR --to --drop-fast --window --mini-batch --suffix --fast-hidden --scheme --dtype --tokenizer "
     "--size",
-    "bench": "WORK --sizes --methods --contexts --sequences --gpus --update --repeats --profile --from --json --report "
-    "--plots --device",
+    "bench": "WORK --sizes --methods --contexts --sequences --gpus --update --state-parallel --repeats --profile "
+    "--from --json --report --plots --device",
     "serve": "--model --device --learn --directory --name --host --port --keys --device-memory --host-memory --disk "
     "--max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends --limit",
     "think": "ACTION",

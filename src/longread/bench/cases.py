@@ -54,9 +54,10 @@ class Case:
     size: str
     context: int
     sequences: int = 1
-    """Of one training step, on each GPU."""
+    """Of one training step, on each GPU or group of them."""
     gpus: int = 1
     update: Update = "shared"
+    state: int = 1
     """Of several GPUs, see `longread.config.Parallelism`."""
 
     def __post_init__(self) -> None:
@@ -78,6 +79,10 @@ class Case:
             raise UserError(f"{self.work} is measured on one GPU; leave --gpus out, or choose train")
         if self.gpus > MOST_GPUS:
             raise UserError(f"--gpus {self.gpus} is more than the {MOST_GPUS} of a machine; lower it")
+        if self.gpus % self.state:
+            raise UserError(f"--state-parallel {self.state} does not divide --gpus {self.gpus}; choose a divisor")
+        if self.state > 1 and self.method != "e2e":
+            raise UserError(f"--state-parallel divides fast MLPs, and {self.method} has none; choose e2e")
         if self.update not in UPDATES:
             raise UserError(f"--update {self.update} cannot be measured yet; choose from {', '.join(UPDATES)}")
         if self.work in ("train", "first-step") and self.fits_cache:
@@ -86,6 +91,7 @@ class Case:
     def __str__(self) -> str:
         many = f" × {self.sequences}" if self.sequences > 1 else ""
         where = f" on {self.gpus} GPUs, {self.update}" if self.gpus > 1 else ""
+        where += f", state parallel {self.state}" if self.state > 1 else ""
         return f"{self.work} {self.size} {self.method} {self.context}{many}{where}"
 
     @property
@@ -115,7 +121,7 @@ class Case:
         """The case that a row is about."""
         about = row["method"], row["size"], row["context"], row["sequences"]
         if row["measure"] == PARALLEL:
-            return cls("train", *about, row["gpus"], row["update"])
+            return cls("train", *about, row["gpus"], row["update"], row["state_parallel"])
         work = next((work for work, measure in MEASURES.items() if measure == row["measure"]), row["measure"])
         return cls(work, *about)
 
@@ -130,6 +136,7 @@ def plan(
     sequences: int | None = None,
     gpus: int = 1,
     update: Update = "shared",
+    state: int = 1,
 ) -> list[Case]:
     """All cases of what is asked for, in the order in which they are measured; what is not said has a default.
 
@@ -144,5 +151,5 @@ def plan(
                 for method in dict.fromkeys(methods or METHODS):
                     training = work in ("train", "first-step")
                     count = sequences or max(1, _TOKENS_A_STEP.get(size, 0) // max(1, context)) if training else 1
-                    cases.append(Case(work, method, size, context, count, gpus, update))
+                    cases.append(Case(work, method, size, context, count, gpus, update, state))
     return cases

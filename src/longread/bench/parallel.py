@@ -48,6 +48,7 @@ def on_ranks(case: Case, device_name: str, repeats: int, threads: int) -> Found:
         nproc_per_node=case.gpus,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # else the name of the machine, which it may not know itself
         max_restarts=0,
         run_id="longread-bench",
     )
@@ -60,9 +61,10 @@ def on_ranks(case: Case, device_name: str, repeats: int, threads: int) -> Found:
 
 def _row(case: Case, device: torch.device, together: Steps, alone: Steps | None) -> Row:
     tokens = case.sequences * case.context
-    rates = [case.gpus * tokens / taken for taken in together.seconds]
+    rates = [case.gpus // case.state * tokens / taken for taken in together.seconds]
     row = make_row(case, rates, together.peak_gib, device, recompute=together.recompute)
-    row |= {"gpus": case.gpus, "update": case.update, "estimated_gib": _estimated_gib(case, device, together)}
+    row |= {"gpus": case.gpus, "update": case.update, "state_parallel": case.state}
+    row["estimated_gib"] = _estimated_gib(case, device, together)
     if alone is None:
         return row | {"one_gpu": None, "one_gpu_spread": None, "one_gpu_peak_gib": None, "ratio": None}
     one = [tokens / taken for taken in alone.seconds]
@@ -80,9 +82,9 @@ def _estimated_gib(case: Case, device: torch.device, steps: Steps) -> float | No
         return None
     config = dataclasses.replace(
         case.config,
-        batch_size=case.sequences * case.gpus,
+        batch_size=case.sequences * case.gpus // case.state,
         micro_batch_size=steps.micro_batch_size,
         recompute=steps.recompute,
     )
-    layout = Layout(case.gpus, parallelism=Parallelism(update=case.update))
+    layout = Layout(case.gpus, parallelism=Parallelism(update=case.update, state=case.state))
     return round(load_of(config, layout, math.inf).memory.total / 2**30, 1)

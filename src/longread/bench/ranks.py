@@ -20,9 +20,9 @@ from longread.bench.gate import GateFailed, Verdict, judged, refusing_fallbacks,
 from longread.bench.machine import free_memory, peak_gib, precision_on, seconds
 from longread.config import OptimizerConfig, Parallelism, RunConfig
 from longread.data import Batch, Sampler
-from longread.model import find_device
+from longread.model import Transformer, find_device
 from longread.outer_loop import Schedule
-from longread.parallel import ALONE, World, joined
+from longread.parallel import ALONE, World, divide_state, joined
 from longread.train.beginning import new_model
 from longread.train.gradient import accumulate_gradient
 from longread.train.optimizer import make_optimizer
@@ -77,8 +77,8 @@ def measure_rank(case: Case, device_name: str, repeats: int, threads: int) -> Fo
     torch.set_num_threads(threads)
     with joined(device_name) as (world, place):
         device = find_device(place)
-        parallelism = Parallelism(update=case.update)
-        verdict = check_sum(case, device, world)
+        parallelism = Parallelism(update=case.update, state=case.state)
+        verdict = check_sum(case, device, world, parallelism)
         if not verdict.passed:
             return Found(verdict, red=f"{verdict.name}, {verdict.detail}")
         try:
@@ -90,7 +90,7 @@ def measure_rank(case: Case, device_name: str, repeats: int, threads: int) -> Fo
 def _measured(
     case: Case, device: torch.device, world: World, parallelism: Parallelism, verdict: Verdict, repeats: int
 ) -> Found:
-    config = dataclasses.replace(case.config, batch_size=case.sequences * world.size)
+    config = dataclasses.replace(case.config, batch_size=case.sequences * world.size // case.state)
     try:
         together = time_steps(config, device, world, parallelism, repeats)
     except NothingLess:
@@ -114,12 +114,12 @@ def time_steps(config: RunConfig, device: torch.device, world: World, parallelis
     """
     free_memory(device)
     share, tokens = Share.of(world.launch, parallelism, config), RandomTokens(config)
-    model = new_model(config, precision_of(config, device), device, drawn=True)
+    model = _model(config, device, world, parallelism)
     rows = divided(model, parallelism, world, device)
     with tempfile.TemporaryDirectory() as directory, refusing_fallbacks():
         step = OuterStep(
             config,
-            settled(share.of_config(config), device, world, divided=rows.count),
+            settled(share.of_config(config), device, world, whole=config.model, divided=rows.count),
             model,
             make_optimizer(model, config.optimizer, rows),
             rows,
@@ -145,7 +145,7 @@ def time_steps(config: RunConfig, device: torch.device, world: World, parallelis
     return Steps(list(slowest), peak, exact.micro_batch_size or exact.batch_size, cast("Schedule", exact.recompute))
 
 
-def check_sum(case: Case, device: torch.device, world: World) -> Verdict:
+def check_sum(case: Case, device: torch.device, world: World, parallelism: Parallelism) -> Verdict:
     """The gradient of a small network's batch summed over ranks, as they hold it after new values have gone round.
 
     Compared with float64, beside one GPU's gradient of the whole batch; every rank compares its own.
@@ -165,8 +165,9 @@ def check_sum(case: Case, device: torch.device, world: World) -> Verdict:
     exact = summed_gradient(dataclasses.replace(config, precision="float64"), cpu, ALONE, one)
     config = dataclasses.replace(config, precision=precision)
     plain = summed_gradient(config, device, ALONE, one) if precision == "bfloat16" else None
-    found = summed_gradient(config, device, world, Parallelism(update=case.update))
-    name = f"gradients of {world.size} ranks, {case.method}, update {case.update}, {precision}"
+    found = summed_gradient(config, device, world, parallelism)
+    how = f"update {parallelism.update}" + (f", state {parallelism.state}" if parallelism.state > 1 else "")
+    name = f"gradients of {world.size} ranks, {case.method}, {how}, {precision}"
     verdict = judged(name, found, exact, plain)
     (failed,) = world.agree(not verdict.passed, at="the gate")
     return verdict._replace(passed=not failed)
@@ -175,15 +176,21 @@ def check_sum(case: Case, device: torch.device, world: World) -> Verdict:
 def summed_gradient(config: RunConfig, device: torch.device, world: World, parallelism: Parallelism) -> list[Tensor]:
     """The gradient of a batch of random tokens, summed over ranks and gathered again, on the CPU."""
     share = Share.of(world.launch, parallelism, config)
-    model = new_model(config, precision_of(config, device), device, drawn=True)
+    model = _model(config, device, world, parallelism)
     rows = divided(model, parallelism, world, device)
     batch = RandomTokens(config).batch(0, share.index, share.count)
     part = dataclasses.replace(share.of_config(config), recompute="none")
     accumulate_gradient(model, part, batch.to(device), inner_lr=1.0)
-    rows.reduce(1 / share.count)
+    rows.reduce(1 / world.size)  # all have equally many sequences
     with torch.no_grad():
         for own in rows.own.values():
             if own.grad is not None:
                 own.copy_(own.grad)
     rows.gather()
     return [parameter.detach().double().cpu() for parameter in model.parameters()]
+
+
+def _model(config: RunConfig, device: torch.device, world: World, parallelism: Parallelism) -> Transformer:
+    model = new_model(config, precision_of(config, device), device, drawn=True)
+    model.state_group = divide_state(world, config.model, parallelism.state, device).group
+    return model

@@ -162,6 +162,7 @@ def _parallel_table(rows: Sequence[Row]) -> str:
         ("method", lambda row: NAMES[row["method"]]),
         ("GPUs", lambda row: str(row["gpus"])),
         ("update", lambda row: row["update"]),
+        ("state parallel", lambda row: str(row["state_parallel"])),
         ("tokens/s", lambda row: f"{row['value']:,.6g}"),
         ("range", _spread),
         ("n", lambda row: str(row["n"])),

@@ -72,7 +72,8 @@ def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return *(row[key] for key in _IDENTITY), row.get("gpus"), row.get("update"), row["versions"].get("device")
+    parallel = (row.get(key) for key in ("gpus", "update", "state_parallel"))
+    return *(row[key] for key in _IDENTITY), *parallel, row["versions"].get("device")
 
 
 def read_rows(path: str | Path, *, missing_ok: bool = False) -> list[Row]:

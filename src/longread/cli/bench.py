@@ -37,6 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--update", choices=("shared", "replicated"), default="shared", help="what several GPUs divide (default shared)"
     )
+    parser.add_argument(
+        "--state-parallel", type=positive, default=1, metavar="P", help="of several GPUs, those that share sequences"
+    )
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="measurements of each (default 5)")
     parser.add_argument("--profile", action="store_true", help="also tell where the time goes")
     parser.add_argument("--from", dest="source", metavar="FILE", help="measure nothing; take the rows of a --json FILE")
@@ -83,6 +86,7 @@ def _measured(options: argparse.Namespace, before: list[dict[str, object]]) -> O
         sequences=options.sequences,
         gpus=options.gpus,
         update=options.update,
+        state=options.state_parallel,
     )
     rows: list[dict[str, object]] = []
 
