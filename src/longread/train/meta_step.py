@@ -28,7 +28,13 @@ class MetaStep(nn.Module):
         self.model = model
 
     def forward(self, config: RunConfig, batch: Batch, inner_lr: float | Tensor) -> OuterLoss:
-        """As `config` has it. Raises `UserError` if parameters were gathered in half precision, which rounds W_0."""
+        """As `config` has it.
+
+        Raises `UserError` if parameters were gathered in half precision, which rounds W_0, or if fast MLPs are to be
+        divided too.
+        """
+        if self.model.state_group is not None:
+            raise UserError("parallelism.state above 1 does not go with fully sharded parameters; use update shared")
         if self.model.embedding.weight.itemsize < 4:
             raise UserError(
                 f"parameters arrive in {self.model.embedding.weight.dtype}; shard them without MixedPrecisionPolicy: "
