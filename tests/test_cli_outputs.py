@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from longread.bench import Machine
 from longread.cli import main
 from longread.cli.models import table_names
 from longread.recipes import RECIPES, Method
@@ -23,6 +25,16 @@ JUDGE = ["judge", "model", "--judge", "other", "--data", "texts", "--context", "
 READ = ["read", "text.txt", "--model", "model", "--no-control"]
 GENERATE = ["generate", "--model", "model", "--prompt", "x", "--max-tokens", "2"]
 BENCH = ["bench", "prefill", "--sizes", "toy", "--methods", "swa", "--contexts", "32", "--repeats", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_bench() -> Iterator[None]:
+    """What surrounds `longread bench`: short texts for its gates, and a machine that is known."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"_VOCABULARY": 100, "_MINI_BATCH": 32, "_TOKENS": 128}.items():
+            patch.setattr(f"longread.bench.gate.{name}", value)
+        patch.setattr("longread.bench.run.measure_machine", lambda device: Machine("one", "product", 1e11, 1e10))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import shutil
 import signal
 import warnings
 from collections.abc import Iterator
@@ -125,6 +126,23 @@ def halted(config: RunConfig, data: TokenDataset, run: Path, **options: Any) -> 
     return found.value, [str(w.message) for w in said if "diverges" in str(w.message)]
 
 
+@pytest.fixture(scope="module")
+def exploded(data: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingHalted, list[str]]:
+    """The run that halts, how it does, and its warnings of divergence."""
+    run = tmp_path_factory.mktemp("exploded") / "run"
+    return run, *halted(EXPLODES, data, run)
+
+
+@pytest.fixture(scope="module")
+def ended(data: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The same run without the rule, at its end, and all its warnings."""
+    run = tmp_path_factory.mktemp("ended") / "run"
+    with warnings.catch_warnings(record=True, action="always") as said:
+        result = train(change(EXPLODES, max_bad_steps=None), data, run)
+    assert result.step == 80
+    return run, [str(w.message) for w in said]
+
+
 def streaks(rows: list[dict[str, Any]]) -> Iterator[list[int]]:
     """Steps of each unbroken run of bad ones."""
     for bad, group in itertools.groupby(rows, key=lambda row: "bad_steps" in row):
@@ -132,9 +150,9 @@ def streaks(rows: list[dict[str, Any]]) -> Iterator[list[int]]:
             yield [row["step"] for row in group]
 
 
-def test_a_diverging_run_halts_and_keeps_what_was_good(tmp_path: Path, data: TokenDataset) -> None:
-    error, said = halted(EXPLODES, data, tmp_path / "run")
-    rows = rows_of(tmp_path / "run")
+def test_a_diverging_run_halts_and_keeps_what_was_good(exploded: tuple[Path, TrainingHalted, list[str]]) -> None:
+    run, error, said = exploded
+    rows = rows_of(run)
     *_, last = streaks(rows)
     assert len(last) == rows[-1]["bad_steps"] == 12
     assert error.exit_status == 3
@@ -142,8 +160,8 @@ def test_a_diverging_run_halts_and_keeps_what_was_good(tmp_path: Path, data: Tok
     assert "a lower optimizer.lr (it is 10)" in str(error)
     assert len([line for line in said if f"since step {last[0]}:" in line]) == 1
     assert said == [line for line in said if "halts at 12 such steps in a row" in line]
-    assert not (tmp_path / "run" / "model").exists()
-    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (run / "model").exists()
+    saved = sorted((run / "checkpoints").iterdir())
     assert [checkpoint.read_checkpoint(path).step for path in saved][-1] < last[0]
     good = next(path for path in reversed(saved) if str(path) in str(error))
     bad_steps = {step for streak in streaks(rows) for step in streak}
@@ -151,19 +169,16 @@ def test_a_diverging_run_halts_and_keeps_what_was_good(tmp_path: Path, data: Tok
     assert checkpoint.load_model(good).model.config == EXPLODES.model
 
 
-def test_without_the_rule_the_same_run_goes_to_its_end(tmp_path: Path, data: TokenDataset) -> None:
-    with warnings.catch_warnings(record=True, action="always") as said:
-        result = train(change(EXPLODES, max_bad_steps=None), data, tmp_path / "run")
-    assert result.step == 80
-    rows = rows_of(tmp_path / "run")
+def test_without_the_rule_the_same_run_goes_to_its_end(ended: tuple[Path, list[str]]) -> None:
+    run, messages = ended
+    rows = rows_of(run)
     *_, last = bad = list(streaks(rows))  # it may have come to itself in between: how often is a matter of rounding
     assert max(map(len, bad)) >= 12
     assert (len(last), last[-1]) == (rows[-1]["bad_steps"], 80)
     first = last[0]
-    messages = [str(w.message) for w in said]
     assert any(f"since step {first}" in m and "it goes on, as max_bad_steps is none" in m for m in messages)
     assert any("the checkpoint of step 80 is of weights that diverge; the last good one, " in m for m in messages)
-    kept = {checkpoint.read_checkpoint(path).step for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    kept = {checkpoint.read_checkpoint(path).step for path in (run / "checkpoints").iterdir()}
     assert {75, 80} < kept
     assert len(kept) == 3
     assert min(kept) < first  # two newer ones have not pushed it out
@@ -171,10 +186,10 @@ def test_without_the_rule_the_same_run_goes_to_its_end(tmp_path: Path, data: Tok
 
 @pytest.mark.parametrize("within", [1, 5])
 def test_a_run_that_is_stopped_while_it_diverges_goes_on_to_the_same_end(
-    tmp_path: Path, data: TokenDataset, within: int
+    tmp_path: Path, data: TokenDataset, exploded: tuple[Path, TrainingHalted, list[str]], within: int
 ) -> None:
-    whole, _ = halted(EXPLODES, data, tmp_path / "whole")
-    rows = rows_of(tmp_path / "whole")
+    whole, expected, _ = exploded
+    rows = rows_of(whole)
     stop = rows[-1]["step"] - 12 + within
 
     def interrupt(row: dict[str, Any]) -> None:
@@ -186,17 +201,21 @@ def test_a_run_that_is_stopped_while_it_diverges_goes_on_to_the_same_end(
     assert result.interrupted
     assert (result.step, result.saved_step) == (stop, (rows[-1]["step"] - 12) // 5 * 5)
     error, _ = halted(EXPLODES, data, tmp_path / "run", resume=True)
-    assert str(error).replace(str(tmp_path / "run"), str(tmp_path / "whole")) == str(whole)
+    assert str(error).replace(str(tmp_path / "run"), str(whole)) == str(expected)
     assert without_timing(rows_of(tmp_path / "run")) == without_timing(rows)
 
 
-def test_when_to_halt_may_change_on_resume_and_does_not_change_the_run(tmp_path: Path, data: TokenDataset) -> None:
-    halted(EXPLODES, data, tmp_path / "run")
+def test_when_to_halt_may_change_on_resume_and_does_not_change_the_run(
+    tmp_path: Path,
+    data: TokenDataset,
+    exploded: tuple[Path, TrainingHalted, list[str]],
+    ended: tuple[Path, list[str]],
+) -> None:
+    run = shutil.copytree(exploded[0], tmp_path / "run")
     with warnings.catch_warnings(action="ignore"):
-        train(change(EXPLODES, max_bad_steps=None), data, tmp_path / "run", resume=True)
-        train(change(EXPLODES, max_bad_steps=None), data, tmp_path / "whole")
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
-    assert without_timing(rows_of(tmp_path / "run")) == without_timing(rows_of(tmp_path / "whole"))
+        train(change(EXPLODES, max_bad_steps=None), data, run, resume=True)
+    assert weights_of(run) == weights_of(ended[0])
+    assert without_timing(rows_of(run)) == without_timing(rows_of(ended[0]))
 
 
 def test_a_run_of_before_there_was_a_rule_goes_on(
@@ -207,8 +226,8 @@ def test_a_run_of_before_there_was_a_rule_goes_on(
     train(change(steps=2), data, tmp_path / "run")
     real = checkpoint.read_checkpoint
 
-    def older(path: Path) -> Any:
-        found = real(path)
+    def older(path: Path, *divided: Any) -> Any:
+        found = real(path, *divided)
         found.state["config"].pop("max_bad_steps")
         found.state.pop("last_good")
         return found
