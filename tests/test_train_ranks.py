@@ -39,6 +39,11 @@ VARIANTS: dict[str, tuple[RunConfig, Parallelism]] = {
     "static": (change(BASE, loss="static"), Parallelism()),
     "unclipped": (change(BASE, optimizer__clip=None, inner__clip=None), Parallelism()),
     "clipped": (change(BASE, optimizer__clip=0.01), Parallelism()),
+    "fully sharded": (BASE, Parallelism(update="fully-sharded")),
+    "fully sharded, one sequence at a time": (
+        change(BASE, micro_batch_size=1, recompute="sqrt"),
+        Parallelism(update="fully-sharded"),
+    ),
     "fast MLPs divided": (BASE, Parallelism(state=2)),
     "fast MLPs divided, step by step": (change(BASE, recompute="step", micro_batch_size=2), Parallelism(state=2)),
     "the suffix alone": (change(BASE, trained_blocks=1), Parallelism()),
@@ -116,11 +121,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks: Ranks, data: TokenDat
     whole = change(BASE, checkpoint_every=1, evaluate_every=None)
     half = change(whole, steps=2)
     run(whole, data.directory, tmp_path / "one")
-    for first, second in (("one", "two"), ("two", "one"), ("two", "two")):
-        out = tmp_path / f"{first} {second}"
-        for number, config in ((first, half), (second, whole)):
-            if number == "two":
-                ranks.run(run, config, data.directory, out, None, config is whole)
+    ways = {"two": Parallelism(), "sharded": Parallelism(update="fully-sharded")}
+    for names in ("one two", "two one", "two two", "one sharded", "sharded one", "sharded two"):
+        out, (first, second) = tmp_path / names, names.split()
+        for name, config in ((first, half), (second, whole)):
+            if name in ways:
+                ranks.run(run, config, data.directory, out, ways[name], config is whole)
             else:
                 run(config, data.directory, out, None, config is whole)
         assert_same(out, tmp_path / "one")

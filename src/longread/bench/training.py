@@ -67,7 +67,8 @@ class TrainingStep:
         inner_lr = self._config.inner.lr_at(self._count)
         found = self._gradient(batch.to(self._device), inner_lr=inner_lr)
         norm = gradient_norm(self._model.parameters())
-        problem = not_finite_in(self._model, found, norm)
+        gradients = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        problem = not_finite_in(gradients, found, norm)
         if problem is not None:
             raise GateFailed(f"in step {self._count + 1} {problem}")
         update(self._model, self._optimizer, self._config.optimizer, self._count, norm)

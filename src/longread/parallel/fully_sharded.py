@@ -98,6 +98,10 @@ class FullySharded(DividedRows):
             if summed is not None:
                 rows.grad = cast("DTensor", summed).to_local().mul_(scale)
 
+    def unsummed(self) -> dict[str, Tensor]:
+        """The summed gradients of its rows: FSDP keeps no others."""
+        return {name: rows.grad for name, rows in self.own.items() if rows.grad is not None}
+
     def gather(self) -> None:
         """Nothing: the next forward gathers."""
 

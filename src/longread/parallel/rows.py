@@ -11,8 +11,8 @@ of the gradient as small as the machine has ranks. Addresses of parameters never
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,18 @@ class _Piece(NamedTuple):
 def row_mesh(size: int, divided: int, device_type: str) -> DeviceMesh:
     """`size` ranks, of which each `divided` neighbours divide rows. All ranks make it together."""
     return init_device_mesh(device_type, (size // divided, divided), mesh_dim_names=(REPEATED, DIVIDED))
+
+
+def _two_at_a_time(buckets: Iterable[Iterator[None]]) -> Iterator[None]:
+    """Runs each to its `yield`, and the one before to its end: one is packed while another travels."""
+    before: Iterator[None] | None = None
+    for bucket in buckets:
+        next(bucket)
+        if before is not None:
+            yield from before
+        before = bucket
+    if before is not None:
+        yield from before
 
 
 class DividedRows:
@@ -97,72 +109,83 @@ class DividedRows:
         """
         if self.mesh is None:
             return
-        for bucket in self._buckets:
-            due = [piece for piece in bucket if self.parameters[piece.name].grad is not None]
-            if not due:
-                continue
-            mine = self._sum(self._packed(due, weight))
-            start = 0
-            for piece in due:
-                rows = self.own[piece.name]
-                rows.grad = mine[start : start + rows.numel()].view_as(rows)
-                start += piece.size
+        due = [[p for p in bucket if self.parameters[p.name].grad is not None] for bucket in self._buckets]
+        for _ in _two_at_a_time(self._reduced(pieces, weight) for pieces in due if pieces):
+            pass
 
-    def _packed(self, pieces: list[_Piece], weight: float) -> Tensor:
-        """Gradients [ranks, numbers of a rank], short ones padded."""
-        like = self.parameters[pieces[0].name]
-        packed = like.new_zeros(self.count, sum(piece.size for piece in pieces))
+    def _reduced(self, pieces: list[_Piece], weight: float) -> Iterator[None]:
+        """Of one bucket: yields once its sum is under way."""
+        gradients = [cast("Tensor", self.parameters[piece.name].grad) for piece in pieces]
+        packed = self._bucket(pieces)
+        torch._foreach_copy_(*self._places(packed, pieces, gradients))
+        packed.mul_(weight)
+        mine, work = self._sum(packed)
+        yield
+        if work is not None:
+            work.wait()
+        if self.mesh is not None and self.mesh[REPEATED].size() > 1:
+            dist.all_reduce(mine, group=self.mesh[REPEATED].get_group())
         start = 0
         for piece in pieces:
-            gradient = self.parameters[piece.name].grad
-            if gradient is not None:
-                for place, rows in self._places(packed, start, piece, gradient):
-                    torch.mul(rows, weight, out=place)
+            rows = self.own[piece.name]
+            rows.grad = mine[start : start + rows.numel()].view_as(rows)
             start += piece.size
-        return packed
 
-    def _places(self, packed: Tensor, start: int, piece: _Piece, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of views, of a bucket and of a whole tensor with the same rows: one where ranks have equally many."""
-        part = packed[:, start : start + piece.size]
-        if piece.rows * self.count == whole.shape[0]:
-            yield part, whole.reshape(self.count, -1)
-            return
-        for index in range(self.count):
-            rows = whole[index * piece.rows : (index + 1) * piece.rows]
-            yield part[index, : rows.numel()], rows.reshape(-1)
+    def _bucket(self, pieces: list[_Piece]) -> Tensor:
+        """For numbers of all ranks, [ranks, numbers of a rank]; 0 where a rank has fewer rows than others."""
+        like = self.parameters[pieces[0].name]
+        even = all(piece.rows * self.count == self.parameters[piece.name].shape[0] for piece in pieces)
+        return (like.new_empty if even else like.new_zeros)(self.count, sum(piece.size for piece in pieces))
 
-    def _sum(self, packed: Tensor) -> Tensor:
-        """This rank's row of the sum over all ranks."""
-        if self.mesh is None:
-            return packed[0]
-        mine = packed[0]
-        if self.count > 1:
-            mine = torch.empty_like(packed[0])
-            _reduce_scatter(mine, packed.view(-1), group=self.mesh[DIVIDED].get_group())
-        if self.mesh[REPEATED].size() > 1:
-            dist.all_reduce(mine, group=self.mesh[REPEATED].get_group())
-        return mine
+    def _places(self, packed: Tensor, pieces: list[_Piece], wholes: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of a bucket and of whole tensors with the same numbers; one pair where all ranks have as many rows."""
+        places, rows, start = [], [], 0
+        for piece, whole in zip(pieces, wholes, strict=True):
+            part = packed[:, start : start + piece.size]
+            start += piece.size
+            if piece.rows * self.count == whole.shape[0]:
+                places.append(part)
+                rows.append(whole.reshape(self.count, -1))
+                continue
+            for index, cut in enumerate(whole.split(piece.rows)):
+                places.append(part[index, : cut.numel()])
+                rows.append(cut.reshape(-1))
+        return places, rows
+
+    def _sum(self, packed: Tensor) -> tuple[Tensor, Any]:
+        """This rank's row of the sum over those that divide rows, and the work that must end before."""
+        if self.mesh is None or self.count == 1:
+            return packed[0], None
+        mine = torch.empty_like(packed[0])
+        return mine, _reduce_scatter(mine, packed.view(-1), group=self.mesh[DIVIDED].get_group(), async_op=True)
 
     @torch.no_grad()
     def gather(self) -> None:
         """Puts what every rank has made of its rows into the parameters of all. All ranks call it together."""
-        if self.mesh is None or self.count == 1:
-            return
-        for bucket in self._buckets:
-            like = self.parameters[bucket[0].name]
-            mine = like.new_zeros(sum(piece.size for piece in bucket))
-            start = 0
-            for piece in bucket:
-                rows: Tensor = self.own[piece.name]
-                mine[start : start + rows.numel()].copy_(rows.view(-1))
-                start += piece.size
-            packed = like.new_empty(self.count, len(mine))
-            _all_gather(packed.view(-1), mine, group=self.mesh[DIVIDED].get_group())
-            start = 0
-            for piece in bucket:
-                for place, rows in self._places(packed, start, piece, self.parameters[piece.name].detach()):
-                    rows.copy_(place)
-                start += piece.size
+        if self.mesh is not None and self.count > 1:
+            for _ in _two_at_a_time(self._gathered(pieces, self.mesh) for pieces in self._buckets):
+                pass
+
+    def _gathered(self, pieces: list[_Piece], mesh: DeviceMesh) -> Iterator[None]:
+        """Of one bucket: yields once its rows are under way."""
+        packed = self._bucket(pieces)
+        mine, start = torch.zeros_like(packed[0]), 0
+        own = [self.own[piece.name].detach().view(-1) for piece in pieces]
+        places = []
+        for piece, rows in zip(pieces, own, strict=True):
+            places.append(mine[start : start + len(rows)])
+            start += piece.size
+        torch._foreach_copy_(places, own)
+        work = _all_gather(packed.view(-1), mine, group=mesh[DIVIDED].get_group(), async_op=True)
+        yield
+        work.wait()
+        wholes = [self.parameters[piece.name].detach() for piece in pieces]
+        places, rows_of_all = self._places(packed, pieces, wholes)
+        torch._foreach_copy_(rows_of_all, places)
+
+    def unsummed(self) -> dict[str, Tensor]:
+        """The gradients of this rank alone, as far as they are still known."""
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def norm(self) -> Tensor:
         """L2 norm over the gradients of all rows together, [], the same on all ranks."""

@@ -23,10 +23,11 @@ from torch import Tensor
 from longread.config import RunConfig
 from longread.data import Batch, Sampler
 from longread.model import Transformer, is_out_of_memory
-from longread.parallel import DividedRows, World
+from longread.parallel import DividedRows, FullySharded, World
 from longread.train.captured import CapturedGradient
 from longread.train.gradient import BatchGradient, InnerSums, StepLeft, accumulate_gradient, inner_sums
-from longread.train.optimizer import gradient_norm, update
+from longread.train.meta_step import FullyShardedGradient
+from longread.train.optimizer import update
 from longread.train.quarantine import keep_batch
 from longread.train.rank_log import steps
 from longread.train.settling import leaner
@@ -76,9 +77,12 @@ class OuterStep:
         """Rank 0 finds it time for a checkpoint."""
         self._drawn: dict[int, Batch] = {}
         """This rank's share of the batches of this step and the next."""
-        self._gradient = self._new_gradient()
+        self._gradient: Callable[..., BatchGradient] | None = None
+        """Made when it is first needed."""
 
     def _new_gradient(self) -> Callable[..., BatchGradient]:
+        if isinstance(self.rows, FullySharded):
+            return FullyShardedGradient(self.rows, self.exact)
         if self.device.type == "cuda":
             return CapturedGradient(self.model, self.exact)
         return functools.partial(accumulate_gradient, self.model, self.exact)
@@ -116,7 +120,7 @@ class OuterStep:
         less = None if self.is_updating else leaner(self.config, self.exact, self.device)
         self.model.zero_grad(set_to_none=True)
         before = self.exact
-        del self._gradient  # and with it what a graph has captured
+        self._gradient = None  # and with it what a graph has captured
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -128,15 +132,15 @@ class OuterStep:
             f"{before.recompute}: goes on with {size} and {less.recompute}; sums round differently from there on",
             stacklevel=4,
         )
-        self._gradient = self._new_gradient()
 
     def _take(self, step: int, stop: StopSignal, is_due: Callable[[], bool]) -> Row | None:
         began, self.world.step = time.monotonic(), step + 1
         inner_lr = self.config.inner.lr_at(step)
         batch = self._batch(step)
+        self._gradient = self._gradient or self._new_gradient()
         found = None
         with contextlib.suppress(StepLeft):
-            found = self._gradient(batch.to(self.device), inner_lr=inner_lr, stopped=lambda: stop.requested)
+            found = self._gradient(batch.to(self.device), inner_lr=inner_lr, stopped=lambda: self._is_stopped(stop))
         self._batch(step + 1)  # drawn while a GPU is still at work
         left = found is None or stop.comes_before(self._done())
         own = time.monotonic() - began
@@ -171,6 +175,17 @@ class OuterStep:
         steps.info("step %d: %.3f s, of which %.3f s for the gradient of this rank", step + 1, row["seconds"], own)
         return row
 
+    def _is_stopped(self, stop: StopSignal) -> bool:
+        """Whether to leave a step between two micro-batches: all ranks, where they compute these together."""
+        alone = not isinstance(self.rows, FullySharded) and self.share.copies == 1
+        return stop.requested if alone else bool(*self.world.agree(stop.requested, at="the next micro-batch"))
+
+    def release(self) -> None:
+        """Forgets what was captured: NCCL waits for graphs that hold its sums when ranks part."""
+        self._gradient = None
+        self.model.zero_grad(set_to_none=True)
+        gc.collect()
+
     def _batch(self, step: int) -> Batch:
         self._drawn = {number: batch for number, batch in self._drawn.items() if number >= step - 1}
         if step not in self._drawn:
@@ -200,8 +215,9 @@ class OuterStep:
 
     def _leave_out(self, step: int, batch: Batch, found: BatchGradient, norm: Tensor) -> str:
         """Keeps the batches that are not finite; then says what they are, or raises it, as the config wants it."""
-        mine = norm if self.world.size == 1 else gradient_norm(self.model.parameters())
-        problem = not_finite_in(self.model, found, mine)
+        own = self.rows.unsummed()
+        own_norm = norm if self.world.size == 1 else torch.nn.utils.get_total_norm(own.values())
+        problem = not_finite_in(own, found, own_norm)
         said = self.world.word(problem, at="what is not finite")
         rank, problem_of = said or (0, "the gradients of all ranks together are too large for their norm")
         with self.world.together("keeping a batch that is not finite"):

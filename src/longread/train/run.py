@@ -34,7 +34,7 @@ from longread import checkpoint, files, record
 from longread.config import Parallelism, RunConfig, UserError
 from longread.data import Sampler, TokenDataset
 from longread.model import Transformer, find_device
-from longread.parallel import DEADLINE, World, divide_state, joined
+from longread.parallel import DEADLINE, FullySharded, World, divide_state, fill_rows, joined, whole_tensors
 from longread.train.agreement import RUN_FILE, data_identity, refuse_other_config, refuse_other_data
 from longread.train.beginning import (
     TOKENIZER_FILES,
@@ -46,6 +46,7 @@ from longread.train.beginning import (
 )
 from longread.train.card import origin_of, write_card
 from longread.train.divergence import SAID_AFTER, DivergenceWatch
+from longread.train.meta_step import whole_model
 from longread.train.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from longread.train.outer_step import NotFinite, NothingLess, OuterStep, Row
 from longread.train.rank_log import rank_log
@@ -142,6 +143,7 @@ def train(
         stack.enter_context(rank_log(world, out))
         stop = stack.enter_context(StopSignal(passed_on=world.size > 1))
         stack.enter_context(run.recording(trackers))
+        stack.callback(run.outer.release)
         stack.enter_context(run.writer)
         row = None
         while run.step < config.steps and not run.is_stopped(stop):
@@ -264,7 +266,7 @@ class _Run:
         rows = self.log.rows() if resume else ()
         self.divergence = DivergenceWatch(self.config.model.vocab_size, rows, knows=self._knows)
         if self.device.type == "cuda":  # the first use loads kernels, which later would wait for a step that is left
-            not_finite_weight(self.model)
+            not_finite_weight(self.rows.own)
         self.writer = checkpoint.CheckpointWriter(
             self.out,
             self.world,
@@ -295,7 +297,10 @@ class _Run:
                 f"{self.device}; resume on the device that it began on"
             )
         self.exact = settled_before(self.config, self.exact, found.state)
-        checkpoint.fill(self.model, found.model, where=found.path)
+        if isinstance(self.rows, FullySharded):
+            fill_rows(self.model, found.model)
+        else:
+            checkpoint.fill(self.model, found.model, where=found.path)
         restore_optimizer(self.rows, self.optimizer, found.optimizer, found.path)
         self.step = self.saved_step = found.step
         self.tokens = found.state["tokens"]
@@ -381,7 +386,7 @@ class _Run:
         """Adds the losses on held-out text to a row, unless a signal comes. If it fails, what was trained is saved."""
         try:
             row |= validation_losses(
-                self.model,
+                self._whole_model(),
                 self.outer.exact,
                 sampler,
                 self.share,
@@ -435,9 +440,9 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        problem = not_finite_weight(self.model)
-        if problem is not None:
-            raise halt(self.config, self.step, problem, self.last_checkpoint)
+        said = self.world.word(not_finite_weight(self.rows.own), at="looking at the weights")
+        if said is not None:
+            raise halt(self.config, self.step, said[1], self.last_checkpoint)
         with self.world.together("making the metrics durable"):
             self.log.make_durable()
         state = {
@@ -454,6 +459,7 @@ class _Run:
         if self.divergence.bad_steps:
             kept = f"the last good one, {self.last_good}, is kept" if self.last_good else "there is no good one"
             warnings.warn(f"the checkpoint of step {self.step} is of weights that diverge; {kept}", stacklevel=3)
+        weights = whole_tensors(self.model, "cpu", on_all=False) if isinstance(self.rows, FullySharded) else None
         self.writer.save(
             self.step,
             model=self.model,
@@ -462,23 +468,31 @@ class _Run:
             state=state,
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
             spare=self.last_good,
+            weights=weights,
         )
         self.last_checkpoint = checkpoint.place_of(self.out, self.step)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
+    def _whole_model(self, *, on_all: bool = True) -> Transformer:
+        """The model, or a copy with whole parameters: on this device, or on rank 0's CPU."""
+        if not isinstance(self.rows, FullySharded):
+            return self.model
+        return whole_model(self.model, self.device if on_all else "cpu", on_all=on_all) or self.model
+
     def finish(self) -> Path:
         """Writes the finished model, on the rank that writes."""
         directory = self.out / MODEL_DIRECTORY
+        model = self._whole_model(on_all=False)
         with self.world.together("writing the model"):
             if self.world.is_first:
-                self._write_model(directory)
+                self._write_model(model, directory)
         return directory
 
-    def _write_model(self, directory: Path) -> None:
+    def _write_model(self, model: Transformer, directory: Path) -> None:
         copy_tokenizer(self.out, directory)
         provenance: dict[str, Any] = {"run": self.config.name, "step": self.step, "tokens": self.tokens}
         initial = files.read_json(self.out / RUN_FILE, kind="run").get("initial")
         if initial:
             provenance["adapted_from"] = origin_of(initial)
             write_card(directory, self.config, self.tokens, initial)
-        checkpoint.save_model(directory, self.model, self.config.inner, self.data.tokenizer_fingerprint, provenance)
+        checkpoint.save_model(directory, model, self.config.inner, self.data.tokenizer_fingerprint, provenance)

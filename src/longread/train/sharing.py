@@ -13,6 +13,7 @@ from longread.data import Batch, Sampler
 from longread.model import Transformer
 from longread.parallel import DividedRows, Launch, World
 from longread.parallel.rows import row_mesh
+from longread.train.meta_step import fully_sharded
 from longread.train.optimizer import trained_parameters
 
 
@@ -66,5 +67,7 @@ def divided(model: Transformer, parallelism: Parallelism, world: World, device: 
     parameters = trained_parameters(model)
     if world.size == 1:
         return DividedRows(parameters)
+    if parallelism.update == "fully-sharded":
+        return fully_sharded(model, row_mesh(world.size, world.launch.local_size, device.type))
     divisor = world.launch.local_size if parallelism.update == "shared" else 1
     return DividedRows(parameters, row_mesh(world.size, divisor, device.type))

@@ -7,13 +7,13 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longread.config import RunConfig, UserError
 from longread.parallel.world import BETWEEN_QUESTIONS
@@ -77,26 +77,26 @@ class StopSignal:
             logger.warning("%s: saving a checkpoint, then ending", signal.Signals(number).name)
 
 
-def not_finite_in(model: nn.Module, gradient: BatchGradient, norm: Tensor) -> str | None:
+def not_finite_in(gradients: Mapping[str, Tensor], found: BatchGradient, norm: Tensor) -> str | None:
     """Names the first quantity of a step that is not finite; None when all is well.
 
-    `norm` is that of the gradients of `model`.
+    `norm` is that of the gradients, which go by the names of their parameters.
     """
-    if norm.isfinite() and gradient.loss.isfinite() and gradient.inner_grad_norm.isfinite().all():
+    if norm.isfinite() and found.loss.isfinite() and found.inner_grad_norm.isfinite().all():
         return None
-    if not gradient.loss.isfinite():
-        return f"the loss is {gradient.loss.item()}"
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return f"the gradient of {name} is not finite (the loss is {gradient.loss.item():.4g})"
+    if not found.loss.isfinite():
+        return f"the loss is {found.loss.item()}"
+    for name, gradient in gradients.items():
+        if not gradient.isfinite().all():
+            return f"the gradient of {name} is not finite (the loss is {found.loss.item():.4g})"
     if norm.isfinite():
         return "the norm of an inner gradient is not finite"
-    return f"the gradients are too large for their norm (the loss is {gradient.loss.item():.4g})"
+    return f"the gradients are too large for their norm (the loss is {found.loss.item():.4g})"
 
 
-def not_finite_weight(model: nn.Module) -> str | None:
+def not_finite_weight(weights: Mapping[str, Tensor]) -> str | None:
     """Names the first parameter that is not finite; None when all are."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights.items():
         if parameter.numel() and not all(
             end.isfinite() for end in torch.aminmax(parameter.detach())
         ):  # no copy is made
