@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +44,7 @@ def reduced(rows: FullySharded, case: Case, model: Transformer) -> tuple[float, 
 
 def together(cases: list[tuple[Case, torch.dtype, int, bool]]) -> list[tuple[Found, float, bool]]:
     """Gradient and norm, and whether each parameter is divided; by case, type, ranks that divide, and `reshard`."""
+    warnings.filterwarnings("error", message="FSDP2")
     results = []
     for i, (case, dtype, divided, reshard) in enumerate(cases):
         model = make(dtype)

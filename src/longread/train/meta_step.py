@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -40,7 +41,9 @@ class MetaStep(nn.Module):
                 f"parameters arrive in {self.model.embedding.weight.dtype}; shard them without MixedPrecisionPolicy: "
                 "products run in Transformer.compute_dtype, and fast weights begin in float32"
             )
-        return outer_loss(self.model, config, batch, inner_lr)
+        with warnings.catch_warnings():  # a block's keys and values are views, which nothing changes in place
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+            return outer_loss(self.model, config, batch, inner_lr)
 
 
 def fully_sharded(model: Transformer, mesh: DeviceMesh, *, reshard: bool = True) -> FullySharded:
