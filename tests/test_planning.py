@@ -330,7 +330,7 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
     assert found["the run, 16 GPUs at 2.5 USD an hour"] == f"{plan.cost(2.5):,.0f} USD"
     first, *_, last = found
     assert first.startswith("3b-e2e on 2 nodes of 8 × h200, update shared: 128 × 8,192 t")
-    assert last.startswith("Computing at 38 % of the peak, as 3b e2e at 8,192 tokens did")
+    assert last.startswith("Computing at 39 % of the peak, as 3b e2e at 8,192 tokens did")
 
 
 def test_programs_read_the_plan_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

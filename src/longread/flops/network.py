@@ -1,7 +1,6 @@
-"""What a measure cannot do without: floating-point operations and bytes, counted from a config alone.
+"""Operations of a network's parts, of reading, and bytes of writing.
 
-A multiplication with its addition counts 2. Products are counted once: what an implementation computes again, and
-everything that is no product, is its own loss. One forward of a token, with v keys visible on average:
+One forward of a token, with v keys visible on average:
 
     attention of a block      4 D (N + G) H + 4 N H v    projections; scores and mixing; G heads of keys and values
     an MLP                    6 D F
@@ -9,21 +8,15 @@ everything that is no product, is its own loss. One forward of a token, with v k
 
 and in units of that:
 
-    training, static loss     3                   forward, gradients of activations and of weights
-    training, end to end      3 below the lowest fast MLP, 6 above it: the inner gradient is itself differentiated
     reading, frozen           1
-    reading, learning         1 below; above it 2, and 1 more for the weight gradient of each fast MLP; nothing for
-                              the gradient of the lowest one's input, which nobody asks for
-
-What a schedule of recomputation runs once more is told apart (`recomputed_flops`).
+    reading, learning         1 below the lowest fast MLP; above it 2, and 1 more for the weight gradient of each fast
+                              MLP, and for the keys and values of the mini-batch itself; nothing for the gradient of the
+                              lowest one's input, which nobody asks for
 """
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
-from longread.config import Loss, ModelConfig
+from longread.config import ModelConfig
 
 
 def visible_keys(tokens: int, window: int | None) -> float:
@@ -57,49 +50,26 @@ def head_flops(config: ModelConfig) -> float:
     return 2 * config.width * config.vocab_size
 
 
+def lower_attentions(config: ModelConfig) -> range:
+    """Blocks whose attention is in `Transformer.lower`: those of the prefix, and the first of the suffix."""
+    return range(min(config.num_prefix_blocks + 1, config.num_blocks))
+
+
+def upper_attentions(config: ModelConfig) -> range:
+    """Blocks whose attention is in `Transformer.upper`."""
+    return range(config.num_prefix_blocks + 1, config.num_blocks)
+
+
 def lower_flops(config: ModelConfig, tokens: int) -> float:
     """Of one token in `Transformer.lower`: the prefix, and the attention of the first suffix block."""
-    attentions = min(config.num_prefix_blocks + 1, config.num_blocks)
-    return (
-        sum(attention_flops(config, i, tokens) for i in range(attentions))
-        + config.num_prefix_blocks * mlp_flops(config)  # static ones
-    )
+    attentions = sum(attention_flops(config, i, tokens) for i in lower_attentions(config))
+    return attentions + config.num_prefix_blocks * mlp_flops(config)  # static ones
 
 
 def upper_flops(config: ModelConfig, tokens: int) -> float:
     """Of one token in `Transformer.upper`: two MLPs in each suffix block, and the other attentions."""
-    attentions = range(config.num_prefix_blocks + 1, config.num_blocks)
     mlps = config.num_suffix_blocks * (mlp_flops(config) + mlp_flops(config, fast=True))
-    return sum(attention_flops(config, i, tokens) for i in attentions) + mlps
-
-
-def training_flops(config: ModelConfig, tokens: int, loss: Loss) -> float:
-    """Of one token of a training sequence of `tokens`."""
-    below, above = lower_flops(config, tokens), upper_flops(config, tokens) + head_flops(config)
-    return 3 * below + (6 if loss == "end-to-end" else 3) * above
-
-
-def recomputed_flops(
-    config: ModelConfig, tokens: int, loss: Loss, recompute: Literal["none", "blocks", "sqrt", "step"]
-) -> float:
-    """Of one token of a training sequence of `tokens`, what is computed again besides (`longread.outer_loop`).
-
-    Blocks over whole sequences run forward once more without their scores, and all inner steps but those of the last
-    segment, each as when it is read: forward, and the gradient of the fast weights.
-    """
-    if recompute == "none":
-        return 0.0
-    L, prefix = config.num_blocks, config.num_prefix_blocks
-    if loss == "static":
-        fast = config.num_suffix_blocks * mlp_flops(config, fast=True)
-        return L * (projection_flops(config) + mlp_flops(config)) + fast
-    blocks = min(prefix + 1, L) * projection_flops(config) + prefix * mlp_flops(config)
-    if recompute == "blocks":
-        return blocks
-    steps = tokens // config.mini_batch_size
-    last = 1 if recompute == "step" else math.ceil(math.sqrt(steps))
-    step = reading_flops(config, tokens) - lower_flops(config, tokens)
-    return blocks + step * (steps - last) / steps
+    return sum(attention_flops(config, i, tokens) for i in upper_attentions(config)) + mlps
 
 
 def reading_flops(config: ModelConfig, tokens: int, *, scored: bool = True) -> float:
@@ -108,7 +78,8 @@ def reading_flops(config: ModelConfig, tokens: int, *, scored: bool = True) -> f
     if config.num_suffix_blocks:
         fast = mlp_flops(config, fast=True)
         unread = 2 / 3 * fast  # what the gradient of the lowest fast MLP's input would take
-        return below + 2 * (above + head) + config.num_suffix_blocks * fast - unread
+        own = sum(score_flops(config, i, config.mini_batch_size) for i in upper_attentions(config))
+        return below + 2 * (above + head) + own + config.num_suffix_blocks * fast - unread
     return below + above + scored * head
 
 
