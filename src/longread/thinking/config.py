@@ -103,7 +103,7 @@ class ThinkingConfig(Checked):
     """Its weight in the first iteration; it falls to a tenth."""
     trial_weight: float = 0.3
     """Of a mental trial's own success, beside that of the act which it leads to."""
-    consolidation: float = 1.0
+    consolidation: float = 4.0
     """Weight of the loss by which the slow weights learn what thinking has found."""
     swapped_share: float = 0.0
     """Share of boards that are thought about with the slow logits of another board: confident and wrong."""
