@@ -29,7 +29,7 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-train test test-slow test-gpu test-page mutants lint format bench clean
+.PHONY: help demo demo-train demo-think test test-slow test-gpu test-page mutants lint format bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -39,6 +39,10 @@ demo: $(DEMO_READY) ## a trained model reads a long text and learns from it (a m
 
 demo-train: $(DEMO_READY) ## train, read and compare three models on this machine's own text (10 minutes)
 	$(PYTHON) examples/demo.py
+
+demo-think: $(DEMO_READY) ## a trained agent thinks about a board, acts, and is evaluated (seconds)
+	$(PYTHON) -m longread think watch
+	$(PYTHON) -m longread think evaluate --boards 60 --tries 2 --only-withheld
 
 test: lint ## lint, then every test that takes seconds
 	$(PYTHON) -m pytest $(PARALLEL) -m "not slow and not gpu and not browser" $(PYTEST_ARGS)

@@ -197,6 +197,8 @@ def test_a_perfect_model_is_as_good_as_the_simulator_bit_for_bit() -> None:
     assert torch.equal(found.by_trials[:, 0], found.success[AT_ONCE])
     assert torch.equal(found.by_trials[:, 3], found.success[MODEL])
     assert found.success["exhaustive search in its world model"].tolist() == [1.0, 1.0]
+    without = evaluate_agents(WORLD, agent, None, boards_, Draws.from_seeds([0, 1]), conditions=[MODEL], trials=3)
+    assert torch.equal(without.success[MODEL], found.success[MODEL])
 
 
 def test_the_real_world_is_asked_for_one_trial_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,12 +219,11 @@ def test_the_real_world_is_asked_for_one_trial_and_nothing_else(monkeypatch: pyt
 
 def test_controls_change_what_they_say() -> None:
     agent, boards_ = agent_of(), certified_set(WORLD, "abc", 12)
-    model = Perfect(WORLD, Draws.from_seeds([0, 1]), 4)
     draws = Draws.from_seeds([0, 1])
     cells = boards_.cells.expand(2, -1, -1)
     known = outcomes(WORLD, WORLD.step, cells)
-    bench = tested._Bench(WORLD, agent, cells, known, known, draws, 4, 4)
-    plans = {name: bench.plans(name, model) for name in CONDITIONS}
+    bench = tested._Bench(WORLD, agent, cells, known, known, draws, 4, 4, 4)
+    plans = {name: bench.plans(name) for name in CONDITIONS}
     assert torch.equal(plans[MODEL], plans[SIMULATOR])
     for name in CONDITIONS:
         if name != MODEL and name != SIMULATOR:

@@ -18,7 +18,7 @@ What is certain of the method and what is ours: docs/thinking.md.
 from longread.thinking.cohort import Cohort
 from longread.thinking.config import ModelTraining, ThinkingConfig, WorldConfig
 from longread.thinking.evaluate import FORMAT, Report, evaluate
-from longread.thinking.show import as_text, html_sections
+from longread.thinking.show import as_svg, as_text, html_sections
 from longread.thinking.tasks import CertifiedSet, certified_set
 from longread.thinking.thinker import BOXED, Thinker, open_thinker, save_thinker
 from longread.thinking.thought import ShownTrial, Thought, think
@@ -40,6 +40,7 @@ __all__ = [
     "TrainingHalted",
     "World",
     "WorldConfig",
+    "as_svg",
     "as_text",
     "certified_set",
     "evaluate",

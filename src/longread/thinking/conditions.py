@@ -87,7 +87,7 @@ class Evaluation:
 def evaluate_agents(
     world: World,
     agent: Agent,
-    model: WorldModel,
+    model: WorldModel | None,
     boards: CertifiedSet,
     draws: Draws,
     *,
@@ -99,6 +99,7 @@ def evaluate_agents(
     """Evaluates S agents, each with its own world model.
 
     Args:
+        model: None: the simulator stands in for it.
         draws: of S streams; agents of equal streams see equal luck.
         conditions: names from `CONDITIONS`.
         curve: also success after each number of mental trials up to this one.
@@ -106,15 +107,15 @@ def evaluate_agents(
     seeds = draws.count
     cells = boards.cells.expand(seeds, -1, -1)
     real = Outcomes(*(entry.expand(seeds, *entry.shape) for entry in boards.outcomes))
-    imagined = imagine(world, model, boards.cells, seeds)
+    imagined = real if model is None else imagine(world, model, boards.cells, seeds)
     about = f"{len(boards.cells)}"
     draws = draws.of("evaluation", boards.families, about)
     found = Evaluation(
         boards.families, len(boards.cells), tries, trials, boards.sha256, boards.chance, quality(imagined, real)
     )
-    bench = _Bench(world, agent, cells, imagined, real, draws, trials, tries)
+    bench = _Bench(world, agent, cells, imagined, real, draws, trials, tries, 1 if model is None else model.width)
     for name in conditions:
-        plan = bench.plans(name, model)
+        plan = bench.plans(name)
         trial = RealTrials(world, cells)
         found.success[name] = trial.success(plan).double().mean((1, 2))
         found.drops[name] = trial.drops
@@ -149,13 +150,15 @@ class _Bench:
     draws: Draws
     trials: int
     tries: int
+    width: int
+    """Of the world models."""
 
-    def plans(self, condition: str, model: WorldModel) -> Tensor:
+    def plans(self, condition: str) -> Tensor:
         """The plans that are tried in the real world under a condition: [S, B, N, D]."""
         if condition == AT_ONCE:
             return self.acts(*self.begins())
         if condition == UNTRAINED:
-            untrained = WorldModel(self.world, self.draws.of("untrained"), model.width).to(self.cells.device)
+            untrained = WorldModel(self.world, self.draws.of("untrained"), self.width).to(self.cells.device)
             known = imagine(self.world, untrained, self.cells[0], len(self.cells))
             return self.thinks(known)
         special: dict[str, Callable[[], Tensor]] = {

@@ -90,7 +90,7 @@ class ThinkingConfig(Checked):
     width: int = 256
     key_width: int = 32
     teacher_width: int = 128
-    iterations: int = 1250
+    iterations: int = 1500
     boards: int = 64
     """Of an iteration."""
     copies: int = 4

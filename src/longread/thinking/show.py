@@ -79,6 +79,23 @@ def html_sections(thought: Thought, world: World) -> list[str]:
     ]
 
 
+def as_svg(thought: Thought, world: World) -> str:
+    """The same as one drawing, readable on light and dark ground."""
+    shown = [(f"imagined {number}", trial) for number, trial in enumerate(thought.trials, start=1)]
+    shown.append(("the real trial", thought.act))
+    wide, high = (world.columns + 1) * _CELL, (world.rows + 3) * _CELL
+    columns = min(_SIDE_BY_SIDE, len(shown))
+    rows = -(-len(shown) // columns)
+    box = f'viewBox="0 0 {columns * wide} {rows * high}"'
+    ink = 'style="color:#808080" fill="#808080" font-family="sans-serif" font-size="12"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {box} {ink}>']
+    for number, (name, trial) in enumerate(shown):
+        x, y = number % columns * wide + _CELL // 2, number // columns * high
+        parts.append(f'<g transform="translate({x} {y})"><text y="14">{name}: {_ending(trial)}</text>')
+        parts.append(f'<g transform="translate(0 20)">{_drawing(trial, thought.cells, world, name)}</g></g>')
+    return "".join([*parts, "</svg>\n"])
+
+
 _STYLE = (
     "<style>.trials{display:flex;flex-wrap:wrap;gap:1rem}.trials figure{margin:0}"
     ".trials text{font:12px system-ui,sans-serif;text-anchor:middle;fill:currentColor}</style>"

@@ -12,6 +12,7 @@ So a resumed run computes bit for bit what an uninterrupted one computes.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import sys
@@ -151,15 +152,18 @@ class _Run:
         part = "world model" if self.cohort.learns_the_world else "agent"
         figures = {name: values[0] for name, values in self.cohort.advance().items()}
         row: Row = {"step": self.cohort.step, "part": part, **figures, "seconds": time.monotonic() - started}
-        finite = all(abs(value) < float("inf") for value in (row["loss"], row["grad_norm"]))
-        if not finite:
-            kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there is no checkpoint"
-            raise TrainingHalted(
-                f"training of the {part} halted at step {self.cohort.step}: the loss is {row['loss']} and the norm of "
-                f"its gradient {row['grad_norm']}; {kept}; train again with a lower rate"
-            )
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise self.halt(f"the loss is {row['loss']} and the norm of its gradient {row['grad_norm']}")
         self.log.append(row)
         return row
+
+    def halt(self, problem: str) -> TrainingHalted:
+        """The exception for a problem of the last step."""
+        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there is no checkpoint"
+        return TrainingHalted(
+            f"training halted at step {self.cohort.step}: {problem}; {kept}; train again with a lower lr, here "
+            f"{self.config.lr:g}, or world_model.lr, {self.config.world_model.lr:g}"
+        )
 
     @property
     def should_save(self) -> bool:
@@ -171,9 +175,13 @@ class _Run:
 
     def save(self) -> None:
         """Writes the checkpoint over the one before; afterwards it is the new one or, after an error, the old one."""
+        tensors = self.cohort.tensors()
+        for name, value in tensors.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise self.halt(f"{name} is not finite after the update")
         self.log.make_durable()
         state = {"step": self.cohort.step, "config": self.config.as_dict(), "metrics_bytes": self.log.size}
-        files.write_tensors_atomically(self.out / CHECKPOINT, self.cohort.tensors(), state, kind=CHECKPOINT_KIND)
+        files.write_tensors_atomically(self.out / CHECKPOINT, tensors, state, kind=CHECKPOINT_KIND)
         self.saved_step, self.saved_at = self.cohort.step, time.monotonic()
 
     def finish(self) -> Thinker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from longread.evaluate import Chart, Figures, Grid
 from longread.evaluate.chart import Line
 from longread.thinking import Report
+from longread.thinking.conditions import AT_ONCE, MODEL, SIMULATOR
 
 CHART = "trials"
 
@@ -20,7 +21,7 @@ def figures_of_report(report: Report) -> Figures:
         [("a plan at random", [f"{found.chance:.3f}", "–"])]
         + [(name, [f"{float(rate):.3f}", f"{found.drops[name]:,}"]) for name, rate in found.success.items()],
     )
-    names = [name for name in found.success if all(name in other.success for other in report.evaluations.values())]
+    names = [name for name in (AT_ONCE, MODEL, SIMULATOR) if name in found.success]
     rows = []
     for families, other in report.evaluations.items():
         cells = [f"{float(other.success[name]):.3f}" for name in names]

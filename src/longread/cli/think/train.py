@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the action."""
     parser.add_argument("--out", required=True, metavar="RUN", help="a new directory")
     parser.add_argument("--withheld", metavar="LETTERS", help="families never together in training (default abc)")
-    parser.add_argument("--iterations", type=positive, metavar="N", help="of the agent (default 1250)")
+    parser.add_argument("--iterations", type=positive, metavar="N", help="of the agent (default 1500)")
     parser.add_argument("--trials", type=positive, metavar="K", help="mental trials before acting (default 8)")
     parser.add_argument(
         "--selection", metavar="RULE", help="of boards: random, gap, learnability, gap_unsolved, sequence_gap"
