@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def boxed() -> Report:
     """The agent in the box, on few boards."""
-    return evaluate(open_thinker(), boards=60, tries=2, seen=False)
+    return evaluate(open_thinker(), boards=40, tries=2, seen=False)
 
 
 def test_training_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +114,7 @@ def test_the_agent_in_the_box_is_small_and_thinking_pays(boxed: Report) -> None:
 
 
 def test_a_world_model_that_is_damaged_costs_success_and_the_report_says_why(boxed: Report) -> None:
-    hurt = evaluate(open_thinker(), boards=60, tries=2, seen=False, damage=1.0)
+    hurt = evaluate(open_thinker(), boards=40, tries=2, seen=False, damage=1.0)
     assert float(hurt.of_withheld.success[MODEL]) < float(boxed.of_withheld.success[MODEL]) - 0.2
     assert float(hurt.of_withheld.success[SIMULATOR]) == float(boxed.of_withheld.success[SIMULATOR])
     assert float(hurt.of_withheld.quality.recall) < 0.8

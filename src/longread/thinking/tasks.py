@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longread.config import UserError
 from longread.thinking.draws import Draws
 from longread.thinking.trials import Outcomes, outcomes
 from longread.thinking.world import DROPS, World
@@ -82,16 +83,25 @@ class CertifiedSet(NamedTuple):
 
 
 def certified_set(world: World, families: str, count: int, seed: int = 0) -> CertifiedSet:
-    """`count` boards drawn as in training, but for these: exactly the named families are on them, and a plan wins."""
+    """`count` boards drawn as in training, but for these: exactly the named families are on them, and a plan wins.
+
+    Raises:
+        UserError: there are no such families, or too many for a board.
+    """
+    letters = string.ascii_lowercase[: world.families]
+    if not set(families) <= set(letters) or not 0 < len(set(families)) == len(families) <= world.curtain_rows:
+        raise UserError(
+            f"families is {families!r}; it must be at most {world.curtain_rows} different letters of {letters}"
+        )
     wanted = rule(world, [families]).withheld[0]
     found: list[Tensor] = []
     draws = Draws.from_seeds([seed], world.device).of("certified set", families)
-    for attempt in range(1000):
+    attempt = 0
+    while sum(map(len, found)) < count:
         cells = world.draw(draws.of(attempt), _AT_ONCE)[0]
         cells = cells[(families_on(world, cells) == wanted).all(-1)]
         found.append(cells[outcomes(world, world.step, cells).solvable])
-        if sum(map(len, found)) >= count:
-            break
+        attempt += 1
     cells = torch.cat(found)[:count]
     data = cells.to("cpu", torch.uint8).numpy().tobytes()
     return CertifiedSet(families, cells, outcomes(world, world.step, cells), hashlib.sha256(data).hexdigest())
