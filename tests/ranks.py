@@ -16,7 +16,7 @@ class Ranks:
 
     def __init__(self, size: int, directory: Path, backend: str = "gloo") -> None:
         """`directory` is where they meet; a new one. With NCCL in `backend` each has a GPU of its own."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):

@@ -15,7 +15,7 @@ from longread.config import OptimizerConfig, RunConfig
 from longread.data import Batch
 from longread.outer_loop import end_to_end_loss, mean_loss, static_loss
 from longread.train import accumulate_gradient
-from longread.train.gradient import inner_steps
+from longread.train.gradient import inner_sums
 from tests.test_outer_loop import KINDS, batch, by_hand, gradients, make, same, small
 
 T, M = 28, 4
@@ -153,6 +153,6 @@ def test_inner_steps_that_had_nothing_to_learn_are_not_averaged() -> None:
     mask = torch.zeros(2, 8, dtype=torch.bool)
     mask[0, [1, 5]] = True  # the last mini-batch takes no step
     mask[1, 7] = True
-    assert inner_steps(norms, mask, 1.0) == {"inner_grad_norm": 1.25, "inner_clipped": 0.5}
-    assert inner_steps(norms, mask, None)["inner_clipped"] == 0.0
-    assert inner_steps(norms, mask & False, 1.0) == {}
+    assert inner_sums(norms, mask, 1.0).means() == {"inner_grad_norm": 1.25, "inner_clipped": 0.5}
+    assert inner_sums(norms, mask, None).means()["inner_clipped"] == 0.0
+    assert inner_sums(norms, mask & False, 1.0).means() == {}

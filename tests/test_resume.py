@@ -47,8 +47,7 @@ CONFIG = RunConfig(
 )
 # Every way in which the library touches the disk while it saves.
 TOUCHES = [(os, "fsync"), (os, "replace"), (Path, "mkdir"), (Path, "unlink"), (Path, "rmdir"), (Path, "write_text")]
-PROCESSES = multiprocessing.get_context("forkserver")  # imports torch once, forks for each run
-PROCESSES.set_forkserver_preload(["torch._dynamo", "tokenizers", "rich.progress", "safetensors.torch"])
+PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def work(data: Path, run: Path, die_at: int | None, keep: int) -> None:
