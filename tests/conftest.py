@@ -26,7 +26,14 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
     # what processes that tests start have imported already: the server that forks them does it once
-    preload = ["torch._dynamo", "torch.distributed.fsdp", "tokenizers", "rich.progress", "safetensors.torch"]
+    preload = [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "tokenizers",
+        "rich.progress",
+        "safetensors.torch",
+        "longread.train",
+    ]
     multiprocessing.set_forkserver_preload(preload)
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # decides what Triton is when it is first imported, by whomever

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -10,7 +11,6 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ def work(data: Path, run: Path, die_at: int | None, keep: int) -> None:
         touches = itertools.count()
         for owner, name in TOUCHES:
             setattr(owner, name, mortal(getattr(owner, name), touches, die_at))
-    checkpoint.write_checkpoint = partial(checkpoint.write_checkpoint, keep=keep)
+    config = dataclasses.replace(CONFIG, keep_checkpoints=keep)
     dataset = TokenDataset.open(data)
-    result = train(CONFIG, dataset, run, validation=dataset.validation, resume=True)
+    result = train(config, dataset, run, validation=dataset.validation, resume=True)
     os._exit(7 if result.interrupted else 0)
 
 
