@@ -58,20 +58,21 @@ CHECKPOINT_EVERY = 60.0
 
 
 def jobs() -> dict[str, ThinkingConfig]:
-    """Every job by name, the most important ones first."""
+    """Every job by name, the most important ones first, so that four parts take about equally long."""
     found = {
         "main": ThinkingConfig(world=CLEAN),
         "tuned": ThinkingConfig(world=TUNED),
         "random": ThinkingConfig(world=CLEAN, world_model=NO_MODEL, iterations=LONG),
         "swapped": ThinkingConfig(world=CLEAN, world_model=NO_MODEL, iterations=LONG, swapped_share=0.25),
-        "recurrent": ThinkingConfig(world=CLEAN, iterations=LONG, agent="recurrent"),
         "fast-mlp": ThinkingConfig(world=CLEAN, memory="fast_mlp"),
     }
     plain = ThinkingConfig(world=CLEAN, world_model=NO_MODEL, iterations=LONG)
     for name in ("gap", "gap_unsolved", "learnability", "sequence_gap"):
         found[name] = dataclasses.replace(plain, selection=name)
     found["gap-fresh"] = dataclasses.replace(plain, selection="gap", fresh=plain.replaced)
-    for name in ("random", "gap", "gap_unsolved", "learnability"):
+    found["rich-random"] = dataclasses.replace(plain, world=RICH)
+    found["recurrent"] = ThinkingConfig(world=CLEAN, iterations=LONG, agent="recurrent")
+    for name in ("gap", "gap_unsolved", "learnability"):
         found[f"rich-{name}"] = dataclasses.replace(plain, world=RICH, selection=name)
     return found
 

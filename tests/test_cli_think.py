@@ -11,9 +11,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from longread.cli import main
-from longread.thinking import BOXED, Report, as_svg, certified_set, evaluate, open_thinker, think
+from longread.cli.arguments import changed
+from longread.thinking import (
+    BOXED,
+    Cohort,
+    Report,
+    ThinkingConfig,
+    as_svg,
+    certified_set,
+    evaluate,
+    open_thinker,
+    think,
+)
 from longread.thinking.conditions import (
     ANOTHER,
     AT_ONCE,
@@ -174,3 +186,36 @@ def test_a_signal_leaves_a_checkpoint(number: signal.Signals, tmp_path: Path) ->
     assert b"saving a checkpoint" in err
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == step
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("withheld", ["acd", "bcd"])
+def test_an_agent_that_is_trained_here_learns_to_think(withheld: str, tmp_path: Path) -> None:
+    """The whole way with another seed than that of the agent in the box; two minutes each on an idle core."""
+    assert main(["think", "train", "--out", str(tmp_path / "run"), "--withheld", withheld, "--seed", "1"]) == 0
+    report = evaluate(open_thinker(tmp_path / "run"), boards=100)
+    found = {name: float(rate) for name, rate in report.of_withheld.success.items()}
+    assert min(float(report.of_withheld.quality.recall), float(report.of_withheld.quality.precision)) >= 0.95
+    assert found[MODEL] >= found[AT_ONCE] + 0.5
+    assert found[MODEL] >= found[SHOOTING] + 0.3
+    seen = [float(e.success[AT_ONCE]) for families, e in report.evaluations.items() if families != withheld]
+    assert sum(seen) / len(seen) >= found[AT_ONCE] + 0.25
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_and_evaluates_as_a_cpu_does(tmp_path: Path) -> None:
+    """Draws are the same numbers on both, so that the first steps are the same up to rounding."""
+    config = changed(ThinkingConfig(), [*TINY[1::2][:6], "iterations=3", "trials=2"])
+    cohorts = [Cohort(config, seeds=[0, 1], withheld=["abc", "bcd"], device=device) for device in ("cpu", "cuda")]
+    for _ in range(config.world_model.steps + 3):
+        first, second = (cohort.advance() for cohort in cohorts)
+        for name, values in first.items():
+            assert second[name] == pytest.approx(values, rel=1e-3, abs=1e-4), name
+    again = Cohort(config, seeds=[0, 1], withheld=["abc", "bcd"], device="cuda")
+    again.restore(cohorts[1].step, {name: value.cpu() for name, value in cohorts[1].tensors().items()})
+    for name, value in again.tensors().items():
+        assert torch.equal(value.cpu(), cohorts[1].tensors()[name].cpu()), name
+    thinker = open_thinker(device="cuda")
+    report = evaluate(thinker, boards=40, tries=2, seen=False, damage=0.01)
+    assert float(report.of_withheld.success[MODEL]) > 0.8
+    assert len(think(thinker, certified_set(thinker.world, "acd", 1).cells[0]).trials) == 8

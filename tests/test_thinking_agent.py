@@ -251,6 +251,19 @@ def test_a_world_model_asked_in_parts_answers_as_at_once(monkeypatch: pytest.Mon
         assert torch.equal(part, all_)
 
 
+def test_a_case_that_occurs_twice_is_answered_as_if_it_were_alone() -> None:
+    model = WorldModel(WORLD, Draws.from_seeds([0]), 8)
+    cells, marble = WORLD.draw(Draws.from_seeds([4]), 5), Draws.from_seeds([5]).integers(151, 5)
+    order = torch.tensor([3, 0, 3, 1, 4, 4, 2])
+    answers = model.step(cells[:, order], marble[:, order])
+    for i, j in enumerate(order.tolist()):
+        logits = model(cells[:, j : j + 1], marble[:, j : j + 1])
+        there = int(marble[0, j]) < 150
+        assert torch.equal(answers[0][0, i], logits[0].argmax(-1)[0, 0] if there else cells[0, j])
+        assert int(answers[1][0, i]) == (int(logits[1].argmax(-1)) if there else 150)
+        assert bool(answers[2][0, i]) == (there and bool(logits[2] > 0))
+
+
 def test_a_world_model_sees_two_columns_and_one_row_around_a_cell_and_the_highest_of_all() -> None:
     """Beyond that only through the maximum over all cells, which is switched off here."""
     model = WorldModel(WORLD, Draws.from_seeds([0]), 8)

@@ -35,14 +35,8 @@ def mean(values: Sequence[float]) -> str:
 
 def tables(results: Data) -> Iterator[Table]:
     jobs = results["results"]
-    if "main" in jobs:
-        yield _conditions(jobs)
-        yield _novelty(jobs)
-        yield _coverage(jobs["main"])
-    if any(name in jobs for name in SELECTIONS):
-        yield _selection(jobs)
-    if "random" in jobs:
-        yield _long(jobs)
+    made = [_conditions(jobs), _novelty(jobs), _coverage(jobs["main"])] if "main" in jobs else []
+    yield from (table for table in (*made, _selection(jobs), _long(jobs)) if table.rows)
 
 
 def _conditions(jobs: Data) -> Table:

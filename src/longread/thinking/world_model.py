@@ -67,15 +67,19 @@ class WorldModel(nn.Module):
         Boards without a marble stay as they are.
         """
         shape, there = marble.shape, marble < self.world.none
-        flat = cells.reshape(shape[0], -1, cells.shape[-1]), marble.reshape(shape[0], -1)
-        size = max(1, _BOARDS_AT_ONCE // shape[0])
-        parts = [self._likeliest(*part) for part in zip(*(x.split(size, 1) for x in flat), strict=True)]
-        next_cells, next_marble, success = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        asked = torch.cat([cells, marble[..., None]], -1).reshape(shape[0], -1, cells.shape[-1] + 1)
+        place = None
+        if len(asked) == 1:  # many marbles come to the same cell of the same board: each case is asked about once
+            different, place = asked[0].unique(dim=0, return_inverse=True)
+            asked = different[None]
+        parts = [self._likeliest(part) for part in asked.split(max(1, _BOARDS_AT_ONCE // shape[0]), 1)]
+        found = [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+        next_cells, next_marble, success = found if place is None else [part[:, place] for part in found]
         kept = torch.where(there[..., None], next_cells.view(cells.shape), cells)
         return kept, torch.where(there, next_marble.view(shape), self.world.none), success.view(shape) & there
 
-    def _likeliest(self, cells: Tensor, marble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        next_cells, next_marble, success = self(cells, marble)
+    def _likeliest(self, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        next_cells, next_marble, success = self(asked[..., :-1], asked[..., -1])
         return next_cells.argmax(-1), next_marble.argmax(-1), success > 0
 
 
