@@ -151,7 +151,7 @@ OPTIMIZER = OptimizerConfig(lr=0.1, warmup_steps=0, decay_steps=10, clip=1.0, we
 
 def trained_together(divided: int, bucket_bytes: int) -> tuple[dict[str, torch.Tensor], list[float], bool]:
     net, mesh = Net(), row_mesh(SIZE, divided, "cpu")
-    rows = DividedRows(dict(net.named_parameters()), mesh, bucket_bytes=bucket_bytes)
+    rows = DividedRows(dict(net.named_parameters()), mesh, bucket_bytes=bucket_bytes, direct_bytes=bucket_bytes // 4)
     optimizer = make_optimizer(net, OPTIMIZER, rows)
     places, norms = [p.data_ptr() for p in net.parameters()], []
     for step in range(3):

@@ -229,7 +229,7 @@ def test_a_signal_in_the_middle_of_a_captured_step_leaves_the_step(
 
     ended = torch.cuda.Event()
     monkeypatch.setattr(CapturedGradient, "_replay", interrupted)
-    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
+    monkeypatch.setattr("longread.checkpoint.saving.write_checkpoint", write)
     config = change(checkpoint_every=None)
     result = train(config, data, tmp_path / "run", device="cuda", on_step=keep)
     assert (result.signal, result.step, result.saved_step, last["step"]) == (signal.SIGTERM, 2, 2, 2)

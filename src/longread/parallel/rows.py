@@ -19,15 +19,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from longread.parallel.world import all_gather
+
 BUCKET_BYTES = 128 * 2**20
 """Of gradients that travel together: enough to keep a link busy, and few beside the parameters."""
+DIRECT_BYTES = 16 * 2**20
+"""Of a parameter that travels from where it lies, without a bucket, if all ranks have as many of its rows."""
 REPEATED, DIVIDED = "machines", "rows"
 """Names of the two dimensions of a mesh: ranks that repeat the same rows, and ranks that divide them."""
 
 
-# torch 2.13 gave both new names
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Its name since torch 2.13."""
 
 
 class _Piece(NamedTuple):
@@ -38,6 +41,8 @@ class _Piece(NamedTuple):
     """Of each rank, but for the last ones, which may have fewer or none."""
     width: int
     """Numbers in a row."""
+    direct: bool
+    """It lies in memory as it travels: rank by rank."""
 
     @property
     def size(self) -> int:
@@ -70,25 +75,32 @@ class DividedRows:
         mesh: DeviceMesh | None = None,
         *,
         bucket_bytes: int = BUCKET_BYTES,
+        direct_bytes: int = DIRECT_BYTES,
     ) -> None:
         """`mesh` is a `row_mesh`. Parameters are taken in their order, the same on all ranks."""
         self.parameters, self.mesh = dict(parameters), mesh
         self.count = 1 if mesh is None else mesh[DIVIDED].size()
         self.index = 0 if mesh is None else mesh[DIVIDED].get_local_rank()
-        self._buckets = list(self._filled(bucket_bytes))
+        self._buckets = list(self._filled(bucket_bytes, direct_bytes))
         self.own: dict[str, nn.Parameter] = {}
         """This rank's rows of each parameter, as views of it; what an optimizer steps."""
         for bucket in self._buckets:
             for piece in bucket:
                 self.own[piece.name] = self._rows_of(piece)
 
-    def _filled(self, most: int) -> Iterator[list[_Piece]]:
+    def _filled(self, bucket_bytes: int, direct_bytes: int) -> Iterator[list[_Piece]]:
+        """Pieces that travel together; one that travels directly is alone."""
         bucket: list[_Piece] = []
         held, dtype = 0, None
         for name, parameter in self.parameters.items():
-            piece = _Piece(name, -(-parameter.shape[0] // self.count), parameter.shape[1:].numel())
-            size = piece.size * self.count * parameter.itemsize
-            if bucket and (held + size > most or parameter.dtype != dtype):
+            rows = -(-parameter.shape[0] // self.count)
+            size = rows * self.count * parameter.shape[1:].numel() * parameter.itemsize
+            direct = size >= direct_bytes and rows * self.count == parameter.shape[0] and self.count > 1
+            piece = _Piece(name, rows, parameter.shape[1:].numel(), direct)
+            if direct:
+                yield [piece]
+                continue
+            if bucket and (held + size > bucket_bytes or parameter.dtype != dtype):
                 yield bucket
                 bucket, held = [], 0
             bucket.append(piece)
@@ -105,7 +117,7 @@ class DividedRows:
     def reduce(self, weight: float) -> None:
         """Gives `own` the sum over ranks of `weight` times the gradients of the parameters.
 
-        All ranks call it together, each with a gradient for the same parameters. Those stay as they are.
+        All ranks call it together, each with a gradient for the same parameters; large ones are multiplied in place.
         """
         if self.mesh is None:
             return
@@ -116,8 +128,11 @@ class DividedRows:
     def _reduced(self, pieces: list[_Piece], weight: float) -> Iterator[None]:
         """Of one bucket: yields once its sum is under way."""
         gradients = [cast("Tensor", self.parameters[piece.name].grad) for piece in pieces]
-        packed = self._bucket(pieces)
-        torch._foreach_copy_(*self._places(packed, pieces, gradients))
+        if pieces[0].direct and gradients[0].is_contiguous():
+            packed = gradients[0].view(self.count, -1)
+        else:
+            packed = self._bucket(pieces)
+            torch._foreach_copy_(*self._places(packed, pieces, gradients))
         packed.mul_(weight)
         mine, work = self._sum(packed)
         yield
@@ -168,6 +183,12 @@ class DividedRows:
 
     def _gathered(self, pieces: list[_Piece], mesh: DeviceMesh) -> Iterator[None]:
         """Of one bucket: yields once its rows are under way."""
+        if pieces[0].direct:
+            place, own_rows = self.parameters[pieces[0].name].detach(), self.own[pieces[0].name].detach()
+            work = all_gather(place.view(-1), own_rows.view(-1), group=mesh[DIVIDED].get_group(), async_op=True)
+            yield
+            work.wait()
+            return
         packed = self._bucket(pieces)
         mine, start = torch.zeros_like(packed[0]), 0
         own = [self.own[piece.name].detach().view(-1) for piece in pieces]
@@ -176,7 +197,7 @@ class DividedRows:
             places.append(mine[start : start + len(rows)])
             start += piece.size
         torch._foreach_copy_(places, own)
-        work = _all_gather(packed.view(-1), mine, group=mesh[DIVIDED].get_group(), async_op=True)
+        work = all_gather(packed.view(-1), mine, group=mesh[DIVIDED].get_group(), async_op=True)
         yield
         work.wait()
         wholes = [self.parameters[piece.name].detach() for piece in pieces]

@@ -25,6 +25,8 @@ from longread.config import UserError
 
 DEADLINE = 600.0
 """Seconds that a rank waits for the others before it gives up, and says for whom."""
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Its name since torch 2.13."""
 BETWEEN_QUESTIONS = 1e-4
 """Seconds; a step on a GPU takes a hundred times as long, and more."""
 _PLACE = "longread/place/"
@@ -121,6 +123,16 @@ class World:
             dist.all_reduce(held, operation, group=self.votes)
         return tuple(held.tolist())
 
+    def table(self, *numbers: float, at: str = "a table") -> list[tuple[float, ...]]:
+        """The numbers of every rank, in their order."""
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        if self.size == 1:
+            return [tuple(mine.tolist())]
+        every = torch.empty(self.size * len(numbers), dtype=torch.float64)
+        with self.waiting(at):
+            all_gather(every, mine, group=self.votes)
+        return [tuple(row) for row in every.view(self.size, -1).tolist()]
+
     def first(self, value: T, at: str = "what rank 0 says") -> T:
         """The value of rank 0, which must be made of what JSON knows."""
         if self.size == 1:
@@ -182,7 +194,7 @@ class World:
         self.say(at)
         began = time.monotonic()
         while not done():
-            if time.monotonic() - began > self.deadline:
+            if self.size > 1 and time.monotonic() - began > self.deadline:
                 raise self.late(at, f"no answer within {self.deadline:g} seconds")
             time.sleep(BETWEEN_QUESTIONS)
 
@@ -272,11 +284,7 @@ def joined(device: str | torch.device = "auto", *, deadline: float = DEADLINE) -
         wait = timedelta(seconds=deadline)
         on_gpu = name.startswith("cuda")
         with _ended_by_interrupts():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                timeout=wait,
-                device_id=torch.device(name) if on_gpu else None,
-            )
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=wait)
     try:
         yield World(launch, deadline), name
     finally:

@@ -1,21 +1,21 @@
 """One outer step: each rank's gradient, what all decide about it, the sum, the update.
 
-Nothing is decided by one rank alone. After the gradient all vote: was anybody asked to stop, has anybody run out of
-memory, is a checkpoint due by the clock of rank 0. What they know of the losses is added up, so all see the same
-numbers, and whatever follows from numbers they do alike.
+Nothing is decided by one rank alone. When their gradients are under way all vote: has anybody left the step, has
+anybody run out of memory. Then the sum is under way too, and a GPU has work while the processors talk. When it is done
+all tell what they have seen: losses, a signal, a clock. So all see the same numbers, and what follows from numbers they
+do alike.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +45,31 @@ class NothingLess(Exception):
     """Memory ran out, and there is nothing left that takes less."""
 
 
-class _ShortElsewhere(Exception):
-    """Another rank ran out of memory."""
+class _Short(Exception):
+    """A rank ran out of memory before the others depended on it."""
+
+
+class _Seen(NamedTuple):
+    """What a rank has seen of a step, for all."""
+
+    left: float = 0
+    """It was left: a signal came first."""
+    loss: float = 0.0
+    """Its part of the loss of all; nan if an inner gradient is not finite."""
+    inner_steps: float = 0
+    inner_norm: float = 0.0
+    inner_clipped: float = 0
+    """As in `InnerSums`."""
+    due: float = 0
+    """Time for a checkpoint."""
+    peak: float = 0
+    """Bytes of memory that it has taken."""
+
+
+def _sum(table: Sequence[Sequence[float]]) -> _Seen:
+    """Of all ranks; of peaks the highest."""
+    every = [_Seen(*numbers) for numbers in table]
+    return _Seen(*map(sum, zip(*every, strict=True)))._replace(peak=max(seen.peak for seen in every))
 
 
 class OuterStep:
@@ -101,20 +124,12 @@ class OuterStep:
         while True:
             try:
                 return self._take(step, stop, is_due)
-            except _ShortElsewhere:
+            except _Short:
                 pass
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if not self.is_updating:  # else the others are beyond their vote
-                    self._vote(is_due, short=True)
             self._make_room(step)  # only here, where nothing holds the tensors of the step any more
-
-    def _vote(self, is_due: Callable[[], bool], *, left: bool = False, short: bool = False) -> tuple[bool, bool]:
-        """After a gradient: whether any rank has left the step, and whether any lacks memory."""
-        votes = self.world.agree(left, short, self.world.is_first and is_due(), at="the gradient")
-        anyone_left, anyone_short, self.clock_is_due = map(bool, votes)
-        return anyone_left, anyone_short
 
     def _make_room(self, step: int) -> None:
         less = None if self.is_updating else leaner(self.config, self.exact, self.device)
@@ -137,32 +152,29 @@ class OuterStep:
         began, self.world.step = time.monotonic(), step + 1
         inner_lr = self.config.inner.lr_at(step)
         batch = self._batch(step)
-        self._gradient = self._gradient or self._new_gradient()
-        found = None
-        with contextlib.suppress(StepLeft):
-            found = self._gradient(batch.to(self.device), inner_lr=inner_lr, stopped=lambda: self._is_stopped(stop))
+        agreed, found = self._vote(batch, *self._compute(batch, inner_lr, stop))
         self._batch(step + 1)  # drawn while a GPU is still at work
-        left = found is None or stop.comes_before(self._done())
-        own = time.monotonic() - began
-        anyone_left, anyone_short = self._vote(is_due, left=left)
-        if anyone_short:
-            raise _ShortElsewhere
-        if anyone_left or found is None:
-            self.was_left = self.device.type == "cuda"
-            self.model.zero_grad(set_to_none=True)
+        if agreed is None or found is None:
+            self._leave()
             return None
-        tokens, weight = self._weigh(batch)
+        tokens, weight = agreed
         self.is_updating = self.world.size > 1
-        self.rows.reduce(weight)
-        norm = self.rows.norm()
-        self.world.wait(self._done(), at="the sum of the gradients")
+        self.rows.reduce(weight)  # on the device it follows the gradient, which nobody has waited for
+        norm, done = self.rows.norm(), self._done()
+        self.world.wait(lambda: stop.requested or done(), at="the sum of the gradients")
+        seen = self._see(found, batch, weight) if done() else _Seen(left=True)
+        seen = _sum(self.world.table(*seen._replace(due=self.world.is_first and is_due()), at="the losses"))
+        self.clock_is_due = bool(seen.due)
+        if seen.left:
+            self._leave()
+            return None
         row: Row = {"step": step + 1, "tokens": tokens}
-        loss, sums = self._sum(batch, found, weight)
-        if math.isfinite(loss) and norm.isfinite():
+        if math.isfinite(seen.loss) and norm.isfinite():
             self.is_updating = True
-            row |= {"loss": loss, "grad_norm": norm.item()}
+            row |= {"loss": seen.loss, "grad_norm": norm.item()}
             row["lr"] = update(self.model, self.optimizer, self.config.optimizer, step, norm, self.rows)
-            row |= {"inner_lr": inner_lr} | sums.means() if found.inner_grad_norm.numel() else {}
+            means = InnerSums(seen.inner_steps, seen.inner_norm, seen.inner_clipped).means()
+            row |= {"inner_lr": inner_lr} | means if found.inner_grad_norm.numel() else {}
         else:
             row["tokens"] = 0
             row["skipped"] = self._leave_out(step, batch, found, norm)
@@ -170,15 +182,67 @@ class OuterStep:
         row["seconds"] = time.monotonic() - began
         row["tokens_per_second"] = tokens / row["seconds"]
         if self.device.type == "cuda":  # reserved, not allocated: what lies in the pools of graphs must be there too
-            (most,) = self.world.agree(torch.cuda.max_memory_reserved(self.device), at="the peak of memory")
-            row["peak_memory_bytes"] = int(most)
-        steps.info("step %d: %.3f s, of which %.3f s for the gradient of this rank", step + 1, row["seconds"], own)
+            row["peak_memory_bytes"] = int(seen.peak)
+        steps.info("step %d: %.3f s", step + 1, row["seconds"])
         return row
+
+    def _compute(self, batch: Batch, inner_lr: float, stop: StopSignal) -> tuple[BatchGradient | None, bool]:
+        """The gradient of this rank, None where it was left or lacked memory; and whether it lacked memory."""
+        self._gradient = self._gradient or self._new_gradient()
+        began = time.monotonic()
+        try:
+            return self._gradient(
+                batch.to(self.device), inner_lr=inner_lr, stopped=lambda: self._is_stopped(stop)
+            ), False
+        except StepLeft:
+            return None, False
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.is_updating = not self._is_alone  # the others wait for what this rank will not give
+            if self.is_updating:
+                raise
+            return None, True
+        finally:
+            steps.info("step %d: %.3f s for the gradient of this rank", self.world.step, time.monotonic() - began)
+
+    def _vote(
+        self, batch: Batch, found: BatchGradient | None, short: bool
+    ) -> tuple[tuple[int, float] | None, BatchGradient | None]:
+        """What the step of all ranks is, or None if one has left it; and `found`. Raises `_Short` if one lacks memory.
+
+        It is the targets of all ranks, and this rank's share of the sequences that have some, of which the loss is a
+        mean.
+        """
+        own = int(batch.loss_mask.any(1).sum()), int(batch.loss_mask.sum())
+        left = found is None and not short
+        leaving, lacking, sequences, tokens = self.world.total(left, short, *own, at="the gradient")
+        if lacking:
+            raise _Short
+        agreed = int(tokens) // self.share.copies, own[0] / sequences if sequences else 1.0
+        return None if leaving else agreed, found
+
+    def _see(self, found: BatchGradient, batch: Batch, weight: float) -> _Seen:
+        finite = bool(found.inner_grad_norm.isfinite().all())
+        sums = inner_sums(found.inner_grad_norm.cpu(), batch.loss_mask, self.config.inner.clip)
+        peak = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
+        return _Seen(False, weight * (found.loss.item() if finite else math.nan), *sums, peak=peak)
+
+    def _leave(self) -> None:
+        """A step as if it had not begun."""
+        self.was_left, self.is_updating = self.device.type == "cuda", False
+        self.rows.clear()
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether a rank computes its gradient without the others."""
+        return not isinstance(self.rows, FullySharded) and self.share.copies == 1
 
     def _is_stopped(self, stop: StopSignal) -> bool:
         """Whether to leave a step between two micro-batches: all ranks, where they compute these together."""
-        alone = not isinstance(self.rows, FullySharded) and self.share.copies == 1
-        return stop.requested if alone else bool(*self.world.agree(stop.requested, at="the next micro-batch"))
+        if self._is_alone:
+            return stop.requested
+        return bool(*self.world.agree(stop.requested, at="the next micro-batch"))
 
     def release(self) -> None:
         """Forgets what was captured: NCCL waits for graphs that hold its sums when ranks part."""
@@ -199,19 +263,6 @@ class OuterStep:
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self.device))
         return done.query
-
-    def _weigh(self, batch: Batch) -> tuple[int, float]:
-        """Targets of all ranks, and this rank's share of the sequences that have some, of which the loss is a mean."""
-        own = int(batch.loss_mask.any(1).sum())
-        sequences, tokens = self.world.total(own, int(batch.loss_mask.sum()), at="counting targets")
-        return int(tokens) // self.share.copies, own / sequences if sequences else 1.0
-
-    def _sum(self, batch: Batch, found: BatchGradient, weight: float) -> tuple[float, InnerSums]:
-        """The loss of the whole batch, nan if an inner gradient is not finite anywhere, and what inner steps were."""
-        own = found.loss.item() if found.inner_grad_norm.isfinite().all() else math.nan
-        sums = inner_sums(found.inner_grad_norm.cpu(), batch.loss_mask, self.config.inner.clip)
-        loss, *added = self.world.total(weight * own, *sums, at="the sum of the losses")
-        return loss, InnerSums(*added)
 
     def _leave_out(self, step: int, batch: Batch, found: BatchGradient, norm: Tensor) -> str:
         """Keeps the batches that are not finite; then says what they are, or raises it, as the config wants it."""

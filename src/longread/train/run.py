@@ -113,7 +113,7 @@ def train(
         trackers: names from `longread.record.TRACKERS`.
         on_step: called with each row of metrics.jsonl once it is written.
         parallelism: how the processes that `torchrun` has started divide the work; alone it says nothing.
-        deadline: seconds that a rank waits for the others.
+        deadline: seconds that a rank waits for the others, and for what GPUs compute together: a step at most.
 
     Started again by torchrun after a failure, a run resumes without being asked to.
 
