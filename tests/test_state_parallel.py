@@ -34,9 +34,8 @@ def together(cases: list[tuple[Case, int, torch.dtype]]) -> list[Found]:
     world, results = World(Launch.from_environment()), []
     for case, size, dtype in cases:
         model = make(dtype)
-        place = divide_state(world, model.config, size, "cpu")
-        model.state_group = place.group
-        mine = share(place.data_rank, place.data_size)
+        model.state_group = divide_state(world, model.config, size, "cpu")
+        mine = share(world.rank // size, world.size // size)
         found = accumulate_gradient(model, config(model, case), mine, inner_lr=0.7)
         counted = float(mine.loss_mask.any(1).sum())
         weight = counted / world.total(counted)[0]
@@ -135,7 +134,7 @@ def test_sums_over_ranks_are_differentiable_as_often_as_wanted(ranks: Ranks) -> 
 def refusals() -> list[str]:
     world, said = World(Launch.from_environment()), []
     model = tiny.config(fast_hidden=10)
-    group = divide_state(world, model, 2, "cpu").group
+    group = divide_state(world, model, 2, "cpu")
     for attempt in (
         lambda: divide_state(world, model, 4, "cpu"),
         lambda: divide_state(world, tiny.config(fast_hidden=24), 3, "cpu"),
@@ -159,4 +158,4 @@ def test_what_does_not_divide_is_refused(ranks: Ranks) -> None:
 
 
 def test_one_rank_is_a_group_of_its_own() -> None:
-    assert divide_state(World(), tiny.config(), 1, "cpu") == (None, 0, 1)
+    assert divide_state(World(), tiny.config(), 1, "cpu") is None

@@ -57,7 +57,7 @@ def state_parallel_together(captured: bool) -> list[Found]:
     world, results = World(Launch.from_environment()), []
     for case in CASES:
         model = make(torch.bfloat16, "cuda")
-        model.state_group = divide_state(world, model.config, SIZE, "cuda").group
+        model.state_group = divide_state(world, model.config, SIZE, "cuda")
         whole = batch().to("cuda")
         if captured:
             gradient = CapturedGradient(model, config(model, case))

@@ -130,13 +130,15 @@ def time_steps(config: RunConfig, device: torch.device, world: World, parallelis
             out=Path(directory),
         )
         taken = []
-        for number in range(_WARM_UP + repeats):
-            world.agree(at="the beginning of a step")
-            take = functools.partial(step.take, number, StopSignal(), is_due=lambda: False)
-            try:
+        try:
+            for number in range(_WARM_UP + repeats):
+                world.agree(at="the beginning of a step")
+                take = functools.partial(step.take, number, StopSignal(), is_due=lambda: False)
                 taken.append(seconds(device, take))
-            except NotFinite as error:
-                raise GateFailed(f"in step {number + 1}: {error}") from None
+        except NotFinite as error:
+            raise GateFailed(f"in step {number + 1}: {error}") from None
+        finally:
+            step.release()
     slowest = world.agree(*taken[_WARM_UP:], at="the times of all")
     peak = peak_gib(device)
     if peak is not None:
@@ -192,5 +194,5 @@ def summed_gradient(config: RunConfig, device: torch.device, world: World, paral
 
 def _model(config: RunConfig, device: torch.device, world: World, parallelism: Parallelism) -> Transformer:
     model = new_model(config, precision_of(config, device), device, drawn=True)
-    model.state_group = divide_state(world, config.model, parallelism.state, device).group
+    model.state_group = divide_state(world, config.model, parallelism.state, device)
     return model

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from longread.parallel.fully_sharded import FullySharded, fill_rows, is_divided, whole_tensors
 from longread.parallel.rows import DividedRows
-from longread.parallel.state import Place, divide_state
+from longread.parallel.state import divide_state
 from longread.parallel.world import ALONE, DEADLINE, Launch, RankFailed, World, agreed, joined
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "DividedRows",
     "FullySharded",
     "Launch",
-    "Place",
     "RankFailed",
     "World",
     "agreed",

@@ -8,8 +8,6 @@ each sequence; so a group lies within one machine.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -19,19 +17,10 @@ from longread.config import ModelConfig, UserError
 from longread.parallel.world import World
 
 
-class Place(NamedTuple):
-    """Where a rank stands in the grid."""
+def divide_state(world: World, model: ModelConfig, size: int, device: str | torch.device) -> ProcessGroup | None:
+    """The group of this rank, of `size` neighbours, for `Transformer.state_group`; None where nothing is divided.
 
-    group: ProcessGroup | None
-    """Its neighbours, for `Transformer.state_group`; None where nothing is divided."""
-    data_rank: int
-    """Whose sequences it reads: ranks of a group share one, see `longread.data.Sampler.batch`."""
-    data_size: int
-    """Groups."""
-
-
-def divide_state(world: World, model: ModelConfig, size: int, device: str | torch.device) -> Place:
-    """Puts each `size` neighbours into a group. All ranks call it together.
+    All ranks call it together. Which sequences a group reads says `longread.train.sharing.Share`.
 
     Gradients are averaged over all ranks afterwards, as without groups: by the number of sequences of a rank over the
     sum of these numbers over all ranks.
@@ -40,7 +29,7 @@ def divide_state(world: World, model: ModelConfig, size: int, device: str | torc
     sum over NCCL.
     """
     if size == 1:
-        return Place(None, world.rank, world.size)
+        return None
     hidden, local = model.fast_mlp_hidden, world.launch.local_size
     if not model.num_suffix_blocks:
         raise UserError(f"parallelism.state is {size}, but the model has no fast weights to divide; use 1")
@@ -52,4 +41,4 @@ def divide_state(world: World, model: ModelConfig, size: int, device: str | torc
     if kind == "cuda" and "cuda:nccl" not in (backends := dist.get_backend_config()):
         raise UserError(f"parallelism.state needs NCCL between GPUs, and the ranks were joined over {backends}")
     mesh = init_device_mesh(kind, (world.size // size, size), mesh_dim_names=("data", "state"))
-    return Place(mesh["state"].get_group(), world.rank // size, world.size // size)
+    return mesh["state"].get_group()

@@ -243,8 +243,7 @@ class _Run:
             self.initial = fill_first_weights(
                 self.model, initial, begun, out=self.out, tokenizer_fingerprint=fingerprint, has_checkpoint=there
             )
-        place = divide_state(self.world, self.config.model, self.parallelism.state, self.device)
-        self.model.state_group = place.group
+        self.model.state_group = divide_state(self.world, self.config.model, self.parallelism.state, self.device)
         self.rows = divided(self.model, self.parallelism, self.world, self.device)
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.rows)
         self.exact = settled(
