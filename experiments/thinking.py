@@ -101,10 +101,8 @@ def make_page(options: argparse.Namespace) -> int:
     stored = as_stored(results)
     write(options.folder, page.HEADING, stored, list(page.tables({"results": stored})), page.plots(stored))
     thinker = open_thinker()
-    boards = certified_set(thinker.world, thinker.config.withheld, 1)
-    (options.folder / "thought.svg").write_text(
-        as_svg(think(thinker, boards.cells[0]), thinker.world), encoding="utf-8"
-    )
+    board = certified_set(thinker.world, thinker.config.withheld, 2).cells[1]
+    (options.folder / "thought.svg").write_text(as_svg(think(thinker, board), thinker.world), encoding="utf-8")
     return 0
 
 
@@ -122,8 +120,7 @@ def run_part(options: argparse.Namespace) -> int:
         if path.exists():
             continue
         job = Job(name, rehearsed(config) if options.rehearse else config, options)
-        done = job.train(lambda: bool(stopped) or time.monotonic() > deadline)
-        if not done:
+        if not job.train(lambda: bool(stopped) or time.monotonic() > deadline):
             print(f"{name}: stopped after step {job.cohort.step} of {job.cohort.steps}", flush=True)
             return 75
         path.write_text(json.dumps(job.results(), ensure_ascii=False) + "\n", encoding="utf-8")
@@ -150,7 +147,7 @@ class Job:
         self.withheld = [triple for _ in seeds for triple in self.triples]
         self.cohort = Cohort(config, seeds=self.seeds, withheld=self.withheld, device=options.device)
         self.sets = {t: certified_set(self.cohort.world, t, 12 if self.small else BOARDS) for t in self.triples}
-        self.every = 5 if self.small else 125
+        self.every = 5 if self.small else 250
         self.model_steps = (3, 6) if self.small else MODEL_STEPS
         self.checkpoint = options.out / "checkpoints" / f"{name}.safetensors"
         self.curve: list[dict[str, Any]] = []
@@ -196,8 +193,7 @@ class Job:
         """What OUT/JOB.json holds."""
         learns_world = self.config.world_model.steps > 0
         model = self.cohort.model if learns_world else None
-        all_of_them = CONDITIONS if self.config.agent == "plastic" else CONDITIONS[:-3]
-        found = self.evaluations(model, conditions=all_of_them if learns_world else (AT_ONCE, SIMULATOR), curve=16)
+        found = self.evaluations(model, conditions=CONDITIONS if learns_world else (AT_ONCE, SIMULATOR), curve=16)
         names = next(iter(found.values())).success
         results = {
             "config": self.config.as_dict(),

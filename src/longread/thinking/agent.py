@@ -106,10 +106,10 @@ class PlasticAgent(nn.Module):
         plan = choose(log_policy.exp(), uniform)
         return Trial(plan, log_policy, *known.of(plan)), fast
 
-    def learn(self, task: Task, fast: Fast, trial: Trial, reward: Tensor | None = None) -> Fast:
-        """The inner step after a mental trial; `reward` [S, B, N] instead of its success is for controls."""
+    def learn(self, task: Task, fast: Fast, trial: Trial) -> Fast:
+        """The inner step after a mental trial."""
         chosen = one_hot(trial.plan, self.world.actions)
-        reward = (trial.success if reward is None else reward).to(chosen.dtype)
+        reward = trial.success.to(chosen.dtype)
         up, down = self.log_rate.exp()[:, None, None].unbind(-1)
         rate = (reward[..., None] * up - (1 - reward[..., None]) * down)[..., None]
         return self.memory.step(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longread.thinking.agent import ACTING, MENTAL, PlasticAgent, Task, Trial
+from longread.thinking.agent import ACTING, MENTAL, Task, Trial
 from longread.thinking.draws import Draws, choose
 from longread.thinking.episode import Agent
 from longread.thinking.memory import Fast
@@ -108,8 +108,7 @@ def evaluate_agents(
     cells = boards.cells.expand(seeds, -1, -1)
     real = Outcomes(*(entry.expand(seeds, *entry.shape) for entry in boards.outcomes))
     imagined = real if model is None else imagine(world, model, boards.cells, seeds)
-    about = f"{len(boards.cells)}"
-    draws = draws.of("evaluation", boards.families, about)
+    draws = draws.of("evaluation", boards.families)
     found = Evaluation(
         boards.families, len(boards.cells), tries, trials, boards.sha256, boards.chance, quality(imagined, real)
     )
@@ -180,8 +179,8 @@ class _Bench:
         return task, self.agent.begin(task, self.tries)
 
     def acts(self, task: Task, fast: Fast) -> Tensor:
-        """The plan of the trial that counts. What comes of it is not looked at."""
-        return self.agent.trial(task, fast, ACTING, self.imagined, self._uniform("act"))[0].plan
+        """The plan of the trial that counts; an agent may see where its first marble really fell before the second."""
+        return self.agent.trial(task, fast, ACTING, self.real, self._uniform("act"))[0].plan
 
     def after(
         self, task: Task, known: Outcomes, trials: int, change: Callable[[Trial, Draws], Trial] | None = None
@@ -244,8 +243,3 @@ class _Bench:
 
     def _uniform(self, *purpose: str | int) -> Tensor:
         return self.draws.of(*purpose).uniform(*self._shape)
-
-
-def conditions_of(agent: Agent) -> tuple[str, ...]:
-    """Those that make sense for an agent: searching and reasoning need none, and are left to the first."""
-    return CONDITIONS if isinstance(agent, PlasticAgent) else CONDITIONS[:-3]

@@ -10,7 +10,6 @@ from typing import Any
 from longread.config import UserError
 from longread.thinking.conditions import AT_ONCE, CONDITIONS, MODEL, SIMULATOR, Evaluation, evaluate_agents
 from longread.thinking.draws import Draws
-from longread.thinking.recurrent import RecurrentAgent
 from longread.thinking.tasks import certified_set
 from longread.thinking.thinker import Thinker
 from longread.thinking.world_model import damaged
@@ -124,7 +123,7 @@ def evaluate(
         if value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
     if damage:
-        thinker = Thinker.of(thinker.config, dict(_weights(thinker)), thinker.provenance, thinker.world.device)
+        thinker = Thinker.of(thinker.config, thinker.weights, thinker.provenance, thinker.world.device)
         damaged(thinker.model, damage, seed)
     withheld = thinker.config.withheld
     letters = string.ascii_lowercase[: thinker.config.world.families]
@@ -133,8 +132,6 @@ def evaluate(
     for families in dict.fromkeys([withheld, *(o for o in others if set(o) != set(withheld))]):
         is_withheld = families == withheld
         conditions: tuple[str, ...] = CONDITIONS if is_withheld else (AT_ONCE, MODEL, SIMULATOR)
-        if isinstance(thinker.agent, RecurrentAgent):
-            conditions = tuple(name for name in conditions if name in CONDITIONS[:-3])
         evaluations[families] = evaluate_agents(
             thinker.world,
             thinker.agent,
@@ -147,11 +144,3 @@ def evaluate(
             curve=max(16, trials) if is_withheld else None,
         )
     return Report(evaluations, withheld, damage)
-
-
-def _weights(thinker: Thinker) -> dict[str, Any]:
-    return {
-        f"{part}.{name}": weight
-        for part, module in (("agent", thinker.agent), ("model", thinker.model))
-        for name, weight in module.named_parameters()
-    }

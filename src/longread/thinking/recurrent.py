@@ -61,9 +61,9 @@ class RecurrentAgent(torch.nn.Module):
         chosen = torch.stack(plan, -1)
         return Trial(chosen, torch.stack(log_policies, -2), *known.of(chosen)), (state,)
 
-    def learn(self, task: Task, fast: Fast, trial: Trial, reward: Tensor | None = None) -> Fast:
-        """Sees how the trial ended; `reward` [S, B, N] instead of its success is for controls."""
-        reward = (trial.success if reward is None else reward).to(fast[0].dtype)
+    def learn(self, task: Task, fast: Fast, trial: Trial) -> Fast:
+        """Sees how the trial ended."""
+        reward = trial.success.to(fast[0].dtype)
         last, landing = trial.plan[..., -1], trial.positions[..., -1]
         return (self._advance(task, fast[0], last, landing, reward[..., None], 0, DROPS),)
 

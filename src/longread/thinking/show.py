@@ -153,7 +153,7 @@ def _way(path: Sequence[tuple[int, int]], world: World, marble: int, top: int) -
     if path:
         x, y = at(path[-1][0])
         parts.append(f'<circle cx="{x}" cy="{y}" r="6" fill="{_color(path[-1][1], world)}"/>')
-        parts.append(f'<text x="{x}" y="{y + 4}" style="fill:#fff">{marble + 1}</text>')
+        parts.append(f'<text x="{x}" y="{y + 4}" text-anchor="middle" style="fill:#fff">{marble + 1}</text>')
     return parts
 
 

@@ -61,8 +61,14 @@ class Thinker:
         return cls(config, world, agent, model, provenance)
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """Of agent and world model by name, as `of` takes them."""
+        parts = (("agent", self.agent), ("model", self.model))
+        return {f"{part}.{name}": w.detach() for part, module in parts for name, w in module.named_parameters()}
+
+    @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for module in (self.agent, self.model) for p in module.parameters())
+        return sum(weight.numel() for weight in self.weights.values())
 
 
 def save_thinker(path: str | Path, thinker: Thinker, *, dtype: torch.dtype | None = None) -> None:
@@ -71,11 +77,7 @@ def save_thinker(path: str | Path, thinker: Thinker, *, dtype: torch.dtype | Non
     Args:
         dtype: of the weights in the file; None: their own.
     """
-    weights = {
-        f"{part}.{name}": weight.detach().to(dtype or weight.dtype)
-        for part, module in (("agent", thinker.agent), ("model", thinker.model))
-        for name, weight in module.named_parameters()
-    }
+    weights = {name: weight.to(dtype or weight.dtype) for name, weight in thinker.weights.items()}
     metadata = {"config": thinker.config.as_dict(), "provenance": dict(thinker.provenance)}
     write_tensors_atomically(path, weights, metadata, kind=KIND)
 

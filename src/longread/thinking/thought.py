@@ -69,7 +69,8 @@ def think(thinker: Thinker, cells: Tensor, *, trials: int | None = None, seed: i
         trial, fast = thinker.agent.trial(task, fast, MENTAL, imagined, uniform)
         fast = thinker.agent.learn(task, fast, trial)
         seen.append(_shown(world, thinker.model.step, board, trial.plan, trial.policy))
-    acted, _ = thinker.agent.trial(task, fast, ACTING, imagined, draws.of("act").uniform(1, 1, DROPS))
+    real = Played(world, world.step, board)
+    acted, _ = thinker.agent.trial(task, fast, ACTING, real, draws.of("act").uniform(1, 1, DROPS))
     act = _shown(world, world.step, board, acted.plan, acted.policy)
     return Thought(tuple(cells.tolist()), tuple(seen), act)
 

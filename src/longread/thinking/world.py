@@ -21,8 +21,6 @@ Another environment is another file with a class of these sizes and six function
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -171,8 +169,3 @@ def _swapped(draws: Draws, count: int, size: int) -> Tensor:
     places = torch.arange(size, device=i.device).expand(*i.shape, size)
     i, j = i[..., None], j[..., None]
     return torch.where(places == i, j, torch.where(places == j, i, places))
-
-
-def all_plans(actions: int) -> list[tuple[int, ...]]:
-    """Every plan: an action for each marble of a trial."""
-    return list(itertools.product(range(actions), repeat=DROPS))
