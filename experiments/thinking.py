@@ -132,7 +132,7 @@ def run_part(options: argparse.Namespace) -> int:
 def rehearsed(config: ThinkingConfig) -> ThinkingConfig:
     model = dataclasses.replace(config.world_model, steps=min(config.world_model.steps, 12), width=8, boards=60)
     small = {"width": 16, "key_width": 8, "teacher_width": 8, "boards": 8, "population": 64, "trials": 2}
-    return dataclasses.replace(config, world_model=model, iterations=10, **small)
+    return dataclasses.replace(config, world_model=model, iterations=6, **small)
 
 
 class Job:
@@ -146,8 +146,8 @@ class Job:
         self.seeds = [seed for seed in seeds for _ in self.triples]
         self.withheld = [triple for _ in seeds for triple in self.triples]
         self.cohort = Cohort(config, seeds=self.seeds, withheld=self.withheld, device=options.device)
-        self.sets = {t: certified_set(self.cohort.world, t, 12 if self.small else BOARDS) for t in self.triples}
-        self.every = 5 if self.small else 250
+        self.sets = {t: certified_set(self.cohort.world, t, 4 if self.small else BOARDS) for t in self.triples}
+        self.every, self.most_trials = (3, 3) if self.small else (250, 16)
         self.model_steps = (3, 6) if self.small else MODEL_STEPS
         self.checkpoint = options.out / "checkpoints" / f"{name}.safetensors"
         self.curve: list[dict[str, Any]] = []
@@ -193,7 +193,9 @@ class Job:
         """What OUT/JOB.json holds."""
         learns_world = self.config.world_model.steps > 0
         model = self.cohort.model if learns_world else None
-        found = self.evaluations(model, conditions=CONDITIONS if learns_world else (AT_ONCE, SIMULATOR), curve=16)
+        found = self.evaluations(
+            model, conditions=CONDITIONS if learns_world else (AT_ONCE, SIMULATOR), curve=self.most_trials
+        )
         names = next(iter(found.values())).success
         results = {
             "config": self.config.as_dict(),

@@ -149,12 +149,12 @@ def test_boards_and_their_mutants_are_boards_and_never_withheld_ones(world: Worl
 
 
 def test_raw_boards_hold_what_is_promised() -> None:
-    cells = WORLD.draw(Draws.from_seeds([0]), 20_000)[0]
+    cells = WORLD.draw(Draws.from_seeds([0]), 10_000)[0]
     rows = WORLD.arrangement(cells)
-    assert rows.double().histc(5, 0, 4) == pytest.approx(torch.full((5,), 12_000.0).tolist(), rel=0.05)
+    assert rows.double().histc(5, 0, 4) == pytest.approx(torch.full((5,), 6_000.0).tolist(), rel=0.05)
     assert (cells == WALL).any(-1).double().mean().item() == pytest.approx(0.5, abs=0.02)
-    solvable = outcomes(WORLD, WORLD.step, cells).solvable.double().mean().item()
-    assert solvable == pytest.approx(0.84, abs=0.01)
+    solvable = outcomes(WORLD, WORLD.step, cells[:4000]).solvable.double().mean().item()
+    assert solvable == pytest.approx(0.84, abs=0.02)
 
 
 def test_legal_is_what_lacks_one_of_the_withheld_families() -> None:
