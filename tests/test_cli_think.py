@@ -191,16 +191,15 @@ def test_a_signal_leaves_a_checkpoint(number: signal.Signals, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("withheld", ["acd", "bcd"])
-def test_an_agent_that_is_trained_here_learns_to_think(withheld: str, tmp_path: Path) -> None:
-    """The whole way with another seed than that of the agent in the box; two minutes each on an idle core."""
-    assert main(["think", "train", "--out", str(tmp_path / "run"), "--withheld", withheld, "--seed", "1"]) == 0
+def test_an_agent_that_is_trained_here_learns_to_think(tmp_path: Path) -> None:
+    """The whole way with another seed than that of the agent in the box; two minutes on an idle core."""
+    assert main(["think", "train", "--out", str(tmp_path / "run"), "--withheld", "acd", "--seed", "1"]) == 0
     report = evaluate(open_thinker(tmp_path / "run"), boards=100)
     found = {name: float(rate) for name, rate in report.of_withheld.success.items()}
     assert min(float(report.of_withheld.quality.recall), float(report.of_withheld.quality.precision)) >= 0.95
     assert found[MODEL] >= found[AT_ONCE] + 0.5
     assert found[MODEL] >= found[SHOOTING] + 0.3
-    seen = [float(e.success[AT_ONCE]) for families, e in report.evaluations.items() if families != withheld]
+    seen = [float(e.success[AT_ONCE]) for families, e in report.evaluations.items() if families != "acd"]
     assert sum(seen) / len(seen) >= found[AT_ONCE] + 0.25
 
 

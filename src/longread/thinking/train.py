@@ -117,17 +117,20 @@ class _Run:
         size = 0
         if os.path.exists(self.out / CHECKPOINT):
             tensors, state = files.read_tensors(self.out / CHECKPOINT, kind=CHECKPOINT_KIND)
-            if state["config"] != self.config.as_dict():
-                changed = [name for name, value in self.config.as_dict().items() if state["config"].get(name) != value]
-                raise UserError(
-                    f"{self.out} was begun with another {', '.join(changed)}; resume it as it was begun, or train into "
-                    "another directory"
-                )
+            self._refuse_other(state["config"])
             self.cohort.restore(state["step"], tensors)
             self.saved_step, size = state["step"], state["metrics_bytes"]
         elif os.path.exists(self.out / FILE):
             raise UserError(f"{self.out} holds an agent but no checkpoint to resume from; train into another directory")
         self.log.truncate(size)
+
+    def _refuse_other(self, begun: dict[str, Any]) -> None:
+        changed = [name for name, value in self.config.as_dict().items() if begun.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{self.out} was begun with another {', '.join(changed)}; resume it as it was begun, or train into "
+                "another directory"
+            )
 
     def describe(self) -> None:
         """Leaves run.json, to which each resumption adds itself."""
@@ -141,6 +144,7 @@ class _Run:
         }
         if os.path.exists(path):
             run = files.read_json(path, kind="run")
+            self._refuse_other(run["config"])
             run["resumed"] = [*run["resumed"], now | {"step": self.cohort.step}]
         else:
             run = {"config": self.config.as_dict(), **now, "resumed": []}
