@@ -41,11 +41,11 @@ from longread.thinking import (
     think,
 )
 from longread.thinking.conditions import AT_ONCE, CONDITIONS, MODEL, SIMULATOR, Evaluation, evaluate_agents
+from longread.thinking.draws import choose
 from longread.thinking.tasks import coverage, draw_legal, random_play
 from longread.thinking.trials import outcomes
 from longread.thinking.world_model import WorldModel
 
-SEEDS = range(5)
 BOARDS = 400
 MODEL_STEPS = (100, 200, 400, 800)
 """At which world models are kept for Figure 3, beside the finished ones."""
@@ -86,6 +86,7 @@ def main() -> int:
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--seconds", type=float, default=1e9, help="after which no further step is taken")
     run.add_argument("--only", nargs="+", metavar="JOB", choices=[*jobs()])
+    run.add_argument("--seeds", type=int, default=5, help="of each combination (default 5)")
     run.add_argument("--rehearse", action="store_true")
     run.set_defaults(do=run_part)
     made = actions.add_parser("page", help="make the page")
@@ -115,15 +116,12 @@ def run_part(options: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.append(True))
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, config in mine:
-        path = options.out / f"{name}.json"
-        if path.exists():
-            continue
+    for name, config in (job for job in mine if not (options.out / f"{job[0]}.json").exists()):
         job = Job(name, rehearsed(config) if options.rehearse else config, options)
         if not job.train(lambda: bool(stopped) or time.monotonic() > deadline):
             print(f"{name}: stopped after step {job.cohort.step} of {job.cohort.steps}", flush=True)
             return 75
-        path.write_text(json.dumps(job.results(), ensure_ascii=False) + "\n", encoding="utf-8")
+        (options.out / f"{name}.json").write_text(json.dumps(job.results()) + "\n", encoding="utf-8")
         job.checkpoint.unlink(missing_ok=True)
         print(f"{name}: {job.seconds:.0f} s", flush=True)
     return 0
@@ -140,7 +138,7 @@ class Job:
 
     def __init__(self, name: str, config: ThinkingConfig, options: argparse.Namespace) -> None:
         self.name, self.config, self.small = name, config, options.rehearse
-        seeds = range(1) if self.small else SEEDS
+        seeds = range(1 if self.small else options.seeds)
         letters = string.ascii_lowercase[: config.world.families]
         self.triples = ["".join(names) for names in combinations(letters, 3)]
         self.seeds = [seed for seed in seeds for _ in self.triples]
@@ -264,8 +262,8 @@ class Job:
             draws = cohort.draws.of("cloning", step)
             cells = draw_legal(cohort.world, draws, cohort.rule, config.boards * config.copies)
             known = outcomes(cohort.world, cohort.world.step, cells)
-            wins = known.success.flatten(-2).float()
-            plan = torch.multinomial((wins + (wins.sum(-1, keepdim=True) == 0)).flatten(0, 1), 1).view(wins.shape[:2])
+            wins = known.success.flatten(-2).double()
+            plan = choose(wins + ~known.solvable[..., None], draws.of("plan").uniform(wins.shape[1]))
             log_policy = torch.log_softmax(cohort.agent.view(cells).slow, -1)
             both = torch.stack([plan // cohort.world.actions, plan % cohort.world.actions], -1)[..., None]
             loss = -(log_policy.gather(-1, both)[..., 0].sum(-1) * known.solvable).mean(1).sum()
