@@ -37,8 +37,8 @@ COMMAND_LINE = {
     "prepare": "SOURCE --out --tokenizer --train-tokenizer --documents --validation-fraction --field --exclude "
     "--vocab-size --bos-id --array-tokens --stretch --encoding --errors --keep-line-ends --overwrite --json --quiet",
     "train": "RECIPE --data --out --method --context-length --steps --tokens --lr --batch-size --window --mini-batch "
-    "--only --validation --init --resume --seed --set --update --state-parallel --deadline --tracker --device "
-    "--json --quiet",
+    "--only --validation --init --resume --seed --set --update --state-parallel --deadline --profile-steps --tracker "
+    "--device --json --quiet",
     "read": "FILE --model --device --encoding --errors --keep-line-ends --markup --session --save --resume "
     "--save-every --control --learn --json --quiet --report",
     "generate": "--model --device --session --prompt --prompt-file --interactive --max-tokens --temperature --top-p "

@@ -24,7 +24,18 @@ from longread import __version__
 from longread.config import RunConfig, UserError
 from longread.extras import install_command
 
-TIMING_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
+TIMING_FIELDS = (
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "gradient_seconds",
+    "reduce_seconds",
+    "update_seconds",
+    "gather_seconds",
+    "mfu",
+    "flops",  # what is computed again depends on the memory that was free
+    "recomputed_flops",
+)
 """Fields of a row of metrics.jsonl that differ between two runs of one config; all others are the same."""
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from longread.train.profiling import covered
 
 _OF_ATTENTION = "forward|query_gradient|key_gradient|tangent|query_second|key_second|share|join"
 KINDS = [
@@ -53,15 +55,6 @@ def profiled(device: torch.device, work: Callable[[], object], wall_ms: float) -
             calls[average.key] += average.count
         busy = sum(times.values())
     return describe(times, calls, busy, wall_ms)
-
-
-def covered(ranges: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals: kernels on two streams overlap."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(ranges):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 def describe(times: Counter[str], calls: Counter[str], busy_ms: float, wall_ms: float) -> str:

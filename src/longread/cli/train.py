@@ -73,6 +73,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deadline", type=positive, default=600, metavar="SECONDS", help="that a rank waits for others (default 600)"
     )
+    parser.add_argument(
+        "--profile-steps", metavar="FIRST:LAST", help="steps of which a trace and a table are left in RUN/profile"
+    )
     parser.add_argument("--tracker", action="append", default=[], help="tensorboard, wandb or trackio; repeatable")
     add_device(parser)
     add_json(parser, "the last row of the metrics")
@@ -92,10 +95,11 @@ def run(options: argparse.Namespace) -> int:
     from longread.data import TokenDataset
     from longread.loading import find_model
     from longread.parallel import Launch
-    from longread.train import Progress, train
+    from longread.train import ProfiledSteps, Progress, train
 
     model = _model(options)
     _beginning(options, model)  # a wrong name is said before data are looked for
+    profiled = None if options.profile_steps is None else ProfiledSteps.parse(options.profile_steps)
     if not options.out:
         raise UserError("--out is empty; name a directory")
     check_outputs([Output("--json", options.json, figures_of(FORMAT))])
@@ -119,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
             on_step=progress,
             parallelism=Parallelism(update=options.update, state=options.state_parallel),
             deadline=options.deadline,
+            profiled=profiled,
         )
     if rank:
         return 128 + (result.signal or 0) if result.interrupted else 0

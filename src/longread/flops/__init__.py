@@ -8,7 +8,7 @@ own sake, and everything that is no product, is its own loss.
 """
 
 from longread.flops.network import decoding_bytes, head_flops, mlp_flops, reading_flops, visible_keys
-from longread.flops.training import TrainingFlops, recomputed_flops, sequence_flops, training_flops
+from longread.flops.training import TrainingFlops, recomputed_flops, sequence_flops, step_flops, training_flops
 
 __all__ = [
     "TrainingFlops",
@@ -18,6 +18,7 @@ __all__ = [
     "reading_flops",
     "recomputed_flops",
     "sequence_flops",
+    "step_flops",
     "training_flops",
     "visible_keys",
 ]

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from longread.config import Loss, MetaGradient, ModelConfig
+from longread.config import Loss, MetaGradient, ModelConfig, RunConfig
 from longread.flops.network import (
     head_flops,
     lower_attentions,
@@ -62,6 +62,25 @@ def training_flops(config: ModelConfig, tokens: int, loss: Loss) -> float:
 def recomputed_flops(config: ModelConfig, tokens: int, loss: Loss, recompute: Recomputed) -> float:
     """Of one token of a training sequence of `tokens`, what is computed again besides."""
     return sequence_flops(config, tokens, loss, recompute).recomputed / tokens
+
+
+def step_flops(config: RunConfig, recompute: Recomputed) -> TrainingFlops | None:
+    """Of one step of a run, all its sequences together; None for networks whose mixers are not counted.
+
+    Ranks that divide the fast MLPs compute the rest of a sequence alike; that counts once.
+    """
+    if config.model.mixer != "attention":
+        return None
+    found = sequence_flops(
+        config.model,
+        config.context_length,
+        config.loss,
+        recompute,
+        meta_gradient=config.meta_gradient,
+        truncate_after=config.truncate_after,
+        trained_blocks=config.trained_blocks,
+    )
+    return TrainingFlops(*(config.batch_size * each for each in found))
 
 
 def sequence_flops(

@@ -10,10 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.profiler import record_function
 
 from longread.inner_loop.optimizers import CLIPPED_SGD, InnerOptimizer
 from longread.model import FastWeights, Past, Transformer
 from longread.model.layers import SwiGLU
+
+INNER_STEP = "inner step"
+"""Its range in a profile."""
 
 
 class Carry(NamedTuple):
@@ -200,17 +204,18 @@ def scan(
                 nll.append(model.token_losses(output, inputs[1]))
                 loss.append(mini_batch_loss(nll[-1], counts))
             else:
-                step = inner_step(
-                    model,
-                    carry,
-                    *inputs,
-                    start=start + i * M,
-                    lr=lr,
-                    clip=clip,
-                    order=order,
-                    optimizer=optimizer,
-                    group=group,
-                )
+                with record_function(INNER_STEP):
+                    step = inner_step(
+                        model,
+                        carry,
+                        *inputs,
+                        start=start + i * M,
+                        lr=lr,
+                        clip=clip,
+                        order=order,
+                        optimizer=optimizer,
+                        group=group,
+                    )
                 carry = Carry(step.fast, model.advance(carry.pasts, step.own, model.num_lower_attentions))
                 nll.append(step.nll)
                 output = step.output

@@ -6,15 +6,16 @@ of tokens at once. `upper` is the rest: it runs mini-batch by mini-batch with th
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.distributed import ProcessGroup
+from torch.profiler import record_function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longread.config import BlockRope, ModelConfig
@@ -37,6 +38,8 @@ Turns = dict[BlockRope, Tensor | None]
 """The rotary embedding of some positions, for each kind that blocks have."""
 
 EMBEDDING_STD = 0.02
+RECOMPUTE = "recompute"
+"""The range in a profile of what runs again for its gradient."""
 
 
 class Block(nn.Module):
@@ -300,8 +303,28 @@ def _perhaps_again(function: Callable[..., Any], *args: Any, again: bool) -> Any
     """`function(*args)`; with `again` its gradient keeps arguments and attention's results, and runs the rest again."""
     if not again:
         return function(*args)
-    keeping = functools.partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keeping)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping)
+
+
+def _keeping() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What is entered for the first run, and for the second."""
+    first, second = create_selective_checkpoint_contexts(_policy)
+    return first, _Recomputing(second)
+
+
+class _Recomputing:
+    """A context within its range of a profile. It may be entered again: who does is told why not to."""
+
+    def __init__(self, context: AbstractContextManager[Any]) -> None:
+        self._context, self._range = context, record_function(RECOMPUTE)
+
+    def __enter__(self) -> None:
+        self._range.__enter__()
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+        self._range.__exit__(*error)
 
 
 def _policy(_: Any, operation: OpOverload, *args: Any, **options: Any) -> CheckpointPolicy:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from longread.inner_loop.step import Carry, Scan, from_matrices, matrices
 from longread.model import Past
+from longread.model.transformer import RECOMPUTE
 
 
 def _flatten(carry: Carry) -> list[Tensor]:
@@ -67,7 +69,7 @@ class _Segment(torch.autograd.Function):
         split = len(ctx.saved_tensors) - ctx.num_parameters
         inputs, parameters = ctx.saved_tensors[:split], ctx.saved_tensors[split:]
         hidden, *flat = inputs = [x.detach().requires_grad_() for x in inputs]
-        with torch.enable_grad():
+        with record_function(RECOMPUTE), torch.enable_grad():
             result = ctx.run(hidden, _unflatten(flat, ctx.num_fast), ctx.order)
         outputs = result.mini_batch_loss, *_flatten(result.carry)
         due = [(out, d) for out, d in zip(outputs, (d_loss, *d_carry), strict=True) if out.requires_grad]

@@ -11,7 +11,7 @@ refusal    why a run does not fit, and what would let it
 
 from __future__ import annotations
 
-from longread.planning.gpus import GPUS, Gpu, gpu_named
+from longread.planning.gpus import GPUS, Gpu, gpu_named, peak_flops
 from longread.planning.layout import Layout
 from longread.planning.memory import GpuMemory, Load, load_of, state_bytes
 from longread.planning.plan import Plan, plan_training
@@ -27,6 +27,7 @@ __all__ = [
     "StepSeconds",
     "gpu_named",
     "load_of",
+    "peak_flops",
     "plan_training",
     "state_bytes",
     "step_seconds",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from longread.config import UserError
@@ -53,3 +54,13 @@ def gpu_named(name: str) -> Gpu:
     if name not in GPUS:
         raise UserError(f"there is no GPU {name!r} in the table; choose from {', '.join(GPUS)}")
     return GPUS[name]
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bfloat16 operations per second of a device that is called so by its driver; None if it is not in the table.
+
+    Cards for PCIe and for NVL are slower than the modules of the table, and a MIG instance is a part of one.
+    """
+    if re.search(r"\b(PCIe|NVL|MIG)\b", device, re.IGNORECASE):
+        return None
+    return next((gpu.flops for gpu in GPUS.values() if re.search(rf"\b{gpu.name}\b", device, re.IGNORECASE)), None)

@@ -10,6 +10,10 @@ quarantine  batches that are not finite, kept
 validation  the loss on held-out text, read learning and read frozen
 divergence  whether the steps of a run are still good
 stopping    SIGTERM, SIGINT, and the halt at numbers that are not finite or a run that diverges
+step_clock  seconds of the parts of a step
+throughput  what a step cost: operations, seconds, utilisation
+profiling   a trace of some steps
+result      how a run ended
 run         the run: start or resume, step, record, checkpoint, finish
 rank_log    a log for each of several ranks
 agreement   what must be as it was when a run goes on
@@ -21,13 +25,16 @@ from __future__ import annotations
 from longread.train.agreement import begun_config, with_schedules_of
 from longread.train.gradient import BatchGradient, accumulate_gradient
 from longread.train.optimizer import clip_gradients, make_optimizer, update
+from longread.train.profiling import ProfiledSteps
 from longread.train.progress import Progress
-from longread.train.run import TrainResult, train
+from longread.train.result import TrainResult
+from longread.train.run import train
 from longread.train.stopping import TrainingHalted
 from longread.train.validation import validation_losses
 
 __all__ = [
     "BatchGradient",
+    "ProfiledSteps",
     "Progress",
     "TrainResult",
     "TrainingHalted",

@@ -5,7 +5,9 @@ Where rows of parameters are divided among ranks (`longread.parallel`), it steps
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -72,20 +74,25 @@ def update(
     step: int,
     norm: Tensor,
     rows: DividedRows | None = None,
+    *,
+    part: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> float:
     """One clipped step from the gradients in place, which are gone afterwards; returns the rate it used.
 
     `step` counts from 0; `norm` is that of the gradients together. With `rows`, which hold the reduced gradients, all
-    ranks take it together, and each has the whole new parameters in the end.
+    ranks take it together, and each has the whole new parameters in the end. `part` is entered around "update" and
+    "gather".
     """
     lr = config.lr_at(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    clip_gradients(model.parameters() if rows is None else rows.own.values(), norm, config.clip)
-    optimizer.step()
+    with part("update"):
+        clip_gradients(model.parameters() if rows is None else rows.own.values(), norm, config.clip)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if rows is not None:
-        rows.gather()
+        with part("gather"):
+            rows.gather()
         rows.clear()
     return lr
 

@@ -32,7 +32,9 @@ from longread.train.quarantine import keep_batch
 from longread.train.rank_log import steps
 from longread.train.settling import leaner
 from longread.train.sharing import Share
+from longread.train.step_clock import PARTS, StepClock
 from longread.train.stopping import StopSignal, not_finite_in
+from longread.train.throughput import Throughput
 
 Row = dict[str, Any]
 
@@ -64,12 +66,25 @@ class _Seen(NamedTuple):
     """Time for a checkpoint."""
     peak: float = 0
     """Bytes of memory that it has taken."""
+    gradient: float = 0.0
+    reduce: float = 0.0
+    update: float = 0.0
+    gather: float = 0.0
+    """Seconds, as in `PARTS`; the last two of the step before."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by part."""
+        return {name: getattr(self, name) for name in PARTS}
 
 
 def _sum(table: Sequence[Sequence[float]]) -> _Seen:
-    """Of all ranks; of peaks the highest."""
+    """Of all ranks: the highest peak, the slowest computing, and what ranks do together as the last to come saw it."""
     every = [_Seen(*numbers) for numbers in table]
-    return _Seen(*map(sum, zip(*every, strict=True)))._replace(peak=max(seen.peak for seen in every))
+    most, least = (_Seen(*map(choice, zip(*every, strict=True))) for choice in (max, min))
+    return _Seen(*map(sum, zip(*every, strict=True)))._replace(
+        peak=most.peak, gradient=most.gradient, reduce=least.reduce, update=most.update, gather=least.gather
+    )
 
 
 class OuterStep:
@@ -100,6 +115,7 @@ class OuterStep:
         """Rank 0 finds it time for a checkpoint."""
         self._drawn: dict[int, Batch] = {}
         """This rank's share of the batches of this step and the next."""
+        self._clock, self._throughput = StepClock(device), Throughput(config, world.size, device)
         self._gradient: Callable[..., BatchGradient] | None = None
         """Made when it is first needed."""
 
@@ -159,8 +175,10 @@ class OuterStep:
             return None
         tokens, weight = agreed
         self.is_updating = self.world.size > 1
-        self.rows.reduce(weight)  # on the device it follows the gradient, which nobody has waited for
-        norm, done = self.rows.norm(), self._done()
+        with self._clock.part("reduce"):  # on the device it follows the gradient, which nobody has waited for
+            self.rows.reduce(weight)
+            norm = self.rows.norm()
+        done = self._done()
         self.world.wait(lambda: stop.requested or done(), at="the sum of the gradients")
         seen = self._see(found, batch, weight) if done() else _Seen(left=True)
         seen = _sum(self.world.table(*seen._replace(due=self.world.is_first and is_due()), at="the losses"))
@@ -172,15 +190,16 @@ class OuterStep:
         if math.isfinite(seen.loss) and norm.isfinite():
             self.is_updating = True
             row |= {"loss": seen.loss, "grad_norm": norm.item()}
-            row["lr"] = update(self.model, self.optimizer, self.config.optimizer, step, norm, self.rows)
+            optimizer = self.config.optimizer
+            row["lr"] = update(self.model, self.optimizer, optimizer, step, norm, self.rows, part=self._clock.part)
             means = InnerSums(seen.inner_steps, seen.inner_norm, seen.inner_clipped).means()
             row |= {"inner_lr": inner_lr} | means if found.inner_grad_norm.numel() else {}
         else:
             row["tokens"] = 0
             row["skipped"] = self._leave_out(step, batch, found, norm)
         self.is_updating = False
-        row["seconds"] = time.monotonic() - began
-        row["tokens_per_second"] = tokens / row["seconds"]
+        seconds = time.monotonic() - began
+        row |= self._throughput.fields(tokens, seconds, seen.parts, self.exact.recompute)
         if self.device.type == "cuda":  # reserved, not allocated: what lies in the pools of graphs must be there too
             row["peak_memory_bytes"] = int(seen.peak)
         steps.info("step %d: %.3f s", step + 1, row["seconds"])
@@ -191,9 +210,9 @@ class OuterStep:
         self._gradient = self._gradient or self._new_gradient()
         began = time.monotonic()
         try:
-            return self._gradient(
-                batch.to(self.device), inner_lr=inner_lr, stopped=lambda: self._is_stopped(stop)
-            ), False
+            with self._clock.part("gradient"):
+                found = self._gradient(batch.to(self.device), inner_lr=inner_lr, stopped=lambda: self._is_stopped(stop))
+            return found, False
         except StepLeft:
             return None, False
         except (MemoryError, RuntimeError) as error:
@@ -226,7 +245,9 @@ class OuterStep:
         finite = bool(found.inner_grad_norm.isfinite().all())
         sums = inner_sums(found.inner_grad_norm.cpu(), batch.loss_mask, self.config.inner.clip)
         peak = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
-        return _Seen(False, weight * (found.loss.item() if finite else math.nan), *sums, peak=peak)
+        self._clock.settle()
+        loss = weight * (found.loss.item() if finite else math.nan)
+        return _Seen(False, loss, *sums, peak=peak, **self._clock.take())
 
     def _leave(self) -> None:
         """A step as if it had not begun."""

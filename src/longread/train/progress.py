@@ -79,6 +79,8 @@ def describe(row: Mapping[str, Any]) -> str:
         frozen = f" (frozen {row['validation_loss_frozen']:.4f})" if "validation_loss_frozen" in row else ""
         parts.append(f"validation {row['validation_loss']:.4f}{frozen}")
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.0%}")
     if "peak_memory_bytes" in row:
         parts.append(f"{row['peak_memory_bytes'] / 2**30:.1f} GiB")
     parts.append(f"grad {row['grad_norm']:.3g}")

@@ -1,8 +1,9 @@
 """One training run, from an empty directory or from its newest checkpoint to a finished model.
 
     RUN/run.json          what was run, with which code, where and when (longread.record)
-    RUN/metrics.jsonl     a row per step
+    RUN/metrics.jsonl     a row per step; what it cost is explained in longread.train.throughput
     RUN/logs/             what each rank has to say, where there are several (longread.train.rank_log)
+    RUN/profile/          traces of steps, if asked for (longread.train.profiling)
     RUN/quarantine/       batches that were not finite (longread.train.quarantine)
     RUN/tokenizer.json    the tokenizer of the data
     RUN/checkpoints/      where training resumes (longread.checkpoint.training)
@@ -24,7 +25,6 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ from longread.train.divergence import SAID_AFTER, DivergenceWatch
 from longread.train.meta_step import whole_model
 from longread.train.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from longread.train.outer_step import NotFinite, NothingLess, OuterStep, Row
+from longread.train.profiling import ProfiledSteps, profiling
 from longread.train.rank_log import rank_log
+from longread.train.result import TrainResult
 from longread.train.settling import out_of_memory, precision_of, settled, settled_before
 from longread.train.sharing import Share, divided
 from longread.train.stopping import StopSignal, diverged, halt, not_finite_weight
@@ -59,31 +61,6 @@ METRICS_FILE, MODEL_DIRECTORY = "metrics.jsonl", "model"
 _VALIDATION_SEED = 0
 LONGEST_UNSAVED = 600.0
 """Seconds between checkpoints where `checkpoint_every` does not say when."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended."""
-
-    model: Transformer
-    step: int
-    """Finished steps, over all starts of the run."""
-    saved_step: int
-    """Of the newest checkpoint, from which the run can go on; fewer than `step` where the last steps were bad."""
-    tokens: int
-    """Targets trained on, over all starts."""
-    seconds: float
-    """Since this start."""
-    row: Row | None
-    """The last row of metrics; None if there was nothing left to do."""
-    model_directory: Path | None
-    """None if the run was interrupted: it can be resumed."""
-    signal: int | None = None
-    """That interrupted it."""
-
-    @property
-    def interrupted(self) -> bool:
-        return self.model_directory is None
 
 
 def train(
@@ -99,6 +76,7 @@ def train(
     on_step: Callable[[Row], None] | None = None,
     parallelism: Parallelism | None = None,
     deadline: float = DEADLINE,
+    profiled: ProfiledSteps | None = None,
 ) -> TrainResult:
     """Trains the model of `config` on `data` and leaves the run in the directory `out`.
 
@@ -114,6 +92,7 @@ def train(
         on_step: called with each row of metrics.jsonl once it is written.
         parallelism: how the processes that `torchrun` has started divide the work; alone it says nothing.
         deadline: seconds that a rank waits for the others, and for what GPUs compute together: a step at most.
+        profiled: steps of which each rank leaves a trace in RUN/profile (see `longread.train.profiling`).
 
     Started again by torchrun after a failure, a run resumes without being asked to.
 
@@ -136,6 +115,7 @@ def train(
                 stack.enter_context(held)
                 run.refuse_or_clear(resume)
         run.begin(initial, resume)
+        profile = stack.enter_context(profiling(profiled, run.step, config, out, world, run.device))
         with world.together("holding the directory of the run"):
             if new:
                 stack.enter_context(held)
@@ -150,6 +130,7 @@ def train(
             advanced = run.advance(stop)
             if advanced is None:
                 break
+            profile()
             row, last = advanced, run.step == config.steps
             if run.validation_sampler and (last or _due(run.step, config.evaluate_every)):
                 run.validate(row, run.validation_sampler, stop)
