@@ -453,6 +453,36 @@ def test_milestones_of_a_run(tmp_path: Path) -> None:
     assert names == [path.name for path in steps(4, 8, 12, 14, 16)]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_lies_beyond_does_not_count(tmp_path: Path, keep: int) -> None:
+    """A run went back to step 1, as step 3 is damaged: what it saves next is not deleted for its sake."""
+
+    def write(step: int) -> None:
+        training.write_checkpoint(
+            tmp_path, step, model=make_model(), inner=INNER, optimizer={}, state={}, keep=keep if step == 2 else 3
+        )
+
+    for step in (1, 3):
+        write(step)
+    flip(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors", 500)
+    write(2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [path.name for path in steps(*(1, 2, 3)[2 - keep :])]
+    with pytest.warns(UserWarning, match="going back to step-00000002"):
+        assert checkpoint.newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_what_a_killed_process_should_have_deleted_goes(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        training.write_checkpoint(tmp_path, step, model=make_model(), inner=INNER, optimizer={}, state={}, keep=9)
+    paths = [tmp_path / "checkpoints" / path for path in steps(1, 2, 3, 4, 5)]
+    (paths[1] / "COMMITTED").unlink()  # it was half deleted
+    CheckpointWriter(tmp_path)
+    assert all(path.exists() for path in paths)
+    CheckpointWriter(tmp_path, newest=paths[4], spare=paths[2])
+    assert [path for path in paths if path.exists()] == paths[2:]
+
+
 def test_who_has_a_checkpoint_open_goes_on_reading_it(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         training.write_checkpoint(

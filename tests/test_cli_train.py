@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +14,7 @@ import torch
 
 from longread import files
 from longread.cli import main
-from longread.config import RunConfig
+from longread.config import RunConfig, UserError
 from tests.test_cli import MICROSCOPIC, SENTENCES, fails
 
 
@@ -81,6 +82,26 @@ def test_training_that_cannot_begin(
 ) -> None:
     assert reason in fails(capsys, "train", *arguments, "--data", home / "data", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_of_several_ranks_says_who_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Rank 0 alone warns; what went wrong each says once, with its number once."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    for said in (f"rank {rank} waited at step 7", "waited at step 7"):
+
+        def open_nothing(path: object, said: str = said) -> None:
+            warnings.warn(f"all see that {said}", stacklevel=1)
+            raise UserError(said)
+
+        monkeypatch.setattr("longread.data.TokenDataset.open", open_nothing)
+        capsys.readouterr()
+        assert main(["train", "toy", "--data", "data", "--out", str(tmp_path / "run")]) == 2
+        warned = f"longread: warning: all see that {said}\n" if rank == 0 else ""
+        assert capsys.readouterr().err == f"{warned}longread: error: rank {rank}: waited at step 7\n"
 
 
 def test_no_directory_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

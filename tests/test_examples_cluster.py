@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from longread.cli import build_parser
+from tests.test_train import make_data, rows_of, weights_of, without_timing
 
 CLUSTER = Path(__file__).parent.parent / "examples" / "cluster"
 SLURM = CLUSTER / "slurm.sh"
@@ -29,9 +31,10 @@ echo > "$LOG/started"
 while true; do sleep 0.02; done
 """,
     "scontrol": r"""#!/bin/bash
-if [ "$1" = show ]; then printf '%s\n' node7 node8; else echo "$@" >> "$LOG/scontrol"; fi
+if [ "$1" = show ]; then printf '%s\n' "${NODES:-node7}" node8; else echo "$@" >> "$LOG/scontrol"; fi
 """,
 }
+TORCHRUN = '#!/bin/bash\nexec "$PYTHON" -m torch.distributed.run "$@"\n'
 
 
 def understood(words: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
@@ -168,3 +171,42 @@ def test_the_documents_train_as_torchrun_does() -> None:
         launch, options = understood(shlex.split(line))
         assert launch.max_restarts > 0
         assert options.resume
+
+
+@pytest.mark.slow
+def test_a_run_under_slurm_is_stopped_and_goes_on(tmp_path: Path) -> None:
+    """The script itself, with torchrun and two ranks: stopped, queued again, and finished as if nothing had been."""
+    fields = {"model.width": 16, "model.num_blocks": 2, "model.num_heads": 2, "model.mlp_hidden": 16}
+    fields |= {"model.window_size": 8, "model.mini_batch_size": 8, "model.num_suffix_blocks": 1, "context_length": 32}
+    fields |= {"batch_size": 4, "steps": 300, "checkpoint_every": 50, "precision": "float64"}
+    words = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+    data = make_data(tmp_path / "texts").directory
+    for name, text in {
+        "srun": '#!/bin/bash\nexec "${@:2}"\n',
+        "scontrol": FAKES["scontrol"],
+        "torchrun": TORCHRUN,
+    }.items():
+        fake = tmp_path / "bin" / name
+        fake.parent.mkdir(exist_ok=True)
+        fake.write_text(text)
+        fake.chmod(0o755)
+
+    def submitted(run: Path) -> subprocess.Popen[bytes]:
+        environment = dict(os.environ) | {"PYTHON": sys.executable, "LOG": str(tmp_path), "DATA": str(data)}
+        environment |= {"RUN": str(run), "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "one", "SLURM_JOB_NUM_NODES": "1"}
+        environment |= {"NODES": "localhost"}
+        environment |= {"SLURM_GPUS_ON_NODE": "2", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        environment |= {"PYTHONPATH": str(CLUSTER.parents[1] / "src"), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(["bash", SLURM, *words, "--device", "cpu", "--quiet"], env=environment)
+
+    assert submitted(tmp_path / "whole").wait(200) == 0
+    process, rows = submitted(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    while not rows.exists() or rows.read_text().count("\n") < 5:
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(200) == 0
+    assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
+    assert 5 <= rows.read_text().count("\n") < 300
+    assert submitted(tmp_path / "run").wait(200) == 0
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert without_timing(rows_of(tmp_path / "run")) == without_timing(rows_of(tmp_path / "whole"))

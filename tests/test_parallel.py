@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed import Store, TCPStore
 
 from longread.config import OptimizerConfig, UserError
 from longread.parallel import DividedRows, Launch, RankFailed, World
+from longread.parallel.failure import first_sentence, is_of_peers
+from longread.parallel.meeting import meeting_store
 from longread.parallel.rows import row_mesh
 from longread.train.optimizer import make_optimizer, update
 from tests.ranks import Ranks
@@ -200,3 +206,72 @@ def test_each_rank_holds_moments_of_its_rows_alone(ranks: Ranks) -> None:
     held = [sum(each) for each in ranks.run(moments_held)]
     assert sum(held) == whole
     assert max(held) < whole / 2
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
+    """A store such as torchrun keeps over its restarts."""
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(kept.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return kept
+
+
+def met(size: int = 3) -> list[Store]:
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(lambda rank: meeting_store(rank, size, 20.0), range(size)))
+
+
+def test_each_start_has_a_store_of_its_own(server: TCPStore) -> None:
+    first = met()
+    first[2].set("address", "of a process that is dead")
+    assert first[0].get("address") == first[1].get("address") == b"of a process that is dead"
+    second = met()
+    assert not any(store.check(["address"]) for store in second)
+    second[0].set("address", "alive")
+    assert second[1].get("address") == second[2].get("address") == b"alive"
+    assert first[1].get("address") == b"of a process that is dead"
+
+
+def test_ranks_that_do_not_come_are_named(server: TCPStore) -> None:
+    met()  # their questions stay
+    with pytest.raises(RankFailed, match=r"^rank 0 waited 0\.3 seconds for ranks 1, 2 to begin; start all "):
+        meeting_store(0, 3, 0.3)
+    with pytest.raises(RankFailed, match=r"^rank 2 waited 0\.3 seconds for rank 0 to begin: "):
+        meeting_store(2, 3, 0.3)
+
+
+def gone() -> str:
+    """What a rank says where PyTorch finds that another is gone, outside of all that `World` does itself."""
+    world = World(Launch.from_environment(), deadline=2)
+    if world.rank:
+        return ""
+    try:
+        with world.naming_the_late():
+            world.say("a place")
+            dist.all_reduce(torch.zeros(1), group=world.votes)
+    except RankFailed as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_peer_that_is_late_anywhere_is_named(ranks: Ranks) -> None:
+    said = ranks.run(gone)[0]
+    assert re.match(r"rank 0 waited at step 0, a place, for rank 1 \(", said)
+    assert said.endswith("; the checkpoints are whole, start again with --resume")
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    for error in (RuntimeError("shapes differ"), torch.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(type(error), match=str(error)), World().naming_the_late():
+            raise error
+    assert not is_of_peers(RuntimeError("shapes differ"))
+    assert is_of_peers(dist.DistStoreError("wait timeout"))
+    assert is_of_peers(RuntimeError("[third_party/gloo/pair.cc:553] Connection closed by peer [1.2.3.4]:5. Typically"))
+
+
+def test_of_what_pytorch_says_the_first_sentence_is_said() -> None:
+    reason = "[/a/b.cc:5] Connection closed by peer [1.2.3.4]:5. This is typically caused by a crash.\nMore"
+    assert first_sentence(reason) == "Connection closed by peer [1.2.3.4]:5"
+    assert first_sentence("wait timeout after 5000ms, keys: /a/0") == "wait timeout after 5000ms, keys: /a/0"

@@ -137,6 +137,18 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks: Ranks, data: TokenDat
     assert len(list(newest.glob("optimizer-*"))) == 2
 
 
+def started_again(data: Path, out: Path) -> dict[str, Any]:
+    """As by torchrun after a rank of another machine has failed: each machine counts its own restarts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", os.environ["RANK"])
+        return run(BASE, data, out)
+
+
+def test_a_restart_of_one_machine_is_one_of_all(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
+    ranks.run(run, change(BASE, steps=2), data.directory, tmp_path / "run")
+    assert [found["step"] for found in ranks.run(started_again, data.directory, tmp_path / "run")] == [4, 4]
+
+
 def interrupted(data: Path, out: Path) -> dict[str, Any]:
     """Rank 1 alone hears a signal, in the middle of a step."""
     real, count = outer_step.accumulate_gradient, 0

@@ -117,7 +117,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
+        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
         full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space or choose another place" if full else "choose another place"
         raise UserError(f"cannot write {path}: {reason}; nothing there was changed, so {remedy}") from (

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from longread.checkpoint.training import write_checkpoint
+from longread.checkpoint.training import delete_old, write_checkpoint
 from longread.config import InnerConfig
 from longread.model import Transformer, undrawn
 from longread.parallel import ALONE, DividedRows, RankFailed, World, agreed
@@ -40,18 +40,22 @@ class CheckpointWriter:
         keep: int = 2,
         milestone_every: int | None = None,
         newest: Path | None = None,
+        spare: Path | None = None,
     ) -> None:
-        """All ranks make it together.
+        """All ranks make it together. Deletes what a process that was killed should have deleted after `newest`.
 
         Args:
             rows: what the optimizer steps; needed by several ranks.
             keep, milestone_every: which checkpoints stay (`longread.checkpoint.kept`).
             newest: the checkpoint that the run goes on from.
+            spare: an older one that stays.
         """
         self.newest = newest
         """The newest checkpoint that is finished; a save under way is not yet."""
         self._world = world
         self._write = partial(write_checkpoint, run, keep=keep, milestone_every=milestone_every)
+        if newest is not None and world.is_first:
+            delete_old(run, newest, keep=keep, milestone_every=milestone_every, spare=spare)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if world.size > 1:

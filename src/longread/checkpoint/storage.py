@@ -29,7 +29,7 @@ from torch.futures import Future
 
 from longread.checkpoint.streamed import DTYPES
 from longread.config import UserError
-from longread.files import open_tensors, write_tensors, writing
+from longread.files import open_tensors, write_tensors
 
 PIECES = "optimizer-*-of-*.safetensors"
 KIND = "pieces of the optimizer"
@@ -77,8 +77,7 @@ class PieceWriter(StorageWriter):
                 raise TypeError(f"{name} is no tensor")
             tensors[name], shapes[name], offsets[name] = tensor, list(data.size), list(data.chunk.offsets)
         metadata = {"step": self._step, "files": size, "shapes": shapes, "offsets": offsets}
-        with writing(self.file):
-            write_tensors(self.file, tensors, metadata, kind=KIND)
+        write_tensors(self.file, tensors, metadata, kind=KIND)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Nothing is left to do: there is no index beside the files."""

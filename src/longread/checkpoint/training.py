@@ -106,7 +106,8 @@ def write_checkpoint(
         if world.size > 1:
             from longread.checkpoint.sharded import write_moments  # with DCP, which takes two seconds to import
 
-            files = [write_moments(aside, optimizer, step, world)]
+            with writing(path):
+                files = [write_moments(aside, optimizer, step, world)]
         else:
             files = [aside / OPTIMIZER_FILE]
             with writing(path):
@@ -128,7 +129,7 @@ def write_checkpoint(
         if world.is_first:
             remove_tree(aside)
     if world.is_first:
-        _delete_but(kept(_committed(run), keep=keep, milestone_every=milestone_every, spare=spare), run)
+        delete_old(run, path, keep=keep, milestone_every=milestone_every, spare=spare)
     return path
 
 
@@ -249,7 +250,16 @@ def _committed(run: Path) -> list[Path]:
     return sorted(marker.parent for marker in (run / CHECKPOINTS).glob(f"step-*/{MARKER_FILE}"))
 
 
-def _delete_but(stay: set[Path], run: Path) -> None:
+def delete_old(
+    run: Path, newest: Path, *, keep: int = 2, milestone_every: int | None = None, spare: Path | None = None
+) -> None:
+    """Deletes the checkpoints before `newest` that are not `kept`, and what killed writers have left.
+
+    What lies beyond `newest` did not pass when the run went back to it. It does not count, and is written anew.
+    """
+    beyond = {path for path in _committed(run) if path > newest}
+    committed = [path for path in _committed(run) if path <= newest]
+    stay = kept(committed, keep=keep, milestone_every=milestone_every, spare=spare) | beyond | {newest}
     for path in (run / CHECKPOINTS).glob("step-*"):
         if path not in stay:
             _discard(path)

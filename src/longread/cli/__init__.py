@@ -70,14 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _show_warning
     logging.basicConfig(format="longread: %(message)s", stream=sys.stderr)
-    if os.environ.get("RANK", "0") != "0":  # rank 0 speaks for all
+    if not _is_first():  # rank 0 speaks for all
         logging.getLogger().handlers[0].setLevel(logging.ERROR)
     settle_model(options)
     try:
         return int(options.run(options))
     except UserError as error:
         if not getattr(error, "is_said_elsewhere", False):
-            print(f"longread: error: {_rank()}{error}", file=sys.stderr)
+            said = str(error).removeprefix(_rank().replace(":", ""))
+            print(f"longread: error: {_rank()}{said}", file=sys.stderr)
         return int(getattr(error, "exit_status", 2))
     except KeyboardInterrupt as stop:
         return int(getattr(stop, "exit_status", 130))
@@ -99,11 +100,18 @@ _OUT_OF_MEMORY = (
 )
 
 
+def _is_first() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _rank() -> str:
     """Which of several processes of `torchrun` speaks; nothing where there is one."""
     return f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    if not _is_first():
+        return
     with contextlib.suppress(OSError):  # nobody reads it, which is no reason to end
         print(f"longread: warning: {message}", file=sys.stderr)

@@ -3,15 +3,18 @@
 world   who takes part, what they decide together, and who is late
 rows    parameters whose rows are divided: gradients come together, new values go round
 fully_sharded   parameters of which each rank holds its rows alone (FSDP2)
+meeting where the ranks of one start find each other
+failure errors that ranks have of one another
 state   neighbours that read the same sequences and divide the hidden units of the fast MLPs
 """
 
 from __future__ import annotations
 
+from longread.parallel.failure import RankFailed, agreed
 from longread.parallel.fully_sharded import FullySharded, fill_rows, is_divided, whole_tensors
 from longread.parallel.rows import DividedRows
 from longread.parallel.state import divide_state
-from longread.parallel.world import ALONE, DEADLINE, Launch, RankFailed, World, agreed, joined
+from longread.parallel.world import ALONE, DEADLINE, Launch, World, joined
 
 __all__ = [
     "ALONE",

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 
 from longread.config import UserError
+from longread.parallel.failure import RankFailed, agreed, first_sentence, is_agreed, is_of_peers
+from longread.parallel.meeting import meeting_store
 
 DEADLINE = 600.0
 """Seconds that a rank waits for the others before it gives up, and says for whom."""
@@ -31,22 +33,7 @@ BETWEEN_QUESTIONS = 1e-4
 """Seconds; a step on a GPU takes a hundred times as long, and more."""
 _PLACE = "longread/place/"
 _UNSEEN = "not seen yet"
-_AGREED = "all ranks know it"
 T = TypeVar("T")
-E = TypeVar("E", bound=BaseException)
-
-
-class RankFailed(UserError):
-    """Another rank failed or did not come; the message names it."""
-
-    is_said_elsewhere = False
-    """By the rank that failed, at more length."""
-
-
-def agreed(error: E) -> E:
-    """Marks an error that all ranks raise or know of: a `World.together` around it asks nobody again."""
-    vars(error)[_AGREED] = True
-    return error
 
 
 @dataclass(frozen=True)
@@ -87,10 +74,10 @@ class World:
         """That is being taken, from 1; for messages."""
         self.votes: Any = None
         """The group in which they decide, over gloo; None alone."""
-        self._places = _PLACE
+        self._places, self._at, self._said = _PLACE, "the beginning", ""
         if self.size > 1:
-            self.votes = self.new_votes()
             self._store = dist.distributed_c10d._get_default_store()
+            self.votes = self.new_votes()
 
     @property
     def is_first(self) -> bool:
@@ -99,7 +86,8 @@ class World:
 
     def new_votes(self) -> Any:
         """A group of all ranks on CPUs, for a thread that must not meet the others' decisions. All make it together."""
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.deadline))
+        with self.waiting("making a group"):
+            return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.deadline))
 
     def beside(self, name: str) -> Self:
         """The same ranks, with decisions and places apart, for a thread called `name`. All make it together."""
@@ -166,7 +154,7 @@ class World:
         except RankFailed:  # all know it
             raise
         except Exception as caught:
-            if self.size == 1 or _AGREED in vars(caught):
+            if self.size == 1 or is_agreed(caught):
                 raise
             error = caught
         try:
@@ -210,24 +198,35 @@ class World:
         except (RuntimeError, ValueError) as error:
             raise self.late(at, str(error)) from error
 
+    @contextlib.contextmanager
+    def naming_the_late(self) -> Iterator[None]:
+        """Around all that ranks do together: what PyTorch says of a peer that is late or gone becomes one sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not is_of_peers(error):
+                raise
+            raise self.late(self._at, str(error)) from error
+
     def say(self, at: str) -> None:
         """Leaves word where this rank is, for those that wait for it."""
-        if self.size > 1:
+        said, self._at = self._said, at
+        self._said = f"step {self.step}, {at}"
+        if self.size > 1 and self._said != said:
             with contextlib.suppress(RuntimeError):  # the store is gone: what follows will say so
-                self._store.set(f"{self._places}{self.rank}", f"step {self.step}, {at}")
+                self._store.set(f"{self._places}{self.rank}", self._said)
 
     def late(self, at: str, reason: str) -> RankFailed:
         """The exception of a rank that waited in vain `at` some place; `reason` is the library's."""
         mine, others = f"step {self.step}, {at}", []
         for rank in range(self.size):
             place = self._place_of(rank)
-            if rank != self.rank and place != mine:
+            if rank != self.rank and (place != mine or self.size == 2):
                 others.append(f"rank {rank} ({place})")
         who = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
-        first = reason.partition("\n")[0].rpartition("] ")[2][:160]
         return RankFailed(
-            f"rank {self.rank} waited at step {self.step}, {at}, for {who or 'a rank that is gone'}: {first}; "
-            "the checkpoints are whole, start again with --resume"
+            f"rank {self.rank} waited at step {self.step}, {at}, for {who or 'a rank that is gone'}: "
+            f"{first_sentence(reason)}; the checkpoints are whole, start again with --resume"
         )
 
     def _place_of(self, rank: int) -> str:
@@ -260,7 +259,8 @@ def joined(device: str | torch.device = "auto", *, deadline: float = DEADLINE) -
     """The world of this process and the device that it computes on; leaves again what it has joined.
 
     Where `torchrun` has started several, they meet here: over gloo, and over NCCL where there are GPUs, one for each
-    process of a machine. A `torch.distributed` that was initialised before is taken as it is, and left so.
+    process of a machine. A `torch.distributed` that was initialised before is taken as it is, and left so. What PyTorch
+    raises in the block because a rank is late or gone becomes a `RankFailed`.
 
     Raises `UserError` if a machine has fewer GPUs than processes.
     """
@@ -281,12 +281,28 @@ def joined(device: str | torch.device = "auto", *, deadline: float = DEADLINE) -
         torch.cuda.set_device(launch.local_rank)
     began = not dist.is_initialized()
     if began:
-        wait = timedelta(seconds=deadline)
         on_gpu = name.startswith("cuda")
         with _ended_by_interrupts():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=wait)
+            store = meeting_store(launch.rank, launch.size, deadline)
+            try:
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                    store=store,
+                    rank=launch.rank,
+                    world_size=launch.size,
+                    timeout=timedelta(seconds=deadline),
+                )
+            except RuntimeError as error:
+                if not is_of_peers(error):
+                    raise
+                reason = first_sentence(str(error))
+                raise RankFailed(
+                    f"rank {launch.rank} lost another while they met: {reason}; start all again"
+                ) from error
     try:
-        yield World(launch, deadline), name
+        world = World(launch, deadline)
+        with world.naming_the_late():
+            yield world, name
     finally:
         if began:
             dist.destroy_process_group()

@@ -175,6 +175,7 @@ class OuterStep:
             return None
         tokens, weight = agreed
         self.is_updating = self.world.size > 1
+        self.world.say("the sum of the gradients")
         with self._clock.part("reduce"):  # on the device it follows the gradient, which nobody has waited for
             self.rows.reduce(weight)
             norm = self.rows.norm()

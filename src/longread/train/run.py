@@ -105,7 +105,7 @@ def train(
     started, out = time.monotonic(), Path(out)
     with contextlib.ExitStack() as stack:
         world, place = stack.enter_context(joined(device, deadline=deadline))
-        resume = resume or world.launch.restarts > 0
+        resume = any((resume, *world.agree(world.launch.restarts, at="the beginning")))  # each machine counts its own
         with world.together("the beginning of the run"):
             run = _Run(config, data, out, validation, find_device(place), world, parallelism or Parallelism())
             held = files.held(out) if world.is_first else contextlib.nullcontext()
@@ -254,6 +254,7 @@ class _Run:
             keep=self.config.keep_checkpoints,
             milestone_every=self.config.milestone_every,
             newest=newest,
+            spare=self.last_good,
         )
         self.outer = OuterStep(
             self.config,
