@@ -30,7 +30,7 @@ from longread.train import outer_step
 PLACES: dict[str, list[tuple[Any, str]]] = {
     "meeting": [(world.dist, "init_process_group")],
     "gradient": [(outer_step, "accumulate_gradient")],
-    "decision": [(World, "_together")],
+    "decision": [(World, "_together"), (World, "table")],
     "sum": [(DividedRows, "reduce")],
     "norm": [(DividedRows, "norm")],
     "gather": [(DividedRows, "gather")],
