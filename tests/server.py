@@ -160,7 +160,7 @@ class Process:
     def __init__(
         self, home: Path, *options: str, python: tuple[str, ...] = (), keys: bool = False, device: str = "cpu"
     ) -> None:
-        model = home / "tiny"
+        self.home, model = home, home / "tiny"
         if not model.exists():
             model.mkdir(parents=True)
             save_model(model, make_model(), INNER, ByteTokenizer.fingerprint)

@@ -83,7 +83,7 @@ def test_a_wrong_step_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_gates")
-@pytest.mark.parametrize("method", ["e2e", "swa"])
+@pytest.mark.parametrize("method", ["e2e", pytest.param("swa", marks=pytest.mark.slow)])
 def test_a_schedule_that_is_wrong_is_red(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Transformer.lower
 
@@ -219,7 +219,9 @@ def test_everything_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.usefixtures("short_gates")
-@pytest.mark.parametrize("work", ["train", "prefill", "decode"])
+@pytest.mark.parametrize(
+    "work", ["train", pytest.param("prefill", marks=pytest.mark.slow), pytest.param("decode", marks=pytest.mark.slow)]
+)
 def test_a_profile_is_a_table_of_kinds(work: str) -> None:
     outcome = run_cases([Case(work, "swa", "toy", 32)], CPU, repeats=1, profile=True)
     (text,) = outcome.profiles.values()

@@ -57,7 +57,7 @@ def timed(repeats: int) -> Steps:
         return ranks.time_steps(dataclasses.replace(TWO.config, batch_size=2), CPU, world, Parallelism(), repeats)
 
 
-@pytest.mark.parametrize("update", ["shared", "replicated"])
+@pytest.mark.parametrize("update", ["shared", pytest.param("replicated", marks=pytest.mark.slow)])
 def test_the_sum_of_two_ranks_is_the_gradient_of_one(pair: Ranks, update: str) -> None:
     for passed, said in pair.run(checked, update):
         assert passed, said
@@ -70,7 +70,9 @@ def test_two_ranks_that_divide_fast_mlps_have_the_gradient_of_one(pair: Ranks) -
         assert "gradients of 2 ranks, e2e, update shared, state 2, float32: right" in said
 
 
-@pytest.mark.parametrize("wrong", [{"scale": 1.001}, {"scale": 0.5}, {"lost": "all"}])
+@pytest.mark.parametrize(
+    "wrong", [{"scale": 1.001}, pytest.param({"scale": 0.5}, marks=pytest.mark.slow), {"lost": "all"}]
+)
 def test_a_wrong_sum_is_red_on_all_ranks(pair: Ranks, wrong: dict[str, Any]) -> None:
     found = pair.run(checked, "shared", wrong.get("scale", 1.0), wrong.get("lost", ""))
     assert [passed for passed, _ in found] == [False, False]

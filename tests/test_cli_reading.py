@@ -134,7 +134,7 @@ class Faults:
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "killed": -9, "disk": 2, "memory": 2, "bad byte": 2}
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_reading_that_is_disturbed_at_random_places_is_the_undisturbed_one(
     home: Path, undisturbed: Session, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
@@ -156,7 +156,7 @@ def test_a_reading_that_is_disturbed_at_random_places_is_the_undisturbed_one(
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("halfway", [False, True])
+@pytest.mark.parametrize("halfway", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_fault_keeps_what_was_read_and_says_how_to_go_on(
     home: Path,
     undisturbed: Session,

@@ -38,11 +38,11 @@ def attend(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     ("N", "G", "H", "R", "window"),
     [
         (2, 2, 8, 40, 33),
-        (2, 2, 20, 131, 131),
-        (2, 2, 80, 70, 64),
-        (2, 2, 16, 600, None),
+        pytest.param(2, 2, 20, 131, 131, marks=pytest.mark.slow),
+        pytest.param(2, 2, 80, 70, 64, marks=pytest.mark.slow),
+        pytest.param(2, 2, 16, 600, None, marks=pytest.mark.slow),
         (6, 2, 20, 131, 131),
-        (4, 1, 80, 70, 64),
+        pytest.param(4, 1, 80, 70, 64, marks=pytest.mark.slow),
         (10, 2, 256, 20, 19),  # more heads than a program serves
         (5, 1, 16, 600, None),
     ],
@@ -98,13 +98,12 @@ def test_float64_is_never_left_to_a_kernel() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"attention": "full"},
+        *(pytest.param(changes, marks=pytest.mark.slow) for changes in ({}, {"attention": "full"})),
         {"attention": "hybrid", "num_blocks": 6},
         {"num_suffix_blocks": 0},
         GROUPED,
         BY_BLOCK,
-        {"attention": "full"} | BY_BLOCK,
+        pytest.param({"attention": "full"} | BY_BLOCK, marks=pytest.mark.slow),
         {"attention_soft_cap": 0.5, "logit_soft_cap": 1.0},
     ],
     ids=str,

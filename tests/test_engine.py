@@ -344,7 +344,7 @@ def test_a_long_text_does_not_stall_others() -> None:
         long.result(60)
 
 
-@pytest.mark.parametrize("host", [None, 3])
+@pytest.mark.parametrize("host", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_idle_sessions_move_down_and_come_back(host: int | None, tmp_path: Any) -> None:
     model = make()
     size = largest_session(model)
@@ -375,7 +375,7 @@ def test_idle_sessions_move_down_and_come_back(host: int | None, tmp_path: Any) 
     engine.close()
 
 
-@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("apart", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_no_more_is_begun_than_fits(apart: bool) -> None:
     model = make()
     size = largest_session(model)
@@ -433,7 +433,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
         assert len(sizes) == 1
 
 
-@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("apart", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_secret_stays_where_it_was_read(apart: bool) -> None:
     """One session reads a secret again and again; whatever others do beside it, it changes nothing of theirs."""
     model, secret = make(), [17, 3, 11, 5, 13, 2]

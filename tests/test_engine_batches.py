@@ -28,6 +28,13 @@ NETWORKS = {
     "ttt_kvb": {"mixer": "ttt_kvb", "num_suffix_blocks": 0},
 }
 each_network = pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS)
+two_networks = pytest.mark.parametrize(  # fast MLPs behind both kinds of attention, and a recurrence without them
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=() if name in ("hybrid", "gated_deltanet") else pytest.mark.slow)
+        for name, changes in NETWORKS.items()
+    ],
+)
 
 
 def make(dtype: torch.dtype = torch.float64, **changes: object) -> Transformer:
@@ -61,7 +68,7 @@ def assert_same(one: ReadingState, other: ReadingState) -> None:
 
 
 @each_network
-@pytest.mark.parametrize("n", [1, M - 1, M, M + 1, 3 * M + 2])
+@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (M - 1, M, M + 1)), 3 * M + 2])
 def test_reading_together_is_reading_alone(changes: dict, n: int) -> None:
     """At different positions, wherever what is left of the texts has the same shapes."""
     model = make(**changes)
@@ -108,7 +115,13 @@ def test_what_leaves_a_batch_shares_no_memory_with_it() -> None:
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in second.tensors)
 
 
-@pytest.mark.parametrize("changes", [NETWORKS[name] for name in ("window", "full", "hybrid", "static")], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(NETWORKS[name], id=name, marks=() if name in ("hybrid", "static") else pytest.mark.slow)
+        for name in ("window", "full", "hybrid", "static")
+    ],
+)
 def test_lanes_are_filled_left_and_moved_at_any_time(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longread.inner_loop.places.SPARE", 5)  # so that room runs out
     model = make(**changes)
@@ -141,7 +154,7 @@ def test_lanes_are_filled_left_and_moved_at_any_time(changes: dict, monkeypatch:
             places.put(2, states[1], learn=True)
 
 
-@each_network
+@two_networks
 @pytest.mark.parametrize("learn", [True, False])
 def test_an_engine_gives_what_sessions_give(changes: dict, learn: bool) -> None:
     """Texts below, at and above mini-batches and windows; read, continued, read and continued again, all at once."""

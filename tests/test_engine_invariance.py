@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ from longread.inner_loop import places, read
 from longread.inner_loop.places import Places
 from longread.model import Transformer
 from longread.session import Session
-from tests.test_engine_batches import INNER, NETWORKS, M, after, each_network, make, text
+from tests.test_engine_batches import INNER, NETWORKS, M, after, make, text, two_networks
 
 LENGTHS = [1, M - 1, M, M + 1, 2 * M, 2 * M, 3 * M + 1, 5 * M + 3]
 """Of the first texts: within, at and across mini-batches; equal ones could share every product."""
+
+ESSENTIAL = [("window", torch.float64, True), ("hybrid", torch.float32, True), ("mamba2", torch.float32, False)]
 
 
 class Life(NamedTuple):
@@ -60,9 +63,14 @@ def lives(model: Transformer, folder: Path, limits: Limits, which: list[int]) ->
         return [lived(engine, sid, own, i) for sid, own, i in zip(ids, tasks, which, strict=True)]
 
 
-@pytest.mark.parametrize("network", ["window", "hybrid", "mamba2"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("tight", [False, True], ids=["roomy", "tight"])
+@pytest.mark.parametrize(
+    ("network", "dtype", "tight"),
+    [
+        pytest.param(*case, marks=() if case in ESSENTIAL else pytest.mark.slow)
+        for case in itertools.product(["window", "hybrid", "mamba2"], [torch.float64, torch.float32], [False, True])
+    ],
+    ids=str,
+)
 def test_a_busy_engine_changes_no_bit(
     network: str, dtype: torch.dtype, tight: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +86,7 @@ def test_a_busy_engine_changes_no_bit(
         assert_equal(busy[i], alone)
 
 
-@each_network
+@two_networks
 def test_an_engine_gives_the_bits_of_sessions(changes: dict, tmp_path: Path) -> None:
     """That read in the same pieces: to the end of a mini-batch, then a slice at a time."""
     model = make(torch.float32, **changes)

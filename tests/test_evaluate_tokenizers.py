@@ -105,7 +105,7 @@ def test_a_diverged_token_makes_its_bytes_infinite_and_no_others() -> None:
     assert [loss.between(a, a + 4)[0] for a in (0, 4, 8)] == [math.inf, math.inf, pytest.approx(1.6)]
 
 
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("bos", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_both_are_scored_on_the_same_bytes(bos: bool) -> None:
     """Where only one tokenizer begins with BOS, the first bytes are left out for the other too."""
     common = in_common([documents(BYTES), documents(BPE, bos=bos)])

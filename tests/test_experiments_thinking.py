@@ -13,15 +13,28 @@ from experiments.page import as_stored, with_tables
 from experiments.pages import thinking as page
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("thinking")
-
-
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["experiments.thinking", *map(str, arguments)])
     monkeypatch.setattr("experiments.thinking.signal.signal", lambda *_: None)
     return thinking.main()
+
+
+def rehearse(monkeypatch: pytest.MonkeyPatch, work: Path, name: str, *options: object) -> int:
+    return call(monkeypatch, "run", "--out", work, "--rehearse", "--device", "cpu", "--only", name, *options)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two jobs left; the curve of the second as long as that of a long training."""
+    work = tmp_path_factory.mktemp("thinking")
+    for name in ("main", "random"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            assert rehearse(monkeypatch, work, name) == 0
+    long = json.loads((work / "random.json").read_text())
+    for row, iteration in zip(long["curve"], page.BUDGETS, strict=True):
+        row["iteration"] = iteration
+    (work / "random.json").write_text(json.dumps(long))
+    return work
 
 
 def test_every_job_belongs_to_one_part() -> None:
@@ -30,33 +43,30 @@ def test_every_job_belongs_to_one_part() -> None:
     assert names[0] == "main"
 
 
-def test_a_job_that_was_stopped_goes_on(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["run", "--out", work, "--rehearse", "--device", "cpu", "--only"]
-    for name in ("main", "random"):
-        assert call(monkeypatch, *options, name) == 0
+@pytest.mark.slow
+def test_a_job_that_was_stopped_goes_on(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = json.loads((work / "main.json").read_text())
-    (work / "main.json").unlink()
     moments = iter(range(100))
     monkeypatch.setattr(thinking.time, "monotonic", lambda: float(next(moments)))  # a second goes by at every look
-    assert call(monkeypatch, *options, "main", "--seconds", 30) == 75
-    assert (work / "checkpoints" / "main.safetensors").exists()
+    assert rehearse(monkeypatch, tmp_path, "main", "--seconds", 30) == 75
+    assert (tmp_path / "checkpoints" / "main.safetensors").exists()
     monkeypatch.undo()
-    assert call(monkeypatch, *options, "main") == 0
-    assert not (work / "checkpoints" / "main.safetensors").exists()
-    again = json.loads((work / "main.json").read_text())
+    assert rehearse(monkeypatch, tmp_path, "main") == 0
+    assert not (tmp_path / "checkpoints" / "main.safetensors").exists()
+    again = json.loads((tmp_path / "main.json").read_text())
     for changing in ("seconds", "curve"):
         whole.pop(changing), again.pop(changing)
     assert again == whole
-    assert whole["withheld"] == ["abc", "abd", "acd", "bcd"]
-    assert set(whole["world models"]) == {"3", "6"}
+
+
+def test_a_job_trains_for_each_choice_of_what_is_withheld(work: Path) -> None:
+    found = json.loads((work / "main.json").read_text())
+    assert found["withheld"] == ["abc", "abd", "acd", "bcd"]
+    assert set(found["world models"]) == {"3", "6"}
 
 
 def test_the_page_shows_what_the_jobs_left(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "plots", lambda jobs: ())  # drawing takes long
-    long = json.loads((work / "random.json").read_text())
-    for row, iteration in zip(long["curve"], page.BUDGETS, strict=True):
-        row["iteration"] = iteration
-    (work / "random.json").write_text(json.dumps(long))
     assert call(monkeypatch, "page", work, tmp_path / "page") == 0
     text = (tmp_path / "page" / "README.md").read_text()
     stored = {"results": json.loads((tmp_path / "page" / "results.json").read_text())}

@@ -39,7 +39,9 @@ def largest_difference(dtype: torch.dtype) -> float:
     return worst
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [pytest.param(torch.float64, 1e-13, marks=pytest.mark.slow), (torch.float32, 1e-5)], ids=str
+)
 def test_every_split_gives_the_same_numbers(dtype: torch.dtype, limit: float) -> None:
     assert largest_difference(dtype) < limit
 

@@ -30,7 +30,13 @@ MIXERS: list[dict] = [
     {"mixer": "ttt_kvb"},
     {"mixer": "ttt_kvb", "binding": BindingConfig(lr=0.02, clip=None, output="key")},
 ]
-each_mixer = pytest.mark.parametrize("changes", MIXERS, ids=lambda c: f"{c['mixer']}{'-simplified' * ('binding' in c)}")
+
+
+def id_of(changes: dict) -> str:
+    return changes["mixer"] + "-simplified" * ("binding" in changes)
+
+
+each_mixer = pytest.mark.parametrize("changes", MIXERS, ids=id_of)
 
 
 def config(**changes: object) -> ModelConfig:
@@ -196,7 +202,9 @@ def test_the_gradient_is_a_finite_difference(changes: dict) -> None:
     assert (values[0] - values[1]) / (2 * eps) == pytest.approx(float(slope), rel=1e-5)
 
 
-@each_mixer
+@pytest.mark.parametrize(
+    "changes", [pytest.param(c, marks=pytest.mark.slow if "binding" in c else ()) for c in MIXERS], ids=id_of
+)
 def test_training_lowers_the_loss(changes: dict) -> None:
     """A text that repeats itself at a distance beyond the window."""
     model = Transformer(config(**changes, width=32, mlp_hidden=48))

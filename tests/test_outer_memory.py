@@ -63,8 +63,22 @@ def tensors_of_python() -> list[torch.Tensor]:
     return [x for x in gc.get_objects() if type(x) is torch.Tensor]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", ["swa", "full", "e2e", "mamba2", "gdn", "kvb"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("full", torch.float64),
+        ("mamba2", torch.float64),
+        ("gdn", torch.float64),
+        ("kvb", torch.float64),
+        ("e2e", torch.bfloat16),
+        *(pytest.param(method, torch.float64, marks=pytest.mark.slow) for method in ("swa", "e2e")),
+        *(
+            pytest.param(method, torch.bfloat16, marks=pytest.mark.slow)
+            for method in ("swa", "full", "mamba2", "gdn", "kvb")
+        ),
+    ],
+    ids=str,
+)
 def test_blocks_that_run_again(method: str, dtype: torch.dtype) -> None:
     """The same gradient of the static loss, from inputs and attention's results alone."""
     config = dataclasses.replace(recipe("toy", method=method).model, num_blocks=4)

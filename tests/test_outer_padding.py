@@ -104,7 +104,13 @@ def accumulated(config: RunConfig, data: tuple[Tensor, Tensor, Tensor]) -> tuple
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"loss": "static"}, {"recompute": "sqrt"}, {"meta_gradient": "first-order"}, {"truncate_after": 2}],
+    [
+        {},
+        {"loss": "static"},
+        {"truncate_after": 2},
+        pytest.param({"recompute": "sqrt"}, marks=pytest.mark.slow),
+        pytest.param({"meta_gradient": "first-order"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_micro_batches_of_uneven_padding_accumulate_to_the_gradient_of_the_batch(options: dict[str, Any]) -> None:

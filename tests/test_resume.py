@@ -169,7 +169,7 @@ def test_thirty_kills_change_nothing(data: TokenDataset, whole: Path, tmp_path: 
     kill_and_resume(data, whole, tmp_path, kills=30, seed=seed)
 
 
-@pytest.mark.parametrize("die_at", [3, 17, 30, 44])
+@pytest.mark.parametrize("die_at", [3, 30, *(pytest.param(at, marks=pytest.mark.slow) for at in (17, 44))])
 def test_a_kill_inside_a_save_changes_nothing(data: TokenDataset, whole: Path, tmp_path: Path, die_at: int) -> None:
     process = start(data, tmp_path / "run", die_at)
     process.join()

@@ -403,7 +403,7 @@ def run(examples: int, steps: int, *, derandomize: bool) -> None:
 
 
 def test_any_order_of_requests() -> None:
-    run(examples=10, steps=20, derandomize=True)
+    run(examples=4, steps=20, derandomize=True)
 
 
 @pytest.mark.slow

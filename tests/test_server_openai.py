@@ -46,8 +46,17 @@ def streamed(client: openai.OpenAI, messages: list[Any]) -> ChatCompletionMessag
     return ChatCompletionMessage.model_validate(deltas[0].model_dump() | {"content": content})
 
 
-@pytest.mark.parametrize("answer", [whole, streamed])
-@pytest.mark.parametrize("sent", ["object", "dump", "dump without null"])
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        ("object", whole),
+        ("dump", streamed),
+        ("dump without null", whole),
+        pytest.param("object", streamed, marks=pytest.mark.slow),
+        pytest.param("dump", whole, marks=pytest.mark.slow),
+        pytest.param("dump without null", streamed, marks=pytest.mark.slow),
+    ],
+)
 def test_ten_turns_of_chat(client: openai.OpenAI, answer: Any, sent: str) -> None:
     messages: list[Any] = [{"role": "developer", "content": "Be kind."}]
     for turn in range(10):

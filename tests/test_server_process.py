@@ -254,6 +254,7 @@ def test_a_graceful_stop_keeps_everything(tmp_path: Path) -> None:
         assert server.stop(signal.SIGINT) == 0
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_midst_of_a_text(tmp_path: Path) -> None:
     """However far it came: the status is 0, the answer is true, and all that it speaks of is there afterwards."""
     with Process(tmp_path) as server:
@@ -412,15 +413,22 @@ def test_without_the_packages_it_says_how_to_install_them(
     assert "longread[" not in text  # there is no such package in an index
 
 
-def test_two_servers_cannot_share_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_servers_cannot_share_a_directory(server: Process, capsys: pytest.CaptureFixture[str]) -> None:
+    one, home = server.client.post("/v1/sessions").json()["id"], server.home
+    options = ["--model", str(home / "tiny"), "--directory", str(home / "sessions"), "--device", "cpu"]
+    assert main(["serve", *options, "--port", "0"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        "longread: error: .*/sessions is in use by another server; stop that one, or give another directory", error
+    )
+    answer = server.client.post(f"/v1/sessions/{one}/append", json={"text": TEXT, "expected_position": 0})
+    assert answer.json()["position"] == 1 + len(TEXT)
+
+
+@pytest.mark.slow
+def test_a_server_that_was_killed_leaves_its_directory_to_the_next(tmp_path: Path) -> None:
     with Process(tmp_path) as server:
         one = server.client.post("/v1/sessions").json()["id"]
-        options = ["--model", str(tmp_path / "tiny"), "--directory", str(tmp_path / "sessions"), "--device", "cpu"]
-        assert main(["serve", *options, "--port", "0"]) == 2
-        (error,) = capsys.readouterr().err.splitlines()
-        assert re.fullmatch(
-            "longread: error: .*/sessions is in use by another server; stop that one, or give another directory", error
-        )
         answer = server.client.post(f"/v1/sessions/{one}/append", json={"text": TEXT, "expected_position": 0})
         assert answer.json()["position"] == 1 + len(TEXT)
         server.process.kill()

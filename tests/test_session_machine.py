@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
@@ -132,7 +133,7 @@ class Sessions(RuleBasedStateMachine):
 
 
 Sessions.TestCase.settings = settings(
-    max_examples=40,
+    max_examples=15,
     stateful_step_count=15,
     deadline=None,
     derandomize=True,
@@ -140,3 +141,8 @@ Sessions.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestSessions = Sessions.TestCase
+
+
+@pytest.mark.slow
+class TestManySessions(Sessions.TestCase):
+    settings = settings(TestSessions.settings, max_examples=150)

@@ -18,7 +18,13 @@ from tests import tiny
 
 M, V = 4, 11
 INNER = InnerConfig(lr=0.7, clip=0.5)
-SAMPLING = [{}, {"temperature": 0.6, "top_k": 3}, {"top_p": 0.6}, {"repetition_penalty": 1.5, "temperature": 0.8}]
+SAMPLING = [
+    pytest.param({}, marks=pytest.mark.slow),
+    pytest.param({"temperature": 0.6, "top_k": 3}, marks=pytest.mark.slow),
+    pytest.param({"top_p": 0.6}, marks=pytest.mark.slow),
+    pytest.param({"repetition_penalty": 1.5, "temperature": 0.8}, marks=pytest.mark.slow),
+    {"repetition_penalty": 1.5, "temperature": 0.8, "top_k": 3, "top_p": 0.8},
+]
 
 
 def make(seed: int = 0, **changes: object) -> Transformer:
@@ -132,7 +138,8 @@ def chances(session: Session, length: int, **sampling: float) -> Tensor:
     return torch.tensor([chance for chance, _ in rows])
 
 
-@pytest.mark.parametrize(("sampling", "learn"), [({}, False), *((s, True) for s in SAMPLING)], ids=str)
+@pytest.mark.parametrize("sampling", SAMPLING, ids=str)
+@pytest.mark.parametrize("learn", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sampled_texts_have_the_verifiers_distribution(sampling: dict, learn: bool) -> None:
     """Chi-square over all continuations of two tokens, from fixed seeds; the drafter's distribution fails the test."""
     verifier, drafter = verifying(vocab_size=4, num_blocks=1), drafting(vocab_size=4, num_blocks=1, num_suffix_blocks=1)
@@ -160,7 +167,12 @@ def test_sampled_texts_have_the_verifiers_distribution(sampling: dict, learn: bo
 
 @pytest.mark.parametrize("prompts", [5, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("attention", "num_blocks", "double"), [("full", 2, True), ("full", 2, False), ("hybrid", 6, False)], ids=str
+    ("attention", "num_blocks", "double"),
+    [
+        ("full", 2, True),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("full", 2, False), ("hybrid", 6, False))),
+    ],
+    ids=str,
 )
 def test_greedy_is_the_verifier_alone(attention: str, num_blocks: int, double: bool, prompts: int) -> None:
     """Whatever the drafter: a bad one, learning or not, or the verifier itself."""
@@ -247,7 +259,14 @@ def test_rounds_say_where_and_how_many() -> None:
     assert position == 29
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "window"}, {"attention": "hybrid", "num_blocks": 6}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(pytest.param(changes, marks=pytest.mark.slow) for changes in ({}, {"attention": "window"})),
+        {"attention": "hybrid", "num_blocks": 6},
+    ],
+    ids=str,
+)
 def test_a_verifier_takes_tokens_back(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longread.speculative.verifier.SPARE", 3)  # so that room runs out
     session = verifying(**changes)

@@ -241,7 +241,11 @@ def test_the_reasoner_shifts_every_column_as_the_one_that_it_has_tried() -> None
     assert found.success[CONDITIONS[-1]].mean().item() == pytest.approx(0.85, abs=0.03)
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[4]], ids=lambda kind: "-".join(kind.values()))
+@pytest.mark.parametrize(
+    "kind",
+    [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in (KINDS[3], KINDS[4]))],
+    ids=lambda kind: "-".join(kind.values()),
+)
 def test_many_agents_train_as_each_does_alone(kind: dict[str, str]) -> None:
     model = ModelTraining(steps=2, batch_size=8, width=4, boards=20, renew_every=1)
     config = dataclasses.replace(SMALL, world_model=model, iterations=3, warmup=2, selection="gap_unsolved", **kind)

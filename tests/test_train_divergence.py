@@ -184,7 +184,7 @@ def test_without_the_rule_the_same_run_goes_to_its_end(ended: tuple[Path, list[s
     assert min(kept) < first  # two newer ones have not pushed it out
 
 
-@pytest.mark.parametrize("within", [1, 5])
+@pytest.mark.parametrize("within", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_a_run_that_is_stopped_while_it_diverges_goes_on_to_the_same_end(
     tmp_path: Path, data: TokenDataset, exploded: tuple[Path, TrainingHalted, list[str]], within: int
 ) -> None:

@@ -90,17 +90,19 @@ def agree(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> Non
 CASES = [
     # B, N, T, P, H, window
     (1, 2, 64, 100, 80, None),
-    (1, 1, 45, 131, 48, 128),
+    pytest.param((1, 1, 45, 131, 48, 128), marks=pytest.mark.slow),
     (2, 1, 100, 37, 20, 33),
-    (1, 1, 96, 64, 32, 96),
-    (1, 2, 37, 5, 96, 7),
+    pytest.param((1, 1, 96, 64, 32, 96), marks=pytest.mark.slow),
+    pytest.param((1, 2, 37, 5, 96, 7), marks=pytest.mark.slow),
     (1, 1, 33, 40, 6, 1),
     (1, 3, 1, 45, 16, 32),
 ]
+# the other tests leave the past constant too
+INNER = [pytest.param(slice(3), id="past constant", marks=pytest.mark.slow), pytest.param(slice(5), id="all")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("inner", [slice(3), slice(5)], ids=["past constant", "all"])
+@pytest.mark.parametrize("inner", INNER)
 def test_every_order_is_the_reference(kernels: ModuleType, case: tuple[Any, ...], inner: slice) -> None:
     *sizes, window = case
     tensors = draw(*sizes)
@@ -114,13 +116,13 @@ def test_every_order_is_the_reference(kernels: ModuleType, case: tuple[Any, ...]
 SHARED = [
     # B, N, T, P, H, G, window
     (1, 4, 40, 41, 16, 2, None),
-    (1, 3, 33, 40, 20, 1, 20),
+    pytest.param((1, 3, 33, 40, 20, 1, 20), marks=pytest.mark.slow),
     (1, 3, 1, 45, 6, 1, 32),
 ]
 
 
 @pytest.mark.parametrize("case", SHARED, ids=str)
-@pytest.mark.parametrize("inner", [slice(3), slice(5)], ids=["past constant", "all"])
+@pytest.mark.parametrize("inner", INNER)
 def test_heads_share_keys_and_values_at_every_order(kernels: ModuleType, case: tuple[Any, ...], inner: slice) -> None:
     *sizes, window = case
     tensors = draw(*sizes)
@@ -131,7 +133,9 @@ def test_heads_share_keys_and_values_at_every_order(kernels: ModuleType, case: t
     )
 
 
-@pytest.mark.parametrize(("blocks", "window"), [((64, 16), 20), ((16, 32), None)], ids=str)
+@pytest.mark.parametrize(
+    ("blocks", "window"), [((64, 16), 20), pytest.param((16, 32), None, marks=pytest.mark.slow)], ids=str
+)
 def test_heads_share_in_any_blocks(
     kernels: ModuleType, blocks: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +164,7 @@ def test_shared_heads_are_never_written_out(kernels: ModuleType, monkeypatch: py
 
 
 def test_without_a_past(kernels: ModuleType) -> None:
-    tensors = draw(2, 2, 70, 0, 16)[:3]
+    tensors = draw(2, 2, 45, 0, 16)[:3]
     for window in (None, 40):
         agree(
             derivatives(kernels.triton_attention, tensors, torch.float32, window, slice(3)),
@@ -184,7 +188,7 @@ def test_its_result_can_be_kept_by_a_block_that_runs_again(kernels: ModuleType) 
 
 
 @pytest.mark.parametrize("size", [1.0, 9.0], ids=["scores with a bound", "scores too large for it"])
-@pytest.mark.parametrize("H", [16, 20])
+@pytest.mark.parametrize("H", [pytest.param(16, marks=pytest.mark.slow), 20])
 def test_gains_change_nothing(kernels: ModuleType, H: int, size: float) -> None:
     tensors = draw(1, 2, 45, 61, H)
     gains = [size * torch.rand(H, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
@@ -205,8 +209,20 @@ def test_gains_change_nothing(kernels: ModuleType, H: int, size: float) -> None:
         )
 
 
-@pytest.mark.parametrize("blocks", [(64, 16), (16, 32), (32, 64)], ids=str)
-@pytest.mark.parametrize("window", [None, 20, 150])
+@pytest.mark.parametrize(
+    ("blocks", "window"),
+    [
+        ((64, 16), 20),
+        ((16, 32), None),
+        ((32, 64), 150),
+        *(
+            pytest.param(blocks, window, marks=pytest.mark.slow)
+            for blocks, others in (((64, 16), (None, 150)), ((16, 32), (20, 150)), ((32, 64), (None, 20)))
+            for window in others
+        ),
+    ],
+    ids=str,
+)
 def test_any_blocks(
     kernels: ModuleType, blocks: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,13 +346,15 @@ def test_shared_heads_give_the_same_bits_every_time(kernels: ModuleType) -> None
 
 COMPILE = """
 import inspect
+import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from longread.ops.attention import triton as kernels
 
 BY_QUERY = {"q", "a", "o", "do", "od", "dq", "qh"}
-for name, group in [(name, 1) for name in kernels.TABLE] + [("key_gradient", 3), ("key_second", 3)]:
+every = [(name, 1) for name in kernels.TABLE] + [("key_gradient", 3), ("key_second", 3)]
+for name, group in every[:: int(sys.argv[1])]:
     function = getattr(kernels, f"_{name}_kernel")
     blocks = kernels.blocks_of(name, 80, 2)
     signature, fixed = {}, {}
@@ -370,11 +388,18 @@ for name, group in [(name, 1) for name in kernels.TABLE] + [("key_gradient", 3),
 """
 
 
-def test_kernels_compile_for_hopper_without_a_gpu() -> None:
+@pytest.mark.parametrize(("step", "count"), [(7, 2), pytest.param(1, 8, marks=pytest.mark.slow)])
+def test_kernels_compile_for_hopper_without_a_gpu(step: int, count: int) -> None:
+    """The first and the last, or all."""
     root = Path(__file__).parent.parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root / "src")}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=root, check=False
+        [sys.executable, "-c", COMPILE, str(step)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == 8
+    assert len(done.stdout.split()) == count

@@ -82,7 +82,11 @@ def check(
 
 
 @pytest.mark.parametrize("inner", [None, [0]], ids=["all", "x"])
-@pytest.mark.parametrize("shape", [(1, 2), (7, 5), (2, 3, 64), (3, 2600)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [*(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 2), (2, 3, 64))), (7, 5), (3, 2600)],
+    ids=str,
+)
 def test_rms_norm(shape: tuple[int, ...], inner: list[int] | None) -> None:
     norm = kernels("rms_norm").triton_rms_norm
     inputs = [draw(*shape), draw(shape[-1], seed=1)]
@@ -311,7 +315,7 @@ def test_dispatch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert getattr(unit, name)(*arguments[op], soft_cap=3.0) != "fused"
 
 
-@pytest.mark.parametrize("recompute", ["none", "blocks", "step"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("blocks", marks=pytest.mark.slow), "step"])
 def test_the_outer_gradient_through_all_kernels(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(
         vocab_size=23,
