@@ -208,12 +208,12 @@ def test_a_diverging_training_has_a_status_of_its_own(
 
 
 def test_short_notes_are_padded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """24 notes of 15 bytes have fewer tokens than one context."""
+    """12 notes of 15 bytes have fewer tokens than one context."""
     (tmp_path / "notes").mkdir()
-    for i in range(24):
+    for i in range(12):
         (tmp_path / "notes" / f"{i}.txt").write_text(f"note {i:02} says so")
     data = tmp_path / "data"
-    arguments = ["train", "toy", "--data", data, "--out", tmp_path / "run", *MICROSCOPIC, "--context-length", 512]
+    arguments = ["train", "toy", "--data", data, "--out", tmp_path / "run", *MICROSCOPIC, "--context-length", 256]
     assert main(["prepare", str(tmp_path / "notes"), "--out", str(data), "--validation-fraction", "0.1"]) == 0
     assert main([str(a) for a in arguments]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

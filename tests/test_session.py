@@ -90,11 +90,11 @@ def test_greedy_takes_the_likeliest() -> None:
     assert next(session.fork().generate(1, top_p=1e-6)) == logits.argmax().item()
 
 
-def frequencies(session: Session, **options: float) -> torch.Tensor:
+def frequencies(session: Session, draws: int = 600, **options: float) -> torch.Tensor:
     counts = torch.zeros(19)
-    for seed in range(600):
+    for seed in range(draws):
         counts[next(session.fork().generate(1, seed=seed, **options))] += 1  # type: ignore[arg-type]
-    return counts / 600
+    return counts / draws
 
 
 def test_tokens_are_drawn_from_the_distribution_asked_for() -> None:
@@ -131,8 +131,8 @@ def test_extreme_settings_do_not_overflow(options: dict) -> None:
 def test_the_repetition_penalty_looks_at_the_window() -> None:
     session = after(30, num_blocks=1, num_suffix_blocks=1)
     recent = set(text(30)[-6:])
-    free = frequencies(session)
-    penalised = frequencies(session, repetition_penalty=1000.0)
+    free = frequencies(session, 200)
+    penalised = frequencies(session, 200, repetition_penalty=1000.0)
     seen = torch.tensor([token in recent for token in range(19)])
     positive = session.model.logits(session.state.output)[0] > 0
     assert penalised[seen & ~positive].sum() < free[seen & ~positive].sum()
