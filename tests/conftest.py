@@ -39,6 +39,12 @@ def pytest_configure() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # decides what Triton is when it is first imported, by whomever
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest single tests begin first: no worker ends alone with one of them."""
+    long = {"test_wheel.py", "test_docs_pretrained.py", "test_bench.py"}
+    items.sort(key=lambda item: item.path.name not in long)
+
+
 def pytest_collection_finish() -> None:
     """What was imported and collected stays until the end: the garbage collector need not look at it again."""
     gc.collect()

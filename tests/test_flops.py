@@ -146,17 +146,25 @@ def products(config: ModelConfig, T: int, loss: str, trained: int | None = None,
     return counted.flops["products"]
 
 
+KINDS = {
+    "static": ("static", {}, ["none", "blocks"]),
+    "exact": ("end-to-end", {}, ["none", "blocks", "sqrt", "step"]),
+    "first-order": ("end-to-end", {"meta_gradient": "first-order"}, ["none"]),
+    "truncated": ("end-to-end", {"truncate_after": 2}, ["sqrt"]),
+}
+"""Loss, options, and schedules that are not slow."""
+
+
 @pytest.mark.usefixtures("bare")
-@pytest.mark.parametrize("recompute", ["none", "blocks", "sqrt", "step"])
 @pytest.mark.parametrize(
-    ("loss", "options"),
+    ("loss", "options", "recompute"),
     [
-        ("static", {}),
-        ("end-to-end", {}),
-        ("end-to-end", {"meta_gradient": "first-order"}),
-        ("end-to-end", {"truncate_after": 2}),
+        pytest.param(
+            loss, options, schedule, id=f"{name}-{schedule}", marks=() if schedule in essential else pytest.mark.slow
+        )
+        for name, (loss, options, essential) in KINDS.items()
+        for schedule in ("none", "blocks", "sqrt", "step")
     ],
-    ids=["static", "exact", "first-order", "truncated"],
 )
 def test_flops_of_training_are_those_that_run(loss: Any, options: Any, recompute: Any) -> None:
     """Five mini-batches: segments of three and two. Of a segment that a cut ends, more runs: its tangents are zeros."""

@@ -19,7 +19,7 @@ from longread.train import accumulate_gradient
 from longread.train.gradient import StepLeft
 from longread.train.meta_step import FullyShardedGradient, MetaStep, fully_sharded, whole_model
 from longread.train.optimizer import freeze_below, make_optimizer, trained_parameters, update
-from tests.meta_gradients import CASES, NOISE, Case, Found, alone, batch, config, make, share
+from tests.meta_gradients import ESSENTIAL, NOISE, OTHERS, Case, Found, alone, batch, config, make, share
 from tests.ranks import Ranks
 
 SIZE = 2
@@ -44,23 +44,42 @@ def reduced(rows: FullySharded, case: Case, model: Transformer) -> tuple[float, 
 
 def together(cases: list[tuple[Case, torch.dtype, int, bool]]) -> list[tuple[Found, float, bool]]:
     """Gradient and norm, and whether each parameter is divided; by case, type, ranks that divide, and `reshard`."""
-    warnings.filterwarnings("error", message="FSDP2")
-    results = []
-    for i, (case, dtype, divided, reshard) in enumerate(cases):
-        model = make(dtype)
-        rows = fully_sharded(model, row_mesh(SIZE, divided, "cpu"), reshard=reshard)
-        stayed = all(map(is_divided, model.parameters()))
-        for _ in range(2 if i == 0 else 1):  # a second gradient after the first was forgotten
-            rows.clear()
-            loss, norms = reduced(rows, case, model)
-        gradients = {name: p.grad.full_tensor() for name, p in rows.parameters.items() if p.grad is not None}  # type: ignore[attr-defined]
-        results.append((Found(gradients, loss, norms), rows.norm().item(), stayed))
-    return results
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FSDP2")
+        return [computed(*case, times=2 if i == 0 else 1) for i, case in enumerate(cases)]
 
 
-def test_the_meta_gradient_is_that_of_one_process(ranks: Ranks) -> None:
-    cases = [(case, 1 if i == 3 else 2, i % 2 == 0) for i, case in enumerate(CASES)]
-    cases += [(Case("sqrt", micro_batch_size=1), 2, reshard) for reshard in (True, False)]
+def computed(case: Case, dtype: torch.dtype, divided: int, reshard: bool, *, times: int) -> tuple[Found, float, bool]:
+    """The last of several gradients, each after the one before was forgotten."""
+    model = make(dtype)
+    rows = fully_sharded(model, row_mesh(SIZE, divided, "cpu"), reshard=reshard)
+    stayed = all(map(is_divided, model.parameters()))
+    for _ in range(times):
+        rows.clear()
+        loss, norms = reduced(rows, case, model)
+    gradients = {name: p.grad.full_tensor() for name, p in rows.parameters.items() if p.grad is not None}  # type: ignore[attr-defined]
+    return Found(gradients, loss, norms), rows.norm().item(), stayed
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(
+            [
+                *((case, 2, i % 2 == 0) for i, case in enumerate(ESSENTIAL)),
+                (Case("sqrt", micro_batch_size=1), 2, True),
+                (Case("sqrt", micro_batch_size=1), 2, False),
+            ],
+            id="essential",
+        ),
+        pytest.param(
+            [(case, 1 if i == 1 else 2, i % 2 == 0) for i, case in enumerate(OTHERS)],
+            id="others",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_meta_gradient_is_that_of_one_process(ranks: Ranks, cases: list[tuple[Case, int, bool]]) -> None:
     answers = ranks.run(together, [(case, torch.float64, *how) for case, *how in cases])
     for i, (case, *how) in enumerate(cases):
         exact = alone(case)

@@ -63,7 +63,7 @@ def test_reading_scores_what_training_scores(window: int, attention: str) -> Non
 
 
 @pytest.mark.parametrize("length", [1, 2, M - 1, M, M + 1, 2 * M, 2 * M + 1, 3 * M - 1, 5 * M + 2])
-@pytest.mark.parametrize("stretch", [M, 2 * M, 2048])
+@pytest.mark.parametrize("stretch", [pytest.param(M, marks=pytest.mark.slow), 2 * M, 2048])
 def test_every_split_is_the_same_reading(length: int, stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "STRETCH", stretch)
     model = make_wide()

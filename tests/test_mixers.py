@@ -37,6 +37,9 @@ def id_of(changes: dict) -> str:
 
 
 each_mixer = pytest.mark.parametrize("changes", MIXERS, ids=id_of)
+each_plain_mixer = pytest.mark.parametrize(
+    "changes", [pytest.param(c, marks=pytest.mark.slow if "binding" in c else ()) for c in MIXERS], ids=id_of
+)
 
 
 def config(**changes: object) -> ModelConfig:
@@ -72,7 +75,7 @@ def equal_states(a: ReadingState, b: ReadingState) -> None:
 
 @each_mixer
 @pytest.mark.parametrize("length", [1, M - 1, M, M + 1, 2 * M, 5 * M + 3])
-@pytest.mark.parametrize("stretch", [M, 7, 2048])
+@pytest.mark.parametrize("stretch", [pytest.param(M, marks=pytest.mark.slow), 7, 2048])
 def test_every_split_is_the_same_reading(
     changes: dict, length: int, stretch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +113,7 @@ def test_nothing_later_is_seen_and_everything_earlier_is(changes: dict) -> None:
     assert not torch.allclose(nll[:, 20:], changed[:, 20:])
 
 
-@each_mixer
+@each_plain_mixer
 def test_the_state_has_one_size_at_any_length(changes: dict) -> None:
     model = make(**changes).float()
     state, sizes = begin(model), set()
@@ -202,9 +205,7 @@ def test_the_gradient_is_a_finite_difference(changes: dict) -> None:
     assert (values[0] - values[1]) / (2 * eps) == pytest.approx(float(slope), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changes", [pytest.param(c, marks=pytest.mark.slow if "binding" in c else ()) for c in MIXERS], ids=id_of
-)
+@each_plain_mixer
 def test_training_lowers_the_loss(changes: dict) -> None:
     """A text that repeats itself at a distance beyond the window."""
     model = Transformer(config(**changes, width=32, mlp_hidden=48))

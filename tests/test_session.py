@@ -90,7 +90,7 @@ def test_greedy_takes_the_likeliest() -> None:
     assert next(session.fork().generate(1, top_p=1e-6)) == logits.argmax().item()
 
 
-def frequencies(session: Session, draws: int = 600, **options: float) -> torch.Tensor:
+def frequencies(session: Session, draws: int = 300, **options: float) -> torch.Tensor:
     counts = torch.zeros(19)
     for seed in range(draws):
         counts[next(session.fork().generate(1, seed=seed, **options))] += 1  # type: ignore[arg-type]

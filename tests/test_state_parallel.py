@@ -17,7 +17,7 @@ from longread.ops.fast_mlp import fast_mlp
 from longread.parallel import Launch, World, divide_state
 from longread.train import accumulate_gradient
 from tests import tiny
-from tests.meta_gradients import CASES, NOISE, Case, Found, alone, config, make, share
+from tests.meta_gradients import ESSENTIAL, NOISE, OTHERS, Case, Found, alone, config, make, share
 from tests.ranks import Ranks
 
 SIZE = 4
@@ -49,8 +49,16 @@ def together(cases: list[tuple[Case, int, torch.dtype]]) -> list[Found]:
     return results
 
 
-def test_the_meta_gradient_is_that_of_one_process(ranks: Ranks) -> None:
-    cases = [(case, 2) for case in CASES] + [(Case(), 4), (Case("sqrt", clip=0.2, micro_batch_size=3), 4)]
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(
+            [*((case, 2) for case in ESSENTIAL), (Case("sqrt", clip=0.2, micro_batch_size=3), 4)], id="essential"
+        ),
+        pytest.param([*((case, 2) for case in OTHERS), (Case(), 4)], id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_the_meta_gradient_is_that_of_one_process(ranks: Ranks, cases: list[tuple[Case, int]]) -> None:
     answers = ranks.run(together, [(*case, torch.float64) for case in cases])
     for i, (case, size) in enumerate(cases):
         exact = alone(case)

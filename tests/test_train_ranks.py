@@ -48,6 +48,15 @@ VARIANTS: dict[str, tuple[RunConfig, Parallelism]] = {
     "fast MLPs divided, step by step": (change(BASE, recompute="step", micro_batch_size=2), Parallelism(state=2)),
     "the suffix alone": (change(BASE, trained_blocks=1), Parallelism()),
 }
+ESSENTIAL = [
+    "replicated",
+    "first-order",
+    "static",
+    "clipped",
+    "fully sharded, one sequence at a time",
+    "fast MLPs divided, step by step",
+    "the suffix alone",
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +105,18 @@ def assert_same(run: Path, expected: Path, tolerance: float = 1e-12) -> None:
         assert row == pytest.approx(other, rel=tolerance)
 
 
-def test_two_ranks_are_one(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
-    cases = list(VARIANTS.values())
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(ESSENTIAL, id="essential"),
+        pytest.param([name for name in VARIANTS if name not in ESSENTIAL], id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_are_one(ranks: Ranks, data: TokenDataset, tmp_path: Path, names: list[str]) -> None:
+    cases = [VARIANTS[name] for name in names]
     found = ranks.run(run_many, cases, data.directory, tmp_path / "two")
     assert found[0] == found[1]
-    for i, (name, (config, _)) in enumerate(VARIANTS.items()):
+    for i, (name, (config, _)) in enumerate(zip(names, cases, strict=True)):
         assert run(config, data.directory, tmp_path / name) == found[0][i]
         assert_same(tmp_path / "two" / str(i), tmp_path / name)
 
@@ -117,12 +133,22 @@ def test_ranks_whose_sequences_are_padding_count_for_less(ranks: Ranks, tmp_path
     assert_same(tmp_path / "two", tmp_path / "one")
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ("two one", "two two", "one sharded"),
+        pytest.param(("one two", "two two", "sharded one", "sharded two"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    ranks: Ranks, data: TokenDataset, tmp_path: Path, turns: tuple[str, ...]
+) -> None:
     whole = change(BASE, checkpoint_every=1, evaluate_every=None)
     half = change(whole, steps=2)
     run(whole, data.directory, tmp_path / "one")
     ways = {"two": Parallelism(), "sharded": Parallelism(update="fully-sharded")}
-    for names in ("one two", "two one", "two two", "one sharded", "sharded one", "sharded two"):
+    for names in turns:
         out, (first, second) = tmp_path / names, names.split()
         for name, config in ((first, half), (second, whole)):
             if name in ways:
