@@ -47,7 +47,7 @@ demo-think: $(DEMO_READY) ## a trained agent thinks about a board, acts, and is 
 test: lint ## lint, then every test that takes seconds
 	$(PYTHON) -m pytest $(PARALLEL) -m "not slow and not gpu and not browser" $(PYTEST_ARGS)
 
-test-slow: $(TEST_READY) ## the tests that take minutes
+test-slow: $(TEST_READY) ## the tests that take minutes, and variations of what make test covers
 	$(PYTHON) -m pytest $(PARALLEL) -m "slow and not gpu and not browser" $(PYTEST_ARGS)
 
 test-gpu: $(TEST_READY) ## the tests that need a CUDA device
