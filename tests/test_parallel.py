@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +16,7 @@ from torch import nn
 from torch.distributed import Store, TCPStore
 
 from longread.config import OptimizerConfig, UserError
-from longread.parallel import DividedRows, Launch, RankFailed, World
+from longread.parallel import DividedRows, Launch, RankFailed, World, joined
 from longread.parallel.failure import first_sentence, is_of_peers
 from longread.parallel.meeting import meeting_store
 from longread.parallel.rows import row_mesh
@@ -118,8 +120,6 @@ def late() -> str:
 
 
 def _sleeping(world: World) -> World:
-    import time
-
     time.sleep(3)
     return world
 
@@ -132,6 +132,45 @@ def test_who_is_late_is_named(tmp_path_factory: pytest.TempPathFactory) -> None:
             f"rank {rank} waited at step 7, the norm, for rank 2 (step 6, reading a slow disk)"
         )
         assert "--resume" in found[rank]
+
+
+def sum_without_the_other() -> str:
+    world = World(Launch.from_environment(), deadline=1.0)
+    world.step = 3
+    mesh = row_mesh(2, 2, "cpu", world.deadline)
+    rows = DividedRows(dict(Net().named_parameters()), mesh)
+    gradients(net := Net(), world.rank, 0)
+    for name, parameter in net.named_parameters():
+        rows.parameters[name].grad = parameter.grad
+    if world.rank == 1:
+        world.say("a long sleep")
+        time.sleep(3)
+        return ""
+    with pytest.raises(RankFailed) as caught, world.waiting("the sum"):
+        rows.reduce(1.0)
+    return str(caught.value)
+
+
+def test_a_sum_does_not_wait_beyond_the_deadline(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with Ranks(2, tmp_path_factory.mktemp("sum")) as few:
+        found, _ = few.run(sum_without_the_other)
+    assert found.startswith("rank 0 waited at step 3, the sum, for rank 1 (step 3, a long sleep)")
+
+
+def of_unequal_machines() -> str:
+    rank = int(os.environ["RANK"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2" if rank < 2 else "1")
+        patch.setenv("LOCAL_RANK", str(rank % 2))
+        with pytest.raises(UserError) as caught, joined("cpu", deadline=20.0):
+            pass
+    return str(caught.value)
+
+
+def test_machines_must_have_as_many_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with Ranks(3, tmp_path_factory.mktemp("unequal")) as few:
+        found = few.run(of_unequal_machines)
+    assert found == ["machines have 1 to 2 of 3 processes; start as many on each"] * 3
 
 
 class Net(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from longread import checkpoint
@@ -22,7 +24,7 @@ from longread.data import Sampler, TokenDataset, prepare
 from longread.files import read_tensors
 from longread.parallel import Launch
 from longread.tokenizer import ByteTokenizer
-from longread.train import outer_step, train
+from longread.train import Progress, outer_step, train
 from longread.train.sharing import Share
 from tests.ranks import Ranks
 from tests.test_train import CONFIG, change, make_data, rows_of, without_timing
@@ -208,7 +210,7 @@ def test_a_signal_to_one_rank_stops_all_between_micro_batches(ranks: Ranks, data
     assert_same(tmp_path / "run", tmp_path / "whole", 0.0)
 
 
-def poisoned(data: Path, out: Path, bad_batch: Any, everywhere: bool) -> dict[str, Any]:
+def poisoned(data: Path, out: Path, bad_batch: Any, everywhere: bool, update: Any = "shared") -> dict[str, Any]:
     """The gradient of step 3 is not finite on rank 1, or too large on every rank."""
     real, count = outer_step.accumulate_gradient, 0
 
@@ -224,7 +226,7 @@ def poisoned(data: Path, out: Path, bad_batch: Any, everywhere: bool) -> dict[st
         return found
 
     with replaced(gradient):
-        return run(change(BASE, bad_batch=bad_batch), data, out)
+        return run(change(BASE, bad_batch=bad_batch), data, out, Parallelism(update=update))
 
 
 def test_a_batch_that_is_not_finite_on_one_rank_halts_all(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
@@ -244,6 +246,13 @@ def _sampler(data: TokenDataset) -> Sampler:
     return Sampler(data, BASE.context_length, BASE.batch_size, BASE.seed)
 
 
+def test_nobody_is_blamed_where_only_the_sum_is_known(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
+    found = ranks.run(poisoned, data.directory, tmp_path / "run", "halt", False, "replicated")
+    assert found[0] == found[1]
+    assert "step 3: all ranks together: the gradient of final_norm.weight is not finite" in found[0]["error"]
+    assert len(list((tmp_path / "run" / "quarantine").iterdir())) == 2
+
+
 def test_it_may_be_skipped(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
     found = ranks.run(poisoned, data.directory, tmp_path / "run", "skip", False)
     assert found[0] == found[1]
@@ -258,6 +267,33 @@ def test_it_may_be_skipped(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> 
     log = (tmp_path / "run" / "logs" / "rank-1.log").read_text()
     assert "step 3 is skipped: rank 1: the gradient of final_norm.weight" in log
     assert "step 4: " in log
+
+
+def always_poisoned(data: Path, out: Path) -> dict[str, Any]:
+    """No step is finite from the third on; a bar and a tracker see the rows."""
+
+    def gradient(model: Any, *args: Any, real: Any = outer_step.accumulate_gradient, **options: Any) -> Any:
+        found = real(model, *args, **options)
+        calls.append(0)
+        if len(calls) > 2:
+            model.final_norm.weight.grad[0] = math.nan
+        return found
+
+    calls: list[int] = []
+    config = change(BASE, bad_batch="skip", steps=20, max_bad_steps=4)
+    with replaced(gradient), Progress(config, Console(file=io.StringIO())) as progress:
+        try:
+            train(config, TokenDataset.open(data), out, device="cpu", deadline=60.0, on_step=progress)
+        except UserError as error:
+            return {"error": str(error)}
+    return {}
+
+
+def test_a_run_that_skips_and_skips_halts(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
+    found = ranks.run(always_poisoned, data.directory, tmp_path / "run")
+    assert found[0] == found[1]
+    assert found[0]["error"].startswith("training halted at step 6: it diverges since step 3: rank 0: the gradient of")
+    assert [row.get("bad_steps") for row in rows_of(tmp_path / "run")] == [None, None, 1, 2, 3, 4]
 
 
 def test_gradients_that_are_too_large_together(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
@@ -300,6 +336,42 @@ def test_what_one_rank_refuses_all_refuse(ranks: Ranks, data: TokenDataset, tmp_
     assert found[1].startswith("UserError: the model has vocab_size 2")
     assert found[0].startswith("RankFailed: rank 1 failed at the beginning of the run: the model has vocab_size 2")
     assert not (tmp_path / "run").exists()
+
+
+def given_otherwise(data: Path, out: Path) -> dict[str, Any]:
+    return run(change(BASE, seed=int(os.environ["RANK"])), data, out)
+
+
+def test_ranks_that_are_given_other_things_do_not_begin(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
+    found = [each["error"] for each in ranks.run(given_otherwise, data.directory, tmp_path / "run")]
+    assert found[1] == "UserError: rank 1 has another config than rank 0; start all alike"
+    assert found[0].startswith("RankFailed: rank 1 failed at comparing what the ranks were given: rank 1 has another")
+    assert not (tmp_path / "run").exists()
+
+
+def failing(data: Path, out: Path, where: str) -> dict[str, Any]:
+    """One rank fails where the other has nothing to do with it, or before they validate together."""
+    rank = os.environ["RANK"]
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise UserError(f"{where} of rank {rank}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "the metrics" and rank == "0":
+            patch.setattr("longread.record.MetricsLog.append", fails)
+        if where == "the validation" and rank == "1":
+            patch.setattr("longread.train.validation._mean_loss", fails)
+        return run(BASE, data, out)
+
+
+@pytest.mark.parametrize(("where", "rank"), [("the metrics", 0), ("the validation", 1)])
+def test_what_fails_on_one_rank_ends_all(
+    ranks: Ranks, data: TokenDataset, tmp_path: Path, where: str, rank: int
+) -> None:
+    found = [each["error"] for each in ranks.run(failing, data.directory, tmp_path / "run", where)]
+    assert found[rank] == f"UserError: {where} of rank {rank}"
+    assert found[1 - rank].startswith(f"RankFailed: rank {rank} failed at ")
+    assert found[1 - rank].endswith(f"{where} of rank {rank}")
 
 
 @pytest.mark.parametrize(

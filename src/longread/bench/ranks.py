@@ -132,7 +132,7 @@ def time_steps(config: RunConfig, device: torch.device, world: World, parallelis
         taken = []
         try:
             for number in range(_WARM_UP + repeats):
-                world.agree(at="the beginning of a step")
+                world.agree(0, at="the beginning of a step")
                 take = functools.partial(step.take, number, StopSignal(), is_due=lambda: False)
                 taken.append(seconds(device, take))
         except NotFinite as error:

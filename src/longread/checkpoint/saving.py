@@ -64,7 +64,9 @@ class CheckpointWriter:
             from longread.checkpoint.sharded import staged_moments  # with DCP, which takes two seconds to import
 
             self._beside = world.beside("checkpoint")
-            self._staged_moments = partial(staged_moments, rows=rows, mesh=row_mesh(world.size, rows.count, "cpu"))
+            self._staged_moments = partial(
+                staged_moments, rows=rows, mesh=row_mesh(world.size, rows.count, "cpu", world.deadline)
+            )
 
     @property
     def failed(self) -> bool:

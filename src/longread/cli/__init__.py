@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if not getattr(error, "is_said_elsewhere", False):
             said = str(error).removeprefix(_rank().replace(":", ""))
-            print(f"longread: error: {_rank()}{said}", file=sys.stderr)
+            print(f"longread: error: {_rank()}{said}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return int(getattr(error, "exit_status", 2))
     except KeyboardInterrupt as stop:
         return int(getattr(stop, "exit_status", 130))

@@ -99,8 +99,8 @@ class FullySharded(DividedRows):
                 rows.grad = cast("DTensor", summed).to_local().mul_(scale)
 
     def unsummed(self) -> dict[str, Tensor]:
-        """The summed gradients of its rows: FSDP keeps no others."""
-        return {name: rows.grad for name, rows in self.own.items() if rows.grad is not None}
+        """None: FSDP keeps sums alone."""
+        return {}
 
     def gather(self) -> None:
         """Nothing: the next forward gathers."""

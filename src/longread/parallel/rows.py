@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from longread.parallel.world import all_gather
+from longread.parallel.world import DEADLINE, all_gather, group_of
 
 BUCKET_BYTES = 128 * 2**20
 """Of gradients that travel together: enough to keep a link busy, and few beside the parameters."""
@@ -49,9 +49,15 @@ class _Piece(NamedTuple):
         return self.rows * self.width
 
 
-def row_mesh(size: int, divided: int, device_type: str) -> DeviceMesh:
-    """`size` ranks, of which each `divided` neighbours divide rows. All ranks make it together."""
-    return init_device_mesh(device_type, (size // divided, divided), mesh_dim_names=(REPEATED, DIVIDED))
+def row_mesh(size: int, divided: int, device_type: str, deadline: float = DEADLINE) -> DeviceMesh:
+    """`size` ranks, of which each `divided` neighbours divide rows. All ranks make it together.
+
+    Args:
+        deadline: seconds that a rank waits for others.
+    """
+    ranks = torch.arange(size).view(-1, divided)
+    repeated, dividing = (group_of(lines.tolist(), deadline) for lines in (ranks.t(), ranks))
+    return DeviceMesh.from_group([repeated, dividing], device_type, mesh=ranks, mesh_dim_names=(REPEATED, DIVIDED))
 
 
 def _two_at_a_time(buckets: Iterable[Iterator[None]]) -> Iterator[None]:
@@ -206,6 +212,8 @@ class DividedRows:
 
     def unsummed(self) -> dict[str, Tensor]:
         """The gradients of this rank alone, as far as they are still known."""
+        if self.mesh is not None and self.count == 1:  # the sums have taken their places
+            return {}
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def norm(self) -> Tensor:

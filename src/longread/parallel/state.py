@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
 
 from longread.config import ModelConfig, UserError
-from longread.parallel.world import World
+from longread.parallel.world import World, group_of
 
 
 def divide_state(world: World, model: ModelConfig, size: int, device: str | torch.device) -> ProcessGroup | None:
@@ -40,5 +39,4 @@ def divide_state(world: World, model: ModelConfig, size: int, device: str | torc
     kind = torch.device(device).type
     if kind == "cuda" and "cuda:nccl" not in (backends := dist.get_backend_config()):
         raise UserError(f"parallelism.state needs NCCL between GPUs, and the ranks were joined over {backends}")
-    mesh = init_device_mesh(kind, (world.size // size, size), mesh_dim_names=("data", "state"))
-    return mesh["state"].get_group()
+    return group_of(torch.arange(world.size).view(-1, size).tolist(), world.deadline)

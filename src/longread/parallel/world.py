@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self, TypeVar
@@ -36,6 +36,12 @@ _UNSEEN = "not seen yet"
 T = TypeVar("T")
 
 
+def group_of(lines: Sequence[Sequence[int]], deadline: float) -> dist.ProcessGroup:
+    """The group of this rank, of those that `lines` of ranks make. All ranks make all of them together."""
+    groups = [dist.new_group(list(line), timeout=timedelta(seconds=deadline)) for line in lines]
+    return next(group for line, group in zip(lines, groups, strict=True) if dist.get_rank() in line)
+
+
 @dataclass(frozen=True)
 class Launch:
     """A process's place among those that were started together."""
@@ -52,7 +58,7 @@ class Launch:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
         """As `torchrun` says it; alone where it does not. Raises `UserError` for what is no place."""
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
-        if int(environment.get("WORLD_SIZE") or 1) == 1 and "TORCHELASTIC_RESTART_COUNT" not in environment:
+        if environment.get("WORLD_SIZE", "1") == "1" and "TORCHELASTIC_RESTART_COUNT" not in environment:
             return cls()
         try:
             launch = cls(*(int(environment.get(name, default)) for name, default in names.items()))
@@ -95,9 +101,9 @@ class World:
         other._places = f"{_PLACE}{name}/"
         return other
 
-    def agree(self, *votes: float, at: str = "a decision") -> tuple[float, ...]:
+    def agree(self, first: float, *votes: float, at: str = "a decision") -> tuple[float, ...]:
         """The largest of each rank's votes; for flags, whether anybody has set them."""
-        return self._together(votes, dist.ReduceOp.MAX, at)
+        return self._together((first, *votes), dist.ReduceOp.MAX, at)
 
     def total(self, *numbers: float, at: str = "a sum") -> tuple[float, ...]:
         """The sum of each rank's numbers."""
@@ -195,6 +201,8 @@ class World:
         self.say(at)
         try:
             yield
+        except (UserError, torch.OutOfMemoryError):
+            raise
         except (RuntimeError, ValueError) as error:
             raise self.late(at, str(error)) from error
 
@@ -262,7 +270,7 @@ def joined(device: str | torch.device = "auto", *, deadline: float = DEADLINE) -
     process of a machine. A `torch.distributed` that was initialised before is taken as it is, and left so. What PyTorch
     raises in the block because a rank is late or gone becomes a `RankFailed`.
 
-    Raises `UserError` if a machine has fewer GPUs than processes.
+    Raises `UserError` if a machine has fewer GPUs than processes, or another number of processes than others.
     """
     launch = Launch.from_environment()
     if launch.size == 1:
@@ -271,7 +279,10 @@ def joined(device: str | torch.device = "auto", *, deadline: float = DEADLINE) -
     name = str(device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:"):
+        raise UserError(f"device {name} is one for {launch.size} processes; give cuda, and each takes a GPU of its own")
     if name == "cuda":
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # graphs with sums do not go with expandable segments else
         if launch.local_size > torch.cuda.device_count():
             raise UserError(
                 f"{launch.local_size} processes share {torch.cuda.device_count()} GPUs; "
@@ -302,6 +313,11 @@ def joined(device: str | torch.device = "auto", *, deadline: float = DEADLINE) -
     try:
         world = World(launch, deadline)
         with world.naming_the_late():
+            most, fewest = (number for (number,) in map(world.agree, (launch.local_size, -launch.local_size)))
+            if most != -fewest or launch.size % most:
+                raise UserError(
+                    f"machines have {-fewest:g} to {most:g} of {launch.size} processes; start as many on each"
+                )
             yield world, name
     finally:
         if began:

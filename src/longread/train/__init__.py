@@ -15,7 +15,7 @@ throughput  what a step cost: operations, seconds, utilisation
 profiling   a trace of some steps
 result      how a run ended
 run         the run: start or resume, step, record, checkpoint, finish
-rank_log    a log for each of several ranks
+rank_log    a log for each of several ranks; recording: run.json, the tokenizer, trackers
 agreement   what must be as it was when a run goes on
 progress    a line or a bar for people
 """

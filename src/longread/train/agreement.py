@@ -1,10 +1,12 @@
-"""What must be as it was when a run goes on: all of its config that decides a number, and the data."""
+"""What must be as it was when a run goes on, and alike on all ranks: what decides a number, the data, the directory."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from longread import files
 from longread.config import RunConfig, UserError
 from longread.data import TokenDataset
+from longread.parallel import World
 
 RUN_FILE = "run.json"
 ROUNDING = ("recompute", "micro_batch_size")
@@ -63,6 +66,29 @@ def refuse_other_data(stored: Mapping[str, Any], data: TokenDataset) -> None:
             f"the {name} of the data was {before!r} when this run began and is {now!r} now; "
             "resume with the same data, or train into another directory"
         )
+
+
+def refuse_differences(world: World, given: Mapping[str, Any]) -> None:
+    """Raises `UserError` on all ranks where one was given something else than rank 0. JSON knows all of it."""
+    theirs = world.first(given)
+    with world.together("comparing what the ranks were given"):
+        other = [name for name, value in given.items() if json.loads(json.dumps(value)) != theirs[name]]
+        if world.size > 1 and other:
+            raise UserError(f"rank {world.rank} has another {', '.join(other)} than rank 0; start all alike")
+
+
+def refuse_other_directories(world: World, out: Path) -> None:
+    """Raises `UserError` on all ranks where one does not see what rank 0 writes into the directory of the run."""
+    seen = out / world.first(f".seen-{uuid.uuid4().hex[:8]}.tmp")
+    with world.together("writing into the directory of the run"):
+        if world.size > 1 and world.is_first:
+            with files.writing(seen):
+                seen.touch()
+    with world.together("looking into the directory of the run"):
+        if world.size > 1 and not seen.exists():
+            raise UserError(f"{out} is not what rank 0 sees there; train where all machines see one directory")
+    if world.is_first:
+        seen.unlink(missing_ok=True)
 
 
 def data_identity(data: TokenDataset) -> dict[str, Any]:

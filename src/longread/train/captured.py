@@ -26,7 +26,11 @@ TOLERANCE = 0.01
 class CapturedGradient:
     """`accumulate_gradient` for one model, one config and batches of one shape, on a CUDA device."""
 
-    def __init__(self, model: Transformer, config: RunConfig) -> None:
+    def __init__(
+        self, model: Transformer, config: RunConfig, agreed: Callable[[bool], bool] = lambda good: good
+    ) -> None:
+        """`agreed` says whether a capture is good on all ranks, where these compute a gradient together."""
+        self._agreed = agreed
         self.model, self.config = model, config
         self._graph: torch.cuda.CUDAGraph | None = None
         self._refused = False
@@ -67,7 +71,7 @@ class CapturedGradient:
         self._gradients = [parameter.grad for parameter in self.model.parameters()]
         found = self._replay(graph)
         actual = torch.stack((found.loss, gradient_norm(self.model.parameters())))
-        if torch.allclose(actual, expected, rtol=TOLERANCE, atol=0.0, equal_nan=True):
+        if self._agreed(torch.allclose(actual, expected, rtol=TOLERANCE, atol=0.0, equal_nan=True)):
             self._graph = graph
             return found
         warnings.warn(

@@ -43,6 +43,8 @@ class DivergenceWatch:
         for row in rows:
             if isinstance(row.get("loss"), float) and isinstance(row.get("grad_norm"), float):
                 self.see(row["loss"], row["grad_norm"])
+            elif "skipped" in row:
+                self.see_skipped()
 
     def see(self, loss: float, norm: float) -> None:
         """Judges the next step by its loss and the norm of its outer gradient before clipping."""
@@ -54,6 +56,10 @@ class DivergenceWatch:
         self.bad_steps = 0
         self._losses.append(loss)
         self._norms.append(norm)
+
+    def see_skipped(self) -> None:
+        """A step that was left out, for its numbers were not finite, is bad."""
+        self.bad_steps += 1
 
     def _is_far_above(self, loss: float, norm: float) -> bool:
         median = statistics.median(self._losses)

@@ -8,12 +8,13 @@ do alike.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ from longread.train.throughput import Throughput
 
 Row = dict[str, Any]
 
+_TOGETHER = {"reduce": "the sum of the gradients", "gather": "the new weights of all"}
+"""Parts of a step that ranks do together, as they are said to those that wait."""
+
 
 class NotFinite(Exception):
     """Loss or gradient of a step are no numbers; nothing was changed. The message says what and, of several, where."""
@@ -58,6 +62,8 @@ class _Seen(NamedTuple):
     """It was left: a signal came first."""
     loss: float = 0.0
     """Its part of the loss of all; nan if an inner gradient is not finite."""
+    norm: float = 0.0
+    """Of the gradient of all; rank 0's counts."""
     inner_steps: float = 0
     inner_norm: float = 0.0
     inner_clipped: float = 0
@@ -83,7 +89,12 @@ def _sum(table: Sequence[Sequence[float]]) -> _Seen:
     every = [_Seen(*numbers) for numbers in table]
     most, least = (_Seen(*map(choice, zip(*every, strict=True))) for choice in (max, min))
     return _Seen(*map(sum, zip(*every, strict=True)))._replace(
-        peak=most.peak, gradient=most.gradient, reduce=least.reduce, update=most.update, gather=least.gather
+        norm=every[0].norm,
+        peak=most.peak,
+        gradient=most.gradient,
+        reduce=least.reduce,
+        update=most.update,
+        gather=least.gather,
     )
 
 
@@ -123,7 +134,7 @@ class OuterStep:
         if isinstance(self.rows, FullySharded):
             return FullyShardedGradient(self.rows, self.exact)
         if self.device.type == "cuda":
-            return CapturedGradient(self.model, self.exact)
+            return CapturedGradient(self.model, self.exact, self._is_good_everywhere)
         return functools.partial(accumulate_gradient, self.model, self.exact)
 
     def take(self, step: int, stop: StopSignal, *, is_due: Callable[[], bool]) -> Row | None:
@@ -145,6 +156,9 @@ class OuterStep:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.world.size > 1:  # the others cannot know: by `_Short` they do
+                    self.is_updating = True
+                    raise NothingLess from None
             self._make_room(step)  # only here, where nothing holds the tensors of the step any more
 
     def _make_room(self, step: int) -> None:
@@ -175,24 +189,24 @@ class OuterStep:
             return None
         tokens, weight = agreed
         self.is_updating = self.world.size > 1
-        self.world.say("the sum of the gradients")
-        with self._clock.part("reduce"):  # on the device it follows the gradient, which nobody has waited for
+        with self._part("reduce"):  # on the device it follows the gradient, which nobody has waited for
             self.rows.reduce(weight)
             norm = self.rows.norm()
         done = self._done()
         self.world.wait(lambda: stop.requested or done(), at="the sum of the gradients")
-        seen = self._see(found, batch, weight) if done() else _Seen(left=True)
+        seen = self._see(found, batch, weight, norm) if done() else _Seen(left=True)
         seen = _sum(self.world.table(*seen._replace(due=self.world.is_first and is_due()), at="the losses"))
         self.clock_is_due = bool(seen.due)
         if seen.left:
             self._leave()
             return None
         row: Row = {"step": step + 1, "tokens": tokens}
-        if math.isfinite(seen.loss) and norm.isfinite():
+        if math.isfinite(seen.loss) and math.isfinite(seen.norm):
             self.is_updating = True
-            row |= {"loss": seen.loss, "grad_norm": norm.item()}
+            row |= {"loss": seen.loss, "grad_norm": seen.norm}
+            norm.fill_(seen.norm)  # between machines it may differ by a bit, and so would what is clipped
             optimizer = self.config.optimizer
-            row["lr"] = update(self.model, self.optimizer, optimizer, step, norm, self.rows, part=self._clock.part)
+            row["lr"] = update(self.model, self.optimizer, optimizer, step, norm, self.rows, part=self._part)
             means = InnerSums(seen.inner_steps, seen.inner_norm, seen.inner_clipped).means()
             row |= {"inner_lr": inner_lr} | means if found.inner_grad_norm.numel() else {}
         else:
@@ -217,10 +231,7 @@ class OuterStep:
         except StepLeft:
             return None, False
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.is_updating = not self._is_alone  # the others wait for what this rank will not give
-            if self.is_updating:
+            if not (is_out_of_memory(error) and self._is_alone):
                 raise
             return None, True
         finally:
@@ -242,13 +253,22 @@ class OuterStep:
         agreed = int(tokens) // self.share.copies, own[0] / sequences if sequences else 1.0
         return None if leaving else agreed, found
 
-    def _see(self, found: BatchGradient, batch: Batch, weight: float) -> _Seen:
+    @contextlib.contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        """Of the step, timed; what ranks do together names who is late."""
+        with contextlib.ExitStack() as stack:
+            if name in _TOGETHER:
+                stack.enter_context(self.world.waiting(_TOGETHER[name]))
+            stack.enter_context(self._clock.part(name))
+            yield
+
+    def _see(self, found: BatchGradient, batch: Batch, weight: float, norm: Tensor) -> _Seen:
         finite = bool(found.inner_grad_norm.isfinite().all())
         sums = inner_sums(found.inner_grad_norm.cpu(), batch.loss_mask, self.config.inner.clip)
         peak = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
         self._clock.settle()
         loss = weight * (found.loss.item() if finite else math.nan)
-        return _Seen(False, loss, *sums, peak=peak, **self._clock.take())
+        return _Seen(False, loss, norm.item(), *sums, peak=peak, **self._clock.take())
 
     def _leave(self) -> None:
         """A step as if it had not begun."""
@@ -265,6 +285,11 @@ class OuterStep:
         if self._is_alone:
             return stop.requested
         return bool(*self.world.agree(stop.requested, at="the next micro-batch"))
+
+    def _is_good_everywhere(self, good: bool) -> bool:
+        if self._is_alone:
+            return good
+        return not any(self.world.agree(not good, at="comparing what was captured"))
 
     def release(self) -> None:
         """Forgets what was captured: NCCL waits for graphs that hold its sums when ranks part."""
@@ -292,12 +317,17 @@ class OuterStep:
         own_norm = norm if self.world.size == 1 else torch.nn.utils.get_total_norm(own.values())
         problem = not_finite_in(own, found, own_norm)
         said = self.world.word(problem, at="what is not finite")
-        rank, problem_of = said or (0, "the gradients of all ranks together are too large for their norm")
+        if said is None:  # no rank alone, as far as is known
+            summed = {name: rows.grad for name, rows in self.rows.own.items() if rows.grad is not None}
+            problem = not_finite_in(summed, found, norm.new_tensor(math.nan))
+            said = self.world.word(problem, at="what is not finite in the sum")
+            where = f"all ranks together: {said[1] if said else problem}"
+        else:
+            where = f"rank {said[0]}: {said[1]}" if self.world.size > 1 else said[1]
         with self.world.together("keeping a batch that is not finite"):
-            if problem is not None or (said is None and self.world.is_first):
-                keep_batch(self.out, step + 1, self.world.rank, batch, problem or problem_of)
+            if problem is not None:
+                keep_batch(self.out, step + 1, self.world.rank, batch, problem)
         self.rows.clear()
-        where = f"rank {rank}: {problem_of}" if self.world.size > 1 else problem_of
         if self.config.bad_batch == "halt":
             raise NotFinite(where)
         warnings.warn(f"step {step + 1} is skipped: {where}; its batch is kept in {self.out}", stacklevel=6)

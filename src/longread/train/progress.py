@@ -74,6 +74,8 @@ class Progress:
 
 def describe(row: Mapping[str, Any]) -> str:
     """The numbers of a row that tell at a glance how training goes."""
+    if "loss" not in row:
+        return f"skipped: {row['skipped']}"
     parts = [f"loss {row['loss']:.4f}"]
     if "validation_loss" in row:
         frozen = f" (frozen {row['validation_loss_frozen']:.4f})" if "validation_loss_frozen" in row else ""

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,14 +32,29 @@ from longread import checkpoint, files, record
 from longread.config import Parallelism, RunConfig, UserError
 from longread.data import Sampler, TokenDataset
 from longread.model import Transformer, find_device
-from longread.parallel import DEADLINE, FullySharded, World, divide_state, fill_rows, joined, whole_tensors
-from longread.train.agreement import RUN_FILE, data_identity, refuse_other_config, refuse_other_data
+from longread.parallel import (
+    DEADLINE,
+    FullySharded,
+    World,
+    agreed,
+    divide_state,
+    fill_rows,
+    is_agreed,
+    joined,
+    whole_tensors,
+)
+from longread.train.agreement import (
+    RUN_FILE,
+    data_identity,
+    refuse_differences,
+    refuse_other_config,
+    refuse_other_data,
+    refuse_other_directories,
+)
 from longread.train.beginning import (
-    TOKENIZER_FILES,
     UNKNOWN,
     copy_tokenizer,
     fill_first_weights,
-    keep_tokenizer,
     new_model,
 )
 from longread.train.card import origin_of, write_card
@@ -51,6 +64,7 @@ from longread.train.optimizer import make_optimizer, optimizer_tensors, restore_
 from longread.train.outer_step import NotFinite, NothingLess, OuterStep, Row
 from longread.train.profiling import ProfiledSteps, profiling
 from longread.train.rank_log import rank_log
+from longread.train.recording import recording
 from longread.train.result import TrainResult
 from longread.train.settling import out_of_memory, precision_of, settled, settled_before
 from longread.train.sharing import Share, divided
@@ -120,9 +134,11 @@ def train(
             if new:
                 stack.enter_context(held)
                 run.refuse_or_clear(resume)  # another process may have been faster
-        stack.enter_context(rank_log(world, out))
+        refuse_other_directories(world, out)
         stop = stack.enter_context(StopSignal(passed_on=world.size > 1))
-        stack.enter_context(run.recording(trackers))
+        with world.together("opening the logs"):
+            stack.enter_context(rank_log(world, out))
+            stack.enter_context(run.recording(trackers))
         stack.callback(run.outer.release)
         stack.enter_context(run.writer)
         row = None
@@ -134,12 +150,14 @@ def train(
             row, last = advanced, run.step == config.steps
             if run.validation_sampler and (last or _due(run.step, config.evaluate_every)):
                 run.validate(row, run.validation_sampler, stop)
-            run.record(row)
+            with world.together("recording the step"):
+                run.record(row)
             run.refuse_to_diverge(row)
             if last or run.should_save:
                 run.save()
-            if on_step is not None:
-                on_step(row)
+            with world.together("what is called after each step"):
+                if on_step is not None:
+                    on_step(row)
         run.is_stopped(stop)
         if run.step > run.saved_step and not run.is_bad:
             run.save()
@@ -224,6 +242,12 @@ class _Run:
             self.initial = fill_first_weights(
                 self.model, initial, begun, out=self.out, tokenizer_fingerprint=fingerprint, has_checkpoint=there
             )
+        given = {
+            "parallelism": self.parallelism.as_dict(),
+            "initial weights": self.initial and self.initial["fingerprint"],
+        }
+        given |= {"config": self.config.as_dict(), "data": data_identity(self.data), "torch": str(torch.__version__)}
+        refuse_differences(self.world, given)
         self.model.state_group = divide_state(self.world, self.config.model, self.parallelism.state, self.device)
         self.rows = divided(self.model, self.parallelism, self.world, self.device)
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.rows)
@@ -243,7 +267,9 @@ class _Run:
             if resume and self.world.is_first and not self.log.truncate(found.state["metrics_bytes"] if found else 0):
                 missing = f"{self.log.path} lacks rows from before step {self.step}"
                 warnings.warn(f"{missing}; training goes on", stacklevel=3)
-        rows = self.log.rows() if resume else ()
+        rows = list(self.log.rows()) if resume and self.world.is_first else []
+        known = ("loss", "grad_norm", "skipped")
+        rows = self.world.first([{name: row[name] for name in known if name in row} for row in rows])
         self.divergence = DivergenceWatch(self.config.model.vocab_size, rows, knows=self._knows)
         if self.device.type == "cuda":  # the first use loads kernels, which later would wait for a step that is left
             not_finite_weight(self.rows.own)
@@ -291,38 +317,19 @@ class _Run:
 
     @contextlib.contextmanager
     def recording(self, trackers: Sequence[str]) -> Iterator[None]:
-        """Opens the trackers, then leaves run.json, to which each resumption adds itself, and the tokenizer."""
-        self._trackers: list[record.Tracker] = []
+        """On the rank that writes."""
         if not self.world.is_first:
             yield
             return
-        path, now = self.out / RUN_FILE, record.describe_run(self.config, sys.argv)
-        if os.path.exists(path):
-            run = files.read_json(path, kind="run")
-            run["config"] = now.pop("config")
-            run["resumed"] = [*run["resumed"], now | {"step": self.step} | self._ranks()]
-        else:
-            run = {"id": uuid.uuid4().hex[:8], **now, "resumed": []} | self._ranks()
-            if self.last_checkpoint is None:  # else run.json was lost, and with it what the run began with
-                run["initial"] = self.initial
-        with contextlib.ExitStack() as stack:
-            for name in dict.fromkeys(trackers):
-                tracker = record.open_tracker(name, directory=self.out, run_id=run["id"], run=run, step=self.step + 1)
-                stack.callback(tracker.close)
-                self._trackers.append(tracker)
-            files.write_json_atomically(path, run, kind="run")
-            keep_tokenizer(run.get("initial"), self.data.directory, self.out)
-            try:
-                yield
-            except BaseException:
-                if self.step == 0 and not run["resumed"]:  # nothing to go on with: the place is free again
-                    for name in (RUN_FILE, *TOKENIZER_FILES):
-                        (self.out / name).unlink(missing_ok=True)
-                raise
-
-    def _ranks(self) -> dict[str, Any]:
-        """For run.json."""
-        return {"ranks": self.world.size, "parallelism": self.parallelism.as_dict()} if self.world.size > 1 else {}
+        begun: dict[str, Any] = {}
+        if self.last_checkpoint is None:  # else run.json was lost, and with it what the run began with
+            begun["initial"] = self.initial
+        if self.world.size > 1:
+            begun |= {"ranks": self.world.size, "parallelism": self.parallelism.as_dict()}
+        with recording(
+            self.out, self.config, self.data.directory, begun=begun, step=self.step, trackers=trackers
+        ) as self._trackers:
+            yield
 
     def is_stopped(self, stop: StopSignal) -> bool:
         """Whether a rank was asked to stop."""
@@ -338,7 +345,7 @@ class _Run:
         try:
             row = self.outer.take(self.step, stop, is_due=self._is_unsaved_for_long)
         except NotFinite as problem:
-            raise halt(self.config, self.step + 1, str(problem), self.last_checkpoint) from None
+            raise self._of_all(halt(self.config, self.step + 1, str(problem), self.last_checkpoint)) from None
         except NothingLess:
             if self.step > self.saved_step and not (self.is_bad or self.outer.is_updating):
                 self.save()
@@ -348,16 +355,23 @@ class _Run:
             return None
         self.step, self.tokens = self.step + 1, self.tokens + row["tokens"]
         row["tokens"] = self.tokens
-        if "loss" in row:
-            self._judge(row)
+        self._judge(row)
         return row
+
+    def _of_all(self, error: UserError) -> UserError:
+        """An error that all ranks raise alike, and rank 0 says."""
+        vars(error)["is_said_elsewhere"] = not self.world.is_first
+        return agreed(error)
 
     def _is_unsaved_for_long(self) -> bool:
         return time.monotonic() - self.saved_at > LONGEST_UNSAVED
 
     def _judge(self, row: Row) -> None:
         """Whether the run diverges."""
-        self.divergence.see(row["loss"], row["grad_norm"])
+        if "loss" in row:
+            self.divergence.see(row["loss"], row["grad_norm"])
+        else:
+            self.divergence.see_skipped()
         if self.divergence.bad_steps:
             row["bad_steps"] = self.divergence.bad_steps
         elif self.last_checkpoint is not None and self.saved_step == self.step - 1:
@@ -374,18 +388,20 @@ class _Run:
                 self.world,
                 stopped=lambda: stop.requested,
             )
-        except BaseException:
+        except BaseException as error:
             self.record(row)
-            if not self.is_bad:
+            if not self.is_bad and (self.world.size == 1 or is_agreed(error)):
                 self.save()
             raise
 
     def refuse_to_diverge(self, row: Row) -> None:
         """Warns when several steps in a row were bad, and raises `TrainingHalted` when they are too many."""
         bad, most = self.divergence.bad_steps, self.config.max_bad_steps
-        numbers = self.divergence.describe(row["loss"], row["grad_norm"]) if bad else ""
+        numbers = str(row.get("skipped", ""))
+        if bad and "loss" in row:
+            numbers = self.divergence.describe(row["loss"], row["grad_norm"])
         if most is not None and bad >= most:
-            raise diverged(self.config, self.step, bad, numbers, self.last_good)
+            raise self._of_all(diverged(self.config, self.step, bad, numbers, self.last_good))
         if bad == SAID_AFTER:
             outlook = "goes on, as max_bad_steps is none" if most is None else f"halts at {most} such steps in a row"
             warnings.warn(f"training diverges since step {self.step - bad + 1}: {numbers}; it {outlook}", stacklevel=3)
@@ -411,7 +427,8 @@ class _Run:
             return
         self.log.append(row)
         for tracker in self._trackers:
-            tracker.log(self.step, {name: value for name, value in row.items() if name != "step"})
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+            tracker.log(self.step, {name: value for name, value in numbers.items() if name != "step"})
 
     def save(self) -> None:
         """Writes a checkpoint of finite weights."""
@@ -423,7 +440,7 @@ class _Run:
     def _save(self) -> None:
         said = self.world.word(not_finite_weight(self.rows.own), at="looking at the weights")
         if said is not None:
-            raise halt(self.config, self.step, said[1], self.last_checkpoint)
+            raise self._of_all(halt(self.config, self.step, said[1], self.last_checkpoint))
         with self.world.together("making the metrics durable"):
             self.log.make_durable()
         state = {
@@ -440,6 +457,7 @@ class _Run:
         if self.divergence.bad_steps:
             kept = f"the last good one, {self.last_good}, is kept" if self.last_good else "there is no good one"
             warnings.warn(f"the checkpoint of step {self.step} is of weights that diverge; {kept}", stacklevel=3)
+        self.writer.wait()  # else its weights and the next ones are held twice
         weights = whole_tensors(self.model, "cpu", on_all=False) if isinstance(self.rows, FullySharded) else None
         self.writer.save(
             self.step,

@@ -68,6 +68,6 @@ def divided(model: Transformer, parallelism: Parallelism, world: World, device: 
     if world.size == 1:
         return DividedRows(parameters)
     if parallelism.update == "fully-sharded":
-        return fully_sharded(model, row_mesh(world.size, world.launch.local_size, device.type))
+        return fully_sharded(model, row_mesh(world.size, world.launch.local_size, device.type, world.deadline))
     divisor = world.launch.local_size if parallelism.update == "shared" else 1
-    return DividedRows(parameters, row_mesh(world.size, divisor, device.type))
+    return DividedRows(parameters, row_mesh(world.size, divisor, device.type, world.deadline))

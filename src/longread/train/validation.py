@@ -39,11 +39,12 @@ def validation_losses(
     Each call reads the same few batches, of which each rank reads its share. A model without fast weights has only the
     first loss. There are none once `stopped()` is true on any rank: a reading of long contexts takes minutes.
     """
-    batches = [share.batch(sampler, i) for i in range(BATCHES)]
     ways = {"validation_loss": True} | ({"validation_loss_frozen": False} if model.config.num_suffix_blocks else {})
-    counted, losses = sum(int(batch.loss_mask.any(1).sum()) for batch in batches), [0.0] * len(ways)
+    counted, losses = 0, [0.0] * len(ways)
     was_stopped = True
     with world.together("the validation"), contextlib.suppress(_Stopped):
+        batches = [share.batch(sampler, i) for i in range(BATCHES)]
+        counted = sum(int(batch.loss_mask.any(1).sum()) for batch in batches)
         losses = [_mean_loss(model, config, batches, learn, stopped) for learn in ways.values()]
         was_stopped = False
     sequences, any_stopped = world.total(counted, was_stopped, at="counting validation targets")
