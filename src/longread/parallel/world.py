@@ -13,8 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from longread.config import UserError
 from longread.parallel.failure import RankFailed, agreed, first_sentence, is_agreed, is_of_peers
+from longread.parallel.launch import Launch
 from longread.parallel.meeting import meeting_store
 
 DEADLINE = 600.0
@@ -40,33 +40,6 @@ def group_of(lines: Sequence[Sequence[int]], deadline: float) -> dist.ProcessGro
     """The group of this rank, of those that `lines` of ranks make. All ranks make all of them together."""
     groups = [dist.new_group(list(line), timeout=timedelta(seconds=deadline)) for line in lines]
     return next(group for line, group in zip(lines, groups, strict=True) if dist.get_rank() in line)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A process's place among those that were started together."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    """Among the processes of this machine."""
-    local_size: int = 1
-    restarts: int = 0
-    """How often all were started again after one had failed."""
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """As `torchrun` says it; alone where it does not. Raises `UserError` for what is no place."""
-        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
-        if environment.get("WORLD_SIZE", "1") == "1" and "TORCHELASTIC_RESTART_COUNT" not in environment:
-            return cls()
-        try:
-            launch = cls(*(int(environment.get(name, default)) for name, default in names.items()))
-        except ValueError as error:
-            raise UserError(f"the environment of torchrun is damaged: {error}; start with torchrun") from None
-        if not (0 <= launch.rank < launch.size and 0 <= launch.local_rank < launch.local_size <= launch.size):
-            raise UserError(f"rank {launch.rank} of {launch.size} is no place among processes; start with torchrun")
-        return launch
 
 
 class World:
@@ -173,7 +146,7 @@ class World:
         if found:
             failed = RankFailed(f"rank {found[0]} failed at {at}: {found[1]}")
             failed.is_said_elsewhere = True
-            raise failed
+            raise agreed(failed)
 
     def word(self, text: str | None, at: str) -> tuple[int, str] | None:
         """The lowest rank that has something to say, and what; None if none has."""
