@@ -35,3 +35,7 @@ class Launch:
         if not (0 <= launch.rank < launch.size and 0 <= launch.local_rank < launch.local_size <= launch.size):
             raise UserError(f"rank {launch.rank} of {launch.size} is no place among processes; start with torchrun")
         return launch
+
+
+ONE = Launch()
+"""A process that was started alone."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from longread.config import UserError
 from longread.parallel.failure import RankFailed, agreed, first_sentence, is_agreed, is_of_peers
-from longread.parallel.launch import Launch
+from longread.parallel.launch import ONE, Launch
 from longread.parallel.meeting import meeting_store
 
 DEADLINE = 600.0
@@ -45,7 +45,7 @@ def group_of(lines: Sequence[Sequence[int]], deadline: float) -> dist.ProcessGro
 class World:
     """The ranks of a run. With one of them each method returns what it was given."""
 
-    def __init__(self, launch: Launch = Launch(), deadline: float = DEADLINE) -> None:
+    def __init__(self, launch: Launch = ONE, deadline: float = DEADLINE) -> None:
         """Several ranks need `torch.distributed` to be initialised; `joined` does so. All ranks make it together."""
         self.launch, self.deadline = launch, deadline
         self.rank, self.size = launch.rank, launch.size
