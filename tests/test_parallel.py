@@ -313,4 +313,4 @@ def test_other_errors_stay_what_they_are() -> None:
 def test_of_what_pytorch_says_the_first_sentence_is_said() -> None:
     reason = "[/a/b.cc:5] Connection closed by peer [1.2.3.4]:5. This is typically caused by a crash.\nMore"
     assert first_sentence(reason) == "Connection closed by peer [1.2.3.4]:5"
-    assert first_sentence("wait timeout after 5000ms, keys: /a/0") == "wait timeout after 5000ms, keys: /a/0"
+    assert first_sentence("wait timeout after 5000ms, keys: /a/0") == "wait timeout after 5000ms"

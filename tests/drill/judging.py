@@ -52,10 +52,10 @@ def _apart(value: Any, other: Any) -> float:
     return abs(value - other) / abs(other) if isinstance(other, float) and other else float("inf")
 
 
-def check_finished(run: Path, last: list[str]) -> None:
-    """The newest checkpoints stay, and nothing else."""
+def check_finished(run: Path, last: str) -> None:
+    """The newest two checkpoints stay, and nothing else; the one before the last is of where the run was stopped."""
     found = sorted(path.name for path in (run / "checkpoints").iterdir())
-    if found != last:
+    if len(found) != 2 or found[-1] != last:
         raise Wrong(f"{run} keeps {found}")
     if left := list(_temporaries(run)):
         raise Wrong(f"{left} are left over")

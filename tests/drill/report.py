@@ -33,7 +33,7 @@ n-th time that a rank comes to one of the calls in `tests/drill/injection.py`; "
 
 def _line(row: dict[str, Any]) -> str:
     said = [line.removeprefix("longread: ") for line in row.get("said", [])]
-    said.sort(key=lambda line: not line.startswith("error"))
+    said.sort(key=lambda line: (not line.startswith("error"), ": waited " in line))  # causes first
     said += [line.removeprefix("longread: ") for line in row.get("said again", [])]
     first = row.get("wrong") or (said[0].partition("; the ")[0].partition("; nothing")[0] if said else "")
     if "read" in row:

@@ -75,7 +75,7 @@ class Drill:
             check_survivors(run, whole, exact=fault.exact)
             if fault.damage:
                 row["where"] += "; " + (damaged := self._damage(fault, run, draws))
-                self._check_refusal(fault, run, place)
+                row["said"] += self._check_refusal(fault, run, place)
                 check_survivors(run, whole, damaged)
             if fault.again == "--resume":
                 statuses, row["said again"] = self._go_on(fault, run, place)
@@ -83,7 +83,7 @@ class Drill:
                 raise Wrong(f"it ends with {statuses}: {start.said()}")
         if reading:
             row["read"] = reading.found()
-        check_finished(run, [f"step-{step:08d}" for step in (STEPS - EVERY, STEPS)])
+        check_finished(run, f"step-{STEPS:08d}")
         apart = difference(run, whole)
         if apart > (0 if fault.exact else TOLERANCE):
             raise Wrong(f"losses or weights differ by {apart:.3g}")
@@ -132,13 +132,14 @@ class Drill:
         shutil.copytree(run, self._copy)
         return fault.damage(run, draws) if fault.damage else ""
 
-    def _check_refusal(self, fault: Fault, run: Path, place: Path) -> None:
+    def _check_refusal(self, fault: Fault, run: Path, place: Path) -> list[str]:
         """Nothing wrong is loaded, and what was damaged can be put back."""
         if not fault.refused:
-            return
+            return []
         start = Forked(self.arguments(run, "--resume"), place)
         statuses = start.wait()
         if statuses != [2, 2] or not any(re.search(fault.refused, text) for text in start.said().values()):
             raise Wrong(f"nobody refuses it: {statuses}, {start.said()}")
         shutil.rmtree(run)
         shutil.copytree(self._copy, run)
+        return self._lines(start)

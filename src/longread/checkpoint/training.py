@@ -218,7 +218,8 @@ def _verify(path: Path, first: int, every: int) -> None:
         for name, expected in list(listed.items())[first::every]:
             found = _size_and_sum(path / name)
             if found["bytes"] != expected["bytes"]:
-                raise UserError(f"{path / name} is truncated: it has {found['bytes']} of {expected['bytes']} bytes")
+                what = "truncated" if found["bytes"] < expected["bytes"] else "damaged"
+                raise UserError(f"{path / name} is {what}: it has {found['bytes']} of {expected['bytes']} bytes")
             if found["sha256"] != expected["sha256"]:
                 raise UserError(f"{path / name} is damaged: its contents do not match the manifest")
     except OSError as error:

@@ -37,5 +37,5 @@ def is_of_peers(error: BaseException) -> bool:
 
 
 def first_sentence(reason: str) -> str:
-    """Of what PyTorch says of a peer: without its place in the source, and without advice."""
-    return reason.partition("\n")[0].rpartition("] ")[2].partition(". ")[0][:160]
+    """Of what PyTorch says of a peer: without its place in the source, keys of a store, and advice."""
+    return reason.partition("\n")[0].rpartition("] ")[2].partition(". ")[0].partition(", keys: ")[0][:160]
