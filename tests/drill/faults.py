@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.drill.injection import Injection
+from tests.drill.injection import SLOW, Injection
 
-SLOW = 0.4
-"""Seconds that each step sleeps where it is watched."""
 Damage = Callable[[Path, random.Random], str]
 
 

@@ -39,6 +39,8 @@ PLACES: dict[str, list[tuple[Any, str]]] = {
     "disk": [(os, "fsync"), (os, "replace"), (Path, "mkdir"), (Path, "unlink"), (Path, "rmdir"), (Path, "write_text")],
 }
 """What a rank passes through, and the calls that are there; those of "disk" are every touch of the library."""
+SLOW = 0.4
+"""Seconds that a step sleeps which is to last: no fault."""
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 
 
@@ -54,6 +56,11 @@ class Injection:
     seconds: float = 0.0
     attempt: int = 0
     """How often torchrun has started all ranks again before."""
+
+    @property
+    def mark(self) -> str:
+        """The name of a file that says it has come."""
+        return f"done-{self.rank}-{self.attempt}-{self.act}-{self.place}-{self.count}"
 
     def __str__(self) -> str:
         again = f", start {self.attempt + 1}" if self.attempt else ""
@@ -91,7 +98,7 @@ class Injector:
         return watched
 
     def _act(self, fault: Injection, args: tuple[Any, ...]) -> None:
-        (self.place / f"done-{self.rank}-{fault.act}").touch()
+        (self.place / fault.mark).touch()
         ACTS[fault.act](self, fault, args)
 
     def everybody(self) -> list[int]:
