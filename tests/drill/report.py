@@ -17,7 +17,8 @@ A microscopic model in float64 takes {found["steps"]} steps, with a checkpoint e
 meets one fault, at a rank and a place drawn from the seed, and is started again. {survived} of {len(rows)} became the
 undisturbed run: losses and weights bit for bit in {exact}, within 1e-12 where sums came in another order.
 Before a user starts it again, weights and moments of every finished checkpoint that the undisturbed run has too are the
-same byte for byte. In the end there are no processes, no temporaries and two checkpoints. No rank showed a traceback."""
+same byte for byte. In the end there are no processes, no temporaries and two checkpoints.
+No rank showed a traceback."""
     places = """\
 Ranks are forks of one process, which meet at a store like torchrun's, or are started by torchrun itself. A place is the
 n-th time that a rank comes to one of the calls in `tests/drill/injection.py`; "disk" is every touch of the disk."""
