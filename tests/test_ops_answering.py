@@ -140,8 +140,9 @@ def test_which_step_answers(kernel: Kernel) -> None:
     options = {"lr": 0.5, "clip": 2.0, "longest": torch.tensor(9.0)}
     module = "longread.ops.clipped_sgd"
     calls = kernel(f"{module}.triton", "triton_clipped_sgd", module)
-    assert clipped_sgd(weights, gradients, **options) == "kernel"
-    assert calls == [((weights, gradients), options)]
+    group: Any = object()
+    assert clipped_sgd(weights, gradients, **options, group=group) == "kernel"
+    assert calls == [((weights, gradients), {**options, "group": group})]
     calls = kernel(f"{module}.triton", "triton_clipped_sgd_", module)
     assert clipped_sgd_(weights, gradients, working, **options) == "kernel"
     assert calls == [((weights, gradients, working), options)]

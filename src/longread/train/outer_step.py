@@ -223,7 +223,6 @@ class OuterStep:
     def _compute(self, batch: Batch, inner_lr: float, stop: StopSignal) -> tuple[BatchGradient | None, bool]:
         """The gradient of this rank, None where it was left or lacked memory; and whether it lacked memory."""
         self._gradient = self._gradient or self._new_gradient()
-        began = time.monotonic()
         try:
             with self._clock.part("gradient"):
                 found = self._gradient(batch.to(self.device), inner_lr=inner_lr, stopped=lambda: self._is_stopped(stop))
@@ -234,8 +233,6 @@ class OuterStep:
             if not (is_out_of_memory(error) and self._is_alone):
                 raise
             return None, True
-        finally:
-            steps.info("step %d: %.3f s for the gradient of this rank", self.world.step, time.monotonic() - began)
 
     def _vote(
         self, batch: Batch, found: BatchGradient | None, short: bool
@@ -268,7 +265,9 @@ class OuterStep:
         peak = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
         self._clock.settle()
         loss = weight * (found.loss.item() if finite else math.nan)
-        return _Seen(False, loss, norm.item(), *sums, peak=peak, **self._clock.take())
+        parts = self._clock.take()
+        steps.info("step %d: %.3f s for the gradient of this rank", self.world.step, parts.get("gradient", math.nan))
+        return _Seen(False, loss, norm.item(), *sums, peak=peak, **parts)
 
     def _leave(self) -> None:
         """A step as if it had not begun."""
