@@ -65,7 +65,7 @@ def test_neither_does_the_validation_of_a_run() -> None:
     batch.loss_mask[2] = False
 
     class Fixed:
-        def batch(self, step: int) -> Batch:
+        def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
             return batch
 
     found = training.validation_losses(model, config, Fixed())  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ def test_validation_of_padded_text_is_the_loss_of_training(notes: TokenDataset) 
     batches[1] = batches[1]._replace(loss_mask=batches[1].loss_mask & torch.tensor([[True], [False], [True], [False]]))
 
     class Fixed:
-        def batch(self, step: int) -> Any:
+        def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Any:
             return batches[step]
 
     found = training.validation_losses(model, config, Fixed())  # type: ignore[arg-type]

@@ -327,7 +327,7 @@ class _Run:
         if self.world.size > 1:
             begun |= {"ranks": self.world.size, "parallelism": self.parallelism.as_dict()}
         with recording(
-            self.out, self.config, self.data.directory, begun=begun, step=self.step, trackers=trackers
+            self.out, self.config, self.data.directory, begun=begun, step=lambda: self.step, trackers=trackers
         ) as self._trackers:
             yield
 
