@@ -15,8 +15,9 @@ from longread.data import TokenDataset
 from longread.flops import step_flops
 from longread.planning import GPUS, peak_flops
 from longread.record import TIMING_FIELDS
-from longread.train import outer_step, train
+from longread.train import train
 from longread.train.progress import describe
+from longread.train.seen import Seen, seen_by_all
 from longread.train.step_clock import PARTS, StepClock
 from longread.train.throughput import Throughput
 from tests.ranks import Ranks
@@ -162,9 +163,9 @@ def test_ranks_tell_operations_and_seconds_of_all(ranks: Ranks, data: TokenDatas
 
 def test_seconds_of_ranks_are_those_that_nobody_waits_in() -> None:
     """The second rank computes longer, so the first waits for it in the sum."""
-    first = outer_step._Seen(loss=1.0, peak=5, gradient=2.0, reduce=1.25, update=0.5, gather=0.25)
-    second = outer_step._Seen(loss=2.0, peak=4, gradient=3.0, reduce=0.25, update=0.75, gather=0.125)
-    found = outer_step._sum([first, second])
+    first = Seen(loss=1.0, peak=5, gradient=2.0, reduce=1.25, update=0.5, gather=0.25)
+    second = Seen(loss=2.0, peak=4, gradient=3.0, reduce=0.25, update=0.75, gather=0.125)
+    found = seen_by_all([first, second])
     assert found.parts == {"gradient": 3.0, "reduce": 0.25, "update": 0.75, "gather": 0.125}
     assert (found.loss, found.peak) == (3.0, 5)
 

@@ -6,6 +6,7 @@ captured    the same as one CUDA graph
 meta_step   the same where parameters are divided among ranks: the outer loss as one `forward`
 sharing     what of a run is a rank's: its share of each batch, the rows that it steps
 outer_step  one step of all ranks: gradients, votes, the sum, the update; less at a time where memory runs out
+seen        what each rank has seen of a step, and what all have seen together
 quarantine  batches that are not finite, kept
 validation  the loss on held-out text, read learning and read frozen
 divergence  whether the steps of a run are still good

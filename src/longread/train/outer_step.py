@@ -14,9 +14,9 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,10 @@ from longread.train.meta_step import FullyShardedGradient
 from longread.train.optimizer import update
 from longread.train.quarantine import keep_batch
 from longread.train.rank_log import steps
+from longread.train.seen import Seen, seen_by_all
 from longread.train.settling import leaner
 from longread.train.sharing import Share
-from longread.train.step_clock import PARTS, StepClock
+from longread.train.step_clock import StepClock
 from longread.train.stopping import StopSignal, not_finite_in
 from longread.train.throughput import Throughput
 
@@ -53,49 +54,6 @@ class NothingLess(Exception):
 
 class _Short(Exception):
     """A rank ran out of memory before the others depended on it."""
-
-
-class _Seen(NamedTuple):
-    """What a rank has seen of a step, for all."""
-
-    left: float = 0
-    """It was left: a signal came first."""
-    loss: float = 0.0
-    """Its part of the loss of all; nan if an inner gradient is not finite."""
-    norm: float = 0.0
-    """Of the gradient of all; rank 0's counts."""
-    inner_steps: float = 0
-    inner_norm: float = 0.0
-    inner_clipped: float = 0
-    """As in `InnerSums`."""
-    due: float = 0
-    """Time for a checkpoint."""
-    peak: float = 0
-    """Bytes of memory that it has taken."""
-    gradient: float = 0.0
-    reduce: float = 0.0
-    update: float = 0.0
-    gather: float = 0.0
-    """Seconds, as in `PARTS`; the last two of the step before."""
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """Seconds by part."""
-        return {name: getattr(self, name) for name in PARTS}
-
-
-def _sum(table: Sequence[Sequence[float]]) -> _Seen:
-    """Of all ranks: the highest peak, the slowest computing, and what ranks do together as the last to come saw it."""
-    every = [_Seen(*numbers) for numbers in table]
-    most, least = (_Seen(*map(choice, zip(*every, strict=True))) for choice in (max, min))
-    return _Seen(*map(sum, zip(*every, strict=True)))._replace(
-        norm=every[0].norm,
-        peak=most.peak,
-        gradient=most.gradient,
-        reduce=least.reduce,
-        update=most.update,
-        gather=least.gather,
-    )
 
 
 class OuterStep:
@@ -194,8 +152,8 @@ class OuterStep:
             norm = self.rows.norm()
         done = self._done()
         self.world.wait(lambda: stop.requested or done(), at="the sum of the gradients")
-        seen = self._see(found, batch, weight, norm) if done() else _Seen(left=True)
-        seen = _sum(self.world.table(*seen._replace(due=self.world.is_first and is_due()), at="the losses"))
+        seen = self._see(found, batch, weight, norm) if done() else Seen(left=True)
+        seen = seen_by_all(self.world.table(*seen._replace(due=self.world.is_first and is_due()), at="the losses"))
         self.clock_is_due = bool(seen.due)
         if seen.left:
             self._leave()
@@ -259,7 +217,7 @@ class OuterStep:
             stack.enter_context(self._clock.part(name))
             yield
 
-    def _see(self, found: BatchGradient, batch: Batch, weight: float, norm: Tensor) -> _Seen:
+    def _see(self, found: BatchGradient, batch: Batch, weight: float, norm: Tensor) -> Seen:
         finite = bool(found.inner_grad_norm.isfinite().all())
         sums = inner_sums(found.inner_grad_norm.cpu(), batch.loss_mask, self.config.inner.clip)
         peak = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
@@ -267,7 +225,7 @@ class OuterStep:
         loss = weight * (found.loss.item() if finite else math.nan)
         parts = self._clock.take()
         steps.info("step %d: %.3f s for the gradient of this rank", self.world.step, parts.get("gradient", math.nan))
-        return _Seen(False, loss, norm.item(), *sums, peak=peak, **parts)
+        return Seen(False, loss, norm.item(), *sums, peak=peak, **parts)
 
     def _leave(self) -> None:
         """A step as if it had not begun."""
