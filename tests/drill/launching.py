@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Hangs(Exception):
     """Ranks did not end."""
 
 
-class Start:
+class Start(ABC):
     """The ranks of one start; each has an empty place for what it leaves."""
 
     def __init__(self, arguments: Sequence[str], place: Path, faults: Sequence[Injection] = (), ranks: int = 2) -> None:
@@ -49,9 +50,9 @@ class Start:
         }
         self.faults = list(faults)
 
+    @abstractmethod
     def wait(self) -> list[int]:
         """The exit statuses, negative numbers are signals. Raises `Hangs`, and kills what hangs."""
-        raise NotImplementedError
 
     @property
     def processes(self) -> list[int]:

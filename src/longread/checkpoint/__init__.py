@@ -3,7 +3,8 @@
 model      a model directory: config.json + model.safetensors
 training   the checkpoints of a run, from which training resumes exactly
 saving     writes them while training goes on
-moments    the optimizer in them, whole or divided among ranks; sharded: through DCP; storage: DCP's files
+moments    the optimizer in them, whole or divided among ranks; sharded: through DCP; storage: DCP's files;
+           own_rows: which of it is a rank's
 load       a model from any of these
 streamed   a model directory written parameter by parameter
 official   to and from the layout of the official implementation's numbers

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from longread.checkpoint.moments import is_moment, row_range
+from longread.checkpoint.own_rows import is_moment, row_range
 from longread.checkpoint.storage import PieceReader, PieceWriter
 from longread.parallel import DividedRows, World
 
