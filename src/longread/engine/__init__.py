@@ -14,6 +14,7 @@ keeping.py     what lets sessions survive: snapshots and journals, in threads of
 store.py       the files of sessions, and what is found in them at the start
 journal.py     a journal: one checked line for each event
 curve.py       mean losses of a session, by position
+timings.py     how long clients wait, as histograms
 """
 
 from longread.engine.capacity import Capacity, SessionBytes, capacity, session_sizes
@@ -37,6 +38,7 @@ from longread.engine.interface import (
 from longread.engine.lanes import largest_session
 from longread.engine.task import Task
 from longread.engine.tiers import least_device_bytes
+from longread.engine.timings import TimeCounts
 
 __all__ = [
     "Appended",
@@ -52,6 +54,7 @@ __all__ = [
     "SessionBytes",
     "SessionInfo",
     "Task",
+    "TimeCounts",
     "Token",
     "TooLarge",
     "TopTokens",

@@ -25,6 +25,7 @@ from longread.engine.members import Members, closing, unknown
 from longread.engine.reader import Job, Reader
 from longread.engine.store import Store, copy_in, copy_out, is_remote
 from longread.engine.task import Task
+from longread.engine.timings import TimeCounts
 from longread.engine.worker import Worker
 from longread.inner_loop import begin
 from longread.model import Transformer, fingerprint_of
@@ -382,6 +383,15 @@ class Engine:
             }
 
         return self._worker.call(work)
+
+    def timings(self) -> dict[str, TimeCounts]:
+        """How long tasks have waited since the engine started, as histograms of seconds; asks nobody and never waits.
+
+        `waiting`: from a task's acceptance to the first computing for it. `first_token`: from its acceptance to its
+        first written token, a prompt's reading included. `next_token`: between two tokens of one task. The buckets end
+        at `longread.engine.timings.BOUNDS`; counts are not cumulative, and only grow.
+        """
+        return self._worker.stopwatches.read()
 
     def close(self, timeout: float | None = None) -> None:
         """Stops texts at the end of a mini-batch or after a token, saves every session, and ends the thread.

@@ -155,6 +155,11 @@ class Job:
     written: int = 0
     next: int | None = None
     """Drawn, and not yet read."""
+    accepted: float = field(default_factory=time.perf_counter)
+    computed_for: bool = False
+    """Whether anything was computed for it yet."""
+    token_at: float | None = None
+    """When its newest token was written."""
     closing: bool = False
     """Nothing is left to do but to make the result durable."""
 

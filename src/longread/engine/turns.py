@@ -72,6 +72,7 @@ class Turns:
                 worker.end_writing(job, "stop")
                 continue
             job.next = drawn.id
+            worker.computed(job, wrote=True)
             job.task._emit(Token(drawn.id, drawn.logprob, drawn.top, job.reader.position + 1))
         self._step([job for job in worker.lanes.jobs if worker.lanes.due(job)])
         others = [job for job in worker.lanes.jobs if job.next is not None]
@@ -212,6 +213,8 @@ class Turns:
         """Reads the next tokens of jobs that are a group."""
         worker = self._worker
         began = time.perf_counter()
+        for job in jobs:
+            worker.computed(job)
         pieces = [list(self._tokens(job)) for job in jobs]
         tokens = torch.tensor(pieces, device=worker.model.device)
         before = [state_of(job.reader) for job in jobs]

@@ -23,6 +23,7 @@ from longread.engine.interface import Appended, Busy, Finished, Limits, WrongPos
 from longread.engine.lanes import Lanes
 from longread.engine.reader import KEPT_LOSSES, Answer, Job, Reader, digest_of
 from longread.engine.tiers import Tiers
+from longread.engine.timings import Stopwatches
 from longread.engine.turns import Turns
 from longread.model import Transformer
 
@@ -43,6 +44,7 @@ class Worker(threading.Thread):
         self.mover = ThreadPoolExecutor(1, "longread-mover")
         self.tiers = Tiers(model, limits, self.lanes, self.mover, self.post)
         self.counts = dict.fromkeys(("tokens_read", "tokens_written", "steps", "rolled_back", "groups", "rounds"), 0)
+        self.stopwatches = Stopwatches()
         self.files: Any = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -159,6 +161,19 @@ class Worker(threading.Thread):
         except Exception as error:
             for job in jobs:
                 self.fail(job, error)
+
+    def computed(self, job: Job, *, wrote: bool = False) -> None:
+        """Notes the time of a job that has been computed for, and of the token that it may have written."""
+        if job.replay:
+            return
+        now = time.perf_counter()
+        if not job.computed_for:
+            self.stopwatches.note("waiting", now - job.accepted)
+            job.computed_for = True
+        if wrote:
+            first = job.token_at is None
+            self.stopwatches.note("first_token" if first else "next_token", now - (job.token_at or job.accepted))
+            job.token_at = now
 
     # from the start of a job to its end
 
