@@ -87,6 +87,9 @@ class DividedRows:
         self.parameters, self.mesh = dict(parameters), mesh
         self.count = 1 if mesh is None else mesh[DIVIDED].size()
         self.index = 0 if mesh is None else mesh[DIVIDED].get_local_rank()
+        # kept, as a mesh takes longer to find them than a collective to begin
+        self._dividing = None if mesh is None else mesh[DIVIDED].get_group()
+        self._repeating = None if mesh is None or mesh[REPEATED].size() == 1 else mesh[REPEATED].get_group()
         self._buckets = list(self._filled(bucket_bytes, direct_bytes))
         self.own: dict[str, nn.Parameter] = {}
         """This rank's rows of each parameter, as views of it; what an optimizer steps."""
@@ -144,8 +147,8 @@ class DividedRows:
         yield
         if work is not None:
             work.wait()
-        if self.mesh is not None and self.mesh[REPEATED].size() > 1:
-            dist.all_reduce(mine, group=self.mesh[REPEATED].get_group())
+        if self._repeating is not None:
+            dist.all_reduce(mine, group=self._repeating)
         start = 0
         for piece in pieces:
             rows = self.own[piece.name]
@@ -175,23 +178,23 @@ class DividedRows:
 
     def _sum(self, packed: Tensor) -> tuple[Tensor, Any]:
         """This rank's row of the sum over those that divide rows, and the work that must end before."""
-        if self.mesh is None or self.count == 1:
+        if self.count == 1:
             return packed[0], None
         mine = torch.empty_like(packed[0])
-        return mine, _reduce_scatter(mine, packed.view(-1), group=self.mesh[DIVIDED].get_group(), async_op=True)
+        return mine, _reduce_scatter(mine, packed.view(-1), group=self._dividing, async_op=True)
 
     @torch.no_grad()
     def gather(self) -> None:
         """Puts what every rank has made of its rows into the parameters of all. All ranks call it together."""
-        if self.mesh is not None and self.count > 1:
-            for _ in _two_at_a_time(self._gathered(pieces, self.mesh) for pieces in self._buckets):
+        if self.count > 1:
+            for _ in _two_at_a_time(self._gathered(pieces) for pieces in self._buckets):
                 pass
 
-    def _gathered(self, pieces: list[_Piece], mesh: DeviceMesh) -> Iterator[None]:
+    def _gathered(self, pieces: list[_Piece]) -> Iterator[None]:
         """Of one bucket: yields once its rows are under way."""
         if pieces[0].direct:
             place, own_rows = self.parameters[pieces[0].name].detach(), self.own[pieces[0].name].detach()
-            work = all_gather(place.view(-1), own_rows.view(-1), group=mesh[DIVIDED].get_group(), async_op=True)
+            work = all_gather(place.view(-1), own_rows.view(-1), group=self._dividing, async_op=True)
             yield
             work.wait()
             return
@@ -203,7 +206,7 @@ class DividedRows:
             places.append(mine[start : start + len(rows)])
             start += piece.size
         torch._foreach_copy_(places, own)
-        work = all_gather(packed.view(-1), mine, group=mesh[DIVIDED].get_group(), async_op=True)
+        work = all_gather(packed.view(-1), mine, group=self._dividing, async_op=True)
         yield
         work.wait()
         wholes = [self.parameters[piece.name].detach() for piece in pieces]
@@ -219,10 +222,10 @@ class DividedRows:
     def norm(self) -> Tensor:
         """L2 norm over the gradients of all rows together, [], the same on all ranks."""
         mine = torch.nn.utils.get_total_norm([rows.grad for rows in self.own.values() if rows.grad is not None])
-        if self.count == 1 or self.mesh is None:
+        if self.count == 1:
             return mine
         square = mine.square()
-        dist.all_reduce(square, group=self.mesh[DIVIDED].get_group())
+        dist.all_reduce(square, group=self._dividing)
         return square.sqrt()
 
     def clear(self) -> None:
