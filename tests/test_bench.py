@@ -27,12 +27,14 @@ from longread.bench import (
 from longread.bench.cases import SIZE_NAMES
 from longread.bench.gate import GateFailed, Verdict, check_gradients, judged, refusing_fallbacks
 from longread.bench.machine import versions
+from longread.bench.plots import bench_charts
 from longread.bench.profile import covered, describe, kind_of
-from longread.bench.report import seconds_per_token, share_of_peak, times_full_attention
+from longread.bench.report import NAMES, seconds_per_token, share_of_peak, times_full_attention
 from longread.bench.rows import KEYS, make_row
 from longread.bench.training import measure_first_step
 from longread.cli import main
 from longread.config import UserError
+from longread.evaluate.drawing import Stroke, draw
 from longread.flops import reading_flops, training_flops
 from longread.inner_loop import optimizers, read
 from longread.model import Transformer
@@ -342,12 +344,33 @@ def test_what_makes_a_gpu_fast_is_no_matter_of_a_cpu() -> None:
     assert str(found["device"]).endswith(" threads")
 
 
-def test_the_figures_of_the_repository_can_be_read(tmp_path: Path) -> None:
-    path = Path(__file__).parent.parent / "benchmarks" / "results" / "h200.json"
-    rows = read_rows(path)
+def test_the_plots_of_the_repository_are_those_of_its_rows(tmp_path: Path) -> None:
+    """Every row is a point or a bar that says its value, and docs/bench holds what the rows make."""
+    root = Path(__file__).parent.parent
+    rows = read_rows(root / "benchmarks" / "results" / "h200.json")
     assert "× 8192" not in markdown(Outcome(rows=rows), command="longread bench", hardware=None)
-    for plot in save_bench_plots(rows, tmp_path):
-        assert len(list(ET.parse(plot).iter("{http://www.w3.org/2000/svg}path"))) >= 3
+    plots = save_bench_plots(rows, tmp_path)
+    assert [plot.name for plot in plots] == ["prefill.svg", "training.svg", "decoding.svg"]
+    for plot, measure in zip(plots, ("prefill_ms_per_1k", "train_tokens_per_s", "decode_tokens_per_s"), strict=True):
+        assert plot.read_text() == (root / "docs" / "bench" / plot.name).read_text()
+        shown = Counter(title.text for title in ET.parse(plot).iter("{http://www.w3.org/2000/svg}title"))
+        for found in (found for found in rows if found["measure"] == measure):
+            name, value, context = NAMES[found["method"]], found["value"], found["context"]
+            said = f"{name}: {value:.4f}" if value < 1000 else f"{name}: {value:,.0f}"
+            at = f"{context:,}" if measure != "train_tokens_per_s" else f"{context // 1024}K × {found['sequences']}"
+            assert shown[f"{said} at {at}"] >= 1
+
+
+def test_bars_begin_at_zero_and_say_what_was_computed_again() -> None:
+    rows = [row("train_tokens_per_s", "e2e", 12000.0, recompute="sqrt"), row("train_tokens_per_s", "full", 24000.0)]
+    (chart,) = bench_charts([*rows, row("prefill_ms_per_1k", "e2e", 1.0)], "training")
+    assert (chart.bars, chart.title, chart.ticks) == (True, "3B", {0.0: "8K × 1"})
+    assert [line.notes for line in chart.lines] == [["12K*"], ["24K"]]
+    assert "* computes again" in chart.x_label
+    one, other = (part for part in draw([chart]).parts if isinstance(part, Stroke) and part.kind == "bar")
+    heights = [max(y for _, y in bar.points) - min(y for _, y in bar.points) for bar in (one, other)]
+    assert heights[1] == pytest.approx(2 * heights[0])
+    assert max(x for x, _ in one.points) < min(x for x, _ in other.points)
 
 
 def test_a_page_follows_from_its_rows() -> None:

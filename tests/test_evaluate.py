@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 
@@ -13,7 +14,10 @@ from rich.console import Console
 
 from longread.config import InnerConfig, ModelConfig, UserError
 from longread.evaluate import (
+    Chart,
     Document,
+    Figures,
+    Line,
     Measurement,
     PositionLoss,
     bin_edges,
@@ -24,7 +28,7 @@ from longread.evaluate import (
     ratio,
     summarize,
 )
-from longread.evaluate.chart import nice_ticks
+from longread.evaluate.drawing import nice_ticks
 from longread.evaluate.estimate import student_quantile
 from longread.model import Transformer, initialize
 from longread.session import Session
@@ -216,13 +220,21 @@ def test_outputs_hold_the_figures(measurements: list[Measurement]) -> None:
     assert "A note with <angle> brackets." in text.getvalue()
     again = json.loads(json.dumps(evaluation.as_json(), allow_nan=False))
     assert f"{again['results'][0]['loss']['nats_per_token']['mean']:.3f}" == mean
-    page = html_report(evaluation, title="A <title>", lead="Lead.", training={"e2e": [(1, 3.0), (2, 2.5)]})
+    training = Chart("training", "Training loss", "step", "nats per token", [Line("e2e", [(1, 3.0), (2, 2.5)])])
+    page = html_report(evaluation, title="A <title>", lead="Lead.", more=Figures([], [training]))
     assert page.startswith("<!doctype html>")
     assert mean in page
     assert "A &lt;title&gt;" in page
     assert "&lt;angle&gt;" in page
     assert "<script" not in page
-    assert page.count("<svg") >= 2
+    headings = ("Loss by position", "Loss by context length", "Training loss")
+    for name, heading in itertools.product(("wide", "narrow"), headings):
+        assert f'<svg class="chart {name}" viewBox=' in page
+        assert page.count(f'aria-label="{heading}"') == 2
+    for result in evaluation.results:
+        assert f"{result.fast_weights:,}" in page
+        for row in result.by_context_length:
+            assert f"{row.last_half.nats_per_token.mean:.3f}" in page
 
 
 def test_a_report_of_almost_nothing_is_a_report() -> None:

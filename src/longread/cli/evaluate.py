@@ -65,18 +65,18 @@ def run(options: argparse.Namespace) -> int:
         listed,
         progress_console,
         tables_console,
-        write_report,
         write_text,
     )
     from longread.evaluate import (
         bin_edges,
         default_lengths,
+        evaluation_charts,
         health_figures,
+        html_report,
         measure,
         print_figures,
         print_tables,
         save_charts,
-        save_plots,
         summarize,
     )
     from longread.evaluate.positions import LONGEST
@@ -143,9 +143,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write_text(options.json, json.dumps(evaluation.as_json(), indent=2) + "\n")
     if options.plots:
-        save_plots(evaluation, Path(options.plots))
-        save_charts(health.charts if health else [], Path(options.plots))
+        save_charts([*evaluation_charts(evaluation), *(health.charts if health else ())], Path(options.plots))
     if options.report:
         lead = f"{listed(options.models)} on {listed(options.data)}."
-        write_report(options.report, evaluation, title="Evaluation", lead=lead, more=health)
+        write_text(options.report, html_report(evaluation, title="Evaluation", lead=lead, more=health))
     return 0

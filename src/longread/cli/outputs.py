@@ -13,7 +13,7 @@ import re
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -22,7 +22,7 @@ from longread.config import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longread.evaluate import Evaluation, Figures
+    from longread.evaluate import Figures
 
 _OF_A_DATA_SET = re.compile(r"validation|(validation/)?(index\.json|tokenizer(_config)?\.json|tokens-\d+\.bin)")
 
@@ -255,19 +255,3 @@ def show_figures(options: argparse.Namespace, figures: Figures, *, title: str, l
         save_charts(figures.charts, Path(options.plots))
     if options.report:
         write_text(options.report, figures_page(figures, title=title, lead=lead))
-
-
-def write_report(
-    path: str | Path,
-    evaluation: Evaluation,
-    *,
-    title: str,
-    lead: str,
-    training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
-    more: Figures | None = None,
-) -> None:
-    """Writes the HTML page of an evaluation."""
-    from longread.evaluate import html_report, html_sections
-
-    sections = html_sections(more) if more else ()
-    write_text(path, html_report(evaluation, title=title, lead=lead, training=training, more=sections))

@@ -1,11 +1,15 @@
 """How well a model reads: loss by position and context length, needles, decoding quality, health of the inner loop.
 
-measure.py, summary.py, table.py, report.py    loss by position and by context length, learning against frozen
-health.py, health_figures.py                   gradient norms, clipping and drift by position; divergence
-haystack.py, needle.py                         S-NIAH-1 to 3
-judges.py, decoding.py                         what a model writes, scored by another
-continuation.py                                many texts continued side by side
-figures.py, plots.py, chart.py                 tables and charts: terminal, PNG, HTML
+measure.py, summary.py, loss_figures.py     loss by position and by context length, learning against frozen
+health.py, health_figures.py                gradient norms, clipping and drift by position; divergence
+haystack.py, needle.py                      S-NIAH-1 to 3
+judges.py, decoding.py                      what a model writes, scored by another
+continuation.py                             many texts continued side by side
+
+Whatever measures leaves tables and charts as data, and there is one way from these to each place:
+figures.py → table.py                       tables in a terminal
+figures.py → drawing.py → svg.py, plots.py  charts laid out once, written as SVG or PNG
+figures.py → report.py                      the page, with both
 """
 
 from longread.evaluate.continuation import GREEDY, Continuation, Sampling, continue_texts
@@ -21,19 +25,22 @@ from longread.evaluate.decoding import (
     verdicts,
     write,
 )
+from longread.evaluate.drawing import draw, short
 from longread.evaluate.estimate import Estimate, ratio, wilson
-from longread.evaluate.figures import Chart, Figures, Grid, figures_page, html_sections, print_figures
+from longread.evaluate.figures import Chart, Figures, Grid, Line
 from longread.evaluate.haystack import VARIANTS, Haystack, Sample, Variant, check_context, essays, make_samples, noise
 from longread.evaluate.health import Divergence, Health, InnerSteps, settle
 from longread.evaluate.health_figures import health_figures
 from longread.evaluate.judges import HuggingFaceJudge, Judge, LongreadJudge, is_hugging_face
+from longread.evaluate.loss_figures import evaluation_charts, html_report, print_tables
 from longread.evaluate.measure import Document, Measurement, check_vocabulary, in_common, measure
 from longread.evaluate.needle import Accuracy, Needles, Search, Trial, accuracies, needle_figures, search
-from longread.evaluate.plots import check_plots_can_be_drawn, save_charts, save_plots
+from longread.evaluate.plots import check_plots_can_be_drawn, save_charts
 from longread.evaluate.positions import BytePositionLoss, PositionLoss, bin_edges
-from longread.evaluate.report import html_report
+from longread.evaluate.report import figures_page, html_page
 from longread.evaluate.summary import Evaluation, Result, default_lengths, summarize
-from longread.evaluate.table import print_tables
+from longread.evaluate.svg import to_svg
+from longread.evaluate.table import print_figures
 
 __all__ = [
     "GREEDY",
@@ -55,6 +62,7 @@ __all__ = [
     "HuggingFaceJudge",
     "InnerSteps",
     "Judge",
+    "Line",
     "LongreadJudge",
     "Measurement",
     "Needles",
@@ -77,11 +85,13 @@ __all__ = [
     "decoding_figures",
     "decoding_notes",
     "default_lengths",
+    "draw",
     "essays",
+    "evaluation_charts",
     "figures_page",
     "health_figures",
+    "html_page",
     "html_report",
-    "html_sections",
     "in_common",
     "is_hugging_face",
     "make_samples",
@@ -93,10 +103,11 @@ __all__ = [
     "prompts",
     "ratio",
     "save_charts",
-    "save_plots",
     "search",
     "settle",
+    "short",
     "summarize",
+    "to_svg",
     "verdicts",
     "wilson",
     "write",

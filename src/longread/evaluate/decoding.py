@@ -23,10 +23,9 @@ import numpy as np
 import torch
 
 from longread.config import InnerConfig, UserError
-from longread.evaluate.chart import estimate_line
 from longread.evaluate.continuation import Sampling, continue_texts
 from longread.evaluate.estimate import Estimate, ratio
-from longread.evaluate.figures import Chart, Figures, Grid, colors
+from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_line
 from longread.evaluate.judges import Judge
 from longread.evaluate.measure import Document
 from longread.evaluate.summary import Score, finite

@@ -1,22 +1,27 @@
-"""Tables and line charts of any evaluation, and the three places they go to: a terminal, PNG files, an HTML page."""
+"""Tables and charts as data: what a command shows of its results, wherever it is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from typing import TypeAlias
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
+from longread.evaluate.estimate import Estimate
 
-from longread.evaluate.chart import Line, line_chart
-from longread.evaluate.report import html_page
+Point: TypeAlias = tuple[float, float]
 
-_BORDERS = 3
-"""Characters between the contents of two columns."""
-_HEADING = 12
-"""Characters that are enough for a heading, which is then broken over several lines."""
+COLORS = (
+    ("#1f5fbf", "#7cb0ff"),
+    ("#b45309", "#f5a65b"),
+    ("#15803d", "#6fd08c"),
+    ("#8b3fb0", "#cf9bea"),
+    ("#b4232a", "#ff8a8a"),
+    ("#0f766e", "#5cd0c3"),
+    ("#b0307f", "#f29ac9"),
+    ("#64686f", "#a9aeb6"),
+    ("#7d6400", "#d8bf55"),
+)
+"""Of lines, by their places: blue, orange, green, purple, red, teal, pink, grey, ochre; on light and on dark ground."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,97 +30,63 @@ class Grid:
 
     title: str
     corner: str
-    columns: list[str]
-    rows: list[tuple[str, list[str]]]
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    best: Sequence[int | None] = ()
+    """For each row the column whose cell is the best of it, if they are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One series of a chart: (x, y) points, and how they are drawn."""
+
+    label: str
+    points: Sequence[Point]
+    band: Sequence[Point] | None = None
+    """An interval (low, high) for each point."""
+    color: int = 0
+    """A place in `COLORS`."""
+    dashed: bool = False
+    faint: bool = False
+    """One of several behind another, without a name."""
+    notes: Sequence[str] | None = None
+    """What stands above each bar."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Lines over one axis; `name` becomes the name of the PNG file."""
+    """Lines over one axis, or bars; `name` becomes the name of its file."""
 
     name: str
     title: str
     x_label: str
     y_label: str
-    lines: list[Line]
+    lines: Sequence[Line]
     log_x: bool = True
+    bars: bool = False
+    """Of each line's points, side by side at x = 0, 1, 2, …, from zero."""
+    ticks: Mapping[float, str] = field(default_factory=dict)
+    """Names of places on the x axis; found by themselves if there are none."""
+    limits: tuple[float | None, float | None] = (None, None)
+    """Of the y axis; what is outside of them is drawn at its end. None: of what is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
     """What one command shows of its results."""
 
-    grids: list[Grid]
-    charts: list[Chart] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    grids: Sequence[Grid]
+    charts: Sequence[Chart] = ()
+    notes: Sequence[str] = ()
 
 
-def print_figures(figures: Figures, console: Console) -> None:
-    """Prints every table, then the notes."""
-    for grid in figures.grids:
-        print_grid(grid, console)
-    for note in figures.notes:
-        console.print(note, style="dim", markup=False)
+def estimate_line(label: str, points: Sequence[tuple[float, Estimate]], color: int, dashed: bool) -> Line:
+    """A series of estimates; the band is drawn where every point has an interval."""
+    band = [(loss.low, loss.high) for _, loss in points if loss.low is not None and loss.high is not None]
+    means = [(x, loss.mean) for x, loss in points]
+    return Line(label, means, band if len(band) == len(points) else None, color, dashed)
 
 
-def print_grid(grid: Grid, console: Console) -> None:
-    """Prints a table. Columns that do not fit side by side follow below, with the names of the rows again."""
-    cells = [max([cell_len(row[i]) for _, row in grid.rows], default=0) for i in range(len(grid.columns))]
-    wide = [max(size, cell_len(heading)) for size, heading in zip(cells, grid.columns, strict=True)]
-    names = max(cell_len(name) for name in (grid.corner, *(name for name, _ in grid.rows)))
-    if sum(wide) + names + _BORDERS * (len(wide) + 1) + 1 > console.width:
-        wide = [max(size, min(room, _HEADING)) for size, room in zip(cells, wide, strict=True)]
-        names = min(names, max(_HEADING, console.width - max(wide, default=0) - 2 * _BORDERS - 1))
-    first = 0
-    while first < len(wide):
-        last, room = first + 1, console.width - names - _BORDERS - 1 - wide[first] - _BORDERS
-        while last < len(wide) and room >= wide[last] + _BORDERS:
-            room -= wide[last] + _BORDERS
-            last += 1
-        table = Table(title=None if first else escape_markup(grid.title), title_justify="left")
-        table.add_column(escape_markup(grid.corner), width=names, overflow="fold")
-        for heading, width in zip(grid.columns[first:last], wide[first:last], strict=True):
-            table.add_column(escape_markup(heading), justify="right", width=width, overflow="fold")
-        for name, row in grid.rows:
-            table.add_row(*map(escape_markup, (name, *row[first:last])))
-        console.print(table)
-        first = last
-
-
-def figures_page(figures: Figures, *, title: str, lead: str) -> str:
-    """The same as one self-contained HTML page, charts first."""
-    return html_page(html_sections(figures), title=title, lead=lead)
-
-
-def html_sections(figures: Figures) -> list[str]:
-    """Charts, tables and notes, to be put on any page."""
-    sections = [
-        f"<section><h2>{escape(chart.title)}</h2>"
-        + line_chart(chart.lines, title=chart.title, x_label=chart.x_label, y_label=chart.y_label, log_x=chart.log_x)
-        + "</section>"
-        for chart in figures.charts
-    ]
-    sections += [f"<section><h2>{escape(grid.title)}</h2>{_html_table(grid)}</section>" for grid in figures.grids]
-    if figures.notes:
-        items = "".join(f"<li>{escape(note)}</li>" for note in figures.notes)
-        sections.append(f"<section><h2>Notes</h2><ul>{items}</ul></section>")
-    return sections
-
-
-def escape_markup(text: str) -> str:
-    """`text` as rich prints it verbatim: intervals are written in brackets, which rich reads as styles."""
-    return text.replace("[", r"\[")
-
-
-def _html_table(grid: Grid) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in (grid.corner, *grid.columns))
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for name, cells in grid.rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def colors(models: Sequence[str], palette: int = 6) -> dict[str, int]:
-    """A place in the palette for each model, in order of appearance."""
-    return {model: i % palette for i, model in enumerate(dict.fromkeys(models))}
+def colors(models: Sequence[str]) -> dict[str, int]:
+    """A place among `COLORS` for each model, in order of appearance."""
+    return {model: i % len(COLORS) for i, model in enumerate(dict.fromkeys(models))}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from longread.evaluate.chart import Line, estimate_line
-from longread.evaluate.figures import Chart, Figures, Grid, colors
+from longread.evaluate.figures import Chart, Figures, Grid, Line, colors, estimate_line
 from longread.evaluate.health import Health, StepsBin
 from longread.evaluate.summary import Evaluation
 

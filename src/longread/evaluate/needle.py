@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.evaluate.chart import estimate_line
 from longread.evaluate.continuation import continue_texts
 from longread.evaluate.estimate import Estimate, ratio, wilson
-from longread.evaluate.figures import Chart, Figures, Grid, colors
+from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_line
 from longread.evaluate.haystack import VARIANTS, Sample
 from longread.evaluate.summary import finite
 from longread.model import Transformer

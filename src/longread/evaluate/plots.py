@@ -1,44 +1,21 @@
-"""PNG plots for papers and slides (matplotlib, the extra `plots`)."""
+"""Drawings as PNG for papers and slides (matplotlib, the extra `plots`)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from longread.config import UserError
-from longread.evaluate.chart import Line, estimate_line
-from longread.evaluate.estimate import Estimate
-from longread.evaluate.figures import Chart, colors
-from longread.evaluate.summary import Evaluation, Result
+from longread.evaluate.drawing import BOLD, FILLS, PALETTE, SIZES, STROKES, Drawing, Mark, Words, draw
+from longread.evaluate.figures import Chart
 from longread.extras import install_command
+from longread.files import atomic_files
 
-
-def save_plots(evaluation: Evaluation, directory: Path) -> list[Path]:
-    """Writes `loss_by_position.png` and, where documents are long enough, `loss_by_context_length.png`.
-
-    Raises:
-        UserError: matplotlib is not installed, or the directory cannot be written.
-    """
-    return save_charts(evaluation_charts(evaluation), directory)
-
-
-def evaluation_charts(evaluation: Evaluation) -> list[Chart]:
-    """Loss by position and, where documents are long enough, by context length."""
-    color, loss = colors([result.model for result in evaluation.results]), evaluation.loss
-    by_position, by_length = [], []
-    for result in evaluation.results:
-
-        def line(points: Sequence[tuple[float, Estimate]], result: Result = result) -> Line:
-            return estimate_line(result.label, points, color[result.model], result.reading == "frozen")
-
-        by_position.append(line([(math.sqrt(max(row.start, 8) * row.end), loss(row.score)) for row in result.curve]))
-        by_length.append(line([(row.context_length, loss(row.score)) for row in result.by_context_length]))
-    unit, positions = evaluation.unit, evaluation.positions
-    charts = [Chart("loss_by_position", "", f"position, {positions}", unit, by_position)]
-    if any(line.points for line in by_length):
-        charts.append(Chart("loss_by_context_length", "", f"context length T, {positions}", unit, by_length))
-    return charts
+_DOTS = 100
+"""Pixels of a drawing per inch of the figure; twice as many in the file."""
+_POINT = 72 / _DOTS
+_MARKERS = {"circle": ("o", 7.2), "square": ("s", 7.2), "triangle": ("^", 10.0), "dot": ("o", 4.8)}
 
 
 def check_plots_can_be_drawn() -> None:
@@ -50,33 +27,48 @@ def check_plots_can_be_drawn() -> None:
 
 
 def save_charts(charts: Sequence[Chart], directory: Path) -> list[Path]:
-    """Writes each chart as `<name>.png`. Raises `UserError` as `save_plots` does."""
+    """Writes each chart as `<name>.png`.
+
+    Raises:
+        UserError: matplotlib is not installed, or a file cannot be written.
+    """
     check_plots_can_be_drawn()
+    paths = [directory / f"{chart.name}.png" for chart in charts]
+    for chart, path in zip(charts, paths, strict=True):
+        with atomic_files(path) as (temporary,):
+            _save(draw([chart]), temporary)
+    return paths
+
+
+def _save(drawing: Drawing, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    paths = []
-    for chart in charts:
-        figure = Figure(figsize=(7, 4), dpi=160, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        for line in chart.lines:
-            xs, style, color = [x for x, _ in line.points], "--" if line.dashed else "-", f"C{line.color}"
-            axes.plot(xs, [y for _, y in line.points], label=line.label, marker=".", color=color, linestyle=style)
-            if line.band:
-                low, high = zip(*line.band, strict=True)
-                axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
-        if chart.log_x:
-            axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-        path = directory / f"{chart.name}.png"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-        paths.append(path)
-    return paths
+    figure = Figure(figsize=(drawing.width / _DOTS, drawing.height / _DOTS), dpi=2 * _DOTS)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, drawing.width), ylim=(drawing.height, 0))
+    axes.set_axis_off()
+    for part in drawing.parts:
+        color = PALETTE[part.color][0]
+        if isinstance(part, Words):
+            anchor, turned = {"start": "left", "middle": "center", "end": "right"}[part.anchor], 90 * part.upright
+            size, weight = SIZES[part.kind] * _POINT, "bold" if part.kind in BOLD else "normal"
+            style: dict[str, Any] = {
+                "fontsize": size,
+                "weight": weight,
+                "ha": anchor,
+                "va": "baseline",
+                "rotation": turned,
+            }
+            axes.text(*part.at, part.text, color=color, parse_math=False, rotation_mode="anchor", **style)
+        elif isinstance(part, Mark):
+            marker, size = _MARKERS[part.form]
+            axes.plot(*part.at, marker=marker, markersize=size * _POINT, markeredgewidth=0, color=color)
+        elif part.kind in FILLS:
+            axes.fill(*zip(*part.points, strict=True), color=color, alpha=FILLS[part.kind], linewidth=0)
+        else:
+            width, opacity = STROKES[part.kind]
+            dash = (0, [length / width for length in part.dash]) if part.dash else "-"
+            xs, ys = zip(*part.points, strict=True)
+            axes.plot(xs, ys, color=color, linewidth=width * _POINT, alpha=opacity, linestyle=dash)
+    figure.savefig(path, format="png")

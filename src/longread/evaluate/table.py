@@ -1,84 +1,54 @@
-"""The figures of an evaluation as plain-text tables."""
+"""Tables in a terminal (rich)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import zip_longest
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 
-from longread.evaluate.figures import Figures, Grid, print_figures
-from longread.evaluate.summary import Evaluation, PositionScore, Result, Score
+from longread.evaluate.figures import Figures, Grid
 
-
-def print_tables(evaluation: Evaluation, console: Console) -> None:
-    """Prints the overview, loss by position and, where documents are long enough, loss by context length."""
-    grids = [_overview(evaluation), _by_position(evaluation, lambda result: result.by_position, "Loss by position")]
-    if any(result.by_context_length for result in evaluation.results):
-        grids.append(_by_context_length(evaluation))
-    if any(result.at_index for result in evaluation.results):
-        grids.append(_by_position(evaluation, lambda result: result.at_index, "Loss at chosen positions"))
-    print_figures(Figures(grids, notes=evaluation.notes), console)
+_BORDERS = 3
+"""Characters between the contents of two columns."""
+_HEADING = 12
+"""Characters that are enough for a heading, which is then broken over several lines."""
 
 
-def _by_position(evaluation: Evaluation, rows: Callable[[Result], list[PositionScore]], title: str) -> Grid:
-    """A column per result, a row per position bin."""
-    unit, cell = _unit_of(evaluation)
-    columns = [{(row.start, row.end): row.score for row in rows(result)} for result in evaluation.results]
-    return Grid(
-        f"{title}, {unit}",
-        "bytes" if evaluation.by_byte else "positions",
-        [result.label for result in evaluation.results],
-        [
-            (
-                f"{start:,}" if end == start + 1 else f"{start:,}–{end:,}",
-                [cell(column.get((start, end))) for column in columns],
-            )
-            for start, end in sorted({place for column in columns for place in column})
-        ],
-    )
+def print_figures(figures: Figures, console: Console) -> None:
+    """Prints every table, then the notes."""
+    for grid in figures.grids:
+        print_grid(grid, console)
+    for note in figures.notes:
+        console.print(note, style="dim", markup=False)
 
 
-def _unit_of(evaluation: Evaluation) -> tuple[str, Callable[[Score | None], str]]:
-    """Bits per byte where tokenizers differ, nats per token where bytes are unknown; both units otherwise."""
-    if evaluation.by_byte:
-        return evaluation.unit, lambda score: str(evaluation.loss(score)) if score else "–"
-    if evaluation.bytes is None or not any(result.loss.bits_per_byte for result in evaluation.results):
-        return "nats per token", lambda score: str(score.nats_per_token) if score else "–"
-
-    def both(score: Score | None) -> str:
-        if not score:
-            return "–"
-        return f"{score.nats_per_token}" + (f" | {score.bits_per_byte.mean:.3f}" if score.bits_per_byte else "")
-
-    return "nats per token | bits per byte", both
-
-
-def _overview(evaluation: Evaluation) -> Grid:
-    interval = "; ± is a 95 % interval over documents" if evaluation.documents > 1 else ""
-    losses = ("bits/byte",) if evaluation.by_byte else ("nats/token", "bits/byte")
-    rows = [
-        (
-            result.label,
-            [
-                f"{result.parameters:,}",
-                *([] if evaluation.by_byte else [str(result.loss.nats_per_token)]),
-                str(result.loss.bits_per_byte or "–"),
-                str(result.gain_over_frozen or "–"),
-                evaluation.speed(result),
-            ],
-        )
-        for result in evaluation.results
-    ]
-    columns = ["parameters", *losses, "gain over frozen", f"{evaluation.positions}/s"]
-    return Grid(evaluation.amount + interval, "model, reading", columns, rows)
+def print_grid(grid: Grid, console: Console) -> None:
+    """Prints a table. Columns that do not fit side by side follow below, with the names of the rows again."""
+    cells = [max([cell_len(row[i]) for _, row in grid.rows], default=0) for i in range(len(grid.columns))]
+    wide = [max(size, cell_len(heading)) for size, heading in zip(cells, grid.columns, strict=True)]
+    names = max(cell_len(name) for name in (grid.corner, *(name for name, _ in grid.rows)))
+    if sum(wide) + names + _BORDERS * (len(wide) + 1) + 1 > console.width:
+        wide = [max(size, min(room, _HEADING)) for size, room in zip(cells, wide, strict=True)]
+        names = min(names, max(_HEADING, console.width - max(wide, default=0) - 2 * _BORDERS - 1))
+    first = 0
+    while first < len(wide):
+        last, room = first + 1, console.width - names - _BORDERS - 1 - wide[first] - _BORDERS
+        while last < len(wide) and room >= wide[last] + _BORDERS:
+            room -= wide[last] + _BORDERS
+            last += 1
+        table = Table(title=None if first else _verbatim(grid.title), title_justify="left")
+        table.add_column(_verbatim(grid.corner), width=names, overflow="fold")
+        for heading, width in zip(grid.columns[first:last], wide[first:last], strict=True):
+            table.add_column(_verbatim(heading), justify="right", width=width, overflow="fold")
+        for (name, row), best in zip_longest(grid.rows, grid.best):
+            marked = [f"[bold]{_verbatim(cell)}[/]" if i == best else _verbatim(cell) for i, cell in enumerate(row)]
+            table.add_row(_verbatim(name), *marked[first:last])
+        console.print(table)
+        first = last
 
 
-def _by_context_length(evaluation: Evaluation) -> Grid:
-    unit, cell = _unit_of(evaluation)
-    columns = [{row.context_length: row.score for row in result.by_context_length} for result in evaluation.results]
-    rows = []
-    for T in sorted({length for column in columns for length in column}):
-        n = max(evaluation.loss(column[T]).n for column in columns if T in column)
-        rows.append((f"{T:,} (n = {n})", [cell(column.get(T)) for column in columns]))
-    title = f"Loss by context length (mean over the first T {evaluation.positions}), {unit}"
-    return Grid(title, "T", [result.label for result in evaluation.results], rows)
+def _verbatim(text: str) -> str:
+    """`text` as rich prints it verbatim: intervals are written in brackets, which rich reads as styles."""
+    return text.replace("[", r"\[")

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from longread.cli.outputs import tables_console, write_report, write_text
+from longread.cli.outputs import tables_console, write_text
 from longread.cli.reading.readers import Readers
-from longread.evaluate import Evaluation, default_lengths, print_tables, summarize
+from longread.evaluate import Evaluation, default_lengths, html_report, print_tables, summarize
 from longread.loading import OpenModel
 
 
@@ -41,7 +41,7 @@ def write_results(
         write_text(options.json, json.dumps(evaluation.as_json() | {"text": about}, indent=2) + "\n")
     if options.report:
         title = "Reading " + ", ".join(Path(name).name for name in options.texts)
-        write_report(options.report, evaluation, title=title, lead=f"With {opened.name}.")
+        write_text(options.report, html_report(evaluation, title=title, lead=f"With {opened.name}."))
 
 
 def _evaluation(readers: Readers, notes: list[str]) -> Evaluation:

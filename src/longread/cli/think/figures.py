@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from longread.evaluate import Chart, Figures, Grid
-from longread.evaluate.chart import Line
+from longread.evaluate import Chart, Figures, Grid, Line
 from longread.thinking import Report
 from longread.thinking.conditions import AT_ONCE, MODEL, SIMULATOR
 

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the action and returns its exit status."""
     from longread.cli.arguments import check_at_most
     from longread.cli.outputs import PAGE, Output, check_outputs, figures_of, tables_console, write_text
-    from longread.evaluate.report import html_page
+    from longread.evaluate import html_page
     from longread.model import find_device
     from longread.thinking import BOXED, as_text, certified_set, html_sections, open_thinker, think
 
