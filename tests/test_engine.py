@@ -156,6 +156,29 @@ def test_a_completion_needs_no_session(engine: Engine) -> None:
         engine.complete([], Sampling())
 
 
+def test_a_completion_goes_on_from_a_session_and_leaves_it_alone(engine: Engine) -> None:
+    sid = engine.create().id
+    with pytest.raises(UserError, match="nothing to continue"):
+        engine.complete([], Sampling(), session_id=sid).result(60)
+    read(engine, sid, text(21))
+    before = engine.info(sid)
+    for tokens in (text(13, 5), []):
+        session = Session(engine.model, INNER)
+        session.read(text(21))
+        session.read(tokens)
+        task = engine.complete(tokens, Sampling(max_tokens=6, seed=2), session_id=sid)
+        assert [event.id for event in task if isinstance(event, Token)] == list(session.generate(6, seed=2))
+        assert task.result() == Finished("length", 27 + len(tokens))
+    frozen = Session(engine.model, INNER)
+    frozen.read(text(21))
+    frozen.learn = False
+    nll = frozen.read(text(13, 5)).tolist()
+    told = list(engine.complete(text(13, 5), Sampling(max_tokens=0), session_id=sid, learn=False))
+    assert [x for event in told if isinstance(event, Progress) for x in event.nll] == pytest.approx(nll)
+    assert (engine.info(sid).position, engine.info(sid).drift) == (before.position, before.drift)
+    assert [info.id for info in engine.sessions()] == [sid]
+
+
 def test_learning_can_be_switched_while_writing(engine: Engine) -> None:
     sid = engine.create().id
     read(engine, sid, text(9))

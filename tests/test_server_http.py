@@ -42,9 +42,16 @@ def status(answer: bytes) -> int:
 def test_every_route_that_is_read_answers_head(server: Listening, one: str) -> None:
     paths = server.client.get("/openapi.json").json()["paths"]
     read = [path for path, methods in paths.items() if "get" in methods]
+    body = {"items": [{"role": "user", "content": "Who?"}]}
+    responses = {"conversation": server.client.post("/v1/conversations", json=body).json()["id"]}
+    items = server.client.get(f"/v1/conversations/{responses['conversation']}/items").json()
+    responses["item"] = items["first_id"]
+    body = {"input": "Who?", "max_output_tokens": 1}
+    responses["response"] = server.client.post("/v1/responses", json=body).json()["id"]
     assert len(read) > 7
+    kept = {"session": one, "model": "tiny", **responses}
     for path in [*read, "/", "/page/index.html"]:
-        url = path.replace("{session}", one).replace("{model}", "tiny").encode()
+        url = path.format(**kept).encode()
         answer = asked(server, b"HEAD " + url)
         assert status(answer) == 200, path
         assert answer.endswith(b"\r\n\r\n"), path

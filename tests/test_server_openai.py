@@ -13,8 +13,8 @@ from openai.types import completion_create_params as text_params
 from openai.types.chat import ChatCompletionMessage, completion_create_params as chat_params
 from pydantic import ValidationError
 
-from longread.server.chat import ends_of, text_of
 from longread.server.choices import sampling_of
+from longread.server.openai.template import ends_of, text_of
 from longread.server.openai_models import ChatRequest, CompletionRequest, Message
 from tests.server import post, serving
 
@@ -183,7 +183,8 @@ def test_a_message_is_what_was_said() -> None:
         ({"role": "assistant", "content": None, "refusal": "No."}, "Assistant: No."),
         ({"role": "assistant", "content": refused, "annotations": []}, "Assistant: No."),
         ({"role": "user", "name": "Bob", "content": "Why?"}, "Bob: Why?"),
-        ({"role": "assistant"}, "Assistant: "),
+        ({"role": "assistant"}, "Assistant:"),
+        ({"role": "assistant", "content": " As it was written."}, "Assistant: As it was written."),
     ]
     messages = [Message(**message) for message, _ in said]
     assert text_of(messages) == "\n\n".join(text for _, text in said)

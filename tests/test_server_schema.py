@@ -57,25 +57,31 @@ def test_the_page_of_documentation_lists_every_route_and_every_status(tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
-    """The document of a server that runs, and a session there."""
+def document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The document of a server that runs, and what there is: a session, a response, a conversation and its item."""
     with Process(tmp_path_factory.mktemp("home"), *LIMITS) as server:
-        session = server.client.post("/v1/sessions").json()["id"]
-        server.client.post(f"/v1/sessions/{session}/append", json={"text": TEXT}).raise_for_status()
-        yield schemathesis.openapi.from_url(f"{server.url}/openapi.json"), session
+        ids = {kind: server.client.post(f"/v1/{kind}s").json()["id"] for kind in ("session", "conversation")}
+        server.client.post(f"/v1/sessions/{ids['session']}/append", json={"text": TEXT}).raise_for_status()
+        body = {"input": "Who?", "max_output_tokens": 3}
+        said = {"items": [{"role": "user", "content": "Who?"}]}
+        ids["response"] = server.client.post("/v1/responses", json=body).json()["id"]
+        items = server.client.post(f"/v1/conversations/{ids['conversation']}/items", json=said).json()
+        yield schemathesis.openapi.from_url(f"{server.url}/openapi.json"), ids | {"item": items["first_id"]}
         assert "Traceback" not in "".join(server.log)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=str)
-def test_every_answer_is_one_that_the_document_promises(document: tuple[Any, str], mode: GenerationMode) -> None:
+def test_every_answer_is_one_that_the_document_promises(
+    document: tuple[Any, dict[str, str]], mode: GenerationMode
+) -> None:
     """What the document allows is understood, what it forbids is refused, and no answer is unheard of."""
-    schema, session = document
+    schema, ids = document
     turns = itertools.count()
 
     def check(case: Any) -> None:
-        if "{session}" in case.path and case.method != "DELETE" and next(turns) % 2:
-            case.path_parameters["session"] = session
+        if case.method != "DELETE" and next(turns) % 2:
+            case.path_parameters |= {name: one for name, one in ids.items() if f"{{{name}}}" in case.path}
         # a schema cannot say that a token id must be in the vocabulary, or that it is text or tokens
         case.call_and_validate(timeout=60, excluded_checks=[positive_data_acceptance])
 

@@ -300,19 +300,34 @@ class Engine:
             logprobs: how many of the likeliest tokens to report in the place of each (`Progress.top`).
         """
         self._members.check_tokens(tokens)
-        return self._passing(session_id, learn, lambda task, reader: Job(task, reader, list(tokens), logprobs=logprobs))
+        return self._passing(
+            session_id,
+            learn if session_id is None else None,
+            lambda task, reader: Job(task, reader, list(tokens), logprobs=logprobs),
+        )
 
-    def complete(self, tokens: Sequence[int], sampling: Sampling, *, learn: bool = True) -> Task:
+    def complete(
+        self,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        *,
+        session_id: str | None = None,
+        learn: bool | None = None,
+    ) -> Task:
         """Reads a prompt and continues it, in a session that lives as long as the task.
 
         Events `Progress` (with `top` where `sampling.logprobs` are asked for), then `Token`; result `Finished`.
+
+        Args:
+            session_id: goes on from what this session has read, and leaves it as it is; the prompt may be empty then.
+            learn: while reading and writing; None: as the session does, and without one: yes.
         """
         self._members.check_tokens(tokens)
-        if not len(tokens):
+        if not len(tokens) and session_id is None:
             raise UserError("the prompt is empty; give at least one token")
         n = sampling.logprobs
         return self._passing(
-            None, learn, lambda task, reader: Job(task, reader, list(tokens), sampling=sampling, logprobs=n)
+            session_id, learn, lambda task, reader: Job(task, reader, list(tokens), sampling=sampling, logprobs=n)
         )
 
     def _submit(self, session_id: str, make: Callable[[Task, Reader], Job]) -> Task:
@@ -325,20 +340,21 @@ class Engine:
         self._worker.call(work)
         return task
 
-    def _passing(self, session_id: str | None, learn: bool, make: Callable[[Task, Reader], Job]) -> Task:
+    def _passing(self, session_id: str | None, learn: bool | None, make: Callable[[Task, Reader], Job]) -> Task:
         task = Task()
 
         def work() -> None:
             self._members.check_waiting()
             if session_id is None:
-                reader = self._members.bare("", "", learn)
+                reader = self._members.bare("", "", learn is not False)
                 reader.rest(begin(self.model))
                 self._pass(make(task, reader))
                 return
             origin = self._members.find(session_id)
 
             def start() -> None:
-                self._pass(make(task, self._members.twin(origin, self._members.bare("", "", origin.learn))))
+                learns = origin.learn if learn is None else learn
+                self._pass(make(task, self._members.twin(origin, self._members.bare("", "", learns))))
 
             if self._keeping.state(origin) is not None and not origin.restoring:
                 start()

@@ -13,6 +13,8 @@ from longread.server import about, chat, completions, errors, sessions, transfer
 from longread.server.catalog import Catalog
 from longread.server.gate import Gate
 from longread.server.log import logger
+from longread.server.openai import conversations as conversation_routes, responses as response_routes
+from longread.server.openai.stored import Responses
 from longread.server.service import Service
 from longread.server.static import page_router
 
@@ -23,7 +25,7 @@ def create_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.run(service.tidy)
-        await service.run(catalog.remove_orphans)
+        await service.run(responses.remove_orphans)
         for lost in service.engine.lost:
             logger.warning("session %s was at %d and is at %d: %s", lost.id, lost.position, lost.restored, lost.reason)
         try:
@@ -42,10 +44,11 @@ def create_app(service: Service) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
     )
     catalog = Catalog(service)
-    app.state.service, app.state.catalog = service, catalog
+    responses = Responses(service, catalog)
+    app.state.service, app.state.catalog, app.state.responses = service, catalog, responses
     errors.install(app)
     app.add_middleware(Gate, service=service)
     app.include_router(page_router())
-    for module in (about, completions, chat, transfer, sessions):
+    for module in (about, completions, chat, response_routes, conversation_routes, transfer, sessions):
         app.include_router(module.router)
     return app

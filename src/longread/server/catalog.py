@@ -11,7 +11,7 @@ import contextlib
 import json
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,10 @@ class Catalog:
         self._tasks: dict[str, Task] = {}
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
+    def making(self, tenant: str) -> asyncio.Lock:
+        """Held while a session of a tenant is made, so that several cannot exceed a limit together."""
+        return self._making[tenant]
+
     def turn(self, session: str) -> asyncio.Lock:
         """Held by whoever reads or writes with a session: where it begins is then where it stands."""
         return self._turns.setdefault(session, asyncio.Lock())
@@ -74,10 +78,10 @@ class Catalog:
         if session in self._tasks:
             self._tasks[session].cancel()
 
-    def remove_orphans(self) -> None:
-        """Deletes what a crash left: twins and forks that no session knows."""
+    def remove_orphans(self, known: Collection[str] = ()) -> None:
+        """Deletes what a crash left: twins and forks that no session knows, and that are not among the `known`."""
         entries = [_entry(info) for info in self._engine.sessions()]
-        wanted = {entry.twin for entry in entries if entry is not None}
+        wanted = {entry.twin for entry in entries if entry is not None} | set(known)
         for info in self._engine.sessions():
             if _entry(info) is None and info.id not in wanted:
                 self._engine.delete(info.id)
@@ -184,12 +188,13 @@ class Catalog:
 
     @contextlib.asynccontextmanager
     async def _room(self, tenant: str, count: int) -> AsyncIterator[None]:
-        """Holds the tenant's other new sessions back while one is made, so that they cannot exceed a limit together."""
+        """Room for some more sessions of a tenant while they are made."""
         limits = self._service.limits
-        async with self._making[tenant]:
+        async with self.making(tenant):
             infos = await self._service.run(self._engine.sessions, tenant)
-            if len(infos) + count > limits.sessions:
-                message = f"there are {len(infos)} sessions, and {limits.sessions} may be; delete some"
+            there = sum(info.label != RESPONSE_LABEL for info in infos)
+            if there + count > limits.sessions:
+                message = f"there are {there} sessions, and {limits.sessions} may be; delete some"
                 raise ApiError(429, message, code="insufficient_quota", retry_after=60)
             taken = sum(info.nbytes for info in infos)
             if limits.tenant_bytes is not None and taken >= limits.tenant_bytes:
@@ -209,6 +214,10 @@ class Catalog:
 
 def _written(label: str, twin: str | None = None, parent: str | None = None, *, hidden: bool = False) -> str:
     return json.dumps({"label": label, "twin": twin, "parent": parent, "hidden": hidden})
+
+
+RESPONSE_LABEL = _written("response", hidden=True)
+"""Of the session of a response, which is none of the tenant's own."""
 
 
 def _entry(info: SessionInfo) -> Entry | None:

@@ -1,18 +1,10 @@
-"""/v1/chat/completions: a chat written out as a text that a base model can continue.
-
-The models are trained on texts, not on chats. So a chat is put to them as a text of this form, and their answer ends
-where the user would speak next:
-
-    {system}\\n\\nUser: {content}\\n\\nAssistant: {content}\\n\\nUser: {content}\\n\\nAssistant:
-
-A message with a `name` has that in place of its role.
-"""
+"""/v1/chat/completions: a chat written out as a text that a base model can continue."""
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -29,7 +21,8 @@ from longread.server.choices import (
     top_of,
     usage,
 )
-from longread.server.openai_models import ChatRequest, Message
+from longread.server.openai.template import ends_of, text_of
+from longread.server.openai_models import ChatRequest
 from longread.server.replies import REPLIES, STREAM_OF_OBJECTS
 from longread.server.service import Service, TheService
 from longread.server.stream import Event, streamed
@@ -38,28 +31,8 @@ from longread.server.work import Work
 
 router = APIRouter(tags=["OpenAI"])
 
-MOST_NAMES = 4
-"""Names of users, the newest, at which an answer ends as at "User"."""
 MOST_TOKENS = 512
 """Of an answer whose request does not say how long it may be."""
-_SPEAKERS = {"user": "User", "assistant": "Assistant"}
-
-
-def text_of(messages: Sequence[Message]) -> str:
-    """The chat as a text; one that ends with words of the assistant is continued there."""
-    parts = []
-    for message in messages:
-        speaker = message.name or _SPEAKERS.get(message.role)
-        parts.append(f"{speaker}: {message.text}" if speaker else message.text)
-    if messages[-1].role != "assistant":
-        parts.append("Assistant:")
-    return "\n\n".join(parts)
-
-
-def ends_of(messages: Sequence[Message]) -> list[str]:
-    """Where the answer ends: the beginnings of what a user would say next."""
-    names = dict.fromkeys(message.name for message in reversed(messages) if message.role == "user" and message.name)
-    return [f"\n\n{speaker}:" for speaker in [_SPEAKERS["user"], *list(names)[:MOST_NAMES]]]
 
 
 @router.post("/v1/chat/completions", responses=REPLIES | {200: STREAM_OF_OBJECTS}, response_model=None)

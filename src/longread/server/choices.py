@@ -43,6 +43,8 @@ class Continuation:
     pieces: list[Piece] = field(default_factory=list)
     num_tokens: int = 0
     """Written, those of a stop text included."""
+    ids: list[int] = field(default_factory=list)
+    """What a session must read to be where the text ends; complete after the last piece."""
 
     @property
     def text(self) -> str:
@@ -72,6 +74,7 @@ class Continuation:
                 else:
                     yield piece
         outcome = await running.result()
+        self.ids = writer.ids
         if not writer.stopped:
             if outcome.reason == "cancelled":
                 work.check("nothing of it is kept, so ask again, for less if it was too long")

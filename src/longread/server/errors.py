@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from longread.config import UserError
 from longread.engine import Busy, TooLarge, UnknownSession, WrongPosition
 from longread.server.openai_models import UNSUPPORTED
-from longread.server.validation import explained, unknown_argument
+from longread.server.validation import cause, explained, unknown_argument
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {
@@ -130,7 +130,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
     if unknown is not None:
         return ApiError(400, f"there is no argument {unknown}; leave it out", param=unknown, code="unknown_parameter")
     message, name = explained(errors)
-    kind = errors[0]["type"]
+    kind = cause(errors)["type"]
     return ApiError(400, message, param=name, code=kind if kind in UNSUPPORTED else None)
 
 

@@ -31,6 +31,12 @@ class ServerLimits:
     """Sessions of one tenant; a frozen twin counts."""
     tenant_bytes: int | None = None
     """State of all sessions of one tenant together; None: what the engine has."""
+    responses: int = 1000
+    """Responses of one tenant that can be gone on from; a new one takes the place of the one not used longest."""
+    response_seconds: float = 30 * 86400.0
+    """That a response or a conversation is kept without being used."""
+    conversations: int = 1000
+    """Of one tenant."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

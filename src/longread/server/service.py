@@ -23,6 +23,7 @@ from longread.server.errors import ApiError
 from longread.server.keys import Keys
 from longread.server.limits import ServerLimits
 from longread.server.metrics import Meters
+from longread.server.openai.history import History
 from longread.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Service:
     def __post_init__(self) -> None:
         self.scratch = self.scratch.absolute()
         self.meters.follow(self.engine.stats)
+        self.history = History(None if self.engine.directory is None else self.engine.directory / "responses.sqlite")
         self._threads = ThreadPoolExecutor(THREADS, "longread-server")
 
     @property
@@ -103,6 +105,7 @@ class Service:
         """Stops the engine, which saves all sessions."""
         self.stopping = True
         self.engine.close(CLOSE_SECONDS)
+        self.history.close()
         self._threads.shutdown(wait=False)
 
     def encode(self, text: str, *, bos: bool, inside: bool = False) -> tuple[list[int], list[int]]:

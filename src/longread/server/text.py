@@ -68,6 +68,9 @@ class Writer:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self._decoder = StreamDecoder(tokenizer, before=before, stops=stops)
         self._stops = bool(stops)
+        self._tokenizer = tokenizer
+        self._taken: list[int] = []
+        self._ends = [0]  # characters that are known before each of these and after the last
         self._texts: list[str] = []  # what has gone out
         self._sent = 0  # characters of it
         self._held: list[tuple[Token, int, int]] = []  # tokens not yet gone out, with begin and end in the text
@@ -82,11 +85,21 @@ class Writer:
         """Everything that has gone out."""
         return "".join(self._texts)
 
+    @property
+    def ids(self) -> list[int]:
+        """What a reader must have read to be where the text ends: the tokens, but for what is part of a stop text."""
+        if not self.stopped:
+            return self._taken
+        known = self._ends.index(max(end for end in self._ends if end <= self._sent))
+        return [*self._taken[:known], *self._tokenizer.encode_inside(self.text[self._ends[known] :])[0]]
+
     def push(self, token: Token) -> Piece:
         """One more token."""
         begin = self._decoder.decoded
         text = self._decoder.push(token.id)
         self._held.append((token, begin, self._decoder.decoded))
+        self._taken.append(token.id)
+        self._ends.append(self._decoder.decoded)
         return self._sending(text, final=False)
 
     def close(self) -> Piece:

@@ -29,14 +29,20 @@ _UNIONS = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
     "stop": "a text, or a list of texts",
     "content": "a text, or a list of text parts",
+    "input": "a text, or a list of messages",
+    "conversation": "an id, or an object with one",
 }
 """What a value of several types may be, by the argument's name."""
 
 
+def cause(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first thing that is wrong, of all that pydantic found: of a value of several types, with the likeliest."""
+    return _nearest(errors) if len(_alternatives(errors)) > 1 else errors[0]
+
+
 def explained(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     """The sentence about what pydantic found, and the argument that it is about, None for the whole body."""
-    place, several = _place(errors[0]), len(_alternatives(errors)) > 1
-    error = _nearest(errors) if several else errors[0]
+    place, several, error = _place(errors[0]), len(_alternatives(errors)) > 1, cause(errors)
     name, kind = _name(_place(error)), error["type"]
     if several and len(_place(error)) == len(place) and place and place[-1] in _UNIONS:
         return f"{name} is {_shown(error['input'])}; it must be {_UNIONS[str(place[-1])]}", name
@@ -49,7 +55,8 @@ def explained(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
 
 def unknown_argument(errors: Sequence[Mapping[str, Any]]) -> str | None:
     """The argument that there is not, if the first thing wrong is one."""
-    return _clean(str(errors[0]["loc"][-1])) if errors[0]["type"] == "extra_forbidden" else None
+    error = cause(errors)
+    return _clean(str(error["loc"][-1])) if error["type"] == "extra_forbidden" else None
 
 
 def _whole(error: Mapping[str, Any]) -> str:
