@@ -31,7 +31,7 @@ from longread.files import remove_tree
 from longread.recipes import Method, toy
 from longread.record import hardware
 from longread.tokenizer import ByteTokenizer
-from longread.train import Progress, TrainResult, train
+from longread.train import TrainingProgress, TrainResult, train
 
 METHODS: dict[Method, str] = {"e2e": "TTT-E2E", "swa": "SWA", "full": "full attention"}
 LEFT_OUT = ["site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo"]
@@ -75,7 +75,7 @@ def demo(out: Path, seed: int, steps: int) -> int:
     for method, name in METHODS.items():
         config = toy(method, seed=seed, steps=steps)
         console.print(f"\n[bold]{name}[/bold]: {config.model.num_parameters:,} parameters, {steps} steps")
-        with Progress(config) as progress:
+        with TrainingProgress(config) as progress:
             trained[method] = train(config, data, out / method, device="cpu", on_step=progress)
         model = trained[method].model.requires_grad_(False)
         measured += [

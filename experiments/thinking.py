@@ -40,7 +40,7 @@ from longread.thinking import (
     open_thinker,
     think,
 )
-from longread.thinking.conditions import AT_ONCE, CONDITIONS, MODEL, SIMULATOR, Evaluation, evaluate_agents
+from longread.thinking.conditions import AT_ONCE, CONDITIONS, MODEL, SIMULATOR, BoardEvaluation, evaluate_agents
 from longread.thinking.draws import choose
 from longread.thinking.tasks import coverage, draw_legal, random_play
 from longread.thinking.trials import outcomes
@@ -215,18 +215,18 @@ class Job:
             results |= {"world models": self.by_model_steps(), "coverage": self.coverage(), "cloning": self.cloning()}
         return results
 
-    def evaluations(self, model: WorldModel | None, **options: Any) -> dict[str, Evaluation]:
+    def evaluations(self, model: WorldModel | None, **options: Any) -> dict[str, BoardEvaluation]:
         cohort = self.cohort
         return {t: evaluate_agents(cohort.world, cohort.agent, model, boards, cohort.draws, trials=self.config.trials,
                                    **options) for t, boards in self.sets.items()}  # fmt: skip
 
-    def by_novelty(self, found: dict[str, Evaluation], condition: str) -> dict[str, list[float]]:
+    def by_novelty(self, found: dict[str, BoardEvaluation], condition: str) -> dict[str, list[float]]:
         """Of each agent, success on what was withheld from it, and the mean over the other combinations."""
         rates = {t: e.success[condition].tolist() for t, e in found.items()}
         seen = [sum(rates[t][i] for t in rates if t != own) / (len(rates) - 1) for i, own in enumerate(self.withheld)]
         return {"withheld": [rates[own][i] for i, own in enumerate(self.withheld)], "seen": seen}
 
-    def own(self, found: dict[str, Evaluation], part: Callable[[Evaluation], Tensor | None]) -> list[Any]:
+    def own(self, found: dict[str, BoardEvaluation], part: Callable[[BoardEvaluation], Tensor | None]) -> list[Any]:
         """Of each agent, what was found on the boards that were withheld from it."""
         parts = {t: part(e) for t, e in found.items()}
         return [value[i].tolist() for i, own in enumerate(self.withheld) if (value := parts[own]) is not None]

@@ -25,7 +25,7 @@ from longread.bench import (
     training,
 )
 from longread.bench.cases import SIZE_NAMES
-from longread.bench.gate import GateFailed, Verdict, check_gradients, judged, refusing_fallbacks
+from longread.bench.gate import GateFailed, GateResult, check_gradients, judged, refusing_fallbacks
 from longread.bench.machine import versions
 from longread.bench.plots import bench_charts
 from longread.bench.profile import covered, describe, kind_of
@@ -396,7 +396,7 @@ def test_a_page_follows_from_its_rows() -> None:
     read_bytes = 2 * (config.num_parameters + 2 * 32 * 8192 * 2560)
     assert share_of_peak(decode, machine) == pytest.approx(read_bytes * 300 / 4e12)
 
-    outcome = Outcome(machine, rows=[full, e2e, prefill, decode], verdicts=[Verdict("gradients", True, "fine")])
+    outcome = Outcome(machine, rows=[full, e2e, prefill, decode], verdicts=[GateResult("gradients", True, "fine")])
     outcome.failures.append((Case("prefill", "e2e", "3b", 8192), "does not fit into memory"))
     page = markdown(outcome, command="longread bench", hardware={"gpus": ["a card"]})
     line = next(line for line in page.splitlines() if "| TTT-E2E | 12,000 |" in line)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from longread.bench import Case, Machine, Outcome, gate, markdown, merged, parallel, plan, ranks, run_cases
-from longread.bench.gate import GateFailed, Verdict
+from longread.bench.gate import GateFailed, GateResult
 from longread.bench.parallel import measure_parallel
-from longread.bench.ranks import Found, Steps
+from longread.bench.ranks import RankMeasurement, Steps
 from longread.bench.report import share_of_peak, work_per_token
 from longread.cli import main
 from longread.config import Parallelism, UserError
@@ -118,25 +118,25 @@ def test_the_command_measures_on_two_processes(
 # What follows, without processes.
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, found: Found, case: Case = TWO) -> Any:
+def measured(monkeypatch: pytest.MonkeyPatch, found: RankMeasurement, case: Case = TWO) -> Any:
     monkeypatch.setattr(parallel, "on_ranks", lambda *_: found)
     return measure_parallel(case, CPU, repeats=3)
 
 
 def test_a_row_has_the_rates_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = Verdict("sum", True, "fine")
+    verdict = GateResult("sum", True, "fine")
     together, alone = Steps([0.5, 0.25, 1.0], 3.0, 1, "sqrt"), Steps([0.25, 0.2, 0.5], 4.0, 1, "sqrt")
-    row, said = measured(monkeypatch, Found(verdict, together, alone))
+    row, said = measured(monkeypatch, RankMeasurement(verdict, together, alone))
     assert said is verdict
     assert (row["value"], row["spread"]) == (2 * 64 / 0.5, [128.0, 512.0])
     assert (row["one_gpu"], row["one_gpu_spread"]) == (64 / 0.25, [128.0, 320.0])
     assert (row["ratio"], row["recompute"], row["peak_gib"], row["one_gpu_peak_gib"]) == (1.0, "sqrt", 3.0, 4.0)
     assert Case.of_row(row) == TWO
-    too_large, _ = measured(monkeypatch, Found(verdict, together))
+    too_large, _ = measured(monkeypatch, RankMeasurement(verdict, together))
     assert too_large["one_gpu"] is too_large["ratio"] is None
     assert merged([row], [too_large]) == [too_large]
     assert len(merged([row], [row | {"gpus": 4}, row | {"update": "replicated"}])) == 3
-    pooled, _ = measured(monkeypatch, Found(verdict, together, alone), dataclasses.replace(TWO, state=2))
+    pooled, _ = measured(monkeypatch, RankMeasurement(verdict, together, alone), dataclasses.replace(TWO, state=2))
     assert (pooled["value"], pooled["ratio"], pooled["state_parallel"]) == (64 / 0.5, 0.5, 2)
     assert len(merged([row], [pooled])) == 2
     page = markdown(Outcome(Machine("m", "p", 1e12, 1e10), [row, too_large]), command="c", hardware=None)
@@ -147,13 +147,13 @@ def test_a_row_has_the_rates_of_all_and_of_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_red_or_too_large_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = Verdict("sum", False, "far off")
+    verdict = GateResult("sum", False, "far off")
     with pytest.raises(GateFailed, match="sum, far off"):
-        measured(monkeypatch, Found(verdict, red="sum, far off"))
+        measured(monkeypatch, RankMeasurement(verdict, red="sum, far off"))
     with pytest.raises(torch.OutOfMemoryError):
-        measured(monkeypatch, Found(verdict))
+        measured(monkeypatch, RankMeasurement(verdict))
     monkeypatch.setattr("longread.bench.run.measure_machine", lambda device: Machine("one", "product", 1e11, 1e10))
-    monkeypatch.setattr("longread.bench.run.check_gradients", lambda *_: Verdict("one", True, "fine"))
+    monkeypatch.setattr("longread.bench.run.check_gradients", lambda *_: GateResult("one", True, "fine"))
     outcome = run_cases([TWO], CPU, repeats=1)
     assert outcome.failures == [(TWO, "does not fit into memory")]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longread.checkpoint import load_model, save_model
 from longread.checkpoint.load import describe_model
-from longread.checkpoint.streamed import Layout, save_streamed, stream_safetensors
+from longread.checkpoint.streamed import ParameterSpec, save_streamed, stream_safetensors
 from longread.model import Transformer, fingerprint_of
 from tests.tiny import INNER, make
 
@@ -28,8 +28,8 @@ def mixed() -> Transformer:
     return model
 
 
-def layout_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
-    return {name: Layout(tuple(x.shape), x.dtype) for name, x in tensors.items()}
+def layout_of(tensors: Mapping[str, Tensor]) -> dict[str, ParameterSpec]:
+    return {name: ParameterSpec(tuple(x.shape), x.dtype) for name, x in tensors.items()}
 
 
 class OnceEach(Mapping[str, Tensor]):
@@ -83,7 +83,7 @@ def test_a_parameter_that_is_another_leaves_the_model_that_was_there(tmp_path: P
     save_streamed(tmp_path / "m", model.config, layout, model.state_dict(), INNER, None)
     before = [(tmp_path / "m" / name).read_bytes() for name in FILES]
     for wrong in (torch.zeros(17), torch.zeros(16, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"final_norm\.weight is .* of torch\.float.*, not Layout"):
+        with pytest.raises(ValueError, match=r"final_norm\.weight is .* of torch\.float.*, not ParameterSpec"):
             save_streamed(
                 tmp_path / "m", model.config, layout, model.state_dict() | {"final_norm.weight": wrong}, INNER, None
             )

@@ -235,7 +235,7 @@ def test_a_training_that_is_stopped_says_so_in_its_status(
 ) -> None:
     arguments = ["train", "toy", "--data", str(home / "data"), *MICROSCOPIC, "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr("longread.train.Progress.__call__", lambda *_: os.kill(os.getpid(), number))
+        patch.setattr("longread.train.TrainingProgress.__call__", lambda *_: os.kill(os.getpid(), number))
         assert main(arguments) == status
     assert "stopped after step 1 of 3; --resume goes on from there" in capsys.readouterr().out
     assert main([*arguments, "--resume"]) == 0

@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from longread.config import UserError
 from longread.data import (
-    Progress,
+    PrepareProgress,
     TokenDataset,
     prepare,
     read_pieces,
@@ -276,7 +276,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 
 
 def test_progress(corpus: Path, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[PrepareProgress] = []
     dataset = prepare([corpus], tmp_path / "out", BYTES, progress=seen.append)
     assert [p.documents for p in seen] == [1, 2, 3]
     assert seen[-1].tokens == dataset.num_tokens

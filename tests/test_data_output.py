@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from longread.config import UserError
-from longread.data import Progress, TokenDataset, prepare
+from longread.data import PrepareProgress, TokenDataset, prepare
 from longread.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -107,7 +107,7 @@ def test_a_read_only_place(
 
 
 def test_an_interruption_leaves_nothing(old: dict[str, bytes], tmp_path: Path) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: PrepareProgress) -> None:
         raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):

@@ -24,7 +24,7 @@ from longread.evaluate import (
     Judge,
     LongreadJudge,
     Sampling,
-    Writing,
+    WrittenTexts,
     check_judge,
     decoding_notes,
     judges as judges_module,
@@ -70,14 +70,14 @@ def judge(tokenizer: Tokenizer = BYTES) -> LongreadJudge:
 
 
 @pytest.fixture(scope="module")
-def writings() -> list[Writing]:
+def writings() -> list[WrittenTexts]:
     human = prompts(documents(), T)
     writer = model(vocab_size=260)
     written = write("w", writer, INNER, BYTES, human, learn=True, sampling=Sampling(), seed=5, batch_size=2)
-    return [Writing(HUMAN, "human", human), written]
+    return [WrittenTexts(HUMAN, "human", human), written]
 
 
-def test_continuations_keep_the_prompt_and_are_repeatable(writings: list[Writing]) -> None:
+def test_continuations_keep_the_prompt_and_are_repeatable(writings: list[WrittenTexts]) -> None:
     human, written = writings[0].tokens, writings[1].tokens
     assert written.shape == human.shape == (3, T)
     assert (written[:, : T // 2] == human[:, : T // 2]).all()
@@ -102,7 +102,7 @@ def test_learning_and_frozen_continuations_are_those_of_a_session() -> None:
     assert write("s", model(suffix=0), INNER, BYTES, human, learn=True, sampling=GREEDY).reading == "static"
 
 
-def test_a_judge_of_the_same_tokens_scores_them_exactly(writings: list[Writing]) -> None:
+def test_a_judge_of_the_same_tokens_scores_them_exactly(writings: list[WrittenTexts]) -> None:
     found = verdicts(judge(), BYTES, writings, bins=4, batch_size=2)
     alone = [Session(judge()._model, INNER).read(row) for row in writings[1].tokens]
     expected = torch.stack(alone)[:, T // 2 :].mean()
@@ -144,7 +144,7 @@ def test_a_judge_with_another_tokenizer_reads_the_text() -> None:
     human = prompts(documents(), T)
     counting = Counting(BPE)
     check_judge(counting, BYTES, human, [("w", "w's")])
-    (verdict,) = verdicts(counting, BYTES, [Writing(HUMAN, "human", human)], bins=4)
+    (verdict,) = verdicts(counting, BYTES, [WrittenTexts(HUMAN, "human", human)], bins=4)
     for place in (verdict.prompt, verdict.continuation, *(b.score for b in verdict.by_position)):
         assert place.bits_per_byte is not None
         assert place.bits_per_byte.mean == pytest.approx(1 / math.log(2))
@@ -154,16 +154,16 @@ def test_a_judge_with_another_tokenizer_reads_the_text() -> None:
     per_token = sum(score.nats_per_token.mean for score, _ in halves)
     assert per_token > 2  # tokens of several bytes
     assert whole < 3 * (T - 1)
-    notes = decoding_notes([Writing(HUMAN, "human", human)], BYTES, counting)
+    notes = decoding_notes([WrittenTexts(HUMAN, "human", human)], BYTES, counting)
     assert "counting has a tokenizer of its own" in notes[0]
     broken = human.copy()
     broken[:, T // 2 :: 5] = 0xFF
-    assert "are not valid UTF-8" in decoding_notes([Writing("w", "static", broken)], BYTES, counting)[1]
+    assert "are not valid UTF-8" in decoding_notes([WrittenTexts("w", "static", broken)], BYTES, counting)[1]
 
 
 def test_repetition_is_counted() -> None:
     rows = np.stack([np.arange(T), np.concatenate([np.arange(T // 2), np.full(T // 2, 7)])]) % 200
-    (verdict,) = verdicts(judge(), BYTES, [Writing("w", "static", rows)], bins=2)
+    (verdict,) = verdicts(judge(), BYTES, [WrittenTexts("w", "static", rows)], bins=2)
     windows = T // 2 - 7
     assert verdict.repeated is not None
     assert verdict.repeated.mean == pytest.approx((windows - 1) / (2 * windows))

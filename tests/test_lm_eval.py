@@ -49,7 +49,7 @@ def test_likelihoods_are_those_of_a_session_to_the_last_digit(directory: Path, o
 
 
 def test_greedy_is_what_a_session_would_write(directory: Path, opened: OpenModel) -> None:
-    from longread.lm_eval.scoring import Reader, score
+    from longread.lm_eval.scoring import BatchReader, score
 
     context, pairs = (256, *TEXT[:50].encode()), []
     session = opened.session()
@@ -57,10 +57,10 @@ def test_greedy_is_what_a_session_would_write(directory: Path, opened: OpenModel
     written = list(session.generate(2 * M + 3, temperature=0))
     for n in (1, M, len(written)):
         pairs += [(context, tuple(written[:n])), (context, (*written[: n - 1], (written[n - 1] + 1) % 257))]
-    reader = Reader(opened.model, opened.inner, learn=True)
+    reader = BatchReader(opened.model, opened.inner, learn=True)
     found = dict(score(reader, pairs, batch_size=4))
     assert [found[i].is_greedy for i in range(len(pairs))] == [True, False] * 3
-    frozen = dict(score(Reader(opened.model, opened.inner, learn=False), pairs, batch_size=4))
+    frozen = dict(score(BatchReader(opened.model, opened.inner, learn=False), pairs, batch_size=4))
     assert not frozen[4].is_greedy  # other weights would write something else
 
 

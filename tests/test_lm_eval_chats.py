@@ -63,9 +63,9 @@ def test_an_answer_ends_at_the_tokens_that_end_one(chatting: Path, monkeypatch: 
     texts, ends = model._prompts.stops(["\n", "<|turn|>", ""])
     assert texts == ("\n",)
     assert ends == model._prompts.ends | {special["<|turn|>"]}
-    from longread.lm_eval.writing import Writing, _Answer
+    from longread.lm_eval.writing import GenerationSettings, _GeneratedAnswer
 
-    answer = _Answer(model._prompts, (1, 2), Writing(9, 0.0, 1.0, None, 1.0, ()), 0, 16)
+    answer = _GeneratedAnswer(model._prompts, (1, 2), GenerationSettings(9, 0.0, 1.0, None, 1.0, ()), 0, 16)
     for token in [*tokenizer.encode("the lamp"), special["<|end|>"], *tokenizer.encode(" burns")]:
         answer.take(token)
     assert answer.ended

@@ -47,18 +47,18 @@ def test_what_is_written_is_what_a_session_writes(directory: Path, opened: OpenM
 
 
 def test_a_session_draws_the_same(directory: Path, opened: OpenModel) -> None:
-    from longread.lm_eval.scoring import Reader
-    from longread.lm_eval.writing import Writing, _seed, write
+    from longread.lm_eval.scoring import BatchReader
+    from longread.lm_eval.writing import GenerationSettings, _seed, write
 
     model = harness_model(directory)
     wish = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.2}
-    settings = Writing.of(wish | {"max_gen_toks": 20}, max_tokens=5)
+    settings = GenerationSettings.of(wish | {"max_gen_toks": 20}, max_tokens=5)
     prompt = (256, *TEXT[:33].encode())
     (one, two), other = (
         [
             text
             for _, text in sorted(
-                write(Reader(opened.model, opened.inner, True), model._prompts, [(prompt, settings)] * n, 2, seed)
+                write(BatchReader(opened.model, opened.inner, True), model._prompts, [(prompt, settings)] * n, 2, seed)
             )
         ]
         for n, seed in ((2, 7), (1, 8))
@@ -83,13 +83,13 @@ def test_seeds_of_the_harness_count(directory: Path) -> None:
 
 
 def test_settings_of_an_answer() -> None:
-    from longread.lm_eval.writing import Writing
+    from longread.lm_eval.writing import GenerationSettings
 
-    def of(**asked: Any) -> Writing:
-        return Writing.of(asked, max_tokens=64)
+    def of(**asked: Any) -> GenerationSettings:
+        return GenerationSettings.of(asked, max_tokens=64)
 
-    assert of() == Writing(64, 0.0, 1.0, None, 1.0, ())
-    assert of(until="a", max_new_tokens=3) == Writing(3, 0.0, 1.0, None, 1.0, ("a",))
+    assert of() == GenerationSettings(64, 0.0, 1.0, None, 1.0, ())
+    assert of(until="a", max_new_tokens=3) == GenerationSettings(3, 0.0, 1.0, None, 1.0, ("a",))
     assert of(temperature=0.5).temperature == 0.5
     assert of(temperature=0.5, do_sample=False).temperature == 0
     assert of(do_sample=True).temperature == 1

@@ -30,7 +30,7 @@ from longread.evaluate import (
     search,
     wilson,
 )
-from longread.evaluate.continuation import Continuation, _chosen, _penalised, _uniform
+from longread.evaluate.continuation import BatchContinuation, _chosen, _penalised, _uniform
 from longread.evaluate.haystack import NOISE
 from longread.model import Transformer, initialize
 from longread.session import Session
@@ -321,7 +321,7 @@ def test_what_a_diverged_reading_says_is_no_find(monkeypatch: pytest.MonkeyPatch
     tokenizer = ByteTokenizer()
     samples = make_samples(tokenizer, VARIANTS[1], noise(tokenizer, 500), 500, [0.5], 2, seed=0)
     said = torch.tensor([tokenizer.encode(f" {sample.value}") for sample in samples])
-    monkeypatch.setattr(needle, "continue_texts", lambda *_, **__: Continuation(said, [None, 507], None))
+    monkeypatch.setattr(needle, "continue_texts", lambda *_, **__: BatchContinuation(said, [None, 507], None))
     result = search("m", model(), INNER, tokenizer, samples, learn=True)
     assert [sample.value in trial.answer for sample, trial in zip(samples, result.trials, strict=True)] == [True, True]
     assert [trial.found for trial in result.trials] == [True, False]

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from longread.config import UserError
-from longread.thinking import World, WorldConfig, certified_set
+from longread.thinking import MarbleWorld, WorldConfig, certified_set
 from longread.thinking.draws import Draws, choose
 from longread.thinking.tasks import coverage, draw_legal, families_on, is_legal, mutate_legal, random_play, rule
 from longread.thinking.trials import Played, outcomes, play
 from longread.thinking.world import CURTAIN, EMPTY, FLOOR, KEY, OPEN, SEALED, WALL, WEDGE, permutations
 from tests.marble_run import trial, winning
 
-WORLD = World(WorldConfig())
-RICH = World(WorldConfig(curtain_rows=4, empty_chance=0.6, permutation_seed=3))
+WORLD = MarbleWorld(WorldConfig())
+RICH = MarbleWorld(WorldConfig(curtain_rows=4, empty_chance=0.6, permutation_seed=3))
 A, B, C, D = range(CURTAIN, CURTAIN + 4)
 PLANS = list(itertools.product(range(5), repeat=2))
 each_world = pytest.mark.parametrize("world", [WORLD, RICH], ids=["uniform", "rich"])
@@ -83,7 +83,7 @@ def test_the_first_marble_must_take_the_key() -> None:
 
 
 @each_world
-def test_outcomes_are_those_of_the_slow_simulator(world: World) -> None:
+def test_outcomes_are_those_of_the_slow_simulator(world: MarbleWorld) -> None:
     families = permutations(world.config)
     cells = world.draw(Draws.from_seeds([1, 2]), 500)
     found = outcomes(world, world.step, cells)
@@ -117,10 +117,10 @@ def test_the_table_that_everything_was_chosen_on() -> None:
 def test_more_families_than_there_are_is_an_error() -> None:
     with pytest.raises(UserError, match="permutation_seed 0 is a table of 4 families"):
         WorldConfig(families=5)
-    World(WorldConfig(families=6, permutation_seed=1))
+    MarbleWorld(WorldConfig(families=6, permutation_seed=1))
 
 
-def check_boards(world: World, cells: Tensor) -> None:
+def check_boards(world: MarbleWorld, cells: Tensor) -> None:
     """One key, one goal, wedges above the floor, whole curtain rows but for walls, nothing else."""
     R = world.curtain_rows
     rows = cells.reshape(-1, world.rows, world.columns)
@@ -136,7 +136,7 @@ def check_boards(world: World, cells: Tensor) -> None:
 
 
 @each_world
-def test_boards_and_their_mutants_are_boards_and_never_withheld_ones(world: World) -> None:
+def test_boards_and_their_mutants_are_boards_and_never_withheld_ones(world: MarbleWorld) -> None:
     withheld = rule(world, ["abc", "bd", "acd"])
     cells = draw_legal(world, Draws.from_seeds([0, 1, 2]), withheld, 400)
     for generation in range(6):
@@ -172,7 +172,7 @@ def test_legal_is_what_lacks_one_of_the_withheld_families() -> None:
 
 @each_world
 @pytest.mark.parametrize("families", ["abc", "bcd"])
-def test_certified_boards_hold_the_families_and_can_be_solved(world: World, families: str) -> None:
+def test_certified_boards_hold_the_families_and_can_be_solved(world: MarbleWorld, families: str) -> None:
     found = certified_set(world, families, 200)
     assert len(found.cells) == 200
     check_boards(world, found.cells)

@@ -12,9 +12,9 @@ from torch import Tensor
 from longread.ops.fast_mlp.reference import reference_fast_mlp
 from longread.thinking import (
     Cohort,
+    MarbleWorld,
     ModelTraining,
     ThinkingConfig,
-    World,
     WorldConfig,
     certified_set,
     conditions as tested,
@@ -29,7 +29,7 @@ from longread.thinking.trials import Outcomes, outcomes
 from longread.thinking.world_model import WorldModel
 
 SMALL = ThinkingConfig(width=16, key_width=8, teacher_width=12, boards=3, copies=4, trials=2, population=40)
-WORLD = World(WorldConfig())
+WORLD = MarbleWorld(WorldConfig())
 KINDS = [
     {"memory": "linear"},
     {"memory": "linear", "teach": "scalar"},
@@ -204,13 +204,13 @@ def test_a_perfect_model_is_as_good_as_the_simulator_bit_for_bit() -> None:
 def test_the_real_world_is_asked_for_one_trial_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     agent, boards_ = agent_of(), certified_set(WORLD, "abc", 4)
     model = WorldModel(WORLD, Draws.from_seeds([0, 1]), 4)
-    dropped, step = [0], World.step
+    dropped, step = [0], MarbleWorld.step
 
-    def counted(self: World, cells: Tensor, marble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def counted(self: MarbleWorld, cells: Tensor, marble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dropped[0] += int((marble < 25).sum())  # marbles in the top row
         return step(self, cells, marble)
 
-    monkeypatch.setattr(World, "step", counted)
+    monkeypatch.setattr(MarbleWorld, "step", counted)
     found = evaluate_agents(WORLD, agent, model, boards_, Draws.from_seeds([0, 1]), tries=3, trials=2)
     each = 2 * 4 * 3 * 2  # agents, boards, tries, marbles
     assert found.drops == dict.fromkeys(CONDITIONS, each)
@@ -233,7 +233,7 @@ def test_controls_change_what_they_say() -> None:
 
 
 def test_the_reasoner_shifts_every_column_as_the_one_that_it_has_tried() -> None:
-    world = World(WorldConfig())
+    world = MarbleWorld(WorldConfig())
     found = evaluate_agents(
         world, agent_of(), Perfect(world, Draws.from_seeds([0, 1]), 4), certified_set(world, "abc", 400),
         Draws.from_seeds([0, 1]), conditions=[CONDITIONS[-1]],

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from longread import files
-from longread.config import UserError
+from longread.config import TrainingHalted, UserError
 from longread.thinking import (
     Cohort,
+    MarbleWorld,
     ModelTraining,
     ThinkingConfig,
-    TrainingHalted,
-    World,
     WorldConfig,
     evaluate,
     open_thinker,
@@ -38,7 +37,7 @@ CONFIG = ThinkingConfig(
     world_model=MODEL, iterations=4, width=12, key_width=6, teacher_width=6, boards=4, copies=2, trials=2,
     population=40, warmup=2, checkpoint_every=2, selection="gap_unsolved",
 )  # fmt: skip
-WORLD = World(WorldConfig())
+WORLD = MarbleWorld(WorldConfig())
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

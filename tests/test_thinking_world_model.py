@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longread.thinking import World, WorldConfig
+from longread.thinking import MarbleWorld, WorldConfig
 from longread.thinking.draws import Draws
 from longread.thinking.tasks import draw_legal, random_play, rule
 from longread.thinking.world_model import WorldModel, damaged
 
-WORLD = World(WorldConfig())
+WORLD = MarbleWorld(WorldConfig())
 
 
 @pytest.fixture(autouse=True)

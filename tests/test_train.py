@@ -21,7 +21,7 @@ from longread.model import Transformer
 from longread.outer_loop import Fit, end_to_end_loss, static_loss
 from longread.record import TIMING_FIELDS
 from longread.tokenizer import ByteTokenizer
-from longread.train import Progress, train
+from longread.train import TrainingProgress, train
 from longread.train.optimizer import gradient_norm
 
 PARITY = Path(__file__).parent / "parity"
@@ -358,7 +358,7 @@ def test_a_model_of_another_shape_is_no_beginning(
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_shows_the_numbers(tmp_path: Path, data: TokenDataset, terminal: bool) -> None:
     screen = io.StringIO()
-    with Progress(CONFIG, Console(file=screen, force_terminal=terminal, width=200)) as progress:
+    with TrainingProgress(CONFIG, Console(file=screen, force_terminal=terminal, width=200)) as progress:
         train(CONFIG, data, tmp_path / "run", validation=data.validation, on_step=progress)
     for words in ("6/6", "loss ", "validation ", "frozen ", "tokens/s", "grad ", "inner grad ", "% clipped"):
         assert words in screen.getvalue()

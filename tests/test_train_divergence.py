@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from longread import checkpoint
-from longread.config import RunConfig
+from longread.config import RunConfig, TrainingHalted
 from longread.data import TokenDataset
-from longread.train import TrainingHalted, accumulate_gradient, train
+from longread.train import accumulate_gradient, train
 from longread.train.divergence import FEWEST, HISTORY, DivergenceWatch
 from tests.test_train import change, make_data, rows_of, weights_of, without_timing
 

@@ -24,7 +24,7 @@ from longread.data import Sampler, TokenDataset, prepare
 from longread.files import read_tensors
 from longread.parallel import Launch
 from longread.tokenizer import ByteTokenizer
-from longread.train import Progress, outer_step, train
+from longread.train import TrainingProgress, outer_step, train
 from longread.train.sharing import Share
 from tests.ranks import Ranks
 from tests.test_train import CONFIG, change, make_data, rows_of, without_timing
@@ -281,7 +281,7 @@ def always_poisoned(data: Path, out: Path) -> dict[str, Any]:
 
     calls: list[int] = []
     config = change(BASE, bad_batch="skip", steps=20, max_bad_steps=4)
-    with replaced(gradient), Progress(config, Console(file=io.StringIO())) as progress:
+    with replaced(gradient), TrainingProgress(config, Console(file=io.StringIO())) as progress:
         try:
             train(config, TokenDataset.open(data), out, device="cpu", deadline=60.0, on_step=progress)
         except UserError as error:

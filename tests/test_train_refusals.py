@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from longread import checkpoint, files, train as training
-from longread.config import RunConfig, UserError
+from longread.config import RunConfig, TrainingHalted, UserError
 from longread.data import TokenDataset, prepare
 from longread.model import Transformer
 from longread.recipes import recipe
 from longread.tokenizer import ByteTokenizer
-from longread.train import TrainingHalted, train
+from longread.train import train
 from tests.test_train import CONFIG, change, make_data, rows_of, weights_of
 
 

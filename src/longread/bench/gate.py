@@ -30,7 +30,7 @@ class GateFailed(RuntimeError):
     """A result is wrong, so its time is not taken. The message says what and by how much."""
 
 
-class Verdict(NamedTuple):
+class GateResult(NamedTuple):
     """What a gate found."""
 
     name: str
@@ -84,7 +84,7 @@ def scores(config: ModelConfig, device: str | torch.device, dtype: torch.dtype, 
     return [read(model, begin(model), tokens, inner=InnerConfig()).nll[:, 1:].double().cpu()]
 
 
-def check_gradients(method: str, head_dim: int, device: torch.device) -> Verdict:
+def check_gradients(method: str, head_dim: int, device: torch.device) -> GateResult:
     """Each outer gradient of training with `method`, whatever is computed again, by relative L2 error."""
     config = small_config(method, head_dim)
     dtype = getattr(torch, precision_on(device))
@@ -95,7 +95,7 @@ def check_gradients(method: str, head_dim: int, device: torch.device) -> Verdict
     return judged(f"outer gradients, {method}, head dim {head_dim}, {precision_on(device)}", found, exact, plain)
 
 
-def check_scores(method: str, head_dim: int, device: torch.device) -> Verdict:
+def check_scores(method: str, head_dim: int, device: torch.device) -> GateResult:
     """The scores of reading with `method`, by relative L2 error."""
     config = small_config(method, head_dim)
     dtype = getattr(torch, precision_on(device))
@@ -105,7 +105,7 @@ def check_scores(method: str, head_dim: int, device: torch.device) -> Verdict:
     return judged(name, scores(config, device, dtype, dtype), exact, plain)
 
 
-def judged(name: str, found: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor] | None) -> Verdict:
+def judged(name: str, found: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor] | None) -> GateResult:
     """Errors of `found` against `exact`, beside those of `plain`, a reference in the same type, where that is narrow.
 
     A tensor may be off by twice what the reference's is off.
@@ -113,12 +113,12 @@ def judged(name: str, found: Sequence[Tensor], exact: Sequence[Tensor], plain: S
     errors = [relative(a, e) for a, e in zip(found, exact, strict=True)]
     if plain is None:
         passed = all(error <= FLOAT32_BOUND for error in errors)
-        return Verdict(name, passed, f"worst error {max(errors):.1e}, allowed {FLOAT32_BOUND:.0e}")
+        return GateResult(name, passed, f"worst error {max(errors):.1e}, allowed {FLOAT32_BOUND:.0e}")
     of_plain = [relative(a, e) for a, e in zip(plain, exact, strict=True)]
     shares = [error / max(reference, 1e-30) for error, reference in zip(errors, of_plain, strict=True)]
     passed = all(share <= TIMES_REFERENCE for share in shares)
     detail = f"worst error {max(errors):.1e}, plain PyTorch's {max(of_plain):.1e}; {max(shares):.2f} times its own"
-    return Verdict(name, passed, f"{detail}, allowed {TIMES_REFERENCE:g}")
+    return GateResult(name, passed, f"{detail}, allowed {TIMES_REFERENCE:g}")
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

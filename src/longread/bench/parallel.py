@@ -13,14 +13,14 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from longread.bench.cases import Case
-from longread.bench.gate import GateFailed, Verdict
-from longread.bench.ranks import Found, Steps, measure_rank
+from longread.bench.gate import GateFailed, GateResult
+from longread.bench.ranks import RankMeasurement, Steps, measure_rank
 from longread.bench.rows import Row, make_row
 from longread.config import Parallelism, UserError
 from longread.planning import Layout, load_of
 
 
-def measure_parallel(case: Case, device: torch.device, *, repeats: int) -> tuple[Row, Verdict]:
+def measure_parallel(case: Case, device: torch.device, *, repeats: int) -> tuple[Row, GateResult]:
     """Tokens per second of `case.gpus` together, of one alone, and the ratio; the gate that the ranks have passed.
 
     Raises:
@@ -39,7 +39,7 @@ def measure_parallel(case: Case, device: torch.device, *, repeats: int) -> tuple
     return _row(case, device, found.together, found.alone), found.verdict
 
 
-def on_ranks(case: Case, device_name: str, repeats: int, threads: int) -> Found:
+def on_ranks(case: Case, device_name: str, repeats: int, threads: int) -> RankMeasurement:
     """What rank 0 of as many processes as `case.gpus` finds; `torchrun` does the same on the command line."""
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # else captured graphs and expandable segments do not go together
     launch = LaunchConfig(
@@ -53,7 +53,7 @@ def on_ranks(case: Case, device_name: str, repeats: int, threads: int) -> Found:
         run_id="longread-bench",
     )
     try:
-        found: Found = elastic_launch(launch, measure_rank)(case, device_name, repeats, threads)[0]
+        found: RankMeasurement = elastic_launch(launch, measure_rank)(case, device_name, repeats, threads)[0]
     except SignalException as stop:
         raise KeyboardInterrupt if stop.sigval == signal.SIGINT else SystemExit(128 + stop.sigval) from None
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longread.bench.cases import Case
-from longread.bench.gate import GateFailed, Verdict, judged, refusing_fallbacks, small_config
+from longread.bench.gate import GateFailed, GateResult, judged, refusing_fallbacks, small_config
 from longread.bench.machine import free_memory, peak_gib, precision_on, seconds
 from longread.config import OptimizerConfig, Parallelism, RunConfig
 from longread.data import Batch, Sampler
@@ -45,10 +45,10 @@ class Steps(NamedTuple):
     recompute: Schedule
 
 
-class Found(NamedTuple):
+class RankMeasurement(NamedTuple):
     """What the ranks have found; one of them says it for all."""
 
-    verdict: Verdict
+    verdict: GateResult
     together: Steps | None = None
     """None if the gate was red, or memory ran out."""
     alone: Steps | None = None
@@ -72,7 +72,7 @@ class RandomTokens:
         return Batch(share[:, :-1], share[:, 1:], torch.ones(len(share), length, dtype=torch.bool))
 
 
-def measure_rank(case: Case, device_name: str, repeats: int, threads: int) -> Found:
+def measure_rank(case: Case, device_name: str, repeats: int, threads: int) -> RankMeasurement:
     """Joins the other ranks, and measures with them. What this rank returns, rank 0 returns too."""
     torch.set_num_threads(threads)
     with joined(device_name) as (world, place):
@@ -80,21 +80,21 @@ def measure_rank(case: Case, device_name: str, repeats: int, threads: int) -> Fo
         parallelism = Parallelism(update=case.update, state=case.state)
         verdict = check_sum(case, device, world, parallelism)
         if not verdict.passed:
-            return Found(verdict, red=f"{verdict.name}, {verdict.detail}")
+            return RankMeasurement(verdict, red=f"{verdict.name}, {verdict.detail}")
         try:
             return _measured(case, device, world, parallelism, verdict, repeats)
         except GateFailed as error:
-            return Found(verdict, red=str(error))
+            return RankMeasurement(verdict, red=str(error))
 
 
 def _measured(
-    case: Case, device: torch.device, world: World, parallelism: Parallelism, verdict: Verdict, repeats: int
-) -> Found:
+    case: Case, device: torch.device, world: World, parallelism: Parallelism, verdict: GateResult, repeats: int
+) -> RankMeasurement:
     config = dataclasses.replace(case.config, batch_size=case.sequences * world.size // case.state)
     try:
         together = time_steps(config, device, world, parallelism, repeats)
     except NothingLess:
-        return Found(verdict)
+        return RankMeasurement(verdict)
     alone = None
     with world.together("one GPU alone"):
         if world.is_first:  # the others wait, and leave it what they share
@@ -103,7 +103,7 @@ def _measured(
             )
             with contextlib.suppress(NothingLess):
                 alone = time_steps(load, device, ALONE, Parallelism(), repeats)
-    return Found(verdict, together, alone)
+    return RankMeasurement(verdict, together, alone)
 
 
 def time_steps(config: RunConfig, device: torch.device, world: World, parallelism: Parallelism, repeats: int) -> Steps:
@@ -147,7 +147,7 @@ def time_steps(config: RunConfig, device: torch.device, world: World, parallelis
     return Steps(list(slowest), peak, exact.micro_batch_size or exact.batch_size, cast("Schedule", exact.recompute))
 
 
-def check_sum(case: Case, device: torch.device, world: World, parallelism: Parallelism) -> Verdict:
+def check_sum(case: Case, device: torch.device, world: World, parallelism: Parallelism) -> GateResult:
     """The gradient of a small network's batch summed over ranks, as they hold it after new values have gone round.
 
     Compared with float64, beside one GPU's gradient of the whole batch; every rank compares its own.

@@ -10,7 +10,7 @@ import torch
 
 from longread.bench.cases import LONGEST_CACHE, Case
 from longread.bench.decode import measure_decode
-from longread.bench.gate import GateFailed, Verdict, check_gradients, check_scores
+from longread.bench.gate import GateFailed, GateResult, check_gradients, check_scores
 from longread.bench.machine import Machine, free_memory, measure_machine
 from longread.bench.parallel import measure_parallel
 from longread.bench.prefill import measure_prefill
@@ -27,7 +27,7 @@ class Outcome:
 
     machine: Machine | None = None
     rows: list[Row] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
+    verdicts: list[GateResult] = field(default_factory=list)
     failures: list[tuple[Case, str]] = field(default_factory=list)
     red: bool = False
     """Whether a gate was, so that a time is missing; the command's exit status says it."""

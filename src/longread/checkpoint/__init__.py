@@ -13,7 +13,7 @@ orbax      the arrays of an Orbax checkpoint; official_orbax: those of a model t
 
 from __future__ import annotations
 
-from longread.checkpoint.load import Description, LoadedModel, describe_model, find_tokenizer, load_model
+from longread.checkpoint.load import LoadedModel, ModelDescription, describe_model, find_tokenizer, load_model
 from longread.checkpoint.model import fill, save_model
 from longread.checkpoint.moments import read_moments
 from longread.checkpoint.official import (
@@ -27,7 +27,7 @@ from longread.checkpoint.official import (
 from longread.checkpoint.official_orbax import ITEM as ORBAX_ITEM, OrbaxModel
 from longread.checkpoint.orbax import find_orbax_item
 from longread.checkpoint.saving import CheckpointWriter
-from longread.checkpoint.streamed import Layout, save_streamed, stream_safetensors
+from longread.checkpoint.streamed import ParameterSpec, save_streamed, stream_safetensors
 from longread.checkpoint.training import (
     CHECKPOINTS,
     Checkpoint,
@@ -45,10 +45,10 @@ __all__ = [
     "ORBAX_ITEM",
     "Checkpoint",
     "CheckpointWriter",
-    "Description",
-    "Layout",
     "LoadedModel",
+    "ModelDescription",
     "OrbaxModel",
+    "ParameterSpec",
     "describe_model",
     "export_official",
     "fill",

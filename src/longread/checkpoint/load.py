@@ -34,7 +34,7 @@ class LoadedModel(NamedTuple):
         return self.metadata.get("learns") is not False
 
 
-class Description(NamedTuple):
+class ModelDescription(NamedTuple):
     """What the files of a model say of it, but for its weights."""
 
     path: Path
@@ -44,11 +44,11 @@ class Description(NamedTuple):
     """Whether it was trained to learn while it reads; one that was only converted was not."""
 
 
-def describe_model(path: str | Path) -> Description:
+def describe_model(path: str | Path) -> ModelDescription:
     """Of what `load_model` loads all but the weights, which stay unread."""
     directory = _find(Path(path))
     values = read_json(directory / CONFIG_FILE, kind=KIND)
-    return Description(Path(path), *configs_of(values, directory), values.get("learns") is not False)
+    return ModelDescription(Path(path), *configs_of(values, directory), values.get("learns") is not False)
 
 
 def load_model(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from longread.checkpoint.official import OF_A_BLOCK, OF_A_FAST_MLP, places
 from longread.checkpoint.orbax import OrbaxArrays
-from longread.checkpoint.streamed import Layout
+from longread.checkpoint.streamed import ParameterSpec
 from longread.config import ModelConfig, UserError
 from longread.model import undrawn
 from longread.recipes import SIZES, pretrain
@@ -95,7 +95,7 @@ class OrbaxModel(Mapping[str, Tensor]):
                 )
         return shapes
 
-    def _checked_layout(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
+    def _checked_layout(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ParameterSpec]:
         expected = {name: tuple(tensor.shape) for name, tensor in undrawn(self.config).state_dict().items()}
         for name, place in self._places.items():
             shape = expected[name][::-1] if place.turned else expected[name]
@@ -106,7 +106,7 @@ class OrbaxModel(Mapping[str, Tensor]):
                     f"{self._arrays.directory}: {self._tree[place.name]} has shape {shapes[place.name]}, and beside "
                     f"the other arrays it must have {shape}; give a checkpoint of the official network"
                 )
-        return {name: Layout(expected[name], self.dtype) for name in self._places}
+        return {name: ParameterSpec(expected[name], self.dtype) for name in self._places}
 
 
 def _tree_names(arrays: OrbaxArrays) -> dict[str, str]:

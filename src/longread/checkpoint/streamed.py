@@ -22,7 +22,7 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _NO_DIGEST = "0" * 64
 
 
-class Layout(NamedTuple):
+class ParameterSpec(NamedTuple):
     """A parameter before it is made."""
 
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 def save_streamed(
     directory: str | Path,
     config: ModelConfig,
-    layout: Mapping[str, Layout],
+    layout: Mapping[str, ParameterSpec],
     parameters: Mapping[str, Tensor],
     inner: InnerConfig,
     tokenizer_fingerprint: str | None,
@@ -63,7 +63,7 @@ def save_streamed(
 
 
 def stream_safetensors(
-    path: Path, layout: Mapping[str, Layout], parameters: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: Path, layout: Mapping[str, ParameterSpec], parameters: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Writes a safetensors file, in place; each of `parameters` is asked for once, in their own order, and not kept.
 
@@ -83,13 +83,15 @@ def stream_safetensors(
             file.write(_bytes(name, parameters[name], layout[name]))  # and nothing of it is kept
 
 
-def _bytes(name: str, tensor: Tensor, expected: Layout) -> memoryview:
+def _bytes(name: str, tensor: Tensor, expected: ParameterSpec) -> memoryview:
     if (tuple(tensor.shape), tensor.dtype) != expected:
         raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, not {expected}")
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write(path: Path, config: ModelConfig, layout: Mapping[str, Layout], parameters: Mapping[str, Tensor]) -> str:
+def _write(
+    path: Path, config: ModelConfig, layout: Mapping[str, ParameterSpec], parameters: Mapping[str, Tensor]
+) -> str:
     """The tensor file. What its header says about all of them is put there in the end, in the same place."""
     stream_safetensors(path, layout, parameters, _entry(_NO_DIGEST, _NO_DIGEST))
     with _Written(path) as written:
@@ -109,12 +111,12 @@ def _entry(fingerprint: str, sha256: str) -> dict[str, str]:
     return {FORMAT: json.dumps(_facts(fingerprint) | {"sha256": sha256}, sort_keys=True)}
 
 
-def _order(layout: Mapping[str, Layout]) -> list[str]:
+def _order(layout: Mapping[str, ParameterSpec]) -> list[str]:
     """The widest types first, so that every tensor is aligned."""
     return sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name))
 
 
-def _header(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes:
+def _header(layout: Mapping[str, ParameterSpec], metadata: Mapping[str, str]) -> bytes:
     """Of a safetensors file: its length, and JSON padded to a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0

@@ -25,7 +25,7 @@ from longread.cli.orbax import add_orbax_options, find_orbax, from_orbax
 from longread.config import UserError
 
 if TYPE_CHECKING:
-    from longread.pretrained.finding import Found
+    from longread.pretrained.finding import PretrainedPlace
 
 NAME = "convert"
 OFFICIAL_WEIGHTS = "weights.safetensors"
@@ -115,7 +115,7 @@ def _check_options(options: argparse.Namespace, *, pretrained: bool) -> None:
         raise UserError("--drop-fast belongs to --to transformers; leave it out")
 
 
-def _from_pretrained(found: Found, destination: Path, options: argparse.Namespace) -> str:
+def _from_pretrained(found: PretrainedPlace, destination: Path, options: argparse.Namespace) -> str:
     import torch
 
     from longread.pretrained import Dials, convert_pretrained, open_pretrained

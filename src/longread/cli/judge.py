@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         HUMAN,
         DecodingQuality,
         Sampling,
-        Writing,
+        WrittenTexts,
         check_judge,
         decoding_figures,
         decoding_notes,
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     names = table_names(options.models)
     prints = [model.fingerprint for model in opened]
     check_judge(judge, tokenizer, human, list(zip(names, prints, strict=True)))
-    writings = [Writing(HUMAN, "human", human)]
+    writings = [WrittenTexts(HUMAN, "human", human)]
     for name, model in zip(names, opened, strict=True):
         learns = model.learns and model.model.config.num_suffix_blocks > 0
         for learn in (True, False) if learns and not options.no_control else (learns,):

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         tables_console,
         write_text,
     )
-    from longread.data import Progress, prepare, read_pieces
+    from longread.data import PrepareProgress, prepare, read_pieces
     from longread.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
     check_outputs([Output("--json", options.json, figures_of(FORMAT))], inputs=options.sources)
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(_place(options.tokenizer))
     with progress_console(options).status("reading") as status:
 
-        def show(progress: Progress) -> None:
+        def show(progress: PrepareProgress) -> None:
             status.update(f"{progress.documents:,} documents, {progress.tokens:,} tokens: {progress.source}")
 
         dataset = prepare(

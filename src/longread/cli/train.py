@@ -27,7 +27,7 @@ from longread.config import Update
 from longread.recipes import RECIPES, Method
 
 if TYPE_CHECKING:
-    from longread.checkpoint import Description
+    from longread.checkpoint import ModelDescription
     from longread.config import RunConfig
     from longread.train import TrainResult
 
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     from longread.data import TokenDataset
     from longread.loading import find_model
     from longread.parallel import Launch
-    from longread.train import ProfiledSteps, Progress, train
+    from longread.train import ProfiledSteps, TrainingProgress, train
 
     model = _model(options)
     _beginning(options, model)  # a wrong name is said before data are looked for
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     validation = TokenDataset.open(options.validation) if options.validation else data.validation
     rank = Launch.from_environment().rank
     options.quiet = options.quiet or rank > 0  # rank 0 speaks for all
-    with Progress(config, progress_console(options)) as progress:
+    with TrainingProgress(config, progress_console(options)) as progress:
         result = train(
             config,
             data,
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
     return 128 + (result.signal or 0) if result.interrupted else 0
 
 
-def _model(options: argparse.Namespace) -> Description | None:
+def _model(options: argparse.Namespace) -> ModelDescription | None:
     """The model that RECIPE names; None if it names a recipe, or nothing."""
     from longread.checkpoint import describe_model
     from longread.config import UserError
@@ -149,7 +149,7 @@ def _model(options: argparse.Namespace) -> Description | None:
     return describe_model(find_model(options.recipe))
 
 
-def _beginning(options: argparse.Namespace, model: Description | None, vocab_size: int | None = None) -> RunConfig:
+def _beginning(options: argparse.Namespace, model: ModelDescription | None, vocab_size: int | None = None) -> RunConfig:
     """The recipe with the dials that it takes."""
     from longread.recipes import adapt, recipe
 
@@ -163,7 +163,7 @@ def _beginning(options: argparse.Namespace, model: Description | None, vocab_siz
     return adapt(network, options.method, inner=inner, seed=options.seed, **dials)
 
 
-def _config(options: argparse.Namespace, model: Description | None, vocab_size: int) -> RunConfig:
+def _config(options: argparse.Namespace, model: ModelDescription | None, vocab_size: int) -> RunConfig:
     """The recipe with what the user changed. Of a run that goes on, steps and schedules are as when it began."""
     from longread.config import UserError
     from longread.recipes import with_steps

@@ -7,7 +7,7 @@ Letters used in the whole library: B sequences, T tokens of context, M tokens of
 K window (paper: k), D width, F MLP hidden, N heads, H head dim, V vocabulary, L blocks, S suffix blocks.
 """
 
-from longread.config.checked import UserError
+from longread.config.checked import TrainingHalted, UserError
 from longread.config.model import (
     CONVOLUTION_WIDTH,
     REGISTERED_MIXERS,
@@ -57,6 +57,7 @@ __all__ = [
     "Recompute",
     "RopeScaling",
     "RunConfig",
+    "TrainingHalted",
     "Update",
     "UserError",
 ]

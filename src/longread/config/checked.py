@@ -1,4 +1,4 @@
-"""What every config shares: construction from plain data, checks of types, and the error of a wrong value."""
+"""The base of every config: construction from plain data, checks of types, and the errors of wrong values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from typing import Any, Literal, Self
 
 class UserError(ValueError):
     """Something the user gave is wrong. The message is one sentence: the value, the limit, the remedy."""
+
+
+class TrainingHalted(UserError):
+    """Numbers are not finite, or the run diverges. The message says what, when, what is left, and what to try."""
+
+    exit_status = 3
 
 
 class Checked:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from longread.data.documents import read_pieces, read_texts
-from longread.data.prepare import Progress, TextEncoder, prepare
+from longread.data.prepare import PrepareProgress, TextEncoder, prepare
 from longread.data.sampler import Batch, Sampler
 from longread.data.shards import Documents, TokenDataset
 from longread.data.staging import finish_replacement
@@ -18,7 +18,7 @@ __all__ = [
     "Batch",
     "Documents",
     "NotText",
-    "Progress",
+    "PrepareProgress",
     "Sampler",
     "TextEncoder",
     "TextFile",

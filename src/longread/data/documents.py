@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longread.config import UserError
 from longread.data.locate import locate
-from longread.data.sources import Document, read_documents
+from longread.data.sources import SourceDocument, read_documents
 from longread.data.text import TextFormat
 
 PIECE_CHARACTERS = 1 << 20
@@ -66,7 +66,7 @@ def read_pieces(
 
 def _documents(
     sources: Sequence[str | Path], text_field: str, exclude: Sequence[str], text_format: TextFormat | None
-) -> Iterator[Document]:
+) -> Iterator[SourceDocument]:
     for source in locate(sources, exclude=exclude):
         if source.kind == "array":
             raise UserError(f"{source.name} holds token ids, not text; give texts")

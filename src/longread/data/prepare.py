@@ -17,7 +17,7 @@ import numpy as np
 from longread.config import UserError
 from longread.data.locate import Source, locate
 from longread.data.shards import VALIDATION, Documents, ShardWriter, TokenDataset, read_index
-from longread.data.sources import Document, TokenArray, read_documents
+from longread.data.sources import SourceDocument, TokenArray, read_documents
 from longread.data.staging import staged_directory
 from longread.data.text import TextFormat
 
@@ -54,7 +54,7 @@ class TextEncoder(Protocol):
     def save(self, directory: Path) -> None: ...
 
 
-class Progress(NamedTuple):
+class PrepareProgress(NamedTuple):
     """What has been written so far, and the source being read."""
 
     documents: int
@@ -79,7 +79,7 @@ def prepare(
     stretch: int | None = None,
     text_format: TextFormat | None = None,
     overwrite: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[PrepareProgress], None] | None = None,
 ) -> TokenDataset:
     """Writes the documents of `sources` to the directory `out`, in order, and opens it.
 
@@ -147,10 +147,10 @@ def prepare(
     return TokenDataset.open(out)
 
 
-class _Piece(NamedTuple):
+class _TextPiece(NamedTuple):
     """A part of a document's text: the `number`-th, and whether it is the only one. `begin` is how the text begins."""
 
-    document: Document
+    document: SourceDocument
     number: int
     only: bool
     begin: str
@@ -168,14 +168,14 @@ class _Preparation:
     validation_fraction: float
     text_field: str
     text_format: TextFormat
-    progress: Callable[[Progress], None] | None
+    progress: Callable[[PrepareProgress], None] | None
     array_tokens: int | None
     stretch: int | None
     skipped: Counter[str] = field(default_factory=Counter)
     num_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self._waiting: list[_Piece] = []
+        self._waiting: list[_TextPiece] = []
         self._characters = 0
         self.writer = self.train
         self.writers = [self.train] if self.validation is None else [self.train, self.validation]
@@ -226,7 +226,7 @@ class _Preparation:
         for piece, ids in zip(pieces, self.tokenizer.encode_cut([piece.cut for piece in pieces]), strict=True):
             self._add_text(piece, ids)
 
-    def _add_text(self, piece: _Piece, ids: list[int]) -> None:
+    def _add_text(self, piece: _TextPiece, ids: list[int]) -> None:
         document = piece.document
         if piece.only and len(ids) < 2:
             if document.named:
@@ -253,10 +253,10 @@ class _Preparation:
         if self.progress is not None:
             num_documents = sum(writer.num_documents for writer in self.writers)
             num_tokens = sum(writer.num_tokens for writer in self.writers)
-            self.progress(Progress(num_documents, num_tokens, self.num_bytes, source))
+            self.progress(PrepareProgress(num_documents, num_tokens, self.num_bytes, source))
 
 
-def _cut(document: Document, tokenizer: TextEncoder) -> Iterator[_Piece]:
+def _cut(document: SourceDocument, tokenizer: TextEncoder) -> Iterator[_TextPiece]:
     """A document in pieces, cut where no token is."""
     start: list[str] = []
     held, rest = 0, iter(document.pieces)
@@ -268,7 +268,7 @@ def _cut(document: Document, tokenizer: TextEncoder) -> Iterator[_Piece]:
     first, second = next(cuts, None), next(cuts, None)
     for number, cut in enumerate(itertools.chain([first, second], cuts)):
         if cut is not None:
-            yield _Piece(document, number, second is None, "" if number else begin, cut)
+            yield _TextPiece(document, number, second is None, "" if number else begin, cut)
 
 
 def _checked_vocabulary(

@@ -24,7 +24,7 @@ HELD_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Document:
+class SourceDocument:
     """One text: `source` and, in a source of many, the `row` counted from 0. `pieces` can be iterated once."""
 
     source: str
@@ -43,7 +43,7 @@ class TokenRun(NamedTuple):
 
 def read_documents(
     source: Source, text_field: str, skipped: Counter[str], text_format: TextFormat
-) -> Iterator[Document]:
+) -> Iterator[SourceDocument]:
     """The documents of one source that holds text, in pieces of any length.
 
     Files that hold no text are counted in `skipped`, unless they were named: then, as for rows that cannot be read,
@@ -67,14 +67,14 @@ def read_documents(
             raise UserError(f"{text_field} of {source.name}:{row} is {type(text).__name__}; it must be a text")
         # JSON may spell half a surrogate pair, which no UTF-8 can hold.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield Document(source.name, row, [text_format.normalized(text)])
+        yield SourceDocument(source.name, row, [text_format.normalized(text)])
     if empty:
         if source.named:
             raise UserError(f"{source.name} has no rows; give a source with text")
         skipped["empty"] += 1
 
 
-def _read_text_file(source: Source, skipped: Counter[str], text_format: TextFormat) -> Iterator[Document]:
+def _read_text_file(source: Source, skipped: Counter[str], text_format: TextFormat) -> Iterator[SourceDocument]:
     file = TextFile(source.name, text_format, named=source.named)
     start: list[str] = []
     held = 0
@@ -96,7 +96,7 @@ def _read_text_file(source: Source, skipped: Counter[str], text_format: TextForm
             raise
         skipped[error.kind] += 1
         return
-    yield Document(source.name, None, itertools.chain(start, pieces), source.named)
+    yield SourceDocument(source.name, None, itertools.chain(start, pieces), source.named)
 
 
 def _lines(path: str, text_format: TextFormat) -> Iterator[str]:

@@ -12,12 +12,12 @@ figures.py → drawing.py → svg.py, plots.py  charts laid out once, written as
 figures.py → report.py                      the page, with both
 """
 
-from longread.evaluate.continuation import GREEDY, Continuation, Sampling, continue_texts
+from longread.evaluate.continuation import GREEDY, BatchContinuation, Sampling, continue_texts
 from longread.evaluate.decoding import (
     HUMAN,
     DecodingQuality,
-    Verdict,
-    Writing,
+    JudgeVerdict,
+    WrittenTexts,
     check_judge,
     decoding_figures,
     decoding_notes,
@@ -34,7 +34,7 @@ from longread.evaluate.health_figures import health_figures
 from longread.evaluate.judges import HuggingFaceJudge, Judge, LongreadJudge, is_hugging_face
 from longread.evaluate.loss_figures import evaluation_charts, html_report, print_tables
 from longread.evaluate.measure import Document, Measurement, check_vocabulary, in_common, measure
-from longread.evaluate.needle import Accuracy, Needles, Search, Trial, accuracies, needle_figures, search
+from longread.evaluate.needle import Accuracy, Needles, NeedleTrial, Search, accuracies, needle_figures, search
 from longread.evaluate.plots import check_plots_can_be_drawn, save_charts
 from longread.evaluate.positions import BytePositionLoss, PositionLoss, bin_edges
 from longread.evaluate.report import figures_page, html_page
@@ -47,9 +47,9 @@ __all__ = [
     "HUMAN",
     "VARIANTS",
     "Accuracy",
+    "BatchContinuation",
     "BytePositionLoss",
     "Chart",
-    "Continuation",
     "DecodingQuality",
     "Divergence",
     "Document",
@@ -62,19 +62,19 @@ __all__ = [
     "HuggingFaceJudge",
     "InnerSteps",
     "Judge",
+    "JudgeVerdict",
     "Line",
     "LongreadJudge",
     "Measurement",
+    "NeedleTrial",
     "Needles",
     "PositionLoss",
     "Result",
     "Sample",
     "Sampling",
     "Search",
-    "Trial",
     "Variant",
-    "Verdict",
-    "Writing",
+    "WrittenTexts",
     "accuracies",
     "bin_edges",
     "check_context",

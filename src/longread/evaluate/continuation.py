@@ -44,7 +44,7 @@ class Sampling(NamedTuple):
 GREEDY = Sampling(0.0, 1.0, 1.0)
 
 
-class Continuation(NamedTuple):
+class BatchContinuation(NamedTuple):
     """What B sequences were continued with."""
 
     tokens: Tensor
@@ -68,7 +68,7 @@ def continue_texts(
     forbidden: Sequence[int] = (),
     probe: Tensor | None = None,
     enough: Callable[[Tensor], bool] | None = None,
-) -> Continuation:
+) -> BatchContinuation:
     """Reads a prompt into each sequence, then writes and reads (and, if `learn`, learns from) `max_tokens` more.
 
     Args:
@@ -106,7 +106,7 @@ def continue_texts(
     decoder.rest()
     tokens = torch.stack(written, 1) if written else prompts.new_empty(len(prompts), 0)
     first = [next((i for i, fine in enumerate(row) if not fine), None) for row in sound[:, : len(written)].tolist()]
-    return Continuation(tokens.cpu(), [None if i is None else prompts.shape[1] + i for i in first], probed)
+    return BatchContinuation(tokens.cpu(), [None if i is None else prompts.shape[1] + i for i in first], probed)
 
 
 def _uniform(seeds: Sequence[int], count: int) -> Tensor:

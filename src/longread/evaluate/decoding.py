@@ -39,7 +39,7 @@ REPEATED_LENGTH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
+class WrittenTexts:
     """Texts of T tokens each, [N, T]: the first half as humans wrote it, the second by `writer`."""
 
     writer: str
@@ -63,7 +63,7 @@ class BinScore:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class JudgeVerdict:
     """What a judge says of one writing."""
 
     writer: str
@@ -92,7 +92,7 @@ class DecodingQuality:
     prompt_tokens: int
     sampling: Sampling
     seed: int
-    verdicts: list[Verdict]
+    verdicts: list[JudgeVerdict]
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def write(
     seed: int = 0,
     batch_size: int = 8,
     on_documents: Callable[[int], None] | None = None,
-) -> Writing:
+) -> WrittenTexts:
     """Continues the first half of each document [N, T] to T tokens. A BOS is never written: no document ends."""
     half = human.shape[1] // 2
     forbidden = list(range(tokenizer.vocab_size, model.config.vocab_size))
@@ -150,7 +150,7 @@ def write(
             on_documents(len(batch))
     static = not model.config.num_suffix_blocks
     reading = "static" if static else "learning" if learn else "frozen"
-    return Writing(name, reading, np.concatenate(rows), time.perf_counter() - started, diverged)
+    return WrittenTexts(name, reading, np.concatenate(rows), time.perf_counter() - started, diverged)
 
 
 def check_judge(judge: Judge, tokenizer: Tokenizer, human: np.ndarray, writers: Sequence[tuple[str, str]]) -> None:
@@ -183,8 +183,8 @@ def check_judge(judge: Judge, tokenizer: Tokenizer, human: np.ndarray, writers: 
 
 
 def verdicts(
-    judge: Judge, tokenizer: Tokenizer, writings: Sequence[Writing], *, bins: int = 8, batch_size: int = 8
-) -> list[Verdict]:
+    judge: Judge, tokenizer: Tokenizer, writings: Sequence[WrittenTexts], *, bins: int = 8, batch_size: int = 8
+) -> list[JudgeVerdict]:
     """Scores every writing; the human one, if there is one, is what the others are compared with.
 
     Args:
@@ -238,7 +238,7 @@ def decoding_figures(quality: DecodingQuality) -> Figures:
     return Figures([overview, by_position], [chart], quality.notes)
 
 
-def decoding_notes(writings: Sequence[Writing], tokenizer: Tokenizer, judge: Judge) -> list[str]:
+def decoding_notes(writings: Sequence[WrittenTexts], tokenizer: Tokenizer, judge: Judge) -> list[str]:
     """What a reader of the figures has to know: another tokenizer, text that is none, readings that broke down."""
     notes = []
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -271,7 +271,7 @@ def _judge_ids(judge: Judge, tokenizer: Tokenizer, row: np.ndarray) -> tuple[lis
     return judge.tokenizer.beginning + judge.tokenizer.encode(text), text
 
 
-def _sums(judge: Judge, tokenizer: Tokenizer, writing: Writing, bins: int, batch_size: int) -> np.ndarray:
+def _sums(judge: Judge, tokenizer: Tokenizer, writing: WrittenTexts, bins: int, batch_size: int) -> np.ndarray:
     """Nats, judge tokens and bytes in each bin of each document, [N, bins, 3]."""
     N, T = writing.tokens.shape
     edges = np.array([T * i // bins for i in range(bins + 1)])
@@ -308,7 +308,7 @@ def _num_bytes(text: str, replaced: int) -> int:
 
 
 def _alike(
-    judge: Judge, tokenizer: Tokenizer, writing: Writing, batch_size: int
+    judge: Judge, tokenizer: Tokenizer, writing: WrittenTexts, batch_size: int
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Documents that the judge can read side by side: (index, its tokens)."""
     for first in range(0, len(writing.tokens), batch_size):
@@ -316,7 +316,7 @@ def _alike(
         yield [(i, _judge_ids(judge, tokenizer, writing.tokens[i])[0]) for i in members]
 
 
-def _verdict(writing: Writing, table: np.ndarray, human: np.ndarray | None, bins: int) -> Verdict:
+def _verdict(writing: WrittenTexts, table: np.ndarray, human: np.ndarray | None, bins: int) -> JudgeVerdict:
     T, half = writing.tokens.shape[1], bins // 2
     edges = [T * i // bins for i in range(bins + 1)]
     by_position = [BinScore(a, b, _score(table[:, i])) for i, (a, b) in enumerate(pairwise(edges))]
@@ -325,7 +325,7 @@ def _verdict(writing: Writing, table: np.ndarray, human: np.ndarray | None, bins
         own, reference = (sums[:, half:].sum(1) for sums in (table, human))
         per_byte = [sums[:, 0] / np.maximum(sums[:, 2], 1) for sums in (own, reference)]
         above = ratio(per_byte[0] - per_byte[1], np.ones(len(own)))
-    return Verdict(
+    return JudgeVerdict(
         writing.writer,
         writing.reading,
         _score(table[:, :half].sum(1)),

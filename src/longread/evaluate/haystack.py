@@ -185,7 +185,7 @@ def _draws(
             yield depth, random.Random(f"{seed} {variant.number} {context_length} {depth} {i}")  # noqa: S311 (no secret)
 
 
-class _Parts(NamedTuple):
+class _PromptParts(NamedTuple):
     """Of a prompt all but the haystack, which has `room` tokens."""
 
     key: str
@@ -196,7 +196,7 @@ class _Parts(NamedTuple):
     room: int
 
 
-def _parts(tokenizer: Tokenizer, variant: Variant, context_length: int, draw: random.Random) -> _Parts:
+def _parts(tokenizer: Tokenizer, variant: Variant, context_length: int, draw: random.Random) -> _PromptParts:
     key = f"{draw.choice(ADJECTIVES.split())}-{draw.choice(NOUNS.split())}"
     if variant.value == "number":
         value = str(draw.randint(10**6, 10**7 - 1))
@@ -214,7 +214,7 @@ def _parts(tokenizer: Tokenizer, variant: Variant, context_length: int, draw: ra
             f"a context of {context_length} tokens is too short for the needle: instruction, needle and question of "
             f"{variant.name} take {context_length - room}; give at least --contexts {context_length - room + 64}"
         )
-    return _Parts(key, value, head, needle, question, room)
+    return _PromptParts(key, value, head, needle, question, room)
 
 
 def _sample(

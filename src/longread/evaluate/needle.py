@@ -35,7 +35,7 @@ GUESS = {"number": math.log(9 * 10**6), "uuid": 122 * math.log(2)}
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class NeedleTrial:
     """One prompt answered."""
 
     variant: str
@@ -61,7 +61,7 @@ class Search:
     model: str
     reading: str
     window: int
-    trials: list[Trial]
+    trials: list[NeedleTrial]
     seconds: float
 
     @property
@@ -127,7 +127,7 @@ def search(
     learn = learn and model.config.num_suffix_blocks > 0
     reading = "static" if not model.config.num_suffix_blocks else "learning" if learn else "frozen"
     unknown = range(tokenizer.vocab_size, model.config.vocab_size)
-    trials: list[Trial] = []
+    trials: list[NeedleTrial] = []
     started = time.perf_counter()
     for batch in _batches(samples, batch_size):
 
@@ -151,10 +151,10 @@ def search(
     return Search(name, reading, model.config.window_size, trials, time.perf_counter() - started)
 
 
-def accuracies(trials: Iterable[Trial]) -> list[Accuracy]:
+def accuracies(trials: Iterable[NeedleTrial]) -> list[Accuracy]:
     """Shares of needles found, by variant and context length."""
 
-    def place(trial: Trial) -> tuple[str, int]:
+    def place(trial: NeedleTrial) -> tuple[str, int]:
         return trial.variant, trial.context_length
 
     scores = []
@@ -244,8 +244,8 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> Iterable[Sequence[Sa
         yield from (members[i : i + batch_size] for i in range(0, len(members), batch_size))
 
 
-def _trial(sample: Sample, answer: str, value_nats: float, window: int, diverged: int | None) -> Trial:
-    return Trial(
+def _trial(sample: Sample, answer: str, value_nats: float, window: int, diverged: int | None) -> NeedleTrial:
+    return NeedleTrial(
         variant=sample.variant.name,
         context_length=sample.context_length,
         depth=sample.depth,
@@ -269,12 +269,12 @@ def _text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     return tokenizer.decode(ids[:end])
 
 
-def _share(trials: Iterable[Trial]) -> Estimate | None:
+def _share(trials: Iterable[NeedleTrial]) -> Estimate | None:
     found = [trial.found for trial in trials]
     return wilson(sum(found), len(found))
 
 
-def _nats(trials: Iterable[Trial]) -> Estimate | None:
+def _nats(trials: Iterable[NeedleTrial]) -> Estimate | None:
     nats = np.array([trial.value_nats for trial in trials])
     return ratio(nats, np.ones(len(nats)))
 

@@ -16,8 +16,8 @@ from longread.config import UserError
 from longread.extras import install_command
 from longread.lm_eval.chat import find_template, rendered
 from longread.lm_eval.prompts import Prompts
-from longread.lm_eval.scoring import Reader, score
-from longread.lm_eval.writing import Writing, write
+from longread.lm_eval.scoring import BatchReader, score
+from longread.lm_eval.writing import GenerationSettings, write
 from longread.loading import OpenModel, find_model, open_model
 from longread.model import find_device
 
@@ -98,7 +98,7 @@ def harness_class() -> type:
             self.max_gen_toks = _whole_number("max_gen_toks", max_gen_toks, least=0)
             prefix = None if prefix_token_id is None else _whole_number("prefix_token_id", prefix_token_id, least=0)
             self._prompts = Prompts(opened.tokenizer, self._directory, opened.model.config.vocab_size, prefix)
-            self._reader = Reader(opened.model, opened.inner, self.learn)
+            self._reader = BatchReader(opened.model, opened.inner, self.learn)
             self._template: str | None = None
 
         @property
@@ -155,7 +155,7 @@ def harness_class() -> type:
                     raise UserError(
                         "a prompt is empty, and the tokenizer puts nothing before a text; give prefix_token_id"
                     )
-                asked.append((prompt, Writing.of(settings, max_tokens=self.max_gen_toks)))
+                asked.append((prompt, GenerationSettings.of(settings, max_tokens=self.max_gen_toks)))
             found = write(self._reader, self._prompts, asked, self.batch_size, torch.initial_seed())
             return self._collected("generate_until", [r.args for r in requests], found, disable_tqdm)
 

@@ -18,7 +18,7 @@ _Item = TypeVar("_Item")
 Ids = tuple[int, ...]
 
 
-class Score(NamedTuple):
+class ContinuationScore(NamedTuple):
     """Of one continuation."""
 
     log_likelihood: float
@@ -28,7 +28,7 @@ class Score(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class BatchReader:
     """Reads texts of equal length side by side, as as many sessions would."""
 
     model: Transformer
@@ -48,17 +48,17 @@ class Reader:
                 states[row] = rescue(self.model, before[row], own, alone, inner=self.inner) or states[row]
         return states
 
-    def scores(self, states: Sequence[ReadingState], continuations: Sequence[Ids]) -> list[Score]:
+    def scores(self, states: Sequence[ReadingState], continuations: Sequence[Ids]) -> list[ContinuationScore]:
         """Of continuations that all have the same length, each after its state."""
         tokens = torch.tensor(continuations, dtype=torch.long, device=self.model.device).reshape(len(states), -1)
         unscored = 0 if states[0].position else 1
         if tokens.shape[1] <= unscored:
-            return [Score(0.0, True)] * len(states)
+            return [ContinuationScore(0.0, True)] * len(states)
         found = read(self.model, side_by_side(states), tokens, inner=self.inner, learn=self.learn, guard=True, top=1)
         likeliest = tokens.new_empty(0) if found.top is None else found.top[1].squeeze(-1)
         sums = -found.nll[:, unscored:].double().sum(1)
         greedy = (likeliest == tokens)[:, unscored:].all(1)
-        return [Score(*facts) for facts in zip(sums.tolist(), greedy.tolist(), strict=True)]
+        return [ContinuationScore(*facts) for facts in zip(sums.tolist(), greedy.tolist(), strict=True)]
 
 
 def side_by_side(states: Sequence[ReadingState]) -> ReadingState:
@@ -78,7 +78,9 @@ def batches(items: Iterable[_Item], size: int, ids: Callable[[_Item], Sequence[i
         yield waiting
 
 
-def score(reader: Reader, pairs: Sequence[tuple[Ids, Ids]], batch_size: int) -> Iterator[tuple[int, Score]]:
+def score(
+    reader: BatchReader, pairs: Sequence[tuple[Ids, Ids]], batch_size: int
+) -> Iterator[tuple[int, ContinuationScore]]:
     """Pairs of a context and a continuation: the index of each and its score, as they become known.
 
     A context is read once for all its continuations: they go on from the same state, which none of them changes.

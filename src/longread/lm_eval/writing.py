@@ -13,7 +13,7 @@ from torch import Tensor
 from longread.config import UserError
 from longread.inner_loop import Decoder
 from longread.lm_eval.prompts import Prompts
-from longread.lm_eval.scoring import Ids, Reader, batches
+from longread.lm_eval.scoring import BatchReader, Ids, batches
 from longread.session.sampling import check_sampling, draw, penalised, seeded
 from longread.tokenizer import StreamDecoder
 
@@ -21,7 +21,7 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 _KNOWN = (*_LENGTHS, "until", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
 
 
-class Writing(NamedTuple):
+class GenerationSettings(NamedTuple):
     """How an answer is written."""
 
     max_tokens: int
@@ -32,7 +32,7 @@ class Writing(NamedTuple):
     until: tuple[str, ...]
 
     @classmethod
-    def of(cls, asked: Mapping[str, Any], *, max_tokens: int) -> Writing:
+    def of(cls, asked: Mapping[str, Any], *, max_tokens: int) -> GenerationSettings:
         """From the harness's `gen_kwargs`. Without `do_sample` a temperature above 0 samples, and none is greedy.
 
         Args:
@@ -64,7 +64,7 @@ class Writing(NamedTuple):
 
 
 def write(
-    reader: Reader, prompts: Prompts, asked: Sequence[tuple[Ids, Writing]], batch_size: int, seed: int
+    reader: BatchReader, prompts: Prompts, asked: Sequence[tuple[Ids, GenerationSettings]], batch_size: int, seed: int
 ) -> Iterator[tuple[int, str]]:
     """The index of each request and its answer, as they become known.
 
@@ -73,7 +73,7 @@ def write(
         seed: what is drawn depends on it, on the prompt and on how often the same was asked before; on nothing else.
     """
     requests = []
-    times = Counter[tuple[Ids, Writing]]()
+    times = Counter[tuple[Ids, GenerationSettings]]()
     for index, request in enumerate(asked):
         requests.append((request[0], index, _seed(seed, *request, times[request])))
         times[request] += 1
@@ -87,11 +87,11 @@ def write(
 
 
 def _side_by_side(
-    reader: Reader, prompts: Prompts, settings: Writing, group: Sequence[tuple[Ids, int, int]]
+    reader: BatchReader, prompts: Prompts, settings: GenerationSettings, group: Sequence[tuple[Ids, int, int]]
 ) -> Iterator[tuple[int, str]]:
     """Prompts, the longest first, continued together until the last of them has ended."""
     model = reader.model
-    answers = [_Answer(prompts, ids, settings, seed, model.config.window_size) for ids, _, seed in group]
+    answers = [_GeneratedAnswer(prompts, ids, settings, seed, model.config.window_size) for ids, _, seed in group]
     equal = batches((ids for ids, _, _ in group), len(group), lambda ids: ids)  # in the same order
     states = [state for some in equal for state in reader.after(some)]
     decoder = Decoder(model, states, reader.inner, learn=reader.learn)
@@ -115,10 +115,10 @@ def _side_by_side(
         yield index, answer.text()
 
 
-class _Answer:
+class _GeneratedAnswer:
     """One answer as it is written."""
 
-    def __init__(self, prompts: Prompts, prompt: Ids, settings: Writing, seed: int, window: int) -> None:
+    def __init__(self, prompts: Prompts, prompt: Ids, settings: GenerationSettings, seed: int, window: int) -> None:
         texts, self._ends = prompts.stops(settings.until)
         self._settings, self._window, self._recent = settings, window, list(prompt[-window:])
         self._decoder = StreamDecoder(prompts.tokenizer, before=self._recent, stops=texts)
@@ -149,6 +149,6 @@ class _Answer:
         return self._text + self._decoder.close()
 
 
-def _seed(seed: int, prompt: Ids, settings: Writing, times: int) -> int:
+def _seed(seed: int, prompt: Ids, settings: GenerationSettings, times: int) -> int:
     facts = repr((seed, prompt, settings, times)).encode()
     return int.from_bytes(hashlib.sha256(facts).digest()[:7])

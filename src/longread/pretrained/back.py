@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longread.checkpoint import Layout, LoadedModel, load_model, stream_safetensors
+from longread.checkpoint import LoadedModel, ParameterSpec, load_model, stream_safetensors
 from longread.config import UserError
 from longread.model import Transformer
 from longread.pretrained.back_config import Plain, plain_of
@@ -94,7 +94,7 @@ class _PlainWeights(Mapping[str, Tensor]):
         self._state, self._config, self._plain, self._in_place = model.state_dict(), model.config, plain, in_place
         dtype = model.embedding.weight.dtype
         self._makers = dict(self._named())
-        self.layout = {name: Layout(shape, dtype) for name, (shape, _) in self._makers.items()}
+        self.layout = {name: ParameterSpec(shape, dtype) for name, (shape, _) in self._makers.items()}
         self._dtype = dtype
 
     def __iter__(self) -> Iterator[str]:

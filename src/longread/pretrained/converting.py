@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from longread.checkpoint import Layout, save_streamed
+from longread.checkpoint import ParameterSpec, save_streamed
 from longread.config import InnerConfig, ModelConfig, UserError
 from longread.pretrained.card import provenance_of, write_card
 from longread.pretrained.finding import Opened
@@ -66,7 +66,7 @@ def convert_pretrained(opened: Opened, directory: Path, dials: Dials = Dials()) 
     """
     config = reader_config(opened, dials)
     weights = ReaderWeights(opened.network, opened.weights, config, dials.scheme, dials.dtype)
-    layout = {name: Layout(stored.shape, stored.dtype) for name, stored in weights.layout.items()}
+    layout = {name: ParameterSpec(stored.shape, stored.dtype) for name, stored in weights.layout.items()}
     nbytes = sum(one.nbytes for one in layout.values())
     free = shutil.disk_usage(directory).free
     if nbytes > free:

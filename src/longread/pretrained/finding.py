@@ -20,7 +20,7 @@ CONFIG_FILE = "config.json"
 _LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
-class Found(NamedTuple):
+class PretrainedPlace(NamedTuple):
     """Where a pretrained model lies, and what it is called."""
 
     path: Path
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 class Opened(NamedTuple):
     """A pretrained model: what it is, and its weights, of which none is read yet."""
 
-    found: Found
+    found: PretrainedPlace
     network: Network
     weights: TensorSource
     licence: str | None
@@ -41,7 +41,7 @@ class Opened(NamedTuple):
     """Kinds of quantised weights, which are dequantised when they are read."""
 
 
-def find_pretrained(source: str) -> Found | None:
+def find_pretrained(source: str) -> PretrainedPlace | None:
     """The pretrained model that `source` names; None if something else lies there, or nothing.
 
     Raises:
@@ -49,18 +49,18 @@ def find_pretrained(source: str) -> Found | None:
     """
     path = Path(source)
     if path.is_file():
-        return Found(path, path.name) if path.suffix == ".gguf" else None
+        return PretrainedPlace(path, path.name) if path.suffix == ".gguf" else None
     if path.is_dir():
         return _in_directory(path, path.resolve().name, None)
     if is_hub_name(source):
         cached = find_cached(source)
-        return _in_directory(cached.directory, source, cached.revision) or Found(
+        return _in_directory(cached.directory, source, cached.revision) or PretrainedPlace(
             cached.directory, source, cached.revision
         )
     return None
 
 
-def open_pretrained(found: Found) -> Opened:
+def open_pretrained(found: PretrainedPlace) -> Opened:
     """Reads what is said of a model, and the headers of its weights.
 
     Raises:
@@ -78,17 +78,17 @@ def open_pretrained(found: Found) -> Opened:
     return Opened(found, network, SafetensorsSource(found.path), _licence(found.path), None)
 
 
-def _in_directory(directory: Path, name: str, revision: str | None) -> Found | None:
+def _in_directory(directory: Path, name: str, revision: str | None) -> PretrainedPlace | None:
     values = _config(directory / CONFIG_FILE)
     if values is not None and values.get("format") != FORMAT and "model_type" in values:
-        return Found(directory, name, revision)
+        return PretrainedPlace(directory, name, revision)
     if values is None:
         files = sorted(directory.glob("*.gguf"))
         if len(files) > 1:
             names = ", ".join(path.name for path in files)
             raise UserError(f"{directory} holds several GGUF files ({names}); give the path of one")
         if files:
-            return Found(files[0], name if revision else files[0].name, revision)
+            return PretrainedPlace(files[0], name if revision else files[0].name, revision)
     return None
 
 

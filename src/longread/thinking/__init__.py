@@ -22,23 +22,22 @@ from longread.thinking.show import as_svg, as_text, html_sections
 from longread.thinking.tasks import CertifiedSet, certified_set
 from longread.thinking.thinker import BOXED, Thinker, open_thinker, save_thinker
 from longread.thinking.thought import ShownTrial, Thought, think
-from longread.thinking.train import TrainingHalted, TrainResult, train
-from longread.thinking.world import World
+from longread.thinking.train import ThinkingTrainResult, train
+from longread.thinking.world import MarbleWorld
 
 __all__ = [
     "BOXED",
     "FORMAT",
     "CertifiedSet",
     "Cohort",
+    "MarbleWorld",
     "ModelTraining",
     "Report",
     "ShownTrial",
     "Thinker",
     "ThinkingConfig",
+    "ThinkingTrainResult",
     "Thought",
-    "TrainResult",
-    "TrainingHalted",
-    "World",
     "WorldConfig",
     "as_svg",
     "as_text",

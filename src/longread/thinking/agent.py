@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from longread.thinking.config import ThinkingConfig
 from longread.thinking.draws import Draws, choose
-from longread.thinking.layers import Linear, one_hot
+from longread.thinking.layers import EnsembleLinear, one_hot
 from longread.thinking.memory import Fast, LinearMemory, MLPMemory
 from longread.thinking.trials import Known
-from longread.thinking.world import DROPS, World
+from longread.thinking.world import DROPS, MarbleWorld
 
 MENTAL, ACTING = 0, 1
 """Phases: a trial to learn from, and the one that counts."""
 TEACHING_SCALE = 3.0
 
 
-class Task(NamedTuple):
+class EncodedBoards(NamedTuple):
     """What S agents make of B boards before any trial."""
 
     slow: Tensor
@@ -65,14 +65,14 @@ class Trial(NamedTuple):
 class PlasticAgent(nn.Module):
     """S agents of one shape."""
 
-    def __init__(self, world: World, draws: Draws, config: ThinkingConfig) -> None:
+    def __init__(self, world: MarbleWorld, draws: Draws, config: ThinkingConfig) -> None:
         super().__init__()
         self.world, self.teach = world, config.teach
         A, width = world.actions, config.width
-        self.first = Linear(draws.of("first"), world.cells * world.kinds, width)
-        self.second = Linear(draws.of("second"), width, width)
-        self.slow = Linear(draws.of("slow"), width, DROPS * A)
-        self.key = Linear(draws.of("key"), width, config.key_width)
+        self.first = EnsembleLinear(draws.of("first"), world.cells * world.kinds, width)
+        self.second = EnsembleLinear(draws.of("second"), width, width)
+        self.slow = EnsembleLinear(draws.of("slow"), width, DROPS * A)
+        self.key = EnsembleLinear(draws.of("key"), width, config.key_width)
         memory = LinearMemory if config.memory == "linear" else MLPMemory
         self.memory = memory(draws.of("memory"), A, config.key_width)
         like = self.slow.bias
@@ -80,33 +80,33 @@ class PlasticAgent(nn.Module):
         self.log_rate = nn.Parameter(like.new_ones(draws.count, DROPS, 2))
         if self.teach != "off":
             seen = config.key_width + DROPS * (world.cells + 3 * A) + 1
-            self.teacher = Linear(draws.of("teacher"), seen, config.teacher_width)
+            self.teacher = EnsembleLinear(draws.of("teacher"), seen, config.teacher_width)
             signal = DROPS * (A if self.teach == "vector" else 1)
-            self.signal = Linear(draws.of("signal"), config.teacher_width, signal, zero=True)
+            self.signal = EnsembleLinear(draws.of("signal"), config.teacher_width, signal, zero=True)
 
-    def view(self, cells: Tensor) -> Task:
+    def view(self, cells: Tensor) -> EncodedBoards:
         """Looks at boards [S, B, P]."""
         hidden = torch.relu(self.first(one_hot(cells, self.world.kinds).flatten(-2)))
         hidden = torch.relu(self.second(hidden))
         slow = self.slow(hidden).unflatten(-1, (DROPS, self.world.actions))
         targets = one_hot(self.world.targets(cells), self.world.actions).flatten(-2)
-        return Task(slow, nn.functional.normalize(self.key(hidden), dim=-1), targets)
+        return EncodedBoards(slow, nn.functional.normalize(self.key(hidden), dim=-1), targets)
 
-    def begin(self, task: Task, copies: int) -> Fast:
+    def begin(self, task: EncodedBoards, copies: int) -> Fast:
         """The fast weights before any trial."""
         return self.memory.begin(task.key, copies)
 
-    def logits(self, task: Task, fast: Fast, phase: int) -> Tensor:
+    def logits(self, task: EncodedBoards, fast: Fast, phase: int) -> Tensor:
         """τ (slow + z): [S, B, N, D, A]"""
         return self._scale(phase) * (task.slow[:, :, None] + self.memory.read(fast, task.key))
 
-    def trial(self, task: Task, fast: Fast, phase: int, known: Known, uniform: Tensor) -> tuple[Trial, Fast]:
+    def trial(self, task: EncodedBoards, fast: Fast, phase: int, known: Known, uniform: Tensor) -> tuple[Trial, Fast]:
         """Draws a plan by `uniform` [S, B, N, D] and looks up what comes of it; the fast weights stay as they are."""
         log_policy = torch.log_softmax(self.logits(task, fast, phase), -1)
         plan = choose(log_policy.exp(), uniform)
         return Trial(plan, log_policy, *known.of(plan)), fast
 
-    def learn(self, task: Task, fast: Fast, trial: Trial) -> Fast:
+    def learn(self, task: EncodedBoards, fast: Fast, trial: Trial) -> Fast:
         """The inner step after a mental trial."""
         chosen = one_hot(trial.plan, self.world.actions)
         reward = trial.success.to(chosen.dtype)
@@ -123,7 +123,7 @@ class PlasticAgent(nn.Module):
             teaching=self._teaching(task, trial, chosen, reward),
         )
 
-    def _teaching(self, task: Task, trial: Trial, chosen: Tensor, reward: Tensor) -> Tensor:
+    def _teaching(self, task: EncodedBoards, trial: Trial, chosen: Tensor, reward: Tensor) -> Tensor:
         if self.teach == "off":
             return torch.zeros_like(chosen)
         A, copies = self.world.actions, trial.plan.shape[2]

@@ -19,7 +19,7 @@ from longread.thinking.episode import episode, make_agent, objective
 from longread.thinking.selection import make_selector
 from longread.thinking.tasks import Transitions, draw_legal, random_play, rule
 from longread.thinking.trials import outcomes
-from longread.thinking.world import World
+from longread.thinking.world import MarbleWorld
 from longread.thinking.world_model import WorldModel
 
 Row = dict[str, list[float]]
@@ -47,7 +47,7 @@ class Cohort:
             raise UserError(
                 f"there are {len(self.seeds)} seeds and {len(self.withheld)} combinations; give one for each"
             )
-        self.world = World(config.world, device)
+        self.world = MarbleWorld(config.world, device)
         self.rule = rule(self.world, self.withheld, pairs=config.pairs)
         self.draws = Draws.from_seeds(self.seeds, device)
         self.model = WorldModel(self.world, self.draws.of("world model"), config.world_model.width).to(device)

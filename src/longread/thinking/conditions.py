@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longread.thinking.agent import ACTING, MENTAL, Task, Trial
+from longread.thinking.agent import ACTING, MENTAL, EncodedBoards, Trial
 from longread.thinking.draws import Draws, choose
 from longread.thinking.episode import Agent
 from longread.thinking.memory import Fast
 from longread.thinking.tasks import CertifiedSet
 from longread.thinking.trials import Outcomes, outcomes, play
-from longread.thinking.world import DROPS, World
+from longread.thinking.world import DROPS, MarbleWorld
 from longread.thinking.world_model import WorldModel
 
 AT_ONCE = "acts at once"
@@ -42,7 +42,7 @@ CONDITIONS = (
 class RealTrials:
     """The real simulator, as one that acts meets it: boards, one trial each, and a count of what was asked."""
 
-    world: World
+    world: MarbleWorld
     cells: Tensor
     """[S, B, P]"""
     drops: int = 0
@@ -62,7 +62,7 @@ class Quality(NamedTuple):
 
 
 @dataclass
-class Evaluation:
+class BoardEvaluation:
     """Success of S agents on the boards of one combination."""
 
     families: str
@@ -85,7 +85,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_agents(
-    world: World,
+    world: MarbleWorld,
     agent: Agent,
     model: WorldModel | None,
     boards: CertifiedSet,
@@ -95,7 +95,7 @@ def evaluate_agents(
     tries: int = 4,
     conditions: Sequence[str] = CONDITIONS,
     curve: int | None = None,
-) -> Evaluation:
+) -> BoardEvaluation:
     """Evaluates S agents, each with its own world model.
 
     Args:
@@ -109,7 +109,7 @@ def evaluate_agents(
     real = Outcomes(*(entry.expand(seeds, *entry.shape) for entry in boards.outcomes))
     imagined = real if model is None else imagine(world, model, boards.cells, seeds)
     draws = draws.of("evaluation", boards.families)
-    found = Evaluation(
+    found = BoardEvaluation(
         boards.families, len(boards.cells), tries, trials, boards.sha256, boards.chance, quality(imagined, real)
     )
     bench = _Bench(world, agent, cells, imagined, real, draws, trials, tries, 1 if model is None else model.width)
@@ -123,7 +123,7 @@ def evaluate_agents(
     return found
 
 
-def imagine(world: World, model: WorldModel, cells: Tensor, seeds: int) -> Outcomes:
+def imagine(world: MarbleWorld, model: WorldModel, cells: Tensor, seeds: int) -> Outcomes:
     """What S models say of every plan on boards [B, P]; boards that occur twice are asked about once."""
     different, place = cells.unique(dim=0, return_inverse=True)
     found = outcomes(world, model.step, different.expand(seeds, -1, -1))
@@ -141,7 +141,7 @@ def quality(imagined: Outcomes, real: Outcomes) -> Quality:
 class _Bench:
     """What the conditions share."""
 
-    world: World
+    world: MarbleWorld
     agent: Agent
     cells: Tensor
     imagined: Outcomes
@@ -174,16 +174,16 @@ class _Bench:
         }
         return special[condition]()
 
-    def begins(self) -> tuple[Task, Fast]:
+    def begins(self) -> tuple[EncodedBoards, Fast]:
         task = self.agent.view(self.cells)
         return task, self.agent.begin(task, self.tries)
 
-    def acts(self, task: Task, fast: Fast) -> Tensor:
+    def acts(self, task: EncodedBoards, fast: Fast) -> Tensor:
         """The plan of the trial that counts; an agent may see where its first marble really fell before the second."""
         return self.agent.trial(task, fast, ACTING, self.real, self._uniform("act"))[0].plan
 
     def after(
-        self, task: Task, known: Outcomes, trials: int, change: Callable[[Trial, Draws], Trial] | None = None
+        self, task: EncodedBoards, known: Outcomes, trials: int, change: Callable[[Trial, Draws], Trial] | None = None
     ) -> Iterable[Fast]:
         """The fast weights before and after each mental trial."""
         fast = self.agent.begin(task, self.tries)

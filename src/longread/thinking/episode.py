@@ -8,18 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longread.thinking.agent import ACTING, MENTAL, PlasticAgent, Task, Trial
+from longread.thinking.agent import ACTING, MENTAL, EncodedBoards, PlasticAgent, Trial
 from longread.thinking.config import ThinkingConfig
 from longread.thinking.draws import Draws
 from longread.thinking.memory import Fast
 from longread.thinking.recurrent import RecurrentAgent
 from longread.thinking.trials import Known
-from longread.thinking.world import DROPS, World
+from longread.thinking.world import DROPS, MarbleWorld
 
 Agent = PlasticAgent | RecurrentAgent
 
 
-def make_agent(world: World, draws: Draws, config: ThinkingConfig) -> Agent:
+def make_agent(world: MarbleWorld, draws: Draws, config: ThinkingConfig) -> Agent:
     """The agents of a config, as many as there are streams of draws."""
     kind = PlasticAgent if config.agent == "plastic" else RecurrentAgent
     return kind(world, draws.of("agent"), config).to(world.device)
@@ -35,7 +35,7 @@ class Episode(NamedTuple):
 
 
 def thinking(
-    agent: Agent, task: Task, fast: Fast, known: Known, draws: Draws, shape: tuple[int, ...], *, trials: int
+    agent: Agent, task: EncodedBoards, fast: Fast, known: Known, draws: Draws, shape: tuple[int, ...], *, trials: int
 ) -> Iterator[tuple[Trial, Fast]]:
     """Mental trials one after the other, each with the fast weights that it leaves.
 

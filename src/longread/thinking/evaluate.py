@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from longread.config import UserError
-from longread.thinking.conditions import AT_ONCE, CONDITIONS, MODEL, SIMULATOR, Evaluation, evaluate_agents
+from longread.thinking.conditions import AT_ONCE, CONDITIONS, MODEL, SIMULATOR, BoardEvaluation, evaluate_agents
 from longread.thinking.draws import Draws
 from longread.thinking.tasks import certified_set
 from longread.thinking.thinker import Thinker
@@ -27,13 +27,13 @@ WORTH = 0.1
 class Report:
     """One agent on boards of the combination that was withheld from it, and of those that were not."""
 
-    evaluations: dict[str, Evaluation]
+    evaluations: dict[str, BoardEvaluation]
     """By combination; the withheld one first."""
     withheld: str
     damage: float
 
     @property
-    def of_withheld(self) -> Evaluation:
+    def of_withheld(self) -> BoardEvaluation:
         return self.evaluations[self.withheld]
 
     def as_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from longread.thinking.draws import Draws
 
 
-class Linear(nn.Module):
+class EnsembleLinear(nn.Module):
     """y = x W + b for each of S networks; uniform within ±1/√inputs at the start, or zero."""
 
     def __init__(self, draws: Draws, inputs: int, outputs: int, *, zero: bool = False) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from longread.ops.clipped_sgd import clipped_sgd
 from longread.ops.fast_mlp import fast_mlp
 from longread.thinking.draws import Draws
-from longread.thinking.layers import Linear
+from longread.thinking.layers import EnsembleLinear
 from longread.thinking.world import DROPS
 
 Fast = tuple[Tensor, ...]
@@ -67,9 +67,9 @@ class MLPMemory(nn.Module):
         super().__init__()
         self.actions, self.width = actions, width
         self.gate, self.up, self.down = (
-            Linear(draws.of(name), width, width).weight for name in ("gate", "up", "down")
+            EnsembleLinear(draws.of(name), width, width).weight for name in ("gate", "up", "down")
         )  # square, so that inputs and outputs need no order
-        self.readout = Linear(draws.of("readout"), width, DROPS * actions)
+        self.readout = EnsembleLinear(draws.of("readout"), width, DROPS * actions)
 
     def begin(self, key: Tensor, copies: int) -> Fast:
         """Every board and copy begins with W_0; the weights are [S · B · N, W, W]."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longread.thinking.agent import Task, Trial
+from longread.thinking.agent import EncodedBoards, Trial
 from longread.thinking.config import ThinkingConfig
 from longread.thinking.draws import Draws, choose
-from longread.thinking.layers import Linear, one_hot
+from longread.thinking.layers import EnsembleLinear, one_hot
 from longread.thinking.memory import Fast
 from longread.thinking.trials import Known
-from longread.thinking.world import DROPS, World
+from longread.thinking.world import DROPS, MarbleWorld
 
 
 class RecurrentAgent(torch.nn.Module):
@@ -21,29 +21,29 @@ class RecurrentAgent(torch.nn.Module):
     it the reward.
     """
 
-    def __init__(self, world: World, draws: Draws, config: ThinkingConfig) -> None:
+    def __init__(self, world: MarbleWorld, draws: Draws, config: ThinkingConfig) -> None:
         super().__init__()
         self.world, self.width = world, config.width
         A, width = world.actions, config.width
-        self.first = Linear(draws.of("first"), world.cells * world.kinds, width)
-        self.second = Linear(draws.of("second"), width, width)
+        self.first = EnsembleLinear(draws.of("first"), world.cells * world.kinds, width)
+        self.second = EnsembleLinear(draws.of("second"), width, width)
         seen = width + A + world.cells + 1 + 2 + DROPS + 1
-        self.inputs = Linear(draws.of("inputs"), seen, 3 * width)
-        self.recurrence = Linear(draws.of("recurrence"), width, 3 * width)
-        self.slow = Linear(draws.of("slow"), width, A)
+        self.inputs = EnsembleLinear(draws.of("inputs"), seen, 3 * width)
+        self.recurrence = EnsembleLinear(draws.of("recurrence"), width, 3 * width)
+        self.slow = EnsembleLinear(draws.of("slow"), width, A)
 
-    def view(self, cells: Tensor) -> Task:
+    def view(self, cells: Tensor) -> EncodedBoards:
         """Looks at boards [S, B, P]; the task's key is what the encoder made of them."""
         hidden = torch.relu(self.first(one_hot(cells, self.world.kinds).flatten(-2)))
         hidden = torch.relu(self.second(hidden))
         empty = hidden.new_zeros(*hidden.shape[:2], DROPS, self.world.actions)
-        return Task(empty, hidden, one_hot(self.world.targets(cells), self.world.actions).flatten(-2))
+        return EncodedBoards(empty, hidden, one_hot(self.world.targets(cells), self.world.actions).flatten(-2))
 
-    def begin(self, task: Task, copies: int) -> Fast:
+    def begin(self, task: EncodedBoards, copies: int) -> Fast:
         """The state before any trial."""
         return (task.key.new_zeros(*task.key.shape[:2], copies, self.width),)
 
-    def trial(self, task: Task, fast: Fast, phase: int, known: Known, uniform: Tensor) -> tuple[Trial, Fast]:
+    def trial(self, task: EncodedBoards, fast: Fast, phase: int, known: Known, uniform: Tensor) -> tuple[Trial, Fast]:
         """Draws marble after marble: the second action sees where the first marble landed."""
         (state,), A, cells = fast, self.world.actions, self.world.cells
         lead = uniform.shape[:-1]
@@ -61,14 +61,21 @@ class RecurrentAgent(torch.nn.Module):
         chosen = torch.stack(plan, -1)
         return Trial(chosen, torch.stack(log_policies, -2), *known.of(chosen)), (state,)
 
-    def learn(self, task: Task, fast: Fast, trial: Trial) -> Fast:
+    def learn(self, task: EncodedBoards, fast: Fast, trial: Trial) -> Fast:
         """Sees how the trial ended."""
         reward = trial.success.to(fast[0].dtype)
         last, landing = trial.plan[..., -1], trial.positions[..., -1]
         return (self._advance(task, fast[0], last, landing, reward[..., None], 0, DROPS),)
 
     def _advance(
-        self, task: Task, state: Tensor, action: Tensor, landing: Tensor, reward: Tensor, phase: int, number: int
+        self,
+        task: EncodedBoards,
+        state: Tensor,
+        action: Tensor,
+        landing: Tensor,
+        reward: Tensor,
+        phase: int,
+        number: int,
     ) -> Tensor:
         """One step of the GRU (Cho et al., 2014); `number` DROPS: the trial is over."""
         lead = state.shape[:-1]

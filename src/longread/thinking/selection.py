@@ -14,8 +14,8 @@ from torch import Tensor
 
 from longread.thinking.config import ThinkingConfig
 from longread.thinking.draws import Draws
-from longread.thinking.tasks import Rule, draw_legal, mutate_legal
-from longread.thinking.world import World
+from longread.thinking.tasks import WithheldRule, draw_legal, mutate_legal
+from longread.thinking.world import MarbleWorld
 
 Score = Callable[[Tensor, Tensor], Tensor]
 SEQUENCE_SHARE, SEQUENCE_TEMPERATURE = 0.75, 0.15
@@ -57,7 +57,7 @@ class Selector(Protocol):
         """Takes back what `tensors` gave."""
 
 
-def make_selector(world: World, rule: Rule, draws: Draws, config: ThinkingConfig) -> Selector:
+def make_selector(world: MarbleWorld, rule: WithheldRule, draws: Draws, config: ThinkingConfig) -> Selector:
     """The selector that a config names."""
     if config.selection == "random":
         return Fresh(world, rule, config.boards)
@@ -69,7 +69,7 @@ def make_selector(world: World, rule: Rule, draws: Draws, config: ThinkingConfig
 class Fresh:
     """Boards as they come."""
 
-    def __init__(self, world: World, rule: Rule, count: int) -> None:
+    def __init__(self, world: MarbleWorld, rule: WithheldRule, count: int) -> None:
         self.world, self.rule, self.count = world, rule, count
 
     def boards(self, draws: Draws) -> Tensor:
@@ -90,7 +90,7 @@ class Fresh:
 class Population:
     """Boards that evolve: the worst of those that were tried make room for mutants of the best, and for fresh ones."""
 
-    def __init__(self, world: World, rule: Rule, draws: Draws, config: ThinkingConfig) -> None:
+    def __init__(self, world: MarbleWorld, rule: WithheldRule, draws: Draws, config: ThinkingConfig) -> None:
         self.world, self.rule, self.config = world, rule, config
         self.score_of = SCORES[config.selection]
         self.cells = draw_legal(world, draws.of("population"), rule, config.population)
@@ -138,7 +138,7 @@ class Population:
 class Sequences:
     """Fresh boards always, three quarters of them by what thinking adds to their sequence of curtains."""
 
-    def __init__(self, world: World, rule: Rule, count: int, seeds: int) -> None:
+    def __init__(self, world: MarbleWorld, rule: WithheldRule, count: int, seeds: int) -> None:
         self.world, self.rule, self.count = world, rule, count
         base = world.families + 1
         self._places = base ** torch.arange(world.curtain_rows, device=world.device)

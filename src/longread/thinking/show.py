@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from longread.thinking.thought import ShownTrial, Thought
-from longread.thinking.world import CURTAIN, EMPTY, FLOOR, KEY, OPEN, SEALED, WALL, WEDGE, World
+from longread.thinking.world import CURTAIN, EMPTY, FLOOR, KEY, OPEN, SEALED, WALL, WEDGE, MarbleWorld
 
 _SYMBOLS = {EMPTY: "·", FLOOR: "_", WEDGE: "v", WALL: "#", KEY: "k", SEALED: "g", OPEN: "G"}
 _NAMES = {FLOOR: "floor", WEDGE: "wedge", WALL: "wall", KEY: "key", SEALED: "goal", OPEN: "open goal"}
@@ -25,7 +25,7 @@ def symbol(kind: int) -> str:
     return _SYMBOLS.get(kind) or string.ascii_lowercase[kind - CURTAIN]
 
 
-def as_text(thought: Thought, world: World) -> str:
+def as_text(thought: Thought, world: MarbleWorld) -> str:
     """The imagined trials side by side, then the real one."""
     blocks = [
         (f"imagined {number}", _lines(trial, thought.cells, world))
@@ -36,7 +36,7 @@ def as_text(thought: Thought, world: World) -> str:
     return "\n\n".join([*parts, LEGEND]) + "\n"
 
 
-def _lines(trial: ShownTrial, cells: Sequence[int], world: World) -> list[str]:
+def _lines(trial: ShownTrial, cells: Sequence[int], world: MarbleWorld) -> list[str]:
     marks: dict[int, str] = {}
     for mark, path in zip(_MARKS, trial.paths, strict=False):
         for place in path:
@@ -58,7 +58,7 @@ def _beside(blocks: Sequence[tuple[str, list[str]]]) -> str:
     return "\n".join("".join(cell.ljust(width) for cell in row).rstrip() for row in rows)
 
 
-def html_sections(thought: Thought, world: World) -> list[str]:
+def html_sections(thought: Thought, world: MarbleWorld) -> list[str]:
     """Sections of a page: the imagined trials, the real one, what the marks mean."""
     figures = "".join(
         _figure(trial, thought.cells, world, f"Imagined trial {number}")
@@ -79,7 +79,7 @@ def html_sections(thought: Thought, world: World) -> list[str]:
     ]
 
 
-def as_svg(thought: Thought, world: World) -> str:
+def as_svg(thought: Thought, world: MarbleWorld) -> str:
     """The same as one drawing, readable on light and dark ground."""
     shown = [(f"imagined {number}", trial) for number, trial in enumerate(thought.trials, start=1)]
     shown.append(("the real trial", thought.act))
@@ -102,12 +102,12 @@ _STYLE = (
 )
 
 
-def _figure(trial: ShownTrial, cells: Sequence[int], world: World, name: str) -> str:
+def _figure(trial: ShownTrial, cells: Sequence[int], world: MarbleWorld, name: str) -> str:
     caption = f"<figcaption>{escape(name)}: {_ending(trial)}</figcaption>"
     return f"<figure>{_drawing(trial, cells, world, name)}{caption}</figure>"
 
 
-def _drawing(trial: ShownTrial, cells: Sequence[int], world: World, name: str) -> str:
+def _drawing(trial: ShownTrial, cells: Sequence[int], world: MarbleWorld, name: str) -> str:
     width, bars = world.columns * _CELL, 22
     height = world.rows * _CELL + bars
     parts = [
@@ -135,7 +135,7 @@ def _drawing(trial: ShownTrial, cells: Sequence[int], world: World, name: str) -
     return "".join([*parts, "</svg>"])
 
 
-def _way(path: Sequence[tuple[int, int]], world: World, marble: int, top: int) -> list[str]:
+def _way(path: Sequence[tuple[int, int]], world: MarbleWorld, marble: int, top: int) -> list[str]:
     """The way of a marble, each piece in the tint with which the marble moved on."""
     parts, off = [], (marble - 0.5) * 7
 
@@ -157,5 +157,5 @@ def _way(path: Sequence[tuple[int, int]], world: World, marble: int, top: int) -
     return parts
 
 
-def _color(tint: int, world: World) -> str:
+def _color(tint: int, world: MarbleWorld) -> str:
     return f"hsl({360 * tint // world.columns} 70% 45%)"

@@ -17,40 +17,40 @@ from torch import Tensor
 from longread.config import UserError
 from longread.thinking.draws import Draws
 from longread.thinking.trials import Outcomes, outcomes
-from longread.thinking.world import DROPS, World
+from longread.thinking.world import DROPS, MarbleWorld
 
 _AT_ONCE = 8192
 """Boards that are drawn together where only some are wanted."""
 
 
-class Rule(NamedTuple):
+class WithheldRule(NamedTuple):
     """What is withheld from each of S agents: [S, families] bool, and whether three families are too many."""
 
     withheld: Tensor
     pairs: bool = False
 
 
-def rule(world: World, withheld: Sequence[str], *, pairs: bool = False) -> Rule:
+def rule(world: MarbleWorld, withheld: Sequence[str], *, pairs: bool = False) -> WithheldRule:
     """The rule of agents from which the families named by letters are withheld together."""
     letters = string.ascii_lowercase[: world.families]
     mask = [[letter in names for letter in letters] for names in withheld]
-    return Rule(torch.tensor(mask, device=world.device), pairs)
+    return WithheldRule(torch.tensor(mask, device=world.device), pairs)
 
 
-def families_on(world: World, cells: Tensor) -> Tensor:
+def families_on(world: MarbleWorld, cells: Tensor) -> Tensor:
     """Which families a board holds: [..., P] -> bool [..., families]."""
     every = torch.arange(world.families, device=cells.device)
     return (world.arrangement(cells)[..., None] == every).any(-2)
 
 
-def is_legal(world: World, cells: Tensor, rule: Rule) -> Tensor:
+def is_legal(world: MarbleWorld, cells: Tensor, rule: WithheldRule) -> Tensor:
     """Whether boards [S, n, P] may occur in training: [S, n]."""
     held = families_on(world, cells)
     legal = ~(held | ~rule.withheld[:, None]).all(-1)
     return legal & (held.sum(-1) < 3) if rule.pairs else legal
 
 
-def draw_legal(world: World, draws: Draws, rule: Rule, count: int) -> Tensor:
+def draw_legal(world: MarbleWorld, draws: Draws, rule: WithheldRule, count: int) -> Tensor:
     """Boards as they come, without those that are withheld: [S, count, P]."""
     cells = world.draw(draws.of("boards", 0), count)
     attempt = 0
@@ -60,7 +60,7 @@ def draw_legal(world: World, draws: Draws, rule: Rule, count: int) -> Tensor:
     return cells
 
 
-def mutate_legal(world: World, draws: Draws, rule: Rule, cells: Tensor) -> Tensor:
+def mutate_legal(world: MarbleWorld, draws: Draws, rule: WithheldRule, cells: Tensor) -> Tensor:
     """Neighbours of boards [S, n, P]; one that is withheld stays what it was."""
     children = world.mutate(draws, cells)
     return torch.where(is_legal(world, children, rule)[..., None], children, cells)
@@ -82,7 +82,7 @@ class CertifiedSet(NamedTuple):
         return float(self.outcomes.success.double().mean())
 
 
-def certified_set(world: World, families: str, count: int, seed: int = 0) -> CertifiedSet:
+def certified_set(world: MarbleWorld, families: str, count: int, seed: int = 0) -> CertifiedSet:
     """`count` boards drawn as in training, but for these: exactly the named families are on them, and a plan wins.
 
     Raises:
@@ -119,7 +119,7 @@ class Transitions(NamedTuple):
     """[S, n]: False where the marble was gone already."""
 
 
-def random_play(world: World, draws: Draws, cells: Tensor) -> Transitions:
+def random_play(world: MarbleWorld, draws: Draws, cells: Tensor) -> Transitions:
     """Every sub-step of one random trial on each of the boards [S, n, P]."""
     plan = draws.of("plan").integers(world.actions, cells.shape[1], DROPS)
     steps = []
@@ -132,7 +132,7 @@ def random_play(world: World, draws: Draws, cells: Tensor) -> Transitions:
     return Transitions(*(torch.cat(parts, 1) for parts in zip(*steps, strict=True)))
 
 
-def coverage(world: World, transitions: Transitions) -> Tensor:
+def coverage(world: MarbleWorld, transitions: Transitions) -> Tensor:
     """How often each tint met a curtain of each family: [S, families, tints]."""
     position = torch.where(transitions.valid, transitions.marble // world.columns, 0)
     kind = transitions.cells.gather(-1, position[..., None])[..., 0]

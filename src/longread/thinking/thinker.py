@@ -16,7 +16,7 @@ from longread.files import read_tensors, write_tensors_atomically
 from longread.thinking.config import ThinkingConfig
 from longread.thinking.draws import Draws
 from longread.thinking.episode import Agent, make_agent
-from longread.thinking.world import World
+from longread.thinking.world import MarbleWorld
 from longread.thinking.world_model import WorldModel
 
 KIND = "thinking agent"
@@ -32,7 +32,7 @@ class Thinker:
     """One agent, ready to act or to think."""
 
     config: ThinkingConfig
-    world: World
+    world: MarbleWorld
     agent: Agent
     model: WorldModel
     provenance: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Thinker:
         device: str | torch.device,
     ) -> Thinker:
         """From the weights by name, `agent.*` and `model.*`. Raises `UserError` if they are not those of the config."""
-        world, draws = World(config.world, device), Draws.from_seeds([config.seed], device)
+        world, draws = MarbleWorld(config.world, device), Draws.from_seeds([config.seed], device)
         model = WorldModel(world, draws.of("world model"), config.world_model.width).to(device)
         agent = make_agent(world, draws, config)
         for part, module in (("agent", agent), ("model", model)):

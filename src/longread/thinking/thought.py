@@ -12,10 +12,10 @@ from longread.thinking.agent import ACTING, MENTAL
 from longread.thinking.draws import Draws
 from longread.thinking.thinker import Thinker
 from longread.thinking.trials import Played, Step
-from longread.thinking.world import DROPS, World
+from longread.thinking.world import DROPS, MarbleWorld
 
 
-class Place(NamedTuple):
+class Marble(NamedTuple):
     """A marble in a cell."""
 
     position: int
@@ -26,7 +26,7 @@ class ShownTrial(NamedTuple):
     """A trial as it was seen."""
 
     plan: tuple[int, ...]
-    paths: tuple[tuple[Place, ...], ...]
+    paths: tuple[tuple[Marble, ...], ...]
     """Of each marble, the places it was in; the last is where it ended."""
     success: bool
     policy: tuple[tuple[float, ...], ...]
@@ -58,7 +58,9 @@ def think(thinker: Thinker, cells: Tensor, *, trials: int | None = None, seed: i
     if trials < 0:
         raise UserError(f"trials is {trials}; it must be at least 0")
     if cells.shape != (world.cells,) or not ((cells >= 0) & (cells < world.kinds)).all():
-        raise UserError(f"a board is {world.cells} cells of kinds 0 to {world.kinds - 1}; draw one with World.draw")
+        raise UserError(
+            f"a board is {world.cells} cells of kinds 0 to {world.kinds - 1}; draw one with MarbleWorld.draw"
+        )
     board = cells.to(world.device).long().expand(1, 1, -1)
     draws = Draws.from_seeds([seed], world.device).of("think")
     task = thinker.agent.view(board)
@@ -75,7 +77,7 @@ def think(thinker: Thinker, cells: Tensor, *, trials: int | None = None, seed: i
     return Thought(tuple(cells.tolist()), tuple(seen), act)
 
 
-def _shown(world: World, step: Step, board: Tensor, plan: Tensor, policy: Tensor) -> ShownTrial:
+def _shown(world: MarbleWorld, step: Step, board: Tensor, plan: Tensor, policy: Tensor) -> ShownTrial:
     """Plays a trial once, and keeps every place."""
     cells, won, paths = board, False, []
     for number in range(DROPS):
@@ -83,7 +85,7 @@ def _shown(world: World, step: Step, board: Tensor, plan: Tensor, policy: Tensor
         for _ in range(world.most_steps):
             if int(marble) == world.none:
                 break
-            path.append(Place(int(marble) // world.columns, int(marble) % world.columns))
+            path.append(Marble(int(marble) // world.columns, int(marble) % world.columns))
             cells, marble, success = step(cells, marble)
             won = won or bool(success)
         paths.append(tuple(path))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from longread import __version__, files, record
-from longread.config import UserError
+from longread.config import TrainingHalted, UserError
 from longread.thinking.cohort import Cohort
 from longread.thinking.config import ThinkingConfig
 from longread.thinking.thinker import FILE, Thinker, save_thinker
@@ -38,14 +38,8 @@ LONGEST_UNSAVED = 60.0
 Row = dict[str, Any]
 
 
-class TrainingHalted(UserError):
-    """A number is not finite. The message says what, when, what is left, and what to try."""
-
-    exit_status = 3
-
-
 @dataclass(frozen=True)
-class TrainResult:
+class ThinkingTrainResult:
     """How a run ended."""
 
     step: int
@@ -64,7 +58,7 @@ def train(
     resume: bool = False,
     stopped: Callable[[], bool] = lambda: False,
     on_step: Callable[[Row], None] | None = None,
-) -> TrainResult:
+) -> ThinkingTrainResult:
     """Trains a world model, then an agent, and leaves the run in the directory `out`.
 
     Args:
@@ -80,7 +74,7 @@ def train(
     _refuse_or_clear(out, resume)
     with files.held(out):
         _refuse_or_clear(out, resume)
-        run = _Run(config, out, device, resume)
+        run = _ThinkingRun(config, out, device, resume)
         run.describe()
         row = None
         while run.cohort.step < run.cohort.steps and not stopped():
@@ -92,7 +86,7 @@ def train(
         if run.cohort.step > run.saved_step:
             run.save()
         finished = run.finish() if run.cohort.step >= run.cohort.steps else None
-    return TrainResult(run.cohort.step, row, finished)
+    return ThinkingTrainResult(run.cohort.step, row, finished)
 
 
 def _refuse_or_clear(out: Path, resume: bool) -> None:
@@ -102,7 +96,7 @@ def _refuse_or_clear(out: Path, resume: bool) -> None:
         files.remove_temporaries(out)
 
 
-class _Run:
+class _ThinkingRun:
     """The state of a run and what can be done with it, in the order in which it is done."""
 
     def __init__(self, config: ThinkingConfig, out: Path, device: str | torch.device, resume: bool) -> None:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longread.thinking.world import DROPS, World
+from longread.thinking.world import DROPS, MarbleWorld
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""cells [..., P], marble [...] -> the same afterwards, and success [...]: `World.step`, or that of a model."""
+"""cells [..., P], marble [...] -> the same afterwards, and success [...]: `MarbleWorld.step`, or that of a model."""
 
 
 class Landing(NamedTuple):
@@ -27,7 +27,7 @@ class Landing(NamedTuple):
     success: Tensor
 
 
-def drop(world: World, step: Step, cells: Tensor, action: Tensor, number: int) -> Landing:
+def drop(world: MarbleWorld, step: Step, cells: Tensor, action: Tensor, number: int) -> Landing:
     """Drops marble `number` of a trial in the columns `action` [...] of boards `cells` [..., P]."""
     marble = world.start(action, number)
     position, success = action, torch.zeros_like(action, dtype=torch.bool)
@@ -40,7 +40,7 @@ def drop(world: World, step: Step, cells: Tensor, action: Tensor, number: int) -
     return Landing(cells, position, success)
 
 
-def play(world: World, step: Step, cells: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
+def play(world: MarbleWorld, step: Step, cells: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
     """One trial, marble after marble.
 
     Args:
@@ -89,7 +89,7 @@ class Outcomes(NamedTuple):
 class Played:
     """What comes of a plan, found by playing it: what `Outcomes` looks up. For boards [S, B, P]."""
 
-    world: World
+    world: MarbleWorld
     step: Step
     cells: Tensor
 
@@ -101,7 +101,7 @@ class Played:
 Known = Outcomes | Played
 
 
-def outcomes(world: World, step: Step, cells: Tensor) -> Outcomes:
+def outcomes(world: MarbleWorld, step: Step, cells: Tensor) -> Outcomes:
     """The outcomes of every plan on boards [..., P]: an exact short cut where many trials of a board are asked for."""
     A = world.actions
     actions = torch.arange(A, device=cells.device).expand(*cells.shape[:-1], A)

@@ -57,7 +57,7 @@ def _commute(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(a[b[t]] == b[a[t]] for t in range(len(a)))
 
 
-class World:
+class MarbleWorld:
     """The rules for boards of one size.
 
     Letters: P = rows × columns cells, A = columns actions, also the number of tints, R curtain rows. `cells` are int64

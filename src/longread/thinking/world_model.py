@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longread.thinking.draws import Draws
-from longread.thinking.layers import Linear, one_hot
+from longread.thinking.layers import EnsembleLinear, one_hot
 from longread.thinking.tasks import Transitions
-from longread.thinking.world import World
+from longread.thinking.world import MarbleWorld
 
 _CELLS_STAY = 6.0
 """Added to the logit of what a cell is now: most cells stay what they are."""
@@ -28,15 +28,15 @@ class WorldModel(nn.Module):
     Shapes: cells [S, ..., P], marble [S, ...].
     """
 
-    def __init__(self, world: World, draws: Draws, width: int) -> None:
+    def __init__(self, world: MarbleWorld, draws: Draws, width: int) -> None:
         super().__init__()
         self.world, self.width = world, width
-        self.see = Linear(draws.of("see"), world.kinds + world.columns, width)
-        self.near = Linear(draws.of("near"), 15 * width, width)
-        self.whole = Linear(draws.of("whole"), width, width)
-        self.cell = Linear(draws.of("cell"), width, world.kinds)
-        self.tint = Linear(draws.of("tint"), width, world.columns)
-        self.ends = Linear(draws.of("ends"), width, 2)
+        self.see = EnsembleLinear(draws.of("see"), world.kinds + world.columns, width)
+        self.near = EnsembleLinear(draws.of("near"), 15 * width, width)
+        self.whole = EnsembleLinear(draws.of("whole"), width, width)
+        self.cell = EnsembleLinear(draws.of("cell"), width, world.kinds)
+        self.tint = EnsembleLinear(draws.of("tint"), width, world.columns)
+        self.ends = EnsembleLinear(draws.of("ends"), width, 2)
 
     def forward(self, cells: Tensor, marble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of cells [S, n, P, kinds], of the marble [S, n, P · A + 1] (the last: gone) and of success [S, n]."""
@@ -62,7 +62,7 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def step(self, cells: Tensor, marble: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The likeliest next cells, marble and success; as `World.step`, with a leading dimension of models.
+        """The likeliest next cells, marble and success; as `MarbleWorld.step`, with a leading dimension of models.
 
         Boards without a marble stay as they are.
         """

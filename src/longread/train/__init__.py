@@ -27,18 +27,16 @@ from longread.train.agreement import begun_config, with_schedules_of
 from longread.train.gradient import BatchGradient, accumulate_gradient
 from longread.train.optimizer import clip_gradients, make_optimizer, update
 from longread.train.profiling import ProfiledSteps
-from longread.train.progress import Progress
+from longread.train.progress import TrainingProgress
 from longread.train.result import TrainResult
 from longread.train.run import train
-from longread.train.stopping import TrainingHalted
 from longread.train.validation import validation_losses
 
 __all__ = [
     "BatchGradient",
     "ProfiledSteps",
-    "Progress",
     "TrainResult",
-    "TrainingHalted",
+    "TrainingProgress",
     "accumulate_gradient",
     "begun_config",
     "clip_gradients",

@@ -16,7 +16,7 @@ from longread.config import RunConfig
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
+class TrainingProgress:
     """Give it to `train` as `on_step` inside a `with`; it writes to stderr, so that stdout stays free for results."""
 
     def __init__(self, config: RunConfig, console: Console | None = None) -> None:

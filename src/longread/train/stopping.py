@@ -15,18 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from longread.config import RunConfig, UserError
+from longread.config import RunConfig, TrainingHalted
 from longread.parallel.world import BETWEEN_QUESTIONS
 from longread.signals import Requests
 from longread.train.gradient import BatchGradient
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingHalted(UserError):
-    """Numbers are not finite, or the run diverges. The message says what, when, what is left, and what to try."""
-
-    exit_status = 3
 
 
 class StopSignal:

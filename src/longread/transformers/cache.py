@@ -22,7 +22,7 @@ from longread.model import Transformer
 from longread.session import Session, Storage
 
 
-class Reader(Protocol):
+class ReadingModel(Protocol):
     """A `LongreadForCausalLM`."""
 
     config: Any
@@ -56,7 +56,7 @@ class SessionCache(Cache):
         learn: False reads with the weights as they are; None: as the model's configuration says.
     """
 
-    def __init__(self, model: Reader, *, learn: bool | None = None) -> None:
+    def __init__(self, model: ReadingModel, *, learn: bool | None = None) -> None:
         super().__init__(layers=[])
         self.network, self.inner, self.fingerprint = model.network, model.config.inner_config, model.fingerprint
         self.learn: bool = model.config.learn if learn is None else learn
@@ -70,7 +70,7 @@ class SessionCache(Cache):
         self._decoder: Decoder | None = None
 
     @classmethod
-    def of(cls, model: Reader, sessions: Iterable[Session]) -> SessionCache:
+    def of(cls, model: ReadingModel, sessions: Iterable[Session]) -> SessionCache:
         """A cache that goes on from sessions, which stay as they are.
 
         Raises:
@@ -93,7 +93,7 @@ class SessionCache(Cache):
         return cache
 
     @classmethod
-    def restore(cls, path: str | Path, model: Reader) -> SessionCache:
+    def restore(cls, path: str | Path, model: ReadingModel) -> SessionCache:
         """A cache of the one session that was saved at `path`, here or anywhere else in Longread.
 
         Raises:

@@ -16,7 +16,7 @@ from longread.loading import OpenModel
 from longread.session import Session, TextPrefix
 
 
-class _Found(NamedTuple):
+class _ReadPiece(NamedTuple):
     """A session that has read a piece, and what that gave."""
 
     session: Session
@@ -40,14 +40,14 @@ class MeasuredSession:
             config.num_fast_weights,
         )
 
-    def look(self, ids: list[int]) -> _Found:
+    def look(self, ids: list[int]) -> _ReadPiece:
         """Reads tokens on a fork: nothing here changes."""
         started, fork = time.perf_counter(), self.session.fork()
         nll = fork.read(ids).double().cpu().numpy()
         norms = fork.inner_grad_norms.double().cpu().numpy()
-        return _Found(fork, nll, norms, time.perf_counter() - started)
+        return _ReadPiece(fork, nll, norms, time.perf_counter() - started)
 
-    def keep(self, found: _Found, piece: TokenPiece) -> None:
+    def keep(self, found: _ReadPiece, piece: TokenPiece) -> None:
         """Makes what `look` gave its own."""
         measurement, start = self.measurement, self.session.position
         M = self.session.model.config.mini_batch_size
@@ -89,11 +89,11 @@ class Readers:
             return []
         return [f"The figures are about the text from byte {begun.num_bytes:,} on, not about what was read before."]
 
-    def look(self, piece: TokenPiece) -> list[_Found]:
+    def look(self, piece: TokenPiece) -> list[_ReadPiece]:
         """All readers read a piece, and nothing changes: whatever goes wrong, nothing is half-read."""
         return [reader.look(piece.ids) for reader in self._all]
 
-    def keep(self, found: list[_Found], piece: TokenPiece) -> None:
+    def keep(self, found: list[_ReadPiece], piece: TokenPiece) -> None:
         """What `look` gave counts."""
         for reader, one in zip(self._all, found, strict=True):
             reader.keep(one, piece)

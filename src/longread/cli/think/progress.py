@@ -19,7 +19,7 @@ _RECENT = 0.95
 """Of what a shown mean keeps at each step: single steps are noisy."""
 
 
-class Progress:
+class ThinkingProgress:
     """Give it to `train` as `on_step` inside a `with`."""
 
     def __init__(self, config: ThinkingConfig, console: Console) -> None:

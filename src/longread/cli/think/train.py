@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from longread.cli.arguments import add_device, add_json, changed, positive
 
 if TYPE_CHECKING:
-    from longread.thinking import ThinkingConfig, TrainResult
+    from longread.thinking import ThinkingConfig, ThinkingTrainResult
 
 NAME = "train"
 FORMAT = "longread-thinking-training/1"
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         tables_console,
         write_text,
     )
-    from longread.cli.think.progress import Progress
+    from longread.cli.think.progress import ThinkingProgress
     from longread.config import UserError
     from longread.model import find_device
     from longread.thinking import ThinkingConfig, train
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     settings = [f"{name}={value}" for name, value in dials.items() if value is not None]
     config = changed(ThinkingConfig(), [*settings, *options.set])
     device = find_device(options.device)
-    with StopSignal() as stop, Progress(config, progress_console(options)) as progress:
+    with StopSignal() as stop, ThinkingProgress(config, progress_console(options)) as progress:
         result = train(
             config,
             options.out,
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     return 128 + (stop.number or 0) if result.thinker is None else 0
 
 
-def _ending(config: ThinkingConfig, out: str, result: TrainResult) -> str:
+def _ending(config: ThinkingConfig, out: str, result: ThinkingTrainResult) -> str:
     steps = config.world_model.steps + config.iterations
     if result.thinker is None:
         return f"stopped after step {result.step} of {steps}; --resume goes on from there"

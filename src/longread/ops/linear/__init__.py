@@ -37,7 +37,7 @@ class SharedWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x Wᵀ + bias for x [..., in] of the type given above: [..., out]."""
-        return _Product.apply(x, self._cast, self._bias, self._left)
+        return _SharedProduct.apply(x, self._cast, self._bias, self._left)
 
 
 class _Share(torch.autograd.Function):
@@ -77,7 +77,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-class _Product(torch.autograd.Function):
+class _SharedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left: _Left) -> Tensor:
         ctx.save_for_backward(x, weight)
