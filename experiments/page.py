@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from longread.evaluate import Chart, draw, to_svg
 
 Data = Mapping[str, Any]
 """What a results.json holds."""
@@ -31,11 +29,11 @@ class Table:
 
 
 class Plot(NamedTuple):
-    """An SVG: its name, what it shows, and the charts in it, two in a row."""
+    """A PNG: its name, what it shows, and how it is drawn."""
 
     name: str
     caption: str
-    charts: Sequence[Chart]
+    draw: Callable[[Path], None]
 
 
 def write(folder: Path, heading: str, results: Data, tables: Iterable[Table], plots: Iterable[Plot]) -> None:
@@ -44,9 +42,8 @@ def write(folder: Path, heading: str, results: Data, tables: Iterable[Table], pl
     (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     parts = [heading, *(table.text for table in tables)]
     for plot in plots:
-        drawing = draw(plot.charts, width=860 if len(plot.charts) == 1 else 1240, columns=2, titles=True)
-        (folder / f"{plot.name}.svg").write_text(to_svg(drawing, alone=True), encoding="utf-8")
-        parts.append(f"![{plot.caption}]({plot.name}.svg)")
+        plot.draw(folder / f"{plot.name}.png")
+        parts.append(f"![{plot.caption}]({plot.name}.png)")
     readme = folder / "README.md"
     text = with_tables(readme, tables) if readme.exists() else "\n\n".join(parts) + "\n"
     readme.write_text(text, encoding="utf-8")

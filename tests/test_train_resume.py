@@ -210,14 +210,14 @@ def test_a_signal_in_the_middle_of_a_captured_step_leaves_the_step(
     tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The checkpoint is of the step before, and is written while the device still computes."""
-    replays, saved, last = itertools.count(1), [], {}
+    gradients, saved, last = itertools.count(1), [], {}
 
-    def interrupted(gradient: CapturedGradient, graph: Any, real: Any = CapturedGradient._replay) -> Any:
-        if next(replays) == 3:
+    def interrupted(gradient: Any, *args: Any, real: Any = CapturedGradient.__call__, **options: Any) -> Any:
+        if next(gradients) == 3:
             torch.cuda._sleep(10**10)  # cycles: seconds, in which nothing behind it on this stream ends
             ended.record()
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(gradient, graph)
+        return real(gradient, *args, **options)
 
     def write(*args: Any, real: Any = checkpoint.write_checkpoint, **options: Any) -> Path:
         path = real(*args, **options)
@@ -228,7 +228,7 @@ def test_a_signal_in_the_middle_of_a_captured_step_leaves_the_step(
         last["step"] = row["step"]
 
     ended = torch.cuda.Event()
-    monkeypatch.setattr(CapturedGradient, "_replay", interrupted)
+    monkeypatch.setattr(CapturedGradient, "__call__", interrupted)
     monkeypatch.setattr("longread.checkpoint.saving.write_checkpoint", write)
     config = change(checkpoint_every=None)
     result = train(config, data, tmp_path / "run", device="cuda", on_step=keep)

@@ -7,10 +7,8 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from experiments.figures import panel
+from experiments.figures import Line, Panel, plot
 from experiments.page import Data, Plot, Table
-
-from longread.evaluate import Chart, Line
 
 SLUG = "thinking"
 HEADING = """# Agents that think before they act
@@ -127,34 +125,34 @@ def plots(jobs: Data) -> Iterator[Plot]:
     if "random" in jobs:
         panels = [_training(jobs[name], title) for name, title in LONG
                   if name in jobs]  # fmt: skip
-        yield Plot("training", "Success over training, to 2500 iterations", panels)
+        yield Plot("training", "Success over training, to 2500 iterations", plot(*panels))
     if "main" in jobs:
         lines = [
-            _with_range(said, jobs[job]["by trials"])
+            Line(said, _with_range(jobs[job]["by trials"])[0], *_with_range(jobs[job]["by trials"])[1:])
             for job, said in (("main", "fast weights"), ("fast-mlp", "fast MLP"), ("recurrent", "recurrent"))
             if job in jobs
         ]
-        chart = panel("Withheld combinations", lines, "success", "mental trials", log=False, limits=(0, 1))
-        yield Plot("trials", "Success by mental trials, range over agents", [chart])
-        yield Plot("models", "Success by the world model's training", [_models(jobs["main"])])
+        panel = Panel("Withheld combinations", lines, "success", "mental trials", log=False, limits=(0, 1))
+        yield Plot("trials", "Success by mental trials, range over agents", plot(panel, width=6.5))
+        yield Plot("models", "Success by the world model's training", plot(_models(jobs["main"]), width=6.5))
 
 
-def _training(job: Data, title: str) -> Chart:
+def _training(job: Data, title: str) -> Panel:
     lines = []
     for name, condition in (("acts at once", AT_ONCE), ("thinks first", SIMULATOR)):
         for part in ("withheld", "seen"):
             points = [(row["iteration"], statistics.mean(row[condition][part])) for row in job["curve"]]
             lines.append(Line(f"{name}, {part}", points))
-    return panel(f"Trained {title}", lines, "success", "iterations", log=False, limits=(0, 1))
+    return Panel(f"Trained {title}", lines, "success", "iterations", log=False, limits=(0, 1))
 
 
-def _with_range(name: str, agents: Sequence[Sequence[float]]) -> Line:
+def _with_range(agents: Sequence[Sequence[float]]) -> tuple[list[tuple[float, float]], list[float], list[float]]:
     columns = list(zip(*agents, strict=True))
     points = [(float(k), statistics.mean(column)) for k, column in enumerate(columns)]
-    return Line(name, points, [(min(column), max(column)) for column in columns])
+    return points, [min(column) for column in columns], [max(column) for column in columns]
 
 
-def _models(main: Data) -> Chart:
+def _models(main: Data) -> Panel:
     found = {int(step): values for step, values in main["world models"].items()}
     steps = main["config"]["world_model"]["steps"]
     found[steps] = {
@@ -166,5 +164,5 @@ def _models(main: Data) -> Chart:
         Line(said, [(float(step), statistics.mean(found[step][name])) for step in sorted(found)])
         for name, said in (("success", "success"), ("recall", "recall of plans"), ("precision", "precision of plans"))
     ]
-    return panel("Thinking in a model after so many steps", lines, "", "steps of the world model", log=False,
+    return Panel("Thinking in a model after so many steps", lines, "", "steps of the world model", log=False,
                  limits=(0, 1))  # fmt: skip

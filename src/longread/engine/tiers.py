@@ -19,7 +19,7 @@ from longread.engine.lanes import HOST, Lanes, largest_session
 from longread.engine.reader import Reader
 from longread.inner_loop import ReadingState
 from longread.inner_loop.batches import moved_to
-from longread.inner_loop.capture import undisturbed
+from longread.inner_loop.graphs import undisturbed
 from longread.model import Transformer, free_bytes
 
 SHARE = 0.7

@@ -9,22 +9,22 @@ A long graph holds several stretches of mini-batches, what is left over is read 
 of the network runs over a whole stretch at once, on a stream of its own: while the upper half is busy with the
 mini-batches of one stretch, it is already at the next, and fills what small products leave of the processors.
 
-The first graph of each length is also computed without capture, and a graph that scores differently is not used.
+The first graph of each length is checked (`graphs.py`) by its scores.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop.capture import capturing
+from longread.inner_loop.graphs import CheckedGraphs, can_capture, put_back_later
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import from_matrices, inner_gradient, matrices
@@ -85,10 +85,14 @@ class CapturedReader:
         self._fast = [torch.empty_like(w.detach(), memory_format=torch.contiguous_format) for w in initial]
         self._working = [w.to(model.dtype) for w in self._fast]
         self._longest = torch.zeros((), device=model.device) if guard else None
-        self._captures: dict[_Place, tuple[torch.cuda.CUDAGraph, _Found]] = {}
-        self._pool: Any = None
+        self._graphs = CheckedGraphs[_Found](
+            model.device,
+            compared=lambda found: found.nll,
+            scale=lambda plain: 1.0,
+            tolerance=TOLERANCE,
+            warning="captured mini-batches score a token {:.2g} nats off; reading goes on without",
+        )
         self.weights_at = model.embedding.weight.data_ptr()
-        self.usable = True
 
     @property
     def model(self) -> Transformer:
@@ -97,17 +101,21 @@ class CapturedReader:
             raise ReferenceError("the model of this reader is gone")
         return model
 
+    @property
+    def usable(self) -> bool:
+        """False once a graph has turned out to compute something else; a reading goes on here without, to its end."""
+        return self._graphs.usable
+
     def read(
         self, state: ReadingState, tokens: Tensor, mask: Tensor, longest: Tensor | None
-    ) -> tuple[ReadingState, Tensor, Tensor, Tensor | None] | None:
+    ) -> tuple[ReadingState, Tensor, Tensor, Tensor | None]:
         """Reads M · n tokens, and one that is only a target; the mask has none for the first token.
 
         `longest` is the limit of a step for a reader with a guard (see `longread.ops.clipped_sgd`).
 
         Returns:
             the state after them, their nll, the norms of the steps' gradients, and which steps were refused, where the
-            optimizer says it itself; None if the captured graph has
-            turned out to compute something else.
+            optimizer says it itself.
         """
         past = self._load(state)
         if self._longest is not None and longest is not None:
@@ -121,12 +129,7 @@ class CapturedReader:
             self._tokens[:, : count + 1].copy_(tokens[:, done : done + count + 1])
             self._mask[:, :count].copy_(mask[:, done : done + count])
             place = _Place(count, first, past)
-            if place not in self._captures:
-                self._captures[place] = self._capture(place)
-            if not self.usable:
-                return None
-            graph, found = self._captures[place]
-            graph.replay()
+            found = self._graphs.run(place, functools.partial(self._compute, place), kept=self._kept, kind=count)
             nll.append(found.nll.clone())
             norms.append(found.grad_norm.clone())
             refusals += [] if found.refused is None else [found.refused.clone()]
@@ -148,13 +151,10 @@ class CapturedReader:
                 place[:, :, self.K - x.shape[2] : self.K].copy_(x)
         for place, w in zip(self._fast, matrices(state.fast), strict=True):
             place.copy_(w)
-        self._refresh()
-        self._position.copy_(torch.as_tensor(state.start))
-        return max(past.key.shape[2] for past in pasts)
-
-    def _refresh(self) -> None:
         for copy, w in zip(self._working, self._fast, strict=True):
             copy.copy_(w)
+        self._position.copy_(torch.as_tensor(state.start))
+        return max(past.key.shape[2] for past in pasts)
 
     def _state(self, before: ReadingState, seen: list[Past], tokens: int, output: Tensor) -> ReadingState:
         split = self.model.num_lower_attentions
@@ -169,6 +169,10 @@ class CapturedReader:
             targets_mask=before.targets_mask,
             output=output.clone(),
         )
+
+    def _kept(self) -> Callable[[], None]:
+        """What undoes the mini-batches of a graph; the strips get the same again."""
+        return put_back_later(*self._fast, *self._working, self._position)
 
     def _compute(self, place: _Place) -> _Found:
         """The mini-batches of one graph, from the strips and back into them."""
@@ -235,36 +239,6 @@ class CapturedReader:
             for place, x in zip(strip, made, strict=True):
                 place[:, :, first + self.K : first + self.K + x.shape[2]].copy_(x)
 
-    def _capture(self, place: _Place) -> tuple[torch.cuda.CUDAGraph, _Found]:
-        """The graph of a place; the first of each length is compared with a plain run."""
-        kept = [x.clone() for x in (*self._fast, self._position)]
-
-        def put_back() -> None:
-            for x, before in zip((*self._fast, self._position), kept, strict=True):
-                x.copy_(before)
-            self._refresh()
-
-        plain = None
-        if not any(place.tokens == other.tokens for other in self._captures):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                plain = self._compute(place).nll
-                put_back()
-            torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with capturing(graph, self._pool):
-            found = self._compute(place)
-        self._pool = self._pool or graph.pool()
-        if plain is not None:
-            graph.replay()
-            put_back()
-            worst = (found.nll - plain).abs().max().item()
-            if not worst <= TOLERANCE:
-                self.usable = False
-                warnings.warn(f"captured mini-batches score a token {worst} nats off; reading without", stacklevel=2)
-        return graph, found
-
 
 _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bool], CapturedReader]] = (
     weakref.WeakKeyDictionary()
@@ -277,7 +251,7 @@ def captured_reader(
 ) -> CapturedReader | None:
     """A reader that can go on from `state`; None on a CPU, within a mini-batch, and where pasts are of odd lengths."""
     config = model.config
-    if model.device.type != "cuda" or state.hidden.shape[1]:
+    if not can_capture(model.device) or state.hidden.shape[1]:
         return None
     if (config.mixer, config.attention) != ("attention", "window"):
         return None

@@ -9,14 +9,15 @@ token, and it may come back.
 
 from __future__ import annotations
 
-import warnings
+import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longread.inner_loop.capture import capturing
+from longread.inner_loop.graphs import CheckedGraphs, put_back_later
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import from_matrices, matrices
 from longread.model import FastWeights, Past, Ring, Transformer
@@ -24,7 +25,7 @@ from longread.model import FastWeights, Past, Ring, Transformer
 SPARE = 1024
 """Tokens for which attention without a window gets room, a power of 2, or about a 48th of what it holds."""
 TOLERANCE = 0.05
-"""Difference of logits, as a share of their spread, at which a captured pass is not used."""
+"""Difference of logits, as a share of their spread, above which a captured pass is not used."""
 
 
 @dataclass
@@ -52,8 +53,13 @@ class Places:
         self.lanes = lanes
         learn = learn and config.num_suffix_blocks > 0
         self._extra = config.mini_batch_size if learn else 0  # how much more than a window the inner step looks back
-        self._captures = device.type == "cuda"
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs = CheckedGraphs[Tensor](
+            device,
+            compared=lambda logits: logits,
+            scale=Tensor.std,
+            tolerance=TOLERANCE,
+            warning="a captured pass gives logits {:.2g} off; decoding goes on without",
+        )
         self._occupants: list[_Occupant | None] = [None] * lanes
         room = self._extra + 1  # a lane that nobody is in writes into the last column
         self._tokens = torch.zeros(lanes, 1, dtype=torch.long, device=device)
@@ -179,13 +185,8 @@ class Places:
         present = [occupant for occupant in self._occupants[:count] if occupant is not None]
         self._make_room(max(occupant.position for occupant in present))
         self._tokens[:count, 0].copy_(tokens)
-        width = min(self.lanes, 1 << (count - 1).bit_length()) if self._captures else count
-        if not self._captures:
-            self._pass(width)
-        elif width not in self._graphs:
-            self._capture(width)
-        else:
-            self._graphs[width].replay()
+        width = min(self.lanes, 1 << (count - 1).bit_length()) if self._graphs.usable else count
+        self._graphs.run(width, functools.partial(self._pass, width), kept=self._kept)
         for occupant in present:
             occupant.position += 1
             occupant.waiting += occupant.learn
@@ -199,7 +200,12 @@ class Places:
         config, split = self.model.config, self._split
         return [(config.window_of(i), 0 if i < split else self._extra) for i in range(config.num_blocks)]
 
-    def _pass(self, count: int) -> None:
+    def _kept(self) -> Callable[[], None]:
+        """What undoes a pass; its token gets the same places again."""
+        return put_back_later(self._position, self._slot)
+
+    def _pass(self, count: int) -> Tensor:
+        """Reads a token of each of the first `count` lanes; returns `logits(count)`."""
         here = slice(count)
         model, split, tokens, slot = self.model, self._split, self._tokens[here], self._slot[here]
         rings, start = [_part(ring, here) for ring in self._rings], self._position[here]
@@ -213,31 +219,7 @@ class Places:
         self._logits[here].copy_(model.logits(self._output[here]))
         start += 1
         slot.add_(self._learning[here]).clamp_(max=self._extra)
-
-    def _capture(self, count: int) -> None:
-        """Reads the tokens in place with and without a graph, and compares."""
-        before = self._position.clone(), self._slot.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._pass(count)
-            plain = self._logits[:count].clone()
-        torch.cuda.current_stream().wait_stream(side)
-        self._position.copy_(before[0])
-        self._slot.copy_(before[1])
-        graph = torch.cuda.CUDAGraph()
-        pool = next((g.pool() for g in self._graphs.values()), None)
-        with capturing(graph, pool):
-            self._pass(count)
-        graph.replay()
-        worst = ((self._logits[:count] - plain).abs().max() / plain.std()).item()
-        if worst <= TOLERANCE:
-            self._graphs[count] = graph
-        else:
-            self._captures = False
-            self._graphs.clear()
-            self._logits[:count].copy_(plain)
-            warnings.warn(f"a captured pass gives logits {worst:.2g} off; decoding goes on without", stacklevel=2)
+        return self._logits[here]
 
     def _make_room(self, position: int, *, anew: bool = False) -> None:
         """Makes the rings, or larger ones where attention without a window has no room for a token at `position`.

@@ -203,10 +203,9 @@ class _Reader:
         """Reads whole mini-batches as CUDA graphs, if there are any and they can be; says whether it did."""
         possible = mask.shape[1] and not self.top and not self.keep_outputs
         reader = captured_reader(self.model, self.state, self.inner, guard=self.guard) if possible else None
-        found = None if reader is None else reader.read(self.state, tokens, mask, self.longest)
-        if found is None:
+        if reader is None:
             return False
-        self.state, nll, norms, refusals = found
+        self.state, nll, norms, refusals = reader.read(self.state, tokens, mask, self.longest)
         self.nll.append(nll)
         self.norms += norms.unbind(1)
         self.refusals += [] if refusals is None else refusals.unbind(1)
