@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.disk import Disk
+
 
 def pytest_configure() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", WANDB_MODE="disabled")
@@ -55,6 +57,13 @@ def pytest_collection_finish() -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """`-n auto`: the cores that this process may use, two threads of a core counted as two."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    """What databases and `os.fsync` write passes its `hook`."""
+    with Disk() as watched:
+        yield watched
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longread.config import UserError
-from longread.engine import Busy, Engine, Limits, keeping, largest_session, tiers
+from longread.engine import Busy, Engine, Limits, largest_session, persistence, tiers
 from longread.engine.reader import KEPT_ANSWERS, KEPT_LOSSES
 from longread.session import Session
 from tests.test_engine import read, write
@@ -118,7 +118,7 @@ def test_a_full_disk_loses_no_session_and_refuses_new_ones(
         ids = [engine.create().id for _ in range(12)]
         settled(engine)
         with monkeypatch.context() as patch:
-            patch.setattr(keeping.Session, "save", full)
+            patch.setattr(persistence.Session, "save", full)
             for i, sid in enumerate(ids):
                 read(engine, sid, text(3 * M, i))
             settled(engine)

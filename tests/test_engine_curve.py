@@ -12,6 +12,7 @@ from longread.engine import Curve, Engine
 from longread.engine.curve import MOST_BINS
 from longread.server.bins import kept
 from longread.session import Session
+from tests.journals import as_journals
 from tests.test_engine import read, write
 from tests.test_engine_batches import INNER, M, make, text
 from tests.test_engine_files import crash
@@ -122,6 +123,7 @@ def test_sessions_of_an_earlier_version_begin_where_they_are(tmp_path: Path) -> 
         sid = engine.create().id
         read(engine, sid, text(9))
         engine.save(sid)
+    as_journals(tmp_path)
     file = tmp_path / "sessions" / sid / "session.json"
     values = json.loads(file.read_text())
     del values["saved"]["losses"]

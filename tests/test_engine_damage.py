@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from longread.config import UserError
 from longread.engine import Engine
-from longread.engine.journal import DamagedJournal, add_events, read_events
-from longread.engine.keeping import replayed
-from longread.engine.store import consistent
+from longread.engine.curve import Curve
+from longread.engine.events import consistent, furthest, replayed
+from longread.engine.interface import Lost
+from longread.engine.recovery import Recovered
+from longread.engine.snapshots import Saved
+from longread.engine.store import Store
 from longread.files import read_tensors, write_safetensors, write_tensors_atomically
 from tests.test_engine_batches import text
 from tests.test_engine_files import crash, files, opened, reread, write
@@ -78,7 +85,7 @@ def test_damaged_facts_are_reported(how: str, tmp_path: Path) -> None:
     sid = engine.create().id
     engine.append(sid, text(30)).result()
     crash(engine)
-    damage(how, tmp_path / "sessions" / sid / "session.json")
+    damage(how, tmp_path / "sessions" / sid / "session.db")
     engine = opened(tmp_path)
     if how == "flipped":  # within the text of a number, perhaps: it need not matter
         assert len(engine.sessions()) + len(engine.lost) == 1
@@ -89,15 +96,15 @@ def test_damaged_facts_are_reported(how: str, tmp_path: Path) -> None:
     engine.close()
 
 
-def test_a_damaged_journal_is_restored_up_to_the_damage(tmp_path: Path) -> None:
+def test_a_damaged_database_is_restored_up_to_the_damage(tmp_path: Path) -> None:
     engine = opened(tmp_path)
     sid = engine.create().id
     for seed in range(3):
         engine.append(sid, text(10, seed)).result()
     crash(engine)
-    (journal,) = files(tmp_path, "journal")
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(lines[0] + lines[1].replace(b"[", b"(") + lines[2])
+    path = tmp_path / "sessions" / sid / "session.db"
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE event SET body = replace(body, '[', '(') WHERE number = 2")
     engine = opened(tmp_path)
     (lost,) = engine.lost
     assert (lost.id, lost.position, lost.restored) == (sid, 30, 10)
@@ -107,17 +114,18 @@ def test_a_damaged_journal_is_restored_up_to_the_damage(tmp_path: Path) -> None:
     assert engine.lost == []
     assert write(engine, sid) == reread(engine, text(10), text(10, 5))
     engine.close()
+    assert path.with_name("session.db.damaged").exists()
 
 
 def test_what_was_never_acknowledged_may_be_missing(tmp_path: Path) -> None:
-    """The last line of a journal, cut off by a crash while it was written."""
+    """The end of a log, cut off by a crash while it was written."""
     engine = opened(tmp_path)
     sid = engine.create().id
     for seed in range(2):
         engine.append(sid, text(10, seed)).result()
     crash(engine)
-    (journal,) = files(tmp_path, "journal")
-    journal.write_bytes(journal.read_bytes()[:-5])
+    (log,) = files(tmp_path, "session.db-wal")
+    log.write_bytes(log.read_bytes()[:-5])
     engine = opened(tmp_path)
     assert engine.lost == []
     assert engine.info(sid).position == 10
@@ -142,25 +150,110 @@ def test_sessions_of_another_model_wait_for_it(tmp_path: Path, end: Callable[[En
     engine.close()
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=6), st.integers(0, 400), st.binary(max_size=6))
-def test_a_journal_gives_what_was_written_or_says_so(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[list[int]], at: int, noise: bytes
+VICTIM, OTHER = "a" * 32, "b" * 32
+FACTS = {"owner": "ann", "label": "", "learn": True, "created": 1.0, "used": 2.0}
+
+
+def events_from(at: int) -> Iterator[dict[str, Any]]:
+    """Short ones and long ones."""
+    for length in itertools.cycle((3, 40, 700)):
+        yield {"at": at, "tokens": list(range(length)), "learn": True}
+        at += length
+
+
+@pytest.fixture(scope="module", params=["closed", "killed"])
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a store with two sessions, one of them with a snapshot and events after it."""
+    directory = tmp_path_factory.mktemp("kept")
+    store = Store(directory, "model")
+    for sid in (VICTIM, OTHER):
+        store.create(sid, FACTS)
+        for event in itertools.islice(events_from(0), 7):
+            store.log(sid, [event])
+    begun, position = store.begin(VICTIM), furthest(store.reopen(VICTIM)[1])
+    write_safetensors(begun.path, {})
+    store.commit(VICTIM, FACTS, Saved(position=position, losses=Curve.beginning(position)), begun)
+    for event in itertools.islice(events_from(position), 7):
+        store.log(VICTIM, [event])
+    contents = {path: path.read_bytes() for path in directory.glob("*/session.db*")}
+    store.release()
+    for path, content in contents.items() if request.param == "killed" else ():
+        path.write_bytes(content)
+    return directory
+
+
+def recovered(directory: Path) -> tuple[Store, dict[str, Recovered], dict[str, Lost]]:
+    store = Store(directory, "model")
+    return store, {found.id: found for found in store.recover()}, {lost.id: lost for lost in store.lost}
+
+
+def check_damaged(kept: Path, directory: Path, name: str, damaging: Callable[[bytearray], object]) -> None:
+    """Damages one session, and checks that it goes on as far as is told, with what it held, and the other whole."""
+    shutil.copytree(kept, directory / "whole")
+    store, whole, _ = recovered(directory / "whole")
+    store.release()
+    place = directory / "damaged"
+    shutil.copytree(kept, place)
+    content = bytearray((place / VICTIM / name).read_bytes())
+    damaging(content)
+    (place / VICTIM / name).write_bytes(content)
+    store, found, lost = recovered(place)
+    assert OTHER not in lost
+    assert (found[OTHER].facts, found[OTHER].events) == (FACTS, whole[OTHER].events)
+    if VICTIM in found:
+        session, expected = found[VICTIM], whole[VICTIM]
+        assert (session.facts, session.saved) == (FACTS, expected.saved)
+        assert session.events == expected.events[: len(session.events)]
+        position = furthest([{"at": session.saved.position, "tokens": []}, *session.events])
+        if len(session.events) < len(expected.events):
+            assert position == lost[VICTIM].restored <= lost[VICTIM].position
+        more = {"at": position, "tokens": [5], "learn": True}
+        store.log(VICTIM, [more])
+        store.release()
+        store, found, lost = recovered(place)
+        assert lost == {}, "it was said once"
+        assert found[VICTIM].events == [*session.events, more]
+    else:
+        assert lost[VICTIM].restored == 0
+    store.release()
+    for path in (directory / "whole", place):
+        shutil.rmtree(path)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["session.db", "session.db-wal"]), st.integers(0, 2**20), st.integers(0, 7))
+def test_a_flipped_bit_costs_at_most_its_session(kept: Path, tmp_path: Path, name: str, at: int, bit: int) -> None:
+    def flip(content: bytearray) -> None:
+        content[at % len(content)] ^= 1 << bit
+
+    if (kept / VICTIM / name).exists():
+        check_damaged(kept, tmp_path, name, flip)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["session.db", "session.db-wal"]), st.integers(0, 2**20), st.binary(min_size=1, max_size=600))
+def test_what_is_written_over_costs_at_most_its_session(
+    kept: Path, tmp_path: Path, name: str, at: int, noise: bytes
 ) -> None:
-    path = tmp_path_factory.mktemp("journal") / "j"
-    events = [{"at": 0, "tokens": tokens} for tokens in texts]
-    for event in events:
-        add_events(path, [event])
-    assert read_events(path) == events
-    if events:
-        data = path.read_bytes()
-        at = min(at, len(data))
-        path.write_bytes(data[:at] + noise + data[at + len(noise) :])
-        try:
-            found = read_events(path)
-        except DamagedJournal as error:
-            found = error.events
-        assert found == events[: len(found)]
+    def write_over(content: bytearray) -> None:
+        here = slice(at % len(content), at % len(content) + len(noise))
+        content[here] = noise[: len(content) - here.start]
+
+    if (kept / VICTIM / name).exists():
+        check_damaged(kept, tmp_path, name, write_over)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["session.db", "session.db-wal"])
+def test_no_flipped_bit_is_hidden(kept: Path, tmp_path: Path, name: str) -> None:
+    """One of every byte."""
+    size = (kept / VICTIM / name).stat().st_size if (kept / VICTIM / name).exists() else 0
+    for at in range(size):
+
+        def flip(content: bytearray, at: int = at) -> None:
+            content[at] ^= 1 << at % 7
+
+        check_damaged(kept, tmp_path, name, flip)
 
 
 def test_cuts_and_carried_texts() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from longread.config import UserError
-from longread.engine import Busy, Engine, Limits, Sampling, keeping
+from longread.engine import Busy, Engine, Limits, Sampling, persistence
 from longread.engine.lanes import Lanes
 from longread.engine.reader import Job, Reader
 from longread.engine.task import Task
@@ -114,7 +114,7 @@ def test_a_snapshot_is_written_after_the_copy_is_over(tmp_path: Path, monkeypatc
         saved.append(inside.is_set())
         save(session, *args, **options)
 
-    monkeypatch.setattr(keeping, "beside", copying)
+    monkeypatch.setattr(persistence, "beside", copying)
     monkeypatch.setattr(Session, "save", saving)
     with Engine(make(), INNER, directory=tmp_path) as engine:
         sid = engine.create().id

@@ -5,8 +5,10 @@ What is marked `browser` needs Chromium: `make test-page`.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,10 +130,9 @@ def damaged_server(tmp_path: Path) -> Iterator[Process]:
         client.post(f"/v1/sessions/{ids[2]}/append", json={"text": TEXT[100:200]})
         process.stop(signal.SIGKILL)
     sessions = tmp_path / "sessions" / "sessions"
-    (sessions / ids[1] / "session.json").write_text("no JSON")
-    journal = sessions / ids[2] / "journal-0.jsonl"
-    lines = journal.read_bytes().splitlines()
-    journal.write_bytes(b"\n".join([lines[0], b"damaged", *lines[1:]]))
+    (sessions / ids[1] / "session.db").write_text("no database")
+    with contextlib.closing(sqlite3.connect(sessions / ids[2] / "session.db")) as database, database:
+        database.execute("UPDATE event SET body = 'damaged' WHERE number = 2")
     with Process(tmp_path) as process:
         process.ids = ids  # type: ignore[attr-defined]
         yield process

@@ -123,7 +123,7 @@ def test_everything_an_engine_keeps(umask: int, tmp_path: Path, monkeypatch: pyt
     engine.restore(engine.export(sid))
     read(engine, copied, text(3))
     kinds = {path.suffix for path in top.rglob("*") if path.is_file()}
-    assert kinds == {"", ".json", ".jsonl", ".safetensors"}
+    assert kinds == {"", ".db", ".db-wal", ".safetensors"}
     assert open_to_others(top) == []
     engine.close()
     assert open_to_others(top) == []
@@ -138,7 +138,7 @@ def test_a_directory_from_before_is_tightened(tmp_path: Path) -> None:
         read(engine, session, text(5))
     crash(engine)
     sessions = tmp_path / "sessions"
-    (sessions / damaged / "session.json").write_text("no longer JSON")
+    (sessions / damaged / "session.db").write_text("no longer a database")
     for path in (sessions, *sessions.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     with Engine(make(), INNER, directory=tmp_path) as engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from longread.config import UserError
 from longread.engine import Limits
 from longread.server import Keys, ServerLimits, keys, read_keys
 from longread.server.running import listen
+from tests.disk import Disk, refusing
 from tests.held import Held
 from tests.server import ALICE, BOB, TEXT, bearer, post, serving, session
 
@@ -364,24 +364,20 @@ def test_errors_inside_say_nothing_of_the_inside(tmp_path: Path, monkeypatch: py
         assert answer.json()["error"]["type"] == "server_error"
 
 
-def test_a_full_disk_is_no_fault_of_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_no_fault_of_the_client(tmp_path: Path, disk: Disk) -> None:
     with serving(tmp_path / "server") as client:
         one = session(client, TEXT)
-
-        def full(*_: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("os.fsync", full)
-            for method, path, body in (("POST", "/append", {"text": "more"}), ("POST", "/save", None)):
-                answer = client.request(method, f"/v1/sessions/{one}{path}", json=body)
-                assert answer.status_code == 503, answer.text
-                assert answer.headers["retry-after"] == "60"
-                assert str(tmp_path) not in answer.text
-            answer = client.patch(f"/v1/sessions/{one}", json={"label": "lost later", "learn": False})
+        usual, disk.hook = disk.hook, refusing()
+        for method, path, body in (("POST", "/append", {"text": "more"}), ("POST", "/save", None)):
+            answer = client.request(method, f"/v1/sessions/{one}{path}", json=body)
             assert answer.status_code == 503, answer.text
-            shown = client.get(f"/v1/sessions/{one}").json()
-            assert (shown["label"], shown["learn"]) == ("", True)
+            assert answer.headers["retry-after"] == "60"
+            assert str(tmp_path) not in answer.text
+        answer = client.patch(f"/v1/sessions/{one}", json={"label": "lost later", "learn": False})
+        assert answer.status_code == 503, answer.text
+        shown = client.get(f"/v1/sessions/{one}").json()
+        assert (shown["label"], shown["learn"]) == ("", True)
+        disk.hook = usual
         assert client.get(f"/v1/sessions/{one}").json()["position"] == 1 + len(TEXT)
         assert post(client, f"/v1/sessions/{one}/append", text="more")["start"] == 1 + len(TEXT)
 

@@ -353,7 +353,7 @@ def test_a_lost_session_of_nobody_knows_whom_is_told_of_where_all_are_one(keys: 
     with serving(tmp_path, keys=keys) as client:
         client.headers.update(headers)
         one = session(client, TEXT)
-    (tmp_path / "sessions" / one / "session.json").write_text("no JSON")
+    (tmp_path / "sessions" / one / "session.db").write_text("no database")
     with serving(tmp_path, keys=keys) as client:
         client.headers.update(headers)
         lost = client.get("/v1/sessions").json()["lost"]

@@ -1,20 +1,26 @@
 """Many sessions on one device: they read and write at once, and none can tell.
 
-engine.py      what other threads may call
-interface.py   settings, facts, events and errors
-task.py        work under way: events, result, cancelling
-worker.py      the thread that does the work, in turns
-reader.py      what is known of a session, and of a piece of work for it
-lanes.py       sessions that write, a token of all of them at a time
-capacity.py    how many that can be, before there is an engine
-cells.py       the same one by one, where a batch must change no bit
-sampling.py    the next tokens of many texts, each with its own settings and seed
-tiers.py       who is on the device, in the host's memory or on the disk
-keeping.py     what lets sessions survive: snapshots and journals, in threads of their own
-store.py       the files of sessions, and what is found in them at the start
-journal.py     a journal: one checked line for each event
-curve.py       mean losses of a session, by position
-timings.py     how long clients wait, as histograms
+engine.py       what other threads may call
+interface.py    settings, facts, events and errors
+task.py         work under way: events, result, cancelling
+worker.py       the thread that does the work, in turns
+reader.py       what is known of a session, and of a piece of work for it
+lanes.py        sessions that write, a token of all of them at a time
+capacity.py     how many that can be, before there is an engine
+cells.py        the same one by one, where a batch must change no bit
+sampling.py     the next tokens of many texts, each with its own settings and seed
+tiers.py        who is on the device, in the host's memory or on the disk
+persistence.py  what lets sessions survive: events and snapshots, written in threads of their own
+store.py        the directory: a database and a snapshot for each session
+database.py     a session's database: checked rows, durable when they are written
+log_check.py    whether SQLite's write-ahead log is damaged
+events.py       what has happened to a session since its snapshot
+snapshots.py    a session's snapshots, and what they hold beside the session
+recovery.py     what is found at the start, and what is lost
+journals.py     sessions as they were kept before there were databases
+remote.py       session files on a shared storage
+curve.py        mean losses of a session, by position
+timings.py      how long clients wait, as histograms
 """
 
 from longread.engine.capacity import Capacity, SessionBytes, capacity, session_sizes

@@ -19,11 +19,12 @@ from longread.engine.interface import (
     Sampling,
     SessionInfo,
 )
-from longread.engine.keeping import Keeping, recovered
 from longread.engine.lanes import HOST
 from longread.engine.members import Members, closing, unknown
+from longread.engine.persistence import Persistence, recovered
 from longread.engine.reader import Job, Reader
-from longread.engine.store import Store, copy_in, copy_out, is_remote
+from longread.engine.remote import copy_in, copy_out, is_remote
+from longread.engine.store import Store
 from longread.engine.task import Task
 from longread.engine.timings import TimeCounts
 from longread.engine.worker import Worker
@@ -70,7 +71,7 @@ class Engine:
             if store is not None:
                 undo.callback(store.release)
             worker = self._worker = Worker(model, inner, limits)
-            self._keeping = Keeping(model, inner, store, worker.lanes, worker.mover, worker.post)
+            self._keeping = Persistence(model, inner, store, worker.lanes, worker.mover, worker.post)
             self._members = Members(worker, self._keeping, limits)
             self._keeping.lose = self._members.lose
             worker.files = self._keeping
@@ -84,12 +85,12 @@ class Engine:
 
     @property
     def lost(self) -> list[Lost]:
-        """What could not be restored: whole sessions, and ends of sessions whose journal is damaged."""
+        """What could not be restored: whole sessions, and ends of sessions whose events are damaged."""
         return [] if self._keeping.store is None else list(self._keeping.store.lost)
 
     @property
     def restoring(self) -> int:
-        """Sessions whose journals are still being read again after a crash; they can be used, and take longer."""
+        """Sessions that are still being read again after a crash; they can be used, and take longer."""
         return sum(reader.restoring for reader in list(self._worker.readers.values()))
 
     # sessions

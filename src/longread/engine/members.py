@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from longread.config import UserError
 from longread.engine.interface import Busy, Limits, UnknownSession
-from longread.engine.keeping import Keeping
+from longread.engine.persistence import Persistence
 from longread.engine.reader import Reader
 from longread.engine.worker import Worker
 
@@ -16,7 +16,7 @@ from longread.engine.worker import Worker
 class Members:
     """The readers of a worker. Methods are for the engine's thread."""
 
-    def __init__(self, worker: Worker, keeping: Keeping, limits: Limits) -> None:
+    def __init__(self, worker: Worker, keeping: Persistence, limits: Limits) -> None:
         self._worker, self._keeping, self._limits = worker, keeping, limits
         self.closed = False
         """Whether nobody may come in any more."""

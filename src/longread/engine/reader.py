@@ -78,13 +78,13 @@ class Reader:
     losses: Curve = field(default_factory=Curve)
     """Of all that it has read."""
     unlogged: list[int] = field(default_factory=list)
-    """Tokens written since the journal was."""
+    """Tokens written since the database was."""
     drift: float | None = 0.0
     """None where it must be measured again."""
     served: float = 0.0
     """When tokens of it were last read."""
     logged: int = 0
-    """Tokens in the journal since the newest snapshot."""
+    """Tokens in the database since the newest snapshot."""
     deleted: bool = False
     waiting: list[Callable[[], None]] = field(default_factory=list)
     """What is to be done when it has been restored."""
@@ -100,7 +100,7 @@ class Reader:
 
     @property
     def restoring(self) -> bool:
-        """Whether its journal is still being read again."""
+        """Whether what came after its snapshot is still being read again."""
         return any(job.replay for job in self.jobs)
 
     def info(self) -> SessionInfo:
@@ -137,14 +137,14 @@ class Job:
     key: str | None = None
     logprobs: int = 0
     replay: bool = False
-    """Reads what a journal holds: nothing is logged or counted as new."""
+    """Reads what came after a snapshot: nothing is logged or counted as new."""
     wrote: bool = False
     """Whether its tokens were written by the session."""
     learn: bool | None = None
     """None: as the session does."""
     started: bool = False
     ready: bool = False
-    """Its tokens are in the journal, or need not be."""
+    """Its tokens are in the database, or need not be."""
     begun_at: int = 0
     digest: str | None = None
     done: int = 0

@@ -1,13 +1,12 @@
 """The files of an engine's sessions, from which it goes on after any end, `kill -9` included.
 
-    <directory>/<id>/session.json             who it belongs to, and which snapshot counts
+    <directory>/<id>/session.db                whose it is, which snapshot counts, and what has happened since
     <directory>/<id>/snapshot-<n>.safetensors  a session file, as `longread.session.Session.save` writes it
-    <directory>/<id>/journal-<n>.jsonl         what has happened since snapshot n
     <directory>/lock                           locked as long as somebody uses the directory
 
-A snapshot counts from the moment in which `session.json` names it; the files before it are removed after that. What
-happens while a snapshot is written goes into the journal of the new one, so no moment loses anything. A session that
-has no snapshot yet begins with its journal.
+A snapshot counts from the moment in which the database names it. The events that it holds go in the same transaction,
+what happens while it is written stays, and the snapshot before it goes afterwards. A session that has no snapshot yet
+begins with its first event.
 """
 
 from __future__ import annotations
@@ -15,79 +14,57 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import math
 import os
-import re
+import resource
 import shutil
 import threading
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longread.config import UserError
-from longread.engine.curve import Curve
-from longread.engine.interface import Appended, Lost
-from longread.engine.journal import DamagedJournal, Event, add_events, reached, read_events
-from longread.engine.reader import Answer
-from longread.extras import install_command
-from longread.files import (
-    close_to_others,
-    make_durable,
-    make_private,
-    owner_only,
-    read_json,
-    remove_temporaries,
-    remove_tree,
-    write_json_atomically,
-    writing,
-)
+from longread.engine.database import Database, create_database, size_of
+from longread.engine.events import Event
+from longread.engine.interface import Lost
+from longread.engine.recovery import DATABASE, Recovered, recover, set_aside
+from longread.engine.snapshots import Saved, snapshot_path, snapshots_in
+from longread.files import make_durable, make_private, owner_only, remove_tree, writing
 
-KIND = "engine-session"
-_ID = re.compile(r"[0-9a-f]{32}")
+NOTHING = Saved()
+_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MOST_OPEN = 1024 if _FILES == resource.RLIM_INFINITY else max(16, min(_FILES // 8, 1024))
+"""Databases that are open at once; each takes two of the files that a process may have, and others need some too."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """What a snapshot holds beside the session's file."""
+@dataclass(frozen=True)
+class Begun:
+    """A snapshot that is being made, and counts when it is committed."""
 
-    generation: int = 0
-    position: int = 0
-    steps: int = 0
-    rolled_back: int = 0
-    nbytes: int = 0
-    drift: float = 0.0
-    learn: bool | None = None
-    losses: Curve = field(default_factory=Curve)
-    answers: tuple[Answer, ...] = ()
-
-
-@dataclass
-class Recovered:
-    """One session as it was found."""
-
-    id: str
-    facts: dict[str, Any]
-    saved: Saved
-    events: list[Event]
+    generation: int
+    path: Path
+    after: int
+    """Number of the newest event that it holds."""
 
 
 @dataclass
 class _Files:
+    database: Database
     saved: Saved
-    journal: int
-    """That events go into now."""
+    begun: int
+    """Snapshots that have been begun."""
     nbytes: int = 0
-    named: int = -1
-    """The journal whose name in the folder is known to be durable."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 @dataclass
 class Store:
     """One directory, which belongs to this store alone. Its methods may be called from any thread.
 
-    The lock is the operating system's, on an open file: it ends with `release` or with the process, however that ends,
-    and leaves nothing to clean up.
+    What a method has been asked for is durable when it returns; after a `UserError`, nothing of it has happened. The
+    lock is the operating system's, on an open file: it ends with `release` or with the process, however that ends, and
+    leaves nothing to clean up.
 
     Raises:
         UserError: another store, of this process or of another, uses the directory; or it cannot be used at all.
@@ -97,6 +74,8 @@ class Store:
     fingerprint: str
     lost: list[Lost] = field(default_factory=list)
     _files: dict[str, _Files] = field(default_factory=dict)
+    _open: OrderedDict[Database, None] = field(default_factory=OrderedDict)
+    """Those that hold files open, the least recently used first."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _claim: int | None = None
     """Descriptor of the locked file."""
@@ -122,6 +101,8 @@ class Store:
 
     def release(self) -> None:
         """Lets others use the directory. Nothing may be called after this."""
+        for files in self._files.values():
+            files.database.close()
         claim, self._claim = self._claim, None
         if claim is not None:
             os.close(claim)
@@ -129,294 +110,165 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes of all files of all sessions."""
-        return sum(files.nbytes for files in self._files.values())
+        return sum(files.nbytes for files in list(self._files.values()))
 
     def folder(self, session_id: str) -> Path:
         """Where a session's files are."""
         return self.directory / session_id
 
-    def snapshot_path(self, session_id: str, generation: int | None = None) -> Path:
-        """The session file of a snapshot, the one that counts if None."""
-        n = self._files[session_id].saved.generation if generation is None else generation
-        return self.folder(session_id) / f"snapshot-{n}.safetensors"
+    def snapshot_path(self, session_id: str) -> Path:
+        """The session file that counts."""
+        return snapshot_path(self.folder(session_id), self.saved(session_id).generation)
 
     def has_snapshot(self, session_id: str) -> bool:
         """Whether there is a session file; a new session has none."""
-        return self._files[session_id].saved.generation > 0
+        return self.saved(session_id).generation > 0
 
     def saved(self, session_id: str) -> Saved:
         """What the snapshot that counts holds."""
         return self._files[session_id].saved
 
-    def create(self, session_id: str, facts: Mapping[str, Any], saved: Saved | None = None) -> None:
-        """Makes the folder of a new session."""
-        saved = saved or Saved()
-        with writing(self.folder(session_id)):
-            make_private(self.folder(session_id))
-            make_durable(self.directory)
-        self._write_facts(session_id, facts, saved)
-        self._files[session_id] = _Files(saved, saved.generation)
-        self._weigh(session_id)
+    def create(
+        self,
+        session_id: str,
+        facts: Mapping[str, Any],
+        saved: Saved = NOTHING,
+        *,
+        snapshot: Callable[[Path], object] | None = None,
+        events: Sequence[Event] = (),
+    ) -> None:
+        """A new session.
+
+        Args:
+            saved: what its snapshot holds.
+            snapshot: makes the session file at the path it is given.
+            events: what has happened since.
+        """
+        folder = self.folder(session_id)
+        try:
+            with writing(folder):
+                make_private(folder)
+                make_durable(self.directory)
+                if snapshot is not None:
+                    snapshot(snapshot_path(folder, saved.generation))
+            database = create_database(folder / DATABASE, self._row(facts, saved), events)
+        except BaseException:
+            remove_tree(folder)
+            raise
+        self._take(session_id, database, saved)
 
     def describe(self, session_id: str, facts: Mapping[str, Any]) -> None:
         """Replaces the facts of a session; its snapshot stays."""
-        self._write_facts(session_id, facts, self._files[session_id].saved)
+        files = self._files[session_id]
+        with files.lock:
+            files.database.replace(self._row(facts, files.saved))
+        self._used(session_id)
 
-    def log(self, session_id: str, events: list[Event]) -> None:
-        """Makes events durable. After a `UserError` none of them has happened."""
-        with self._lock:
-            files = self._files[session_id]
-            number = files.journal
-        path = self.folder(session_id) / f"journal-{number}.jsonl"
-        if files.named != number:  # before the events, which could not be taken back if this failed
-            with writing(path):
-                os.close(owner_only(path, os.O_WRONLY | os.O_CREAT))
-                make_durable(self.folder(session_id))
-            files.named = number
-        files.nbytes += add_events(path, events)
+    def log(self, session_id: str, events: Sequence[Event]) -> None:
+        """Adds what has happened to a session."""
+        self._files[session_id].database.add(events)
+        self._used(session_id)
 
-    def turn(self, session_id: str) -> int:
-        """Begins the journal of the next snapshot; returns its number."""
-        with self._lock:
-            self._files[session_id].journal += 1
-            return self._files[session_id].journal
+    def begin(self, session_id: str) -> Begun:
+        """Begins a snapshot, of all that has been logged by now; `commit` lets it count once its file is written."""
+        files = self._files[session_id]
+        with files.lock:
+            files.begun += 1
+            return Begun(files.begun, snapshot_path(self.folder(session_id), files.begun), files.database.last)
 
-    def commit(self, session_id: str, facts: Mapping[str, Any], saved: Saved, generation: int) -> None:
+    def commit(self, session_id: str, facts: Mapping[str, Any], saved: Saved, begun: Begun) -> None:
         """Lets a snapshot that has been written count, and removes what is older."""
-        saved = dataclasses.replace(saved, generation=generation)
-        self._write_facts(session_id, facts, saved)
-        self._files[session_id].saved = saved
-        self._files[session_id].journal = max(self._files[session_id].journal, generation)
-        for kind in ("snapshot", "journal"):
-            for number, path in self._numbered(session_id, kind):
-                if number < saved.generation:
+        files = self._files[session_id]
+        saved = dataclasses.replace(saved, generation=begun.generation)
+        with files.lock:
+            if begun.generation > files.saved.generation:  # a newer one holds more
+                files.database.replace(self._row(facts, saved), begun.after)
+                files.saved = saved
+            for number, path in snapshots_in(self.folder(session_id)):
+                if number < files.saved.generation:
                     remove_tree(path)
-        self._weigh(session_id)
+        self._used(session_id)
 
-    def link(self, origin: str, session_id: str, facts: Mapping[str, Any], events: list[Event]) -> None:
+    def link(self, origin: str, session_id: str, facts: Mapping[str, Any], events: Sequence[Event]) -> None:
         """Makes the files of a fork: those of `origin`, which take no further room, and `events` after them."""
-        saved = self._files[origin].saved
-        with writing(self.folder(session_id)):
-            make_private(self.folder(session_id))
-            if saved.generation:
-                path = self.snapshot_path(origin)
-                try:
-                    os.link(path, self.folder(session_id) / path.name)
-                except OSError:
-                    _copy(path, self.folder(session_id) / path.name)
-            older = self._events(origin, saved)
-        try:
-            add_events(self.folder(session_id) / f"journal-{saved.generation}.jsonl", older + events)
-            self.create(session_id, facts, saved)
-        except UserError:
-            self.remove(session_id)
-            raise
+        files = self._files[origin]
+        with files.lock:
+            saved, path = files.saved, self.snapshot_path(origin)
+            snapshot = (lambda to: _link(path, to)) if saved.generation else None
+            self.create(session_id, facts, saved, snapshot=snapshot, events=[*files.database.events(), *events])
+        self._used(origin)
 
     def reopen(self, session_id: str) -> tuple[Saved, list[Event]]:
         """What is durable of a session now."""
-        saved = self._files[session_id].saved
-        return saved, self._events(session_id, saved)
-
-    def _events(self, session_id: str, saved: Saved) -> list[Event]:
-        journals = [path for number, path in self._numbered(session_id, "journal") if number >= saved.generation]
-        return [event for path in journals for event in read_events(path)]
+        files = self._files[session_id]
+        with files.lock:
+            return files.saved, files.database.events()
 
     def remove(self, session_id: str) -> None:
         """Deletes a session's files."""
-        self._files.pop(session_id, None)
+        self._forget(session_id)
         folder = self.folder(session_id)
         with writing(folder):
-            (folder / "session.json").unlink(missing_ok=True)  # first: what is left half-way is no session
+            (folder / DATABASE).unlink(missing_ok=True)  # first: what is left half-way is no session
             try:
                 if folder.exists():
                     make_durable(folder)
             finally:
                 remove_tree(folder)
 
-    def recover(self) -> list[Recovered]:
-        """All sessions that can go on; `lost` says what cannot.
+    def give_up(self, session_id: str, owner: str, position: int, reason: str) -> None:
+        """Reports that a session is lost; its files stay, under another name, for whoever can repair them."""
+        self.lost.append(Lost(session_id, owner, position, 0, reason))
+        self._forget(session_id)
+        set_aside(self.folder(session_id))
 
-        Raises `UserError`, and changes nothing, if any session belongs to another model.
-        """
-        found = []
-        self._refuse_other_models()
-        for folder in sorted(self.directory.iterdir()):
-            if not _ID.match(folder.name) or not folder.is_dir() or folder.is_symlink():
-                continue
-            for path in (folder, *folder.iterdir()):  # lost ones too; a copy may have left them open
-                close_to_others(path)
-            if _ID.fullmatch(folder.name):
-                remove_temporaries(folder)
-                if not (folder / "session.json").exists():
-                    remove_tree(folder)  # its creation or deletion was never finished
-                    continue
-                recovered = self._recover(folder.name)
-                if recovered is not None:
-                    found.append(recovered)
+    def recover(self) -> list[Recovered]:
+        """All sessions that can go on, to begin with; `lost` says what cannot. Raises what `recover` raises."""
+        found, self.lost[:] = recover(self.directory, self.fingerprint)
+        for session in found:
+            self._take(session.id, session.database, session.saved)
         return found
 
-    def _refuse_other_models(self) -> None:
-        """They are not damaged: the model that read them can go on with them."""
-        folders = [folder for folder in self.directory.iterdir() if _ID.fullmatch(folder.name)]
-        foreign = 0
-        for folder in folders:
-            with contextlib.suppress(UserError):  # what is damaged is told of later
-                found = read_json(folder / "session.json", kind=KIND).get("fingerprint")
-                foreign += isinstance(found, str) and found != self.fingerprint
-        if foreign:
-            raise UserError(
-                f"{foreign} of {len(folders)} sessions in {self.directory} belong to another model; "
-                "start with the model that read them, or give another directory"
-            )
-
-    def give_up(self, session_id: str, owner: str, position: int, reason: str, restored: int = 0) -> None:
-        """Reports what is lost; the files stay for whoever can repair them, but under another name if all is lost."""
-        self.lost.append(Lost(session_id, owner, position, restored, reason))
-        if not restored:
-            self._files.pop(session_id, None)
-            self.folder(session_id).rename(self.folder(session_id).with_name(f"{session_id}.lost"))
-
-    def _recover(self, session_id: str) -> Recovered | None:
-        owner, position = "", 0
-        try:
-            values = read_json(self.folder(session_id) / "session.json", kind=KIND)
-            facts, saved = values["facts"], _saved(values["saved"])
-            owner, position = str(facts["owner"]), saved.position
-            self._files[session_id] = _Files(saved, saved.generation)
-            if saved.generation:
-                _check_whole(self.snapshot_path(session_id))
-        except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = str(error) if isinstance(error, UserError) else f"session.json is damaged: {error!r}"
-            for _, path in self._numbered(session_id, "journal"):
-                position = max(position, reached(path))
-            self.give_up(session_id, owner, position, reason)
-            return None
-        events, damage = [], None
-        for number, path in self._numbered(session_id, "journal"):
-            self._files[session_id].journal = max(self._files[session_id].journal, number)
-            if number >= saved.generation and damage is None:
-                try:
-                    events += read_events(path)
-                except DamagedJournal as error:
-                    events, damage = events + error.events, str(error)
-        good, end = consistent(events, saved.position)
-        if damage is None and len(good) < len(events):
-            damage = f"its journal does not go on at {end}"
-        self._files[session_id].journal += 1  # nothing is added to one whose last line may be cut off
-        if damage is not None:
-            journals = [path for _, path in self._numbered(session_id, "journal")]
-            self.lost.append(Lost(session_id, owner, max([end, *map(reached, journals)]), end, damage))
-            add_events(self.folder(session_id) / f"journal-{self._files[session_id].journal}.jsonl", good)
-            for path in journals:
-                path.rename(path.with_name(f"{path.name}.damaged"))
+    def _take(self, session_id: str, database: Database, saved: Saved) -> None:
+        begun = max([saved.generation, *(number for number, _ in snapshots_in(self.folder(session_id)))])
+        self._files[session_id] = _Files(database, saved, begun)
         self._weigh(session_id)
-        return Recovered(session_id, facts, saved, good)
 
-    def _numbered(self, session_id: str, kind: str) -> list[tuple[int, Path]]:
-        paths = self.folder(session_id).glob(f"{kind}-*")
-        return sorted((int(match[1]), p) for p in paths if (match := re.fullmatch(rf"{kind}-(\d+)\.\w+", p.name)))
+    def _forget(self, session_id: str) -> None:
+        files = self._files.pop(session_id, None)
+        if files is not None:
+            with self._lock:
+                self._open.pop(files.database, None)
+            files.database.close()
 
-    def _write_facts(self, session_id: str, facts: Mapping[str, Any], saved: Saved) -> None:
-        values = {"fingerprint": self.fingerprint, "facts": dict(facts), "saved": _plain(saved)}
-        write_json_atomically(self.folder(session_id) / "session.json", values, kind=KIND, private=True)
+    def _used(self, session_id: str) -> None:
+        """Closes the databases that have not been used for longest, where too many are open."""
+        files, idle = self._files.get(session_id), []
+        with self._lock:
+            if files is not None:
+                self._open[files.database] = None
+                self._open.move_to_end(files.database)
+            while len(self._open) > MOST_OPEN:
+                idle.append(self._open.popitem(last=False)[0])
+        for database in idle:
+            database.close()
+        self._weigh(session_id)
 
     def _weigh(self, session_id: str) -> None:
         files = self._files.get(session_id)
         if files is not None:
-            files.nbytes = sum(path.stat().st_size for path in self.folder(session_id).iterdir() if path.is_file())
+            with contextlib.suppress(OSError):  # it may be being deleted
+                files.nbytes = sum(size_of(path) for path in self.folder(session_id).iterdir())
+
+    def _row(self, facts: Mapping[str, Any], saved: Saved) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint, "facts": dict(facts), "saved": saved.as_json()}
 
 
-def is_remote(path: str | Path) -> bool:
-    """Whether this is an address like s3://bucket/session.safetensors and no path of this machine."""
-    return "://" in str(path)
-
-
-def copy_out(path: Path, url: str) -> None:
-    """Copies a file to a shared storage. Raises `UserError` with the reason where it cannot be written."""
-    filesystem, there = _storage(url)
+def _link(path: Path, copy: Path) -> None:
+    """Gives a file a second name, or where that cannot be, a durable copy."""
     try:
-        filesystem.put_file(str(path), there)
-    except Exception as error:
-        raise UserError(f"cannot write {url}: {error}") from None
-
-
-def copy_in(url: str, path: Path) -> None:
-    """Copies a file from a shared storage. Raises `UserError` with the reason where it cannot be read."""
-    filesystem, there = _storage(url)
-    os.close(owner_only(path, os.O_WRONLY | os.O_CREAT))
-    try:
-        filesystem.get_file(there, str(path))
-    except Exception as error:
-        raise UserError(f"cannot read {url}: {error}") from None
-
-
-def _storage(url: str) -> tuple[Any, str]:
-    try:
-        import fsspec  # type: ignore[import-untyped]
-    except ImportError:
-        raise UserError(f"{url} needs fsspec; run {install_command('fsspec')}") from None
-    try:
-        filesystem, there = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{url} cannot be used: {error}") from None
-    return filesystem, there
-
-
-def consistent(events: list[Event], position: int) -> tuple[list[Event], int]:
-    """The events, from the first, that lead on from `position` without a gap, and the position that they lead to."""
-    good = []
-    for event in events:
-        try:
-            if "cut" in event:
-                position = min(position, int(event["cut"]))
-            elif not all(type(token) is int and token >= 0 for token in event["tokens"]):
-                break
-            elif event["at"] != position:
-                # the rest of a text, said again for a snapshot that then was not made
-                if not (event.get("carried") and event["at"] + len(event["tokens"]) <= position):
-                    break
-            else:
-                position += len(event["tokens"])
-        except (KeyError, TypeError, ValueError):
-            break
-        good.append(event)
-    return good, position
-
-
-def _copy(path: Path, copy: Path) -> None:
-    with path.open("rb") as file, open(copy, "wb", opener=owner_only) as new:
-        shutil.copyfileobj(file, new)
-    make_durable(copy)
-
-
-def _check_whole(path: Path) -> None:
-    """Refuses a snapshot that is missing or cut off; its contents are checked when the session is wanted."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            text = file.read(min(header, size))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    ends = [int(end) for end in re.findall(rb'"data_offsets":\s*\[\d+,\s*(\d+)\]', text)]
-    if size < 8 or len(text) < header or size != 8 + header + max(ends, default=0):
-        raise UserError(f"{path} is truncated: {size} bytes are not all of it; restore it from a copy")
-
-
-def _plain(saved: Saved) -> dict[str, Any]:
-    """For JSON, which has no NaN."""
-    values = dataclasses.asdict(saved) | {"losses": saved.losses.as_json()}
-    for answer in values["answers"]:
-        answer["result"]["nll"] = [None if math.isnan(x) else x for x in answer["result"]["nll"]]
-    return values
-
-
-def _saved(values: dict[str, Any]) -> Saved:
-    answers = []
-    for answer in values["answers"]:
-        result = dict(answer["result"])
-        result["nll"] = [math.nan if x is None else float(x) for x in result["nll"]]
-        answers.append(Answer(answer["start"], answer["digest"], answer["key"], Appended(**result)))
-    numbers = {name: int(values[name]) for name in ("generation", "position", "steps", "rolled_back", "nbytes")}
-    losses = Curve.from_json(values["losses"]) if "losses" in values else Curve.beginning(numbers["position"])
-    return Saved(**numbers, drift=float(values["drift"]), learn=values["learn"], losses=losses, answers=tuple(answers))
+        os.link(path, copy)
+    except OSError:
+        with path.open("rb") as file, open(copy, "wb", opener=owner_only) as new:
+            shutil.copyfileobj(file, new)
+        make_durable(copy)

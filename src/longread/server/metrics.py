@@ -36,7 +36,7 @@ _GAUGES = {
     "bytes_disk": "Bytes of session files.",
     "tasks": "Tasks under way or waiting.",
     "writing": "Sessions that are writing.",
-    "restoring": "Sessions whose journals are being read again after a crash.",
+    "restoring": "Sessions that are being read again after a crash.",
     "lost": "Sessions that could not be restored, or not all of them.",
     "uptime_seconds": "Since the engine started.",
 }

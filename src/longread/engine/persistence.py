@@ -1,6 +1,6 @@
 """What lets sessions survive: the engine's thread asks, other threads write and read, and answer when it is done.
 
-Journals and snapshots have a thread each, since a snapshot takes seconds and a journal's line must not wait for it.
+Events and snapshots have a thread each, since a snapshot takes seconds and an event must not wait for it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 
 from longread.config import InnerConfig, UserError
 from longread.engine.curve import Curve
+from longread.engine.events import Event, consistent, replayed
 from longread.engine.interface import Busy
-from longread.engine.journal import Event
 from longread.engine.lanes import HOST, Lanes
 from longread.engine.reader import Job, Reader, Tier
-from longread.engine.store import Recovered, Saved, Store, consistent
+from longread.engine.recovery import Recovered
+from longread.engine.snapshots import Saved
+from longread.engine.store import Begun, Store
 from longread.engine.task import Task
 from longread.engine.tiers import beside
 from longread.files import atomic_files, make_private, writing
@@ -28,12 +30,12 @@ from longread.model import Transformer
 from longread.session import Session
 
 SNAPSHOT_AFTER = 65_536
-"""Tokens in a journal after which a snapshot is made; reading them again is what a start after a crash costs."""
+"""Tokens in events after which a snapshot is made; reading them again is what a start after a crash costs."""
 
 Post = Callable[[Callable[[], None]], object]
 
 
-class Keeping:
+class Persistence:
     """Sessions and their files. Methods are for the engine's thread, and call back in it."""
 
     def __init__(
@@ -41,8 +43,8 @@ class Keeping:
     ) -> None:
         self.model, self.inner, self.store = model, inner, store
         self._lanes, self._mover, self._post = lanes, mover, post
-        self._writer = ThreadPoolExecutor(1, "longread-journal")
-        self._owed: dict[str, list[Event]] = {}  # cuts that the disk did not take; changed in the journals' thread
+        self._writer = ThreadPoolExecutor(1, "longread-events")
+        self._owed: dict[str, list[Event]] = {}  # cuts that the disk did not take; changed in the events' thread
         self.lose: Callable[[Reader, str], None] = lambda reader, reason: None
 
     def close(self) -> None:
@@ -82,7 +84,7 @@ class Keeping:
     def cut(self, reader: Reader, done: Callable[[UserError | None], None]) -> None:
         """Makes durable that the rest of a text was not read; where the disk refuses, with the next event at last.
 
-        Else that event would not go on from where the journal ends, and would be lost with it after a crash.
+        Else that event would not go on from where the events end, and would be lost with it after a crash.
         """
         store, event = self.required, {"cut": reader.position}
 
@@ -121,7 +123,7 @@ class Keeping:
             done(False)
             return
         if job is not None and job.started and not (job.ready or job.closing):
-            # its tokens are on their way into the journal: only after that it is known whether they count
+            # its tokens are on their way to the disk: only after that it is known whether they count
             self._post(lambda: self.keep(reader, done, always=always))
             return
         state = self.state(reader)
@@ -143,7 +145,7 @@ class Keeping:
         )
         session = self._session(reader, state)
         facts, logged = self.facts(reader), reader.logged
-        turned = self._writer.submit(lambda: store.turn(reader.id))
+        begun: Future[Begun] = self._writer.submit(lambda: store.begin(reader.id))
         if job is not None and job.ready and job.reads and not job.replay:
             rest = {"at": reader.position, "tokens": list(job.tokens[job.done :]), "learn": job.learns, "carried": True}
             rest |= {"wrote": True} if job.wrote else {}
@@ -153,11 +155,11 @@ class Keeping:
             for written in before:
                 if isinstance(written.result(), UserError):
                     raise written.result()
-            generation = turned.result()
+            snapshot = begun.result()
             with beside(self.model.device):
                 held = session()
-            held.save(store.snapshot_path(reader.id, generation))  # checksums and a disk take seconds
-            store.commit(reader.id, facts, saved, generation)
+            held.save(snapshot.path)  # checksums and a disk take seconds
+            store.commit(reader.id, facts, saved, snapshot)
             return True
 
         def finished(found: Any) -> None:
@@ -241,7 +243,7 @@ class Keeping:
 
     def _replayed(self, reader: Reader, outcome: Any) -> None:
         if isinstance(outcome, BaseException):
-            self.lose(reader, f"its journal could not be read again: {outcome}")
+            self.lose(reader, f"what it has read since its snapshot could not be read again: {outcome}")
 
     def create(self, reader: Reader) -> Future[Any]:
         """Makes a new reader durable."""
@@ -256,7 +258,7 @@ class Keeping:
         if tokens:
             events.append({"at": start, "tokens": tokens, "learn": origin.learn, "wrote": True})
         fork.logged = origin.logged
-        # the journal's thread first: what has been logged is then in the files that are copied
+        # the events' thread first: what has been logged is then in the database that is copied
         logged = self._writer.submit(lambda: None)
 
         def work() -> None:
@@ -283,13 +285,7 @@ class Keeping:
                 learn=session.learn,
                 losses=Curve.beginning(session.position),
             )
-            try:
-                store.create(reader.id, self.facts(reader))
-                session.save(store.snapshot_path(reader.id, 1))
-                store.commit(reader.id, self.facts(reader), saved, 1)
-            except UserError:
-                store.remove(reader.id)
-                raise
+            store.create(reader.id, self.facts(reader), saved, snapshot=session.save)
             return session
 
         return self._mover.submit(work)
@@ -312,11 +308,11 @@ class Keeping:
         """Deletes a reader's files, after all that is still being written to them."""
         store = self.required
 
-        def after_the_journal() -> Future[Any]:
+        def after_the_events() -> Future[Any]:
             self._owed.pop(reader.id, None)
             return self._mover.submit(lambda: store.remove(reader.id))
 
-        return self._writer.submit(after_the_journal)
+        return self._writer.submit(after_the_events)
 
     def check_room(self, largest: int = 0, limit: int | None = None) -> None:
         """Raises `Busy` where the files of one more session would be too much."""
@@ -379,20 +375,6 @@ class Keeping:
         if self.store is None:
             raise UserError("this engine keeps no files; give it a directory")
         return self.store
-
-
-def replayed(events: Sequence[Event], position: int) -> list[tuple[list[int], Event]]:
-    """Tokens to read again, in order, each with the event that they belong to."""
-    read: list[tuple[int, list[int], Event]] = []
-    for event in events:
-        if "cut" in event:
-            end = int(event["cut"])
-            read = [(at, tokens[: max(0, end - at)], of) for at, tokens, of in read if at < end]
-            position = min(position, end) if not read else read[-1][0] + len(read[-1][1])
-        elif event["at"] == position:
-            read.append((position, list(event["tokens"]), event))
-            position += len(event["tokens"])
-    return [(tokens, event) for _, tokens, event in read if tokens]
 
 
 def recovered(found: Recovered, window: int) -> Reader:
