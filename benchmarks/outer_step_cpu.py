@@ -32,7 +32,7 @@ from longread.train.optimizer import gradient_norm, make_optimizer, update
 
 SEQUENCES, CONTEXT = 8, 1024
 LONGER = (1024, 2048, 4096, 8192)
-VARIANTS = ("naive", "none", "blocks", "sqrt", "step")
+VARIANTS = ("naive", "none", "blocks", "sqrt", "step", "all")
 GRADIENT_TOLERANCE = 1e-4
 # the official JAX code on 2 cores of the same kind: seconds a step, GiB, seconds of compilation before the first
 OFFICIAL = (3.74, 2.0, 17)

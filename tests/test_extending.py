@@ -82,7 +82,7 @@ def unrolled(model: Transformer, ids: Tensor, targets: Tensor, mask: Tensor) -> 
     return torch.stack(losses, 1), torch.cat([w.flatten(1) for w in fast], 1)
 
 
-@pytest.mark.parametrize("recompute", ["none", "blocks", "sqrt", "step"])
+@pytest.mark.parametrize("recompute", ["none", "blocks", "sqrt", "step", "all"])
 def test_the_outer_gradient_goes_through_the_rule(recompute: Any) -> None:
     model, (ids, targets, mask) = make(3, torch.float64), batch(2, 5 * M)
     expected, _ = unrolled(model, ids, targets, mask)

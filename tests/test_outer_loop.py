@@ -132,10 +132,10 @@ def test_recomputation_changes_no_gradient(meta: dict) -> None:
     model = make(small())
     data = batch(model.config, T=28)
     found = {}
-    for schedule in ("none", "blocks", "sqrt", "step"):
+    for schedule in ("none", "blocks", "sqrt", "step", "all"):
         result = end_to_end_loss(model, *data, inner_lr=0.7, inner_clip=0.5, recompute=schedule, **meta)
         found[schedule] = gradients(model, result.loss)
-    for schedule in ("blocks", "sqrt", "step"):
+    for schedule in ("blocks", "sqrt", "step", "all"):
         same(found[schedule], found["none"], 1e-12)
 
 
@@ -355,7 +355,7 @@ def test_frozen_fast_weights_still_learn_and_change_no_other_gradient(frozen: tu
     model = make(small())
     data = batch(model.config, T=28)
     free = {}
-    for schedule in ("none", "blocks", "sqrt", "step"):
+    for schedule in ("none", "blocks", "sqrt", "step", "all"):
         for block in (2, 3):
             model.blocks[block].fast_mlp.requires_grad_(block not in frozen)
         outer = end_to_end_loss(model, *data, inner_lr=0.7, inner_clip=0.5, recompute=schedule)

@@ -152,7 +152,7 @@ def test_a_block_that_runs_again_lets_go_of_its_keys() -> None:
 def test_the_schedule_follows_the_budget() -> None:
     config = small()
     sizes: dict[str, Any] = {"batch_size": 2, "context_length": 100 * 4, "itemsize": 4}
-    for loss, schedules in (("end-to-end", ["none", "blocks", "sqrt", "step"]), ("static", ["none", "blocks"])):
+    for loss, schedules in (("end-to-end", ["none", "blocks", "sqrt", "step", "all"]), ("static", ["none", "blocks"])):
         need = graph_bytes(config, loss, kernels=False, **sizes)
         choose = functools.partial(choose_recompute, config, loss, device=CPU, **sizes)
         assert list(need) == schedules

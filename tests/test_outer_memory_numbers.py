@@ -70,6 +70,7 @@ def test_bytes_of_a_graph() -> None:
         "blocks": again + 10 * step + passing,
         "sqrt": again + 4 * (step + carry) + passing,
         "step": again + step + 10 * carry + passing,
+        "all": tokens * (3 * hidden + block) + 4 * (step + carry) + passing,
     }
     logits = 3 * tokens * V * 4  # of the whole sequence, before the first block runs again
     assert graph_bytes(small(), "static", **shape) == {

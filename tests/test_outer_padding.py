@@ -46,7 +46,7 @@ def mean_by_hand(nll: Tensor, mask: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("schedule", ["none", "blocks", "sqrt", "step"])
+@pytest.mark.parametrize("schedule", ["none", "blocks", "sqrt", "step", "all"])
 def test_what_has_no_target_is_not_counted(schedule: str, kind: str) -> None:
     model, data = make(small()), padded()
     result = end_to_end_loss(model, *data, inner_lr=0.7, inner_clip=0.3, recompute=schedule, **KINDS[kind])

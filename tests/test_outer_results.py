@@ -13,7 +13,7 @@ from tests.test_outer_loop import batch, gradients, make, same, small
 from tests.test_outer_memory import Operations
 from tests.tiny import M
 
-SCHEDULES = ["none", "blocks", "sqrt", "step"]
+SCHEDULES = ["none", "blocks", "sqrt", "step", "all"]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -94,7 +94,7 @@ def test_outputs_are_what_the_losses_are_made_of(schedule: Any) -> None:
     assert static_loss(model, tokens, targets, mask).output is None
 
 
-@pytest.mark.parametrize("schedule", ["none", "sqrt", "step"])
+@pytest.mark.parametrize("schedule", ["none", "sqrt", "step", "all"])
 def test_what_is_learned_from_need_not_be_what_is_scored(schedule: Any) -> None:
     """The loss of answers by one that learns from questions too: losses of reading everything, over the answers."""
     model = make(small())

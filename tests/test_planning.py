@@ -152,7 +152,7 @@ def test_as_much_is_computed_at_a_time_as_fits() -> None:
     small = load_of(recipe("125m"), laid(8), H200.memory)
     assert (small.micro_batch_size, small.recompute) == (8, "none")
     long = load_of(recipe("3b-extend"), laid(8), H200.memory)
-    assert (long.micro_batch_size, long.recompute, long.spare) == (1, "sqrt", False)
+    assert (long.micro_batch_size, long.recompute, long.spare) == (1, "all", False)
     swa = load_of(recipe("3b-extend", "swa", context_length=32768), laid(8), GIB * 80)
     assert swa.recompute == "blocks"
     forced = load_of(dataclasses.replace(recipe("3b", "swa"), recompute="sqrt"), laid(8), H200.memory)
@@ -283,13 +283,13 @@ def options_of(said: str) -> dict[str, float]:
 def test_a_run_that_does_not_fit_says_what_would() -> None:
     said = refused("3b-extend", laid(4, update="replicated"))
     assert said.startswith(
-        "131,072 tokens with update replicated on 4 × h200 need 161.3 GiB of a GPU's 139.6 GiB by an"
+        "131,072 tokens with update replicated on 4 × h200 need 145.7 GiB of a GPU's 139.6 GiB by an"
     )
     found = options_of(said)
-    assert list(found) == ["--update shared", "--context-length 65536", "--only suffix"]
+    assert list(found) == ["--update shared", "--state-parallel 2", "--context-length 65536", "--only suffix"]
     assert max(found.values()) < 139.6
     assert found["--update shared"] == pytest.approx(planned("3b-extend", laid(4)).load.memory.total / GIB, abs=0.1)
-    alone = options_of(refused("3b-extend", laid(1)))
+    alone = options_of(refused("3b-extend", laid(1), gib=125))
     assert list(alone) == ["--gpus 4", "--context-length 65536", "--only suffix"]
     asked = options_of(refused("3b-extend", laid(8), micro_batch_size=2))
     assert next(iter(asked)) == "--train 1"
@@ -385,7 +385,7 @@ def test_remarks_say_how_far_a_plan_can_be_trusted(capsys: pytest.CaptureFixture
         (["3b", "--train", "--gpus", "2", "--gpu", "h300"], "there is no GPU 'h300' in the table"),
         (["3b", "--train", "--gpus", "3"], "a batch of 128 sequences does not divide among 3 data ranks"),
         (["4b", "--train", "--gpus", "2"], "there is no model at 4b; give a directory, or one of the recipes toy"),
-        (["3b-extend", "--train", "--gpus", "8", "--gpu", "h100"], "--context-length 32768 (69.3 GiB) would fit"),
+        (["3b-extend", "--train", "--gpus", "8", "--gpu", "h100"], "--context-length 32768 (65.4 GiB) would fit"),
         (
             ["3b", "--train", "--gpus", "8", "--update", "fully-sharded", "--state-parallel", "2"],
             "parallelism.state above 1 does not go with update fully-sharded",

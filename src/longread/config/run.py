@@ -11,7 +11,7 @@ from longread.config.model import ModelConfig
 
 Loss = Literal["end-to-end", "static"]
 MetaGradient = Literal["exact", "first-order"]
-Recompute = Literal["auto", "none", "blocks", "sqrt", "step"]
+Recompute = Literal["auto", "none", "blocks", "sqrt", "step", "all"]
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 BadBatch = Literal["halt", "skip"]
 Update = Literal["shared", "replicated", "fully-sharded"]

@@ -34,7 +34,7 @@ from longread.flops.network import (
     upper_attentions,
 )
 
-Recomputed = Literal["none", "blocks", "sqrt", "step"]
+Recomputed = Literal["none", "blocks", "sqrt", "step", "all"]
 
 
 class TrainingFlops(NamedTuple):
@@ -110,8 +110,10 @@ def sequence_flops(
     inner = sum(parts.inner(i) for i in range(count - 1))
     outer = sum(parts.through(i, exact=exact[i]) for i in range(count - 1))
     last = parts.plain(tokens - M, tokens)
-    if recompute in ("sqrt", "step"):
+    if recompute in ("sqrt", "step", "all"):
         again += sum(parts.inner(i) for i in range(_last_segment(count, cut, recompute)))
+    if recompute == "all":
+        again += parts.scores_again
     return TrainingFlops(inner, below + outer + last, again)
 
 
@@ -195,6 +197,12 @@ class _Parts:
         trained = [block for block in lower_attentions(config) if block >= self._lowest]
         mlps = sum(block < config.num_prefix_blocks for block in trained)
         return self._tokens * (len(trained) * projection_flops(config) + mlps * mlp_flops(config))
+
+    @property
+    def scores_again(self) -> float:
+        """The scores of these blocks once more."""
+        config, T = self._config, self._tokens
+        return sum(T * score_flops(config, block, T) for block in lower_attentions(config) if block >= self._lowest)
 
     @property
     def upper_blocks_again(self) -> float:

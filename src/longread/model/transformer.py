@@ -194,7 +194,13 @@ class Transformer(nn.Module):
         return pasts[: self.num_lower_attentions], pasts[self.num_lower_attentions :]
 
     def lower(
-        self, input_ids: Tensor, pasts: Sequence[MixerPast], *, start: int | Tensor, recompute: bool = False
+        self,
+        input_ids: Tensor,
+        pasts: Sequence[MixerPast],
+        *,
+        start: int | Tensor,
+        recompute: bool = False,
+        keep_attention: bool = True,
     ) -> tuple[Tensor, tuple[MixerPast, ...]]:
         """Everything that no fast weight touches, over tokens at positions start … start + T − 1.
 
@@ -203,6 +209,7 @@ class Transformer(nn.Module):
             pasts: one for each of the `num_lower_attentions` mixers.
             start: a tensor [] where it changes under a CUDA graph; [B] where each sequence is somewhere else.
             recompute: for the gradient each block keeps only its input and attention's results; the rest runs again.
+            keep_attention: without it, attention runs again too.
 
         Returns:
             hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and of each mixer what `advance`
@@ -215,7 +222,8 @@ class Transformer(nn.Module):
         turns, left = self._turns(start, x), iter(pasts)
         own: list[MixerPast] = []
         for block in (*self.prefix, *self.suffix[:1]):
-            x, made = _perhaps_again(block.below, x, [next(left) for _ in block.mixers], turns, again=recompute)
+            inputs = x, [next(left) for _ in block.mixers], turns
+            x, made = _perhaps_again(block.below, *inputs, again=recompute, keep_attention=keep_attention)
             own += [] if recompute else made
         return x, tuple(own)
 
@@ -299,17 +307,23 @@ class Transformer(nn.Module):
         )
 
 
-def _perhaps_again(function: Callable[..., Any], *args: Any, again: bool) -> Any:
+def _perhaps_again(function: Callable[..., Any], *args: Any, again: bool, keep_attention: bool = True) -> Any:
     """`function(*args)`; with `again` its gradient keeps arguments and attention's results, and runs the rest again."""
     if not again:
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping)
+    context = _keeping if keep_attention else _keeping_nothing
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)
 
 
 def _keeping() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """What is entered for the first run, and for the second."""
     first, second = create_selective_checkpoint_contexts(_policy)
     return first, _Recomputing(second)
+
+
+def _keeping_nothing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """The same where attention runs again too."""
+    return contextlib.nullcontext(), _Recomputing(contextlib.nullcontext())
 
 
 class _Recomputing:

@@ -36,7 +36,7 @@ class OuterLoss(NamedTuple):
     """Norm of each inner gradient before clipping, [B, T / M − 1]; [B, 0] for the static loss."""
     output: Tensor | None = None
     """What `Transformer.logits` turns into logits, [B, T, D], where asked for; differentiable as the loss is, unless
-    inner steps run again for the gradient (schedules "sqrt" and "step"): then it is a constant."""
+    inner steps run again for the gradient (schedules "sqrt", "step" and "all"): then it is a constant."""
 
 
 def mean_loss(losses: Tensor, loss_mask: Tensor) -> Tensor:
@@ -131,7 +131,8 @@ def end_to_end_loss(
         raise ValueError(f"truncate_after is {truncate_after}; it must be at least 1, or None")
     B, count = input_ids.shape[0], input_ids.shape[1] // M
     schedule = _settled(recompute, "end-to-end", model, input_ids)
-    longest = {"sqrt": math.ceil(math.sqrt(count)), "step": 1}.get(schedule, count)
+    root = math.ceil(math.sqrt(count))
+    longest = {"sqrt": root, "step": 1, "all": root}.get(schedule, count)
     horizon, group = truncate_after or count, model.state_group
 
     def run(first: int, last: int, hidden: Tensor, carry: Carry, order: int) -> Scan:
@@ -154,7 +155,9 @@ def end_to_end_loss(
         )
 
     lower_pasts, upper_pasts = model.empty_pasts(B)
-    hidden, _ = model.lower(input_ids, lower_pasts, start=0, recompute=schedule != "none")
+    hidden, _ = model.lower(
+        input_ids, lower_pasts, start=0, recompute=schedule != "none", keep_attention=schedule != "all"
+    )
     initial = model.initial_fast_weights(B, group)
     carry = Carry(initial, upper_pasts)
     order = 2 if meta_gradient == "exact" else 1

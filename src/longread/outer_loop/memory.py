@@ -12,7 +12,7 @@ from longread.config import REGISTERED_MIXERS, Loss, ModelConfig, RunConfig
 from longread.model import free_bytes
 from longread.ops.cross_entropy.chunked import CHUNK
 
-Schedule = Literal["none", "blocks", "sqrt", "step"]
+Schedule = Literal["none", "blocks", "sqrt", "step", "all"]
 """In the order of extra work; explained in `longread.outer_loop`."""
 
 SHARE = 0.8
@@ -154,8 +154,9 @@ def graph_bytes(
     depth = len(whole)
     block = tokens * block_bytes(config, context_length, itemsize, kernels=kernels)
     attention = sum("attention" in config.mixers_of(i) for i in whole)
-    inputs = depth * config.width + attention * config.num_heads * config.head_dim
-    kept, bare, running = depth * block, tokens * inputs * itemsize, min(1, depth) * block
+    inputs, results = depth * config.width, attention * config.num_heads * config.head_dim
+    kept, running = depth * block, min(1, depth) * block
+    bare = tokens * (inputs + results) * itemsize
     if static:
         head = sum(head_bytes(config, tokens, itemsize, kernels=kernels))
         return {"none": kept + head, "blocks": bare + max(running, head)}  # the head is done before a block runs
@@ -168,6 +169,7 @@ def graph_bytes(
         "blocks": again + count * activations + passing,
         "sqrt": again + root * (activations + carry) + passing,
         "step": again + activations + count * carry + passing,
+        "all": again - tokens * results * itemsize + root * (activations + carry) + passing,
     }
 
 

@@ -98,7 +98,7 @@ def _summing(config: RunConfig, layout: Layout, gpu: Gpu, load: Load) -> float:
     """
     P, model = layout.parallelism.state, config.model
     steps = layout.share(config) * config.context_length // model.mini_batch_size / load.micro_batch_size
-    again = load.recompute in ("sqrt", "step")
+    again = load.recompute in ("sqrt", "step", "all")
     sums = (6 if again else 4) * model.num_suffix_blocks * steps
     size = load.micro_batch_size * model.mini_batch_size * model.width * BYTES
     norms = (3 if again else 2) * steps
