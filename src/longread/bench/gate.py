@@ -89,7 +89,9 @@ def check_gradients(method: str, head_dim: int, device: torch.device) -> GateRes
     """Each outer gradient of training with `method`, whatever is computed again, by relative L2 error."""
     config = small_config(method, head_dim)
     dtype = getattr(torch, precision_on(device))
-    schedules: tuple[Schedule, ...] = ("none", "blocks", "sqrt", "step", "all") if method == "e2e" else ("none", "blocks")
+    schedules: tuple[Schedule, ...] = (
+        ("none", "blocks", "sqrt", "step", "all") if method == "e2e" else ("none", "blocks")
+    )
     found = [gradient for schedule in schedules for gradient in gradients(config, device, dtype, schedule)]
     exact = gradients(config, "cpu", torch.float64) * len(schedules)
     plain = gradients(config, "cpu", dtype) * len(schedules) if dtype == torch.bfloat16 else None
