@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from longread.evaluate import Chart, draw, to_svg
 
 Data = Mapping[str, Any]
 """What a results.json holds."""
@@ -29,11 +31,11 @@ class Table:
 
 
 class Plot(NamedTuple):
-    """A PNG: its name, what it shows, and how it is drawn."""
+    """An SVG: its name, what it shows, and the charts in it, two in a row."""
 
     name: str
     caption: str
-    draw: Callable[[Path], None]
+    charts: Sequence[Chart]
 
 
 def write(folder: Path, heading: str, results: Data, tables: Iterable[Table], plots: Iterable[Plot]) -> None:
@@ -42,8 +44,9 @@ def write(folder: Path, heading: str, results: Data, tables: Iterable[Table], pl
     (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     parts = [heading, *(table.text for table in tables)]
     for plot in plots:
-        plot.draw(folder / f"{plot.name}.png")
-        parts.append(f"![{plot.caption}]({plot.name}.png)")
+        drawing = draw(plot.charts, width=860 if len(plot.charts) == 1 else 1240, columns=2, titles=True)
+        (folder / f"{plot.name}.svg").write_text(to_svg(drawing, alone=True), encoding="utf-8")
+        parts.append(f"![{plot.caption}]({plot.name}.svg)")
     readme = folder / "README.md"
     text = with_tables(readme, tables) if readme.exists() else "\n\n".join(parts) + "\n"
     readme.write_text(text, encoding="utf-8")

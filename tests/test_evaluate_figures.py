@@ -79,10 +79,11 @@ LINES = [
     Line("short, learning", [(16.0, 3.0), (300.0, 2.9), (131072.0, 2.75)], [(2.9, 3.1), (2.8, 3.0), (2.7, 2.8)]),
     Line("a-run-with-a-name-of-sixty-characters <and> seeds-1-2-3, frozen", [(16.0, 3.1), (70000.0, 3.0)], dashed=True),
 ]
+BELOW_ZERO = [Line("a", [(1.0, -0.0171), (2.0, -0.0177)])]
 
 
-def drawings() -> tuple[str, str, str]:
-    html = html_chart(Chart("loss", "Loss", "position", "nats per token", LINES))
+def drawings(lines: list[Line] = LINES) -> tuple[str, str, str]:
+    html = html_chart(Chart("loss", "Loss", "position", "nats per token", lines))
     wide, narrow = re.findall(r'<svg class="chart (?:wide|narrow)".*?</svg>', html, re.DOTALL)
     return wide, narrow, html[html.index("<ul") :]
 
@@ -122,6 +123,15 @@ def test_nothing_covers_its_neighbour_or_leaves_the_drawing() -> None:
     labels = [label for _, label in texts(drawings()[0], "label")]
     assert sorted(labels, key=len)[0] == "short, learning"
     assert re.fullmatch("a-run-with-a-name.*….*seeds-1-2-3, frozen", max(labels, key=len))
+
+
+@pytest.mark.parametrize("lines", [LINES, BELOW_ZERO])
+def test_the_name_of_an_axis_stands_clear_of_its_numbers(lines: list[Line]) -> None:
+    for svg in drawings(lines)[:2]:
+        names = [(x, text) for x, text in texts(svg, "tick") if f'text-anchor="end">{text}<' in svg]
+        assert len(names) >= 4
+        (side,) = (x for x, text in texts(svg, "name") if text == "nats per token")
+        assert all(3 < side < side + 4 < x - 7.2 * len(name) for x, name in names)
 
 
 @pytest.mark.parametrize("size", range(1, 41))
@@ -167,12 +177,15 @@ def test_what_is_beyond_the_limits_is_drawn_at_them_and_what_is_infinite_not_at_
 
 def test_charts_stand_side_by_side_each_with_its_title_and_axes() -> None:
     charts = [Chart("", title, "x", "y", LINES) for title in ("one", "two", "three")]
-    drawing = draw(charts, width=1500)
+    drawing = draw(charts, width=1500, titles=True)
     titles = {part.text: part.at[0] for part in drawing.parts if isinstance(part, Words) and part.kind == "title"}
     assert list(titles) == ["one", "two", "three"]
     starts = [0.0, *list(titles.values())[1:], 1500.0]
     marks = [part.at[0] for part in drawing.parts if isinstance(part, Mark)]
     assert [sum(a <= x < b for x in marks) for a, b in pairwise(starts)] == [5, 5, 5]
+    wrapped = draw(charts, columns=2, titles=True)
+    places = [part.at for part in wrapped.parts if isinstance(part, Words) and part.kind == "title"]
+    assert places == [(56, 20), (486, 20), (56, wrapped.height / 2 + 20)]
     named = draw(charts, width=1500, names="above").parts
     labels = [part.text for part in named if isinstance(part, Words) and part.kind == "label"]
     assert labels == [line.label for line in LINES], "once for all charts"

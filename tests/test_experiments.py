@@ -7,10 +7,11 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from experiments.page import Table, as_stored, with_tables, write
-from experiments.pages import boxed, context, derivation, meta
+from experiments.pages import boxed, context, meta
 from experiments.pages.__main__ import CARD, HERE, OTHERS, PAGES, again
 from experiments.results import Results
 
@@ -118,13 +119,15 @@ def test_a_new_round_makes_a_page_whose_tables_can_be_made_again(
     )
     stored = as_stored(module.gather(found))
     tables = list(module.tables(stored))
-    plots = list(module.plots(found))
-    drawn = plots if module is derivation else [plot._replace(draw=Path.touch) for plot in plots]  # drawing takes long
-    write(tmp_path, module.HEADING, stored, tables, drawn)
+    write(tmp_path, module.HEADING, stored, tables, plots := list(module.plots(found)))
     page = tmp_path / "README.md"
     text = page.read_text(encoding="utf-8")
     assert all(table.rows and table.text in text for table in tables)
-    assert {path.name for path in tmp_path.glob("*.png")} == set(re.findall(r"\((\w+\.png)\)", text))
+    assert {path.name for path in tmp_path.glob("*.svg")} == set(re.findall(r"\((\w+\.svg)\)", text))
+    for plot in plots:
+        drawing = set(ElementTree.parse(tmp_path / f"{plot.name}.svg").getroot().itertext())
+        assert all(chart.lines and chart.title in drawing for chart in plot.charts)
+        assert {line.label for chart in plot.charts for line in chart.lines} <= drawing
     page.write_text(re.sub(r"(?<=\| )[\d.+−]+", "9.9", text), encoding="utf-8")
     assert page.read_text(encoding="utf-8") != text
     kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

@@ -66,7 +66,6 @@ def test_a_job_trains_for_each_choice_of_what_is_withheld(work: Path) -> None:
 
 
 def test_the_page_shows_what_the_jobs_left(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "plots", lambda jobs: ())  # drawing takes long
     assert call(monkeypatch, "page", work, tmp_path / "page") == 0
     text = (tmp_path / "page" / "README.md").read_text()
     stored = {"results": json.loads((tmp_path / "page" / "results.json").read_text())}
@@ -74,7 +73,9 @@ def test_the_page_shows_what_the_jobs_left(work: Path, tmp_path: Path, monkeypat
     assert len(tables) == 5
     assert all(table.text in text for table in tables)
     assert with_tables(tmp_path / "page" / "README.md", tables) == text
-    assert "<svg" in (tmp_path / "page" / "thought.svg").read_text()
+    drawn = {"training.svg", "trials.svg", "models.svg", "thought.svg"}
+    assert {path.name for path in (tmp_path / "page").glob("*.svg")} == drawn
+    assert all((tmp_path / "page" / name).read_text().startswith("<svg") for name in drawn)
     main = stored["results"]["main"]
     row = next(row for row in tables[0].rows if row[0] == page.AT_ONCE)
     assert row[1] == page.mean(main["success"][page.AT_ONCE]["withheld"])

@@ -4,7 +4,7 @@
     python -m experiments.pages first.tar.xz second.tar.xz --date 2026-11-22
 
 The first writes the tables of each page anew and nothing else: text is written by hand. The second takes what
-`experiments.run` left and makes experiments/DATE_SLUG/ with results.json (every figure of the tables), plots in PNG
+`experiments.run` left and makes experiments/DATE_SLUG/ with results.json (every figure of the tables), plots in SVG
 and, where there is none yet, a README.md that begins with the questions the text must answer; later archives win, and
 nothing is made of an experiment without results.
 """

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from experiments.figures import Line, Panel, plot
+from experiments.figures import panel
 from experiments.page import Data, Plot, Table, number
 from experiments.plan import UNIT, ablations
 from experiments.results import Results
+
+from longread.evaluate import Line
 
 SLUG = "ablations"
 HEADING = """# Window, mini-batch, and how many blocks learn
@@ -63,11 +65,11 @@ def plots(found: Results) -> Iterator[Plot]:
         return Line(name, [(size, loss) for size, loss in losses if loss is not None])
 
     panels = [
-        Panel("Window", [line("TTT-E2E", "window", WINDOWS), line("TTT-E2E, frozen", "window", WINDOWS, FROZEN),
-              line("SWA", "SWA, window", STATIC)], "nats per token, books", ticks=list(WINDOWS), markers=True),
-        Panel("Mini-batch", [line("TTT-E2E", "mini-batch", BATCHES),
-              line("TTT-E2E, frozen", "mini-batch", BATCHES, FROZEN)], ticks=list(BATCHES), markers=True),
-        Panel("Blocks that learn", [line("TTT-E2E, 1K", "blocks", BLOCKS),
-              line("TTT-E2E, 8K", "blocks", BLOCKS, READ, ", 8K")], x="of 8", ticks=list(BLOCKS), markers=True),
+        panel("Window", [line("TTT-E2E", "window", WINDOWS), line("TTT-E2E, frozen", "window", WINDOWS, FROZEN),
+              line("SWA", "SWA, window", STATIC)], "nats per token, books", ticks=list(WINDOWS)),
+        panel("Mini-batch", [line("TTT-E2E", "mini-batch", BATCHES),
+              line("TTT-E2E, frozen", "mini-batch", BATCHES, FROZEN)], ticks=list(BATCHES)),
+        panel("Blocks that learn", [line("TTT-E2E, 1K", "blocks", BLOCKS),
+              line("TTT-E2E, 8K", "blocks", BLOCKS, READ, ", 8K")], x="of 8", ticks=list(BLOCKS)),
     ]  # fmt: skip
-    yield Plot("ablations", "Three ablations", plot(*panels, width=10.5, height=3.6, labels=0.55))
+    yield Plot("ablations", "Three ablations", panels)

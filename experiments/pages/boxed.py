@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments.figures import Line, Panel, plot
+from experiments.figures import panel
 from experiments.page import Data, Plot, Table, number, signed
 from experiments.pages import KINDS, TITLES, unit_of
 from experiments.plan import BOXED
 from experiments.results import Curve, Results, short
+
+from longread.evaluate import Chart, Line
 
 SLUG = "boxed-model"
 HEADING = """# The model in the box
@@ -95,23 +97,23 @@ def from_first(bins: Mapping[str, float]) -> dict[str, float]:
 
 
 def plots(found: Results) -> Iterator[Plot]:
-    panel = Panel(
+    chart = panel(
         "What learning while reading adds",
         [Line(TITLES[kind], against(found, kind, (BOXED, "frozen"), (BOXED, "learning"))) for kind in KINDS],
         "nats per token gained over frozen", "token index", zero="frozen", ticks=TICKS,
     )  # fmt: skip
-    yield Plot("gain", "Gain of learning over frozen reading by token index", plot(panel, width=7, labels=0.16))
+    yield Plot("gain", "Gain of learning over frozen reading by token index", [chart])
     if "twin-swa-32" in found.evaluations:
-        yield Plot("twins", "Loss minus that of the SWA twin by token index", plot(*(twins(found, k) for k in KINDS)))
+        yield Plot("twins", "Loss minus that of the SWA twin by token index", [twins(found, k) for k in KINDS])
 
 
-def twins(found: Results, kind: str) -> Panel:
+def twins(found: Results, kind: str) -> Chart:
     names = {"TTT-E2E": "TTT-E2E (boxed), learning", "TTT-E2E, frozen": "TTT-E2E (boxed), frozen"}
     names["full attention"] = "full-attention twin"
     curves = {name: against(found, kind, READINGS[row], READINGS["SWA twin"]) for name, row in names.items()}
     lines = [Line(name, [(x, y) for x, y in curve if x >= 128]) for name, curve in curves.items()]
     title = f"{TITLES[kind]}: loss minus the SWA twin's"
-    return Panel(title, lines, unit_of(kind), "token index", zero="SWA", ticks=TICKS[1:])
+    return panel(title, lines, unit_of(kind), "token index", zero="SWA", ticks=TICKS[1:])
 
 
 def against(found: Results, kind: str, this: tuple[str, str], other: tuple[str, str]) -> Curve:

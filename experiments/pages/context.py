@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from experiments.figures import Line, Panel, plot
+from experiments.figures import panel
 from experiments.page import Data, Plot, Table, number
 from experiments.pages import KINDS, NAMES, TITLES, job, unit_of
 from experiments.pages.seeds import (
@@ -24,6 +24,8 @@ from experiments.pages.seeds import (
 )
 from experiments.plan import METHODS, UNIT
 from experiments.results import Results
+
+from longread.evaluate import Chart, Line
 
 SLUG = "context-length"
 HEADING = """# Loss by context length and by token index
@@ -147,11 +149,12 @@ def mean_and_range(losses: Sequence[float]) -> str:
 def plots(found: Results) -> Iterator[Plot]:
     results = {kind: {m: rows for m in METHODS if (rows := by_seed(found, m, kind))} for kind in KINDS}
     longer = {kind: {name: by_seed(found, m, kind) for name, m in LONGER.items()} for kind in KINDS}
-    relative = (relative_panel(kind, results[kind], longer[kind]) for kind in KINDS)
-    yield Plot("context", "Loss minus SWA's by context length", plot(*relative, width=11, height=4.6, labels=0.55))
-    yield Plot("loss", "Loss by context length", plot(*(absolute_panel(kind, results[kind]) for kind in KINDS)))
-    panels = (index_panel(found, kind) for kind in KINDS)
-    yield Plot("index", "Loss minus SWA's by token index in stretches of 32K", plot(*panels))
+    relative = [relative_panel(kind, results[kind], longer[kind]) for kind in KINDS]
+    yield Plot("context", "Loss minus SWA's by context length", relative)
+    yield Plot("loss", "Loss by context length", [absolute_panel(kind, results[kind]) for kind in KINDS])
+    yield Plot(
+        "index", "Loss minus SWA's by token index in stretches of 32K", [index_panel(found, kind) for kind in KINDS]
+    )
 
 
 def read_by_index(found: Results, kind: str) -> list[int]:
@@ -171,7 +174,7 @@ def forgotten(found: Results, method: str, kind: str) -> BySeed:
     return change
 
 
-def absolute_panel(kind: str, losses: dict[str, BySeed]) -> Panel:
+def absolute_panel(kind: str, losses: dict[str, BySeed]) -> Chart:
     """TTT-E2E, full attention and SWA: each seed, and the mean at the lengths that all seeds of all three have."""
     shown = {method: losses.get(method, {}) for method in ("e2e", "full", "swa")}
     common = set(LENGTHS).intersection(*(row for rows in shown.values() for row in rows.values()))
@@ -179,11 +182,11 @@ def absolute_panel(kind: str, losses: dict[str, BySeed]) -> Panel:
     for method, rows in shown.items():
         lines += [Line(NAMES[method], [(L * UNIT, y) for L, y in row.items()], faint=True) for row in rows.values()]
         mean = line(NAMES[method], {seed: {L: row[L] for L in sorted(common)} for seed, row in rows.items()})
-        lines.append(Line(mean.name, mean.points))
-    return Panel(TITLES[kind], lines, unit_of(kind), "context length, tokens", markers=True, ticks=TICKS)
+        lines.append(Line(mean.label, mean.points))
+    return panel(TITLES[kind], lines, unit_of(kind), "context length, tokens", ticks=TICKS)
 
 
-def relative_panel(kind: str, losses: dict[str, BySeed], longer: dict[str, BySeed]) -> Panel:
+def relative_panel(kind: str, losses: dict[str, BySeed], longer: dict[str, BySeed]) -> Chart:
     """Means over seeds; the range only of TTT-E2E and full attention, because eight of them hide each other."""
     lines = []
     for name, rows in longer.items():
@@ -192,12 +195,12 @@ def relative_panel(kind: str, losses: dict[str, BySeed], longer: dict[str, BySee
     for method, rows in losses.items():
         if method != "swa":
             mean = line(NAMES[method], minus(rows, losses.get("swa", {})))
-            lines.append(mean if method in ("e2e", "full") else Line(mean.name, mean.points))
+            lines.append(mean if method in ("e2e", "full") else Line(mean.label, mean.points))
     title = f"{TITLES[kind]}: loss minus SWA's, same seed"
-    return Panel(title, lines, unit_of(kind), "context length, tokens", markers=True, zero="SWA", ticks=TICKS)
+    return panel(title, lines, unit_of(kind), "context length, tokens", zero="SWA", ticks=TICKS)
 
 
-def index_panel(found: Results, kind: str) -> Panel:
+def index_panel(found: Results, kind: str) -> Chart:
     """Loss minus SWA's of the same seed, mean over seeds."""
     what = f"{kind}-32"
     lines = []
@@ -211,4 +214,4 @@ def index_panel(found: Results, kind: str) -> Panel:
             lines.append(mean_line(name, curves))
     title = f"{TITLES[kind]}: loss minus SWA's, same seed"
     ticks = [128, 512, 2048, 8192, 32768]
-    return Panel(title, lines, unit_of(kind), "token index", zero="SWA", ticks=ticks)
+    return panel(title, lines, unit_of(kind), "token index", zero="SWA", ticks=ticks)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.figures import Line, Panel, plot
+from experiments.figures import panel
 from experiments.page import Data, Plot, Table, number
 from experiments.pages import KINDS
 from experiments.pages.seeds import by_seed, minus, spread, stored
 from experiments.results import Results, lag
+
+from longread.evaluate import Line
 
 SLUG = "kvb-to-e2e"
 HEADING = """# From key-value binding to the end-to-end loss
@@ -31,7 +33,7 @@ def gather(found: Results) -> dict[str, Any]:
     differences = {kind: minus(by_seed(found, "kvb", kind), by_seed(found, "swa", kind)) for kind in KINDS}
     return {title: row for title, row in losses.items() if any(row.values())} | {
         "TTT-KVB minus SWA": differences,
-        "training loss minus SWA's, by million tokens": {line.name: line.points[::4] for line in lags(found)},
+        "training loss minus SWA's, by million tokens": {line.label: line.points[::4] for line in lags(found)},
     }
 
 
@@ -47,11 +49,11 @@ def tables(results: Data) -> Iterator[Table]:
 
 
 def plots(found: Results) -> Iterator[Plot]:
-    panel = Panel(
+    chart = panel(
         "Training loss minus SWA's, same batches", lags(found), "nats per token", "million tokens", log=False,
         zero="SWA", ticks=[20, 40, 60],
     )  # fmt: skip
-    yield Plot("training", "Training loss minus that of SWA", plot(panel, width=7.5, labels=0.42))
+    yield Plot("training", "Training loss minus that of SWA", [chart])
 
 
 def lags(found: Results) -> list[Line]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.figures import Line, Panel, plot
+from experiments.figures import panel
 from experiments.flops import operations
 from experiments.page import Data, Plot, Table, number
 from experiments.pages import KINDS, job
@@ -15,6 +15,7 @@ from experiments.pages.seeds import SEEDS, by_seed, mean_line, minus, spread, st
 from experiments.plan import EXTENSION_STEPS, PRETRAINING_STEPS, UNIT
 from experiments.results import Results, lag
 
+from longread.evaluate import Line
 from longread.recipes import recipe
 
 SLUG = "meta-gradients"
@@ -66,7 +67,7 @@ def gather(found: Results) -> dict[str, Any]:
         for kind in KINDS:
             difference = minus(by_seed(found, a, kind), by_seed(found, b, kind))
             results[f"{TITLES[a]} − {TITLES[b]}, {kind}"] = difference
-    results["training loss minus exact's, by million tokens"] = {line.name: line.points[::4] for line in lags(found)}
+    results["training loss minus exact's, by million tokens"] = {line.label: line.points[::4] for line in lags(found)}
     results["same job twice"] = {
         f"{name}, {what}": values for (name, what), values in found.repeats.items() if name.startswith("meta-")
     }
@@ -144,11 +145,11 @@ def plots(found: Results) -> Iterator[Plot]:
             total = results.get(f"{title}, operations to {L}K")
             lines += [Line(title, [(total / 1e15, books)])] if books and total else []
         unit = "" if panels else "nats per token"
-        panels.append(Panel(f"Books at {L}K, seed 0", lines, unit, "10¹⁵ operations in all", log=False))
-    yield Plot("operations", "Loss on books by operations of training", plot(*panels, width=15, labels=0.5))
-    panel = Panel("Training loss minus exact's, same batches", lags(found), "nats per token", "million tokens",
+        panels.append(panel(f"Books at {L}K, seed 0", lines, unit, "10¹⁵ operations in all", log=False))
+    yield Plot("operations", "Loss on books by operations of training", panels)
+    chart = panel("Training loss minus exact's, same batches", lags(found), "nats per token", "million tokens",
                   log=False, zero="exact", limits=(-0.02, 0.2), ticks=[20, 40, 60])  # fmt: skip
-    yield Plot("training", "Training loss minus that of exact meta-gradients", plot(panel, width=6.5, labels=0.42))
+    yield Plot("training", "Training loss minus that of exact meta-gradients", [chart])
 
 
 def operations_of_a_sequence(length: int) -> dict[str, int]:

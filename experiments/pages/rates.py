@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.figures import Line, Panel, plot
+from experiments.figures import panel
 from experiments.page import Data, Plot, Table, number
 from experiments.pages import NAMES
 from experiments.plan import RATES
 from experiments.results import Results
+
+from longread.evaluate import Chart, Line
 
 SLUG = "rates"
 HEADING = """# Which rates suit the baselines?
@@ -55,7 +57,7 @@ def _cells(losses: dict[str, Any]) -> list[str]:
 
 def plots(found: Results) -> Iterator[Plot]:
     results = gather(found)
-    panels: list[Panel] = []
+    panels: list[Chart] = []
     for title, (rates, jobs) in SEARCHES.items():
         lines = []
         for name in map(NAMES.__getitem__, jobs):
@@ -64,5 +66,5 @@ def plots(found: Results) -> Iterator[Plot]:
             lines.append(Line(name, [(rate, loss) for rate, loss in points if isinstance(loss, float)]))
         ticks = {float(rate): rate for rate in rates if rate != "no clip"}
         unit = "" if panels else "nats per token, books"
-        panels.append(Panel(title, lines, unit, "", markers=True, ticks=list(ticks), names=ticks))
-    yield Plot("rates", "Loss after 200 steps by outer and by inner rate", plot(*panels, labels=0.45))
+        panels.append(panel(title, lines, unit, "", ticks=ticks))
+    yield Plot("rates", "Loss after 200 steps by outer and by inner rate", panels)

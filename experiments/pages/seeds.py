@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from experiments.figures import Line
 from experiments.pages import job
 from experiments.plan import UNIT
 from experiments.results import Results
+
+from longread.evaluate import Line
 
 SEEDS = (0, 1, 2)
 LENGTHS = (1, 2, 4, 8, 16, 32)
@@ -59,8 +60,7 @@ def line(name: str, rows: BySeed) -> Line:
     """The mean by context length, and its range over seeds."""
     seeds, columns = whole(rows)
     points = [(L * UNIT, statistics.mean(values)) for L, values in columns.items()]
-    low, high = ([pick(values) for values in columns.values()] if len(seeds) > 1 else [] for pick in (min, max))
-    return Line(name, points, low, high)
+    return Line(name, points, [(min(values), max(values)) for values in columns.values()] if len(seeds) > 1 else None)
 
 
 def mean_line(name: str, curves: Sequence[Sequence[tuple[float, float]]]) -> Line:
@@ -68,8 +68,7 @@ def mean_line(name: str, curves: Sequence[Sequence[tuple[float, float]]]) -> Lin
     columns = list(zip(*curves, strict=True))
     ys = [[y for _, y in column] for column in columns]
     points = [(column[0][0], statistics.mean(y)) for column, y in zip(columns, ys, strict=True)]
-    low, high = ([pick(y) for y in ys] if len(curves) > 1 else [] for pick in (min, max))
-    return Line(name, points, low, high)
+    return Line(name, points, [(min(y), max(y)) for y in ys] if len(curves) > 1 else None)
 
 
 def named(seeds: Sequence[int]) -> str:

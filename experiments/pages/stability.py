@@ -6,10 +6,12 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.figures import Line, Panel, plot
+from experiments.figures import panel
 from experiments.page import Data, Plot, Table, number
 from experiments.plan import STABILITY
 from experiments.results import Curve, Results
+
+from longread.evaluate import Line
 
 SLUG = "stability"
 HEADING = """# What makes meta-training diverge or stall
@@ -48,10 +50,10 @@ def tables(results: Data) -> Iterator[Table]:
 def plots(found: Results) -> Iterator[Plot]:
     curves = {name: found.training(f"stable-{name}") for name in STABILITY}
     lines = [Line(name, smooth([(x / 1e6, y) for x, y in curve if x > 1.5e6])) for name, curve in curves.items()]
-    panel = Panel(
+    chart = panel(
         "Training loss", lines, "nats per token", "million tokens", log=False, limits=(4.2, 6.5), ticks=range(2, 14, 2)
     )
-    yield Plot("training", "Training loss of 200 steps", plot(panel, width=7.5, labels=0.3))
+    yield Plot("training", "Training loss of 200 steps", [chart])
 
 
 def smooth(curve: Curve, width: int = 3) -> Curve:

@@ -7,8 +7,10 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from experiments.figures import Line, Panel, plot
+from experiments.figures import panel
 from experiments.page import Data, Plot, Table
+
+from longread.evaluate import Chart, Line
 
 SLUG = "thinking"
 HEADING = """# Agents that think before they act
@@ -125,34 +127,34 @@ def plots(jobs: Data) -> Iterator[Plot]:
     if "random" in jobs:
         panels = [_training(jobs[name], title) for name, title in LONG
                   if name in jobs]  # fmt: skip
-        yield Plot("training", "Success over training, to 2500 iterations", plot(*panels))
+        yield Plot("training", "Success over training, to 2500 iterations", panels)
     if "main" in jobs:
         lines = [
-            Line(said, _with_range(jobs[job]["by trials"])[0], *_with_range(jobs[job]["by trials"])[1:])
+            _with_range(said, jobs[job]["by trials"])
             for job, said in (("main", "fast weights"), ("fast-mlp", "fast MLP"), ("recurrent", "recurrent"))
             if job in jobs
         ]
-        panel = Panel("Withheld combinations", lines, "success", "mental trials", log=False, limits=(0, 1))
-        yield Plot("trials", "Success by mental trials, range over agents", plot(panel, width=6.5))
-        yield Plot("models", "Success by the world model's training", plot(_models(jobs["main"]), width=6.5))
+        chart = panel("Withheld combinations", lines, "success", "mental trials", log=False, limits=(0, 1))
+        yield Plot("trials", "Success by mental trials, range over agents", [chart])
+        yield Plot("models", "Success by the world model's training", [_models(jobs["main"])])
 
 
-def _training(job: Data, title: str) -> Panel:
+def _training(job: Data, title: str) -> Chart:
     lines = []
     for name, condition in (("acts at once", AT_ONCE), ("thinks first", SIMULATOR)):
         for part in ("withheld", "seen"):
             points = [(row["iteration"], statistics.mean(row[condition][part])) for row in job["curve"]]
             lines.append(Line(f"{name}, {part}", points))
-    return Panel(f"Trained {title}", lines, "success", "iterations", log=False, limits=(0, 1))
+    return panel(f"Trained {title}", lines, "success", "iterations", log=False, limits=(0, 1))
 
 
-def _with_range(agents: Sequence[Sequence[float]]) -> tuple[list[tuple[float, float]], list[float], list[float]]:
+def _with_range(name: str, agents: Sequence[Sequence[float]]) -> Line:
     columns = list(zip(*agents, strict=True))
     points = [(float(k), statistics.mean(column)) for k, column in enumerate(columns)]
-    return points, [min(column) for column in columns], [max(column) for column in columns]
+    return Line(name, points, [(min(column), max(column)) for column in columns])
 
 
-def _models(main: Data) -> Panel:
+def _models(main: Data) -> Chart:
     found = {int(step): values for step, values in main["world models"].items()}
     steps = main["config"]["world_model"]["steps"]
     found[steps] = {
@@ -164,5 +166,5 @@ def _models(main: Data) -> Panel:
         Line(said, [(float(step), statistics.mean(found[step][name])) for step in sorted(found)])
         for name, said in (("success", "success"), ("recall", "recall of plans"), ("precision", "precision of plans"))
     ]
-    return Panel("Thinking in a model after so many steps", lines, "", "steps of the world model", log=False,
+    return panel("Thinking in a model after so many steps", lines, "", "steps of the world model", log=False,
                  limits=(0, 1))  # fmt: skip

@@ -6,9 +6,11 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments.figures import Line, Panel, plot
+from experiments.figures import panel
 from experiments.page import Data, Plot, Table, number
 from experiments.results import Curve, Results
+
+from longread.evaluate import Line
 
 SLUG = "figure-2-toy"
 HEADING = """# The toy of Figure 2
@@ -64,11 +66,11 @@ def plots(found: Results) -> Iterator[Plot]:
         for name, title in TITLES.items()
         if name != "none"
     ]
-    panel = Panel(
+    chart = panel(
         "Loss minus that of the model without attention", lines, "nats per token", "token index", zero="no attention",
         ticks=[4, 8, 16, 32, 64, 128],
     )  # fmt: skip
-    yield Plot("toy", "Loss minus that without attention, by token index", plot(panel, width=7.5, labels=0.3))
+    yield Plot("toy", "Loss minus that without attention, by token index", [chart])
 
 
 def trained(curve: Curve) -> tuple[float, float]:

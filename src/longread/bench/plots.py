@@ -26,7 +26,7 @@ def save_bench_plots(rows: Sequence[Row], directory: Path) -> list[Path]:
     for name in PLOTS:
         if charts := bench_charts(rows, name):
             path = directory / f"{name}.svg"
-            drawing = draw(charts, width=max(520, 370 * len(charts)), height=320, names="above")
+            drawing = draw(charts, width=max(520, 370 * len(charts)), height=300, titles=True, names="above")
             with atomic_files(path) as (temporary,):
                 temporary.write_text(to_svg(drawing, alone=True), encoding="utf-8")
             paths.append(path)

@@ -71,33 +71,40 @@ class Drawing:
     parts: Sequence[Stroke | Mark | Words]
 
 
-def draw(charts: Sequence[Chart], *, width: int = 860, height: int = 360, names: Names = "beside") -> Drawing:
-    """Draws charts side by side.
+def draw(
+    charts: Sequence[Chart],
+    *,
+    width: int = 860,
+    height: int = 360,
+    columns: int = 3,
+    titles: bool = False,
+    names: Names = "beside",
+) -> Drawing:
+    """Draws charts side by side, at most `columns` in a row.
 
     Args:
         width: of the whole drawing.
+        height: of each row.
+        titles: whether each chart has its title above it.
         names: of the lines: beside their ends, in one row above all charts, or apart, for the page to write. Bars have
             no ends to write them at.
     """
-    parts: list[Stroke | Mark | Words] = []
-    top = 16 if len(charts) == 1 else 34
-    if names == "above":
-        parts += _legend(charts)
-        top += 24
-    for place, chart in enumerate(charts):
-        chart = finite(chart)
-        left, end = (width * (place + i) // len(charts) for i in (0, 1))
-        room = 20.0
+    parts: list[Stroke | Mark | Words] = [*(_legend(charts) if names == "above" else ())]
+    above, columns = 24 if names == "above" else 0, max(1, min(columns, len(charts)))
+    for place, chart in enumerate(map(finite, charts)):
+        row, column = divmod(place, columns)
+        left, end = (width * (column + i) // columns for i in (0, 1))
+        top, room = above + row * height, 20.0
         if names == "beside":
             longest = CHARACTER * max((len(line.label) for line in chart.lines), default=0)
             room = min(max(longest, 0.14 * (end - left)), 0.385 * (end - left)) + 16
-        panel = _Panel(chart, left + 56, math.floor(end - room), top, height - 48)
-        if len(charts) > 1:
-            parts.append(Words(chart.title, (left + 56, top - 14), "title", "ink"))
+        panel = _Panel(chart, left, math.floor(end - room), top + (34 if titles else 16), top + height - 48)
+        if titles:
+            parts.append(Words(chart.title, (panel.left, panel.top - 14), "title", "ink"))
         parts += [*_axes(panel), *(_bars(panel) if chart.bars else _lines(panel))]
-        if names == "beside":
-            parts += _end_labels(panel, end)
-    return Drawing(width, height, "; ".join(filter(None, (chart.title for chart in charts))), parts)
+        parts += _end_labels(panel, end) if names == "beside" else ()
+    title = "; ".join(filter(None, (chart.title for chart in charts)))
+    return Drawing(width, above + height * -(-len(charts) // columns), title, parts)
 
 
 def finite(chart: Chart) -> Chart:
@@ -136,7 +143,7 @@ class _Panel:
     """One chart's axes: from values to pixels."""
 
     def __init__(self, chart: Chart, left: int, right: int, top: int, bottom: int) -> None:
-        self.chart, self.left, self.right, self.top, self.bottom = chart, left, right, top, bottom
+        self.chart, self.edge, self.right, self.top, self.bottom = chart, left, right, top, bottom
         self.xs = sorted({x for line in chart.lines for x, _ in line.points}) or [1.0]
         margin = 0.5 if chart.bars else 0.0
         self.first, self.last = self.xs[0] - margin, max(self.xs[-1], self.xs[0] + 1 - 2 * margin) + margin
@@ -149,7 +156,8 @@ class _Panel:
         ticks = nice_ticks(lowest, highest)
         self.lowest = min(lowest, ticks[0]) if chart.limits[0] is None else lowest
         self.highest = max(highest, ticks[-1]) if chart.limits[1] is None else highest
-        self.levels = [tick for tick in ticks if self.lowest <= tick <= self.highest]
+        self.levels = {tick: _amount(tick, ticks[-1]) for tick in ticks if self.lowest <= tick <= self.highest}
+        self.left = left + max(56, math.ceil(7.2 * max(map(len, self.levels.values()), default=0)) + 30)
 
     def x(self, value: float) -> float:
         low, high = self.first, self.last
@@ -190,11 +198,10 @@ class _Panel:
 
 def _axes(panel: _Panel) -> Iterator[Stroke | Words]:
     left, right, bottom = panel.left, panel.right, panel.bottom
-    for level in panel.levels:
+    for level, name in panel.levels.items():
         y = panel.y(level)
         yield Stroke([(left, y), (right, y)], "grid", "rule")
-        name = f"{level / 1000:g}K" if level and panel.levels[-1] >= 10000 else f"{level:g}"
-        yield Words(name.replace("-", "−"), (left - 8, y + 4), "tick", anchor="end")
+        yield Words(name, (left - 8, y + 4), "tick", anchor="end")
     for tick, name in panel.ticks():
         x = panel.x(tick)
         if not panel.chart.bars:
@@ -202,7 +209,12 @@ def _axes(panel: _Panel) -> Iterator[Stroke | Words]:
         yield Words(name, (x, bottom + 19), "tick", anchor="middle")
     yield Stroke([(left, bottom), (right, bottom)], "axis", "soft")
     yield Words(panel.chart.x_label, ((left + right) / 2, bottom + 40), "name", anchor="middle")
-    yield Words(panel.chart.y_label, (left - 44, (panel.top + bottom) / 2), "name", anchor="middle", upright=True)
+    yield Words(panel.chart.y_label, (panel.edge + 12, (panel.top + bottom) / 2), "name", anchor="middle", upright=True)
+
+
+def _amount(level: float, highest: float) -> str:
+    name = f"{level / 1000:g}K" if level and highest >= 10000 else f"{level:g}"
+    return name.replace("-", "−")
 
 
 def _lines(panel: _Panel) -> Iterator[Stroke | Mark | Words]:
