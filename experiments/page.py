@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longread.evaluate import Chart, draw, to_svg
+from longread.evaluate import Chart, draw, markdown_table, to_svg
 
 Data = Mapping[str, Any]
 """What a results.json holds."""
@@ -24,10 +24,7 @@ class Table:
 
     @property
     def text(self) -> str:
-        lines = [" | ".join(self.head), *(" | ".join(row) for row in self.rows)]
-        ruled = [f"| {line} |" for line in lines]
-        ruled.insert(1, f"|{'|'.join(['---'] + ['--:'] * (len(self.head) - 1))}|")
-        return self.caption + "\n\n" + "\n".join(ruled)
+        return self.caption + "\n\n" + markdown_table(self.head, self.rows)
 
 
 class Plot(NamedTuple):

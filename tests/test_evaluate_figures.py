@@ -240,14 +240,14 @@ def test_a_png_is_the_same_drawing(tmp_path: Path) -> None:
 
 
 def test_the_best_of_a_row_stands_out_everywhere() -> None:
-    grid = Grid(
-        "t", "T", ["a", "b"], [("1", ["2.0 ± 0.1", "3.0"]), ("2", ["5.0", "4.0"]), ("3", ["6.0", "6.1"])], [0, 1]
-    )
+    rows = [("1", ["2.0 ± 0.1", "3.0 | 9.0"]), ("2", ["5.0", "4.0 | 9.1"]), ("3", ["6.0", "6.0"])]
+    grid = Grid("t", "T", ["a", "b"], rows, best=[{0}, {1}, {0, 1}])
     text = io.StringIO()
     print_grid(grid, Console(file=text, width=80, force_terminal=True, color_system="standard"))
-    assert re.findall(r"\x1b\[1m(\d\.\d[^\x1b]*)\x1b", text.getvalue()) == ["2.0 ± 0.1", "4.0"]
+    assert re.findall(r"\x1b\[1m(\d\.\d[^\x1b]*)\x1b", text.getvalue()) == ["2.0 ± 0.1", "4.0 | 9.1", "6.0", "6.0"]
     page = figures_page(Figures([grid]), title="t", lead="l")
-    assert re.findall(r'<td class="best">(.*?)</td>', page) == ['2.0 <span class="ci">± 0.1</span>', "4.0"]
+    shown = ['2.0 <span class="ci">± 0.1</span>', '4.0 <span class="ci">| 9.1</span>', "6.0", "6.0"]
+    assert re.findall(r'<td class="best">(.*?)</td>', page) == shown
 
 
 def test_many_inputs_are_named_and_the_rest_counted() -> None:

@@ -10,6 +10,7 @@ from longread.bench.cases import MEASURES, METHODS, PARALLEL, Case
 from longread.bench.machine import Machine
 from longread.bench.rows import Row
 from longread.bench.run import Outcome
+from longread.evaluate import markdown_table
 from longread.flops import decoding_bytes, reading_flops, training_flops
 
 Cells = list[str]
@@ -149,9 +150,7 @@ def _table(work: str, rows: Sequence[Row], outcome: Outcome) -> str:
         columns.append(("computed again", lambda row: row.get("recompute", "")))
     ordered = sorted(rows, key=lambda row: (row["context"], METHODS.index(row["method"])))
     ordered.sort(key=lambda row: [row["size"] for row in rows].index(row["size"]))
-    lines = [[name for name, _ in columns], ["---"] + ["--:"] * (len(columns) - 1)]
-    lines += [[cell(row) for _, cell in columns] for row in ordered]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in ordered])
 
 
 def _parallel_table(rows: Sequence[Row]) -> str:
@@ -174,9 +173,7 @@ def _parallel_table(rows: Sequence[Row]) -> str:
         ("peak of one GPU", lambda row: _gib(row["one_gpu_peak_gib"])),
         ("computed again", lambda row: row["recompute"]),
     ]
-    lines = [[name for name, _ in columns], ["---"] + ["--:"] * (len(columns) - 1)]
-    lines += [[cell(row) for _, cell in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
 
 
 def _gib(size: float | None) -> str:

@@ -40,7 +40,7 @@ from longread.evaluate.positions import BytePositionLoss, PositionLoss, bin_edge
 from longread.evaluate.report import figures_page, html_page
 from longread.evaluate.summary import Evaluation, Result, default_lengths, summarize
 from longread.evaluate.svg import to_svg
-from longread.evaluate.table import print_figures
+from longread.evaluate.table import markdown_table, print_figures
 
 __all__ = [
     "GREEDY",
@@ -95,6 +95,7 @@ __all__ = [
     "in_common",
     "is_hugging_face",
     "make_samples",
+    "markdown_table",
     "measure",
     "needle_figures",
     "noise",

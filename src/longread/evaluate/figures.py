@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -32,8 +32,8 @@ class Grid:
     corner: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str]]]
-    best: Sequence[int | None] = ()
-    """For each row the column whose cell is the best of it, if they are compared."""
+    best: Sequence[Collection[int]] = ()
+    """For each row the columns whose cells are the best of it, where they are compared."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from math import inf, isfinite, sqrt
+from math import sqrt
 
 from rich.console import Console
 
@@ -145,13 +145,14 @@ def _scores(evaluation: Evaluation, title: str, corner: str, rows: _Rows) -> Gri
     columns = [rows(result) for result in evaluation.results]
     keys = sorted({key for column in columns for key in column})
     scores = [[column.get(key) for column in columns] for key in keys]
-    losses = [[evaluation.loss(score).mean if score else inf for score in row] for row in scores]
+    means = [[f"{evaluation.loss(score).mean:.3f}" if score else "inf" for score in row] for row in scores]
+    best = [{i for i, mean in enumerate(row) if mean == min(row, key=float) != max(row, key=float)} for row in means]
     return Grid(
         f"{title}, {evaluation.unit}{' | bits per byte' if both else ''}",
         corner,
         [result.label for result in evaluation.results],
         [(name, [cell(score) for score in row]) for (_, name), row in zip(keys, scores, strict=True)],
-        [row.index(min(row)) if isfinite(min(row)) else None for row in losses] if len(columns) > 1 else (),
+        best,
     )
 
 

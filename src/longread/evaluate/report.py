@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
-from itertools import zip_longest
 
 from longread.evaluate.drawing import draw, finite
 from longread.evaluate.figures import Chart, Figures, Grid
@@ -63,13 +62,13 @@ def html_chart(chart: Chart) -> str:
 def _table(grid: Grid) -> str:
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in (grid.corner, *grid.columns))
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(cell, i == best) for i, cell in enumerate(row))}</tr>'
-        for (name, row), best in zip_longest(grid.rows, grid.best)
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(cell, i in best) for i, cell in enumerate(row))}</tr>'
+        for (name, row), best in zip(grid.rows, grid.best or [()] * len(grid.rows), strict=True)
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(text: str, best: bool) -> str:
-    """What follows a mean, its interval, stands back."""
-    shown = re.sub(" (±.*)", r' <span class="ci">\1</span>', escape(text))
+    """What follows a mean, its interval and its value in another unit, stands back."""
+    shown = re.sub(" ([±|].*)", r' <span class="ci">\1</span>', escape(text))
     return f'<td class="best">{shown}</td>' if best else f"<td>{shown}</td>"

@@ -1,8 +1,8 @@
-"""Tables in a terminal (rich)."""
+"""Tables in a terminal (rich), and in Markdown."""
 
 from __future__ import annotations
 
-from itertools import zip_longest
+from collections.abc import Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -42,11 +42,17 @@ def print_grid(grid: Grid, console: Console) -> None:
         table.add_column(_verbatim(grid.corner), width=names, overflow="fold")
         for heading, width in zip(grid.columns[first:last], wide[first:last], strict=True):
             table.add_column(_verbatim(heading), justify="right", width=width, overflow="fold")
-        for (name, row), best in zip_longest(grid.rows, grid.best):
-            marked = [f"[bold]{_verbatim(cell)}[/]" if i == best else _verbatim(cell) for i, cell in enumerate(row)]
+        for (name, row), best in zip(grid.rows, grid.best or [()] * len(grid.rows), strict=True):
+            marked = [f"[bold]{_verbatim(cell)}[/]" if i in best else _verbatim(cell) for i, cell in enumerate(row)]
             table.add_row(_verbatim(name), *marked[first:last])
         console.print(table)
         first = last
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first column is to the left."""
+    ruled = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([ruled[0], f"|{'|'.join(['---'] + ['--:'] * (len(head) - 1))}|", *ruled[1:]])
 
 
 def _verbatim(text: str) -> str:

@@ -16,6 +16,14 @@ export function make(name, properties = {}, ...children) {
   return element;
 }
 
+/** An element of a picture, SVG, with attributes and children. */
+export function draw(name, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
 /** Sets text only where it differs, so that nothing is announced or laid out for no reason. */
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;

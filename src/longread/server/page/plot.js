@@ -1,20 +1,12 @@
 // Plots of losses by position, as SVG: panels over one axis, lines named where they end, a cursor to read off values.
 
-import { make, say } from "./dom.js";
+import { draw, make, say } from "./dom.js";
 import { apart, formatLevel, formatTick, quantile, ticks } from "./figures.js";
 
-const SVG = "http://www.w3.org/2000/svg";
 const TITLE = 26; // pixels above a panel, for its title
 const GAP = 14;
 const AXIS = 40;
 const LINE = 15; // distance of two labels
-
-function draw(name, attributes, ...children) {
-  const element = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.append(...children);
-  return element;
-}
 
 /**
  * A plot in an element of the page.

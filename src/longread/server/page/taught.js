@@ -1,10 +1,9 @@
 // The passages that taught a session most: what each cost when read, and when shown again.
 
-import { $, make, say } from "./dom.js";
+import { $, draw, make, say } from "./dom.js";
 import { excerpt, formatCount, formatLoss, formatSigned } from "./figures.js";
 
 const ROWS = 8;
-const SVG = "http://www.w3.org/2000/svg";
 const ORDERS = {
   most: (a, b) => b.first - b.again - (a.first - a.again),
   least: (a, b) => a.first - a.again - (b.first - b.again),
@@ -107,11 +106,6 @@ function legend(twin, [low, high]) {
 }
 
 function dumbbell({ first, again, frozenAgain }, [low, high], worse) {
-  const draw = (name, attributes) => {
-    const element = document.createElementNS(SVG, name);
-    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-    return element;
-  };
   const x = (value) => 5 + (240 * (value - low)) / (high - low || 1);
   const y = 13;
   const svg = draw("svg", {
