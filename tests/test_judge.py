@@ -17,13 +17,11 @@ from longread.checkpoint import save_model
 from longread.cli import main
 from longread.config import InnerConfig, ModelConfig, UserError
 from longread.evaluate import (
-    GREEDY,
     HUMAN,
     Document,
     HuggingFaceJudge,
     Judge,
     LongreadJudge,
-    Sampling,
     WrittenTexts,
     check_judge,
     decoding_notes,
@@ -33,10 +31,11 @@ from longread.evaluate import (
     write,
 )
 from longread.model import Transformer, initialize
-from longread.session import Session
+from longread.session import Sampling, Session
 from longread.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, train_bpe
 
 INNER = InnerConfig(lr=0.7, clip=0.5)
+GREEDY, DRAWN = Sampling(temperature=0), Sampling(top_p=0.95, repetition_penalty=1.1)
 TEXTS = [" ".join(f"Part {i} of text {k} counts {i * i % 89}." for i in range(80)) for k in range(3)]
 BPE = train_bpe(TEXTS, 320)
 BYTES = ByteTokenizer()
@@ -73,7 +72,7 @@ def judge(tokenizer: Tokenizer = BYTES) -> LongreadJudge:
 def writings() -> list[WrittenTexts]:
     human = prompts(documents(), T)
     writer = model(vocab_size=260)
-    written = write("w", writer, INNER, BYTES, human, learn=True, sampling=Sampling(), seed=5, batch_size=2)
+    written = write("w", writer, INNER, BYTES, human, learn=True, sampling=DRAWN, seed=5, batch_size=2)
     return [WrittenTexts(HUMAN, "human", human), written]
 
 
@@ -83,9 +82,9 @@ def test_continuations_keep_the_prompt_and_are_repeatable(writings: list[Written
     assert (written[:, : T // 2] == human[:, : T // 2]).all()
     assert (written[:, T // 2 :] != human[:, T // 2 :]).any()
     assert written[:, T // 2 :].max() < 256  # no BOS, and nothing that the tokenizer does not know
-    again = write("w", model(vocab_size=260), INNER, BYTES, human, learn=True, sampling=Sampling(), seed=5)
+    again = write("w", model(vocab_size=260), INNER, BYTES, human, learn=True, sampling=DRAWN, seed=5)
     assert (again.tokens == written).all()  # side by side or not
-    other = write("w", model(vocab_size=260), INNER, BYTES, human, learn=True, sampling=Sampling(), seed=6)
+    other = write("w", model(vocab_size=260), INNER, BYTES, human, learn=True, sampling=DRAWN, seed=6)
     assert (other.tokens != written).any()
 
 
@@ -193,7 +192,7 @@ def test_judgements_that_would_mean_nothing_are_refused() -> None:
 
 def test_writers_that_diverge_are_said() -> None:
     human = prompts(documents(), T)
-    lost = write("w", model(), InnerConfig(lr=1e300, clip=None), BYTES, human, learn=True, sampling=Sampling())
+    lost = write("w", model(), InnerConfig(lr=1e300, clip=None), BYTES, human, learn=True, sampling=DRAWN)
     assert lost.diverged_at == [T // 2] * 3
     assert "w, learning: 3 of 3 readings were no longer finite" in decoding_notes([lost], BYTES, judge())[0]
 

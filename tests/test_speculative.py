@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from longread.config import InnerConfig, UserError
 from longread.model import Transformer, initialize
-from longread.session import Session
+from longread.session import Sampling, Session
+from longread.session.sampling import probabilities
 from longread.speculative import Speculation, verdict
 from longread.speculative.verifier import Verifier
 from tests import tiny
@@ -118,19 +120,14 @@ def test_equal_distributions_keep_every_guess() -> None:
 # --- the whole thing, on models ---------------------------------------------------------------------------------------
 
 
-def chances(session: Session, length: int, **sampling: float) -> Tensor:
+def chances(session: Session, length: int, **sampling: Any) -> Tensor:
     """The probability of every continuation of so many tokens, [V ** length], from a session alone."""
-    from longread.session.sampling import penalised, probabilities
-
-    penalty = sampling.pop("repetition_penalty", 1.0)
-    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": None} | sampling
     rows = [(1.0, session)]
     for _ in range(length):
         following = []
         for chance, session in rows:
-            logits = session.model.logits(session.state.output)[0]
-            logits = penalised(logits, session.recent, penalty) if penalty != 1.0 else logits
-            for token, p in enumerate(probabilities(logits[None], **settings)[0].tolist()):
+            logits = session.model.logits(session.state.output)
+            for token, p in enumerate(probabilities(logits, Sampling(**sampling), [session.recent])[0].tolist()):
                 fork = session.fork()
                 fork.read([token])
                 following.append((chance * p, fork))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         UserError as UserError,
     )
     from longread.data import Sampler as Sampler, TokenDataset as TokenDataset, prepare as prepare
-    from longread.engine import Engine as Engine, Limits as Limits, Sampling as Sampling
+    from longread.engine import Engine as Engine, Limits as Limits
     from longread.inner_loop import (
         ReadingState as ReadingState,
         begin as begin,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from longread.outer_loop import end_to_end_loss as end_to_end_loss, static_loss as static_loss
     from longread.recipes import RECIPES as RECIPES, recipe as recipe
-    from longread.session import Session as Session
+    from longread.session import Sampling as Sampling, Session as Session
     from longread.speculative import Speculation as Speculation
     from longread.tokenizer import ByteTokenizer as ByteTokenizer, load_tokenizer as load_tokenizer
 
@@ -46,13 +46,13 @@ _MODULES = {
     "checkpoint": ("load_model", "save_model"),
     "config": ("InnerConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "UserError"),
     "data": ("Sampler", "TokenDataset", "prepare"),
-    "engine": ("Engine", "Limits", "Sampling"),
+    "engine": ("Engine", "Limits"),
     "inner_loop": ("ReadingState", "begin", "next_token_logits", "read", "register_inner_optimizer"),
     "loading": ("OpenModel", "open_model"),
     "model": ("RecurrentMixer", "Transformer", "initialize", "register_mixer"),
     "outer_loop": ("end_to_end_loss", "static_loss"),
     "recipes": ("RECIPES", "recipe"),
-    "session": ("Session",),
+    "session": ("Sampling", "Session"),
     "speculative": ("Speculation",),
     "tokenizer": ("ByteTokenizer", "load_tokenizer"),
 }

@@ -55,7 +55,6 @@ def run(options: argparse.Namespace) -> int:
     from longread.evaluate import (
         HUMAN,
         DecodingQuality,
-        Sampling,
         WrittenTexts,
         check_judge,
         decoding_figures,
@@ -66,11 +65,13 @@ def run(options: argparse.Namespace) -> int:
     )
     from longread.evaluate.decoding import FORMAT
     from longread.loading import open_model
+    from longread.session import Sampling
 
     check_at_most("--context", options.context)
     check_outputs(figure_outputs(options, FORMAT, ["judged_loss_by_position"]), inputs=options.data)
-    sampling = Sampling(options.temperature, options.top_p, options.repetition_penalty)
-    sampling.check()
+    sampling = Sampling(
+        temperature=options.temperature, top_p=options.top_p, repetition_penalty=options.repetition_penalty
+    )
     T, bins = options.context, options.bins
     if bins % 2:
         raise UserError(f"--bins {bins} is odd, but half of the bins are prompt; give {bins + 1}")

@@ -1,14 +1,13 @@
 """Many sessions on one device: they read and write at once, and none can tell.
 
 engine.py       what other threads may call
-interface.py    settings, facts, events and errors
+interface.py    limits, facts, events and errors
 task.py         work under way: events, result, cancelling
 worker.py       the thread that does the work, in turns
 reader.py       what is known of a session, and of a piece of work for it
 lanes.py        sessions that write, a token of all of them at a time
 capacity.py     how many that can be, before there is an engine
 cells.py        the same one by one, where a batch must change no bit
-sampling.py     the next tokens of many texts, each with its own settings and seed
 tiers.py        who is on the device, in the host's memory or on the disk
 persistence.py  what lets sessions survive: events and snapshots, written in threads of their own
 store.py        the directory: a database and a snapshot for each session
@@ -33,7 +32,6 @@ from longread.engine.interface import (
     Limits,
     Lost,
     Progress,
-    Sampling,
     SessionInfo,
     Token,
     TooLarge,
@@ -45,6 +43,7 @@ from longread.engine.lanes import largest_session
 from longread.engine.task import Task
 from longread.engine.tiers import least_device_bytes
 from longread.engine.timings import TimeCounts
+from longread.session.sampling import Sampling
 
 __all__ = [
     "Appended",

@@ -16,7 +16,6 @@ from longread.engine.curve import Curve
 from longread.engine.interface import (
     Limits,
     Lost,
-    Sampling,
     SessionInfo,
 )
 from longread.engine.lanes import HOST
@@ -30,7 +29,7 @@ from longread.engine.timings import TimeCounts
 from longread.engine.worker import Worker
 from longread.inner_loop import begin
 from longread.model import Transformer, fingerprint_of
-from longread.session import Session
+from longread.session import Sampling, Session
 
 NO_LIMITS = Limits()
 

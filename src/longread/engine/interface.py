@@ -1,54 +1,13 @@
-"""What goes into an engine and what comes out: settings, facts about sessions, events, errors. No torch in here."""
+"""What goes into an engine and what comes out: limits, facts about sessions, events, errors. No torch in here."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from longread.config import UserError
 
 TopTokens = list[tuple[int, float]]
 """The likeliest tokens of one place and their log-probabilities, likeliest first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to continue a text. Fields as in `longread.session.Session.generate`.
-
-    Raises:
-        UserError: a setting is out of range.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    """Makes the draw repeatable, whatever else the engine does; None: another text each time."""
-    stop_ids: Collection[int] = frozenset()
-    """Ends before one of these, which is neither given nor read."""
-    logprobs: int = 0
-    """How many of the likeliest tokens to report beside each token."""
-
-    def __post_init__(self) -> None:  # comparisons are written so that NaN is refused
-        if self.max_tokens < 0:
-            raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 0")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}; it must be at least 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must lie above 0 and at most at 1")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; it must be at least 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be above 0, and 1 changes nothing"
-            )
-        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
-            raise UserError(f"seed is {self.seed}; it must fit into 64 bits")
-        if self.logprobs < 0:
-            raise UserError(f"logprobs is {self.logprobs}; it must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 
 from longread.engine.curve import Curve
-from longread.engine.interface import Appended, Sampling, SessionInfo
+from longread.engine.interface import Appended, SessionInfo
 from longread.engine.task import Task
 from longread.inner_loop import ReadingState
 from longread.inner_loop.batches import shapes_of
+from longread.session.sampling import Sampling
 
 Tier = Literal["device", "host", "disk"]
 

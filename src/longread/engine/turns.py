@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longread.engine.interface import Progress, Sampling, Token
+from longread.engine.interface import Progress, Token
 from longread.engine.reader import Job, Reader
-from longread.engine.sampling import Drawn, draw
 from longread.inner_loop import Reading, ReadingState, read, rescue
 from longread.inner_loop.batches import apart, together
-from longread.session.sampling import seeded
+from longread.session.sampling import Drawn, Sampling, draw, seeded
 
 if TYPE_CHECKING:
     from longread.engine.worker import Worker

@@ -12,7 +12,7 @@ figures.py → drawing.py → svg.py, plots.py  charts laid out once, written as
 figures.py → report.py                      the page, with both
 """
 
-from longread.evaluate.continuation import GREEDY, BatchContinuation, Sampling, continue_texts
+from longread.evaluate.continuation import BatchContinuation, continue_texts
 from longread.evaluate.decoding import (
     HUMAN,
     DecodingQuality,
@@ -43,7 +43,6 @@ from longread.evaluate.svg import to_svg
 from longread.evaluate.table import markdown_table, print_figures
 
 __all__ = [
-    "GREEDY",
     "HUMAN",
     "VARIANTS",
     "Accuracy",
@@ -71,7 +70,6 @@ __all__ = [
     "PositionLoss",
     "Result",
     "Sample",
-    "Sampling",
     "Search",
     "Variant",
     "WrittenTexts",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 from longread.config import InnerConfig, UserError
-from longread.evaluate.continuation import Sampling, continue_texts
+from longread.evaluate.continuation import continue_texts
 from longread.evaluate.estimate import Estimate, ratio
 from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_line
 from longread.evaluate.judges import Judge
 from longread.evaluate.measure import Document
 from longread.evaluate.summary import Score, finite
 from longread.model import Transformer
-from longread.session.sampling import derived_seed
+from longread.session.sampling import Sampling, derived_seed
 from longread.tokenizer import Tokenizer
 
 FORMAT = "longread-decoding/1"
@@ -98,7 +98,8 @@ class DecodingQuality:
     def as_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
         table = {"format": FORMAT, "confidence": 0.95, "unit_of_sampling": "document"} | asdict(self)
-        return finite(table | {"sampling": self.sampling._asdict()})
+        shown = ("temperature", "top_p", "repetition_penalty")
+        return finite(table | {"sampling": {name: getattr(self.sampling, name) for name in shown}})
 
 
 def prompts(documents: Sequence[Document], context_length: int) -> np.ndarray:
@@ -138,9 +139,8 @@ def write(
             model,
             inner,
             batch,
-            human.shape[1] - half,
+            replace(sampling, max_tokens=human.shape[1] - half),
             learn=learn,
-            sampling=sampling,
             seeds=[derived_seed(seed, first + i) for i in range(len(batch))],
             forbidden=forbidden,
         )

@@ -25,6 +25,7 @@ from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_lin
 from longread.evaluate.haystack import VARIANTS, Sample
 from longread.evaluate.summary import finite
 from longread.model import Transformer
+from longread.session import Sampling
 from longread.tokenizer import Tokenizer
 
 FORMAT = "longread-needle/1"
@@ -127,6 +128,7 @@ def search(
     learn = learn and model.config.num_suffix_blocks > 0
     reading = "static" if not model.config.num_suffix_blocks else "learning" if learn else "frozen"
     unknown = range(tokenizer.vocab_size, model.config.vocab_size)
+    sampling = Sampling(max_tokens=max_tokens, temperature=0)
     trials: list[NeedleTrial] = []
     started = time.perf_counter()
     for batch in _batches(samples, batch_size):
@@ -140,7 +142,7 @@ def search(
         for row, ids in zip(probe, values, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         answers = continue_texts(
-            model, inner, prompts, max_tokens, learn=learn, forbidden=unknown, probe=probe, enough=enough
+            model, inner, prompts, sampling, learn=learn, forbidden=unknown, probe=probe, enough=enough
         )
         for i, sample in enumerate(batch):
             nats = math.nan if answers.probe_nll is None else answers.probe_nll[i, : len(values[i])].sum().item()

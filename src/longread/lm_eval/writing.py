@@ -14,7 +14,7 @@ from longread.config import UserError
 from longread.inner_loop import Decoder
 from longread.lm_eval.prompts import Prompts
 from longread.lm_eval.scoring import BatchReader, Ids, batches
-from longread.session.sampling import check_sampling, draw, penalised, seeded
+from longread.session.sampling import Sampling, choose, seeded
 from longread.tokenizer import StreamDecoder
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -24,11 +24,7 @@ _KNOWN = (*_LENGTHS, "until", "do_sample", "temperature", "top_p", "top_k", "rep
 class GenerationSettings(NamedTuple):
     """How an answer is written."""
 
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int | None
-    repetition_penalty: float
+    sampling: Sampling
     until: tuple[str, ...]
 
     @classmethod
@@ -51,16 +47,14 @@ class GenerationSettings(NamedTuple):
         if samples is None:
             samples = float(asked.get("temperature") or 0) > 0
         temperature = asked.get("temperature")
-        settings = cls(
+        sampling = Sampling(
             max_tokens=int(next((asked[name] for name in _LENGTHS if asked.get(name) is not None), max_tokens)),
             temperature=float(1.0 if temperature is None else temperature) if samples else 0.0,
             top_p=float(asked.get("top_p") or 1.0),
             top_k=int(asked["top_k"]) if asked.get("top_k") else None,  # 0 asks for all, as in Transformers
             repetition_penalty=float(asked.get("repetition_penalty") or 1.0),
-            until=(until,) if isinstance(until, str) else tuple(until),
         )
-        check_sampling(**{name: value for name, value in settings._asdict().items() if name != "until"})
-        return settings
+        return cls(sampling, (until,) if isinstance(until, str) else tuple(until))
 
 
 def write(
@@ -95,7 +89,8 @@ def _side_by_side(
     equal = batches((ids for ids, _, _ in group), len(group), lambda ids: ids)  # in the same order
     states = [state for some in equal for state in reader.after(some)]
     decoder = Decoder(model, states, reader.inner, learn=reader.learn)
-    for written in range(settings.max_tokens):
+    max_tokens = settings.sampling.max_tokens
+    for written in range(max_tokens):
         logits = decoder.logits()
         likeliest = logits.argmax(-1).tolist()
         tokens = [
@@ -107,7 +102,7 @@ def _side_by_side(
             answer.take(token)
             if going and answer.ended:
                 decoder.leave(row)
-        if all(answer.ended for answer in answers) or written + 1 == settings.max_tokens:
+        if all(answer.ended for answer in answers) or written + 1 == max_tokens:
             break
         decoder.read(torch.tensor(tokens, device=model.device))
     decoder.rest()
@@ -120,20 +115,17 @@ class _GeneratedAnswer:
 
     def __init__(self, prompts: Prompts, prompt: Ids, settings: GenerationSettings, seed: int, window: int) -> None:
         texts, self._ends = prompts.stops(settings.until)
-        self._settings, self._window, self._recent = settings, window, list(prompt[-window:])
+        self._sampling, self._window, self._recent = settings.sampling, window, list(prompt[-window:])
         self._decoder = StreamDecoder(prompts.tokenizer, before=self._recent, stops=texts)
         self._generator = seeded(seed, torch.device("cpu"))
         self._text = ""
-        self.draws = settings.temperature > 0 or settings.repetition_penalty != 1.0
+        self.draws = self._sampling.temperature > 0 or self._sampling.repetition_penalty != 1.0
         """Whether the next token may be another than the likeliest."""
-        self.ended = settings.max_tokens == 0
+        self.ended = self._sampling.max_tokens == 0
 
     def next(self, logits: Tensor) -> int:
         """The next token, from logits [V]."""
-        settings, logits = self._settings, logits.cpu()
-        if settings.repetition_penalty != 1.0:
-            logits = penalised(logits, self._recent, settings.repetition_penalty)
-        return draw(logits, settings.temperature, settings.top_p, settings.top_k, self._generator)
+        return int(choose(logits[None].cpu(), [self._sampling], [self._recent], [self._generator]))
 
     def take(self, token: int) -> None:
         """Writes one more token, unless the answer has ended or ends before it."""

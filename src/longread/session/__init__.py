@@ -10,8 +10,9 @@ storage.py    its state as the tensors of a file, exact or rounded, and the chec
 
 from longread.session.cuts import next_cut
 from longread.session.prefix import TextPrefix
+from longread.session.sampling import Sampling
 from longread.session.session import KIND, Description, Session
 from longread.session.storage import STORAGES, Storage
 from longread.session.writing import text_of
 
-__all__ = ["KIND", "STORAGES", "Description", "Session", "Storage", "TextPrefix", "next_cut", "text_of"]
+__all__ = ["KIND", "STORAGES", "Description", "Sampling", "Session", "Storage", "TextPrefix", "next_cut", "text_of"]

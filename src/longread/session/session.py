@@ -27,7 +27,7 @@ from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
 from longread.session.cuts import piece_lengths
 from longread.session.prefix import TextPrefix, count_of, fixed_width
-from longread.session.sampling import check_sampling, draw, penalised, seeded
+from longread.session.sampling import Sampling, choose, seeded
 from longread.session.storage import STORAGES, Storage, check_layout, packed, unpacked
 from longread.session.writing import text_of
 from longread.tokenizer import Tokenizer
@@ -282,18 +282,19 @@ class Session:
         Raises:
             UserError: a setting is out of range, or nothing has been read yet.
         """
-        check_sampling(
+        sampling = Sampling(
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             repetition_penalty=repetition_penalty,
             seed=seed,
+            stop_ids=stop_ids,
         )
         if not self.position:
             raise UserError("there is nothing to continue; give a prompt, or read a text first")
-        sampled = self._generate(max_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop_ids)
-        return sampled if learn is None else self._learning(learn, sampled)
+        written = self._generate(sampling)
+        return written if learn is None else self._learning(learn, written)
 
     def _learning(self, learn: bool, written: Generator[int, None, None]) -> Generator[int, None, None]:
         """The same tokens, written with `learn` as given."""
@@ -303,28 +304,17 @@ class Session:
         finally:
             self.learn = before
 
-    def _generate(
-        self,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        top_k: int | None,
-        repetition_penalty: float,
-        seed: int | None,
-        stop_ids: Collection[int],
-    ) -> Generator[int, None, None]:
-        generator = seeded(seed, self.model.device)
+    def _generate(self, sampling: Sampling) -> Generator[int, None, None]:
+        generator = seeded(sampling.seed, self.model.device)
         window = self.model.config.window_size
         try:
-            for _ in range(max_tokens):
+            for _ in range(sampling.max_tokens):
                 decoder = self._decoding()
-                logits = decoder.logits()[0]
-                if repetition_penalty != 1.0:
-                    logits = penalised(logits, self._recent, repetition_penalty)
-                token = draw(logits, temperature, top_p, top_k, generator)
-                if token in stop_ids:
+                chosen = choose(decoder.logits(), [sampling], [self._recent], [generator])
+                token = int(chosen)
+                if token in sampling.stop_ids:
                     return
-                decoder.read(torch.tensor([token], device=self.model.device))
+                decoder.read(chosen)
                 self._recent = [*self._recent, token][-window:]
                 yield token
         finally:

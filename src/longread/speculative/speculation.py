@@ -15,7 +15,7 @@ from torch import Tensor
 from longread.config import UserError
 from longread.inner_loop import Decoder
 from longread.session import Session
-from longread.session.sampling import check_sampling, penalised, probabilities, seeded
+from longread.session.sampling import Sampling, probabilities, seeded
 from longread.speculative.rejection import verdict
 from longread.speculative.verifier import Verifier
 
@@ -85,33 +85,32 @@ class Speculation:
         Raises:
             UserError: a setting is out of range, nothing has been read yet, or the verifier learns.
         """
-        check_sampling(
+        sampling = Sampling(
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             repetition_penalty=repetition_penalty,
             seed=seed,
+            stop_ids=frozenset(stop_ids),
         )
         for name, session in (("verifier", self.verifier), ("drafter", self.drafter)):
             if not session.position:
                 raise UserError(f"the {name} has nothing to continue; give a prompt, or read a text first")
         if self.verifier.learn and self.verifier.model.config.num_suffix_blocks:
             raise UserError("the verifier learns while it writes, so it cannot look ahead; set its `learn` to False")
-        sampler = _Sampler(temperature, top_p, top_k, repetition_penalty, self.verifier)
-        return self._generate(max_tokens, sampler, seeded(seed, self.verifier.model.device), frozenset(stop_ids))
+        return self._generate(sampling)
 
-    def _generate(
-        self, max_tokens: int, sampler: _Sampler, generator: torch.Generator, stop_ids: frozenset[int]
-    ) -> Generator[int, None, None]:
+    def _generate(self, sampling: Sampling) -> Generator[int, None, None]:
+        sampler, generator = _Sampler(sampling, self.verifier), seeded(sampling.seed, self.verifier.model.device)
         verifier = Verifier(self.verifier.model, self.verifier.state)
         written: list[int] = []
         unread: list[int] = []  # what the verifier has not passed through yet: its own newest token
         try:
-            while len(written) < max_tokens:
-                new = self._round(verifier, unread, written, max_tokens, sampler, generator)
+            while len(written) < sampling.max_tokens:
+                new = self._round(verifier, unread, written, sampler, generator)
                 unread = new[-1:]
-                ended = next((i for i, token in enumerate(new) if token in stop_ids), None)
+                ended = next((i for i, token in enumerate(new) if token in sampling.stop_ids), None)
                 given, told = new[:ended], 0
                 try:
                     for token in given:
@@ -132,13 +131,12 @@ class Speculation:
         verifier: Verifier,
         unread: list[int],
         written: list[int],
-        max_tokens: int,
         sampler: _Sampler,
         generator: torch.Generator,
     ) -> list[int]:
         """The next tokens: guesses as far as they are kept, and one of the verifier's own."""
         device, position = self.verifier.model.device, verifier.position + len(unread)
-        count = min(self.draft_tokens, max_tokens - len(written) - 1)
+        count = min(self.draft_tokens, sampler.sampling.max_tokens - len(written) - 1)
         guesses, q = self._draft(count, sampler, written, generator)
         fed = torch.cat((torch.tensor(unread, dtype=torch.long, device=device), guesses))
         first = [] if unread else [verifier.logits().unsqueeze(0)]
@@ -175,20 +173,15 @@ class Speculation:
 class _Sampler:
     """From logits to the distributions that tokens are drawn from."""
 
-    def __init__(
-        self, temperature: float, top_p: float, top_k: int | None, repetition_penalty: float, reader: Session
-    ) -> None:
-        self._settings = temperature, top_p, top_k
-        self._penalty, self._window, self._before = repetition_penalty, reader.model.config.window_size, reader.recent
+    def __init__(self, sampling: Sampling, reader: Session) -> None:
+        self.sampling = sampling
+        self._window, self._before = reader.model.config.window_size, reader.recent
 
     @property
     def penalises(self) -> bool:
-        return self._penalty != 1.0
+        return self.sampling.repetition_penalty != 1.0
 
     def __call__(self, logits: Tensor, written: list[int], first: int) -> Tensor:
         """[n, V] from logits [n, V], of which row i follows `first` + i of the tokens written."""
-        if self.penalises:
-            texts = ([*self._before, *written[: first + i]][-self._window :] for i in range(len(logits)))
-            pairs = zip(logits, texts, strict=True)
-            logits = torch.stack([penalised(row, text, self._penalty) for row, text in pairs])
-        return probabilities(logits, *self._settings)
+        texts = [[*self._before, *written[: first + i]][-self._window :] for i in range(len(logits))]
+        return probabilities(logits, self.sampling, texts)
