@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def make_service(
     directory: Path,
     *,
     keys: bool = False,
+    metrics_keys: Sequence[tuple[str, str]] = (),
     limits: ServerLimits = ServerLimits(),  # noqa: B008 - frozen
     engine_limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> Service:
@@ -73,6 +74,7 @@ def make_service(
         device="cpu",
         scratch=directory / "passing",
         keys=Keys(KEYS if keys else []),
+        metrics_keys=Keys(metrics_keys),
         limits=limits,
     )
 

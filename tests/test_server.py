@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 
 from longread.cli import serve as command
 from longread.engine import Limits
@@ -67,7 +68,30 @@ def test_every_number_of_the_engine_is_explained(client: TestClient) -> None:
     lines = client.get("/metrics").text.splitlines()
     helped = {line.split()[2] for line in lines if line.startswith("# HELP longread_engine_")}
     stats = client.app.state.service.engine.stats()  # type: ignore[attr-defined]
-    assert {name.removeprefix("longread_engine_").removesuffix("_total") for name in helped} == set(stats)
+    times = {"waiting_seconds", "time_to_first_token_seconds", "time_per_token_seconds"}
+    assert {name.removeprefix("longread_engine_").removesuffix("_total") for name in helped} == set(stats) | times
+
+
+def test_waits_are_histograms(client: TestClient) -> None:
+    def histogram(name: str) -> tuple[list[float], list[float], float]:
+        """The ends of the buckets, how many took at most as long, and the seconds of all."""
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        (family,) = (family for family in families if family.name == f"longread_engine_{name}_seconds")
+        assert family.type == "histogram"
+        buckets = [sample for sample in family.samples if sample.name.endswith("_bucket")]
+        (seconds,) = (sample.value for sample in family.samples if sample.name.endswith("_sum"))
+        return [float(sample.labels["le"]) for sample in buckets], [sample.value for sample in buckets], seconds
+
+    names = ("waiting", "time_to_first_token", "time_per_token")
+    before = {name: histogram(name) for name in names}
+    complete(client, prompt=TEXT, max_tokens=5, temperature=0)
+    for name, more in zip(names, (1, 1, 4), strict=True):
+        (ends, then, seconds), (_, now, later) = before[name], histogram(name)
+        assert ends == sorted(ends)
+        assert ends[-1] == float("inf")
+        assert now == sorted(now)
+        assert now[-1] == then[-1] + more
+        assert later > seconds
 
 
 def test_the_tokenizer(client: TestClient) -> None:

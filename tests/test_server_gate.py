@@ -44,6 +44,21 @@ def test_every_route_but_health_wants_a_key(guarded: TestClient) -> None:
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
+@pytest.mark.parametrize("keys", [True, False])
+def test_metrics_can_have_keys_of_their_own(tmp_path: Path, keys: bool) -> None:
+    scraper = "scraper-scraper-scraper"
+    with serving(tmp_path, keys=keys, metrics_keys=[("alice", scraper)]) as client:
+        for method in ("GET", "HEAD"):
+            answer = client.request(method, "/metrics", headers=bearer(scraper))
+            assert answer.status_code == 200
+        for headers in ({}, bearer(ALICE), bearer("wrong-wrong-wrong-wrong")):
+            refused = client.get("/metrics", headers=headers)
+            assert refused.status_code == 401
+            assert "key of /metrics" in refused.json()["error"]["message"]
+        assert client.get("/v1/sessions", headers=bearer(scraper)).status_code == (401 if keys else 200)
+        assert client.get("/v1/sessions", headers=bearer(ALICE)).status_code == 200
+
+
 def test_tenants_cannot_see_each_other(guarded: TestClient) -> None:
     made = guarded.post("/v1/sessions", json={"label": "secret", "compare": True}, headers=bearer(ALICE)).json()
     one = made["id"]

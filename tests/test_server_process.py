@@ -354,6 +354,7 @@ def test_wrong_options_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     for options, words in (
         (["--host", "0.0.0.0"], "there are no keys"),
         (["--keys", str(tmp_path / "keys")], "has no keys"),
+        (["--metrics-keys", str(tmp_path / "keys")], "has no keys"),
         (["--limit", "colour=1"], "there is no such limit"),
         (["--limit", "tokens=many"], "is not a number"),
         (["--device-memory", "-1"], "--device-memory is -1; give GiB, above 0"),

@@ -33,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     parser.add_argument("--keys", metavar="FILE", help="lines of a tenant and an API key")
+    parser.add_argument("--metrics-keys", metavar="FILE", help="lines of a name and a key: /metrics takes only these")
     parser.add_argument(
         "--device-memory",
         type=float,
@@ -75,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
     check_installed()
     _check_address(options.port, options.name)
     _check_directory(options.directory)
-    limits, keys = server_limits(options.limit), read_keys(options.keys) if options.keys else Keys()
+    limits = server_limits(options.limit)
+    keys, metrics_keys = (read_keys(file) if file else Keys() for file in (options.keys, options.metrics_keys))
     engine_limits = _engine_limits(options)
 
     from longread.engine import Engine
@@ -99,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
             fingerprint=opened.fingerprint,
             device=str(opened.model.device),
             keys=keys,
+            metrics_keys=metrics_keys,
             limits=limits,
             keep_line_ends=options.keep_line_ends,
             learn=opened.learns,

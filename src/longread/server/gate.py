@@ -17,6 +17,7 @@ from longread.server.log import logger
 from longread.server.service import Service
 
 HEALTH = "/health"
+METRICS = "/metrics"
 PAGE = "/page/"
 RESTORE = "/v1/sessions/restore"
 _LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.IGNORECASE | re.ASCII)
@@ -69,7 +70,7 @@ class Gate:
             _check_local(headers)
         if _is_open(scope["path"], scope["method"]):
             return None
-        tenant = self._tenant(headers)
+        tenant = self._tenant(headers, scope["path"])
         limits = service.limits
         if service.stopping:
             raise stopping("try again in a moment")
@@ -84,14 +85,18 @@ class Gate:
         service.requests[tenant] += 1
         return tenant
 
-    def _tenant(self, headers: dict[str, str]) -> str:
-        if not self._service.keys:
+    def _tenant(self, headers: dict[str, str], path: str) -> str:
+        """Whose key was sent; who may ask for numbers is no tenant, but has the limits of one."""
+        apart = path == METRICS and bool(self._service.metrics_keys)
+        keys = self._service.metrics_keys if apart else self._service.keys
+        if not keys:
             return LOCAL
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        tenant = self._service.keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
-        if tenant is None:
-            raise ApiError(401, "this server wants an API key that it knows; send it as Authorization: Bearer KEY")
-        return tenant
+        name = keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
+        if name is None:
+            wanted = f"a key of {METRICS}, which are apart from API keys" if apart else "an API key that it knows"
+            raise ApiError(401, f"this server wants {wanted}; send it as Authorization: Bearer KEY")
+        return f"{METRICS} {name}" if apart else name
 
 
 class _Passage:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -12,8 +13,11 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from longread.engine import Engine
+from longread.engine.timings import BOUNDS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
@@ -41,6 +45,12 @@ _GAUGES = {
     "uptime_seconds": "Since the engine started.",
 }
 """The engine's numbers and what they mean; those that only grow are counters."""
+_TIMES = {
+    "waiting": ("waiting_seconds", "From a task's acceptance to the first that is computed for it."),
+    "first_token": ("time_to_first_token_seconds", "From a task's acceptance to the first token that it writes."),
+    "next_token": ("time_per_token_seconds", "From a written token of a task to the next."),
+}
+"""The engine's times: what they are called here, and what they mean."""
 disable_created_metrics()  # a second series beside every counter, which nobody asks for
 
 
@@ -65,9 +75,9 @@ class Meters:
             "longread_refused", "Requests refused before any work.", ("reason",), registry=self._registry
         )
 
-    def follow(self, stats: Callable[[], Mapping[str, float]]) -> None:
-        """Shows what `stats` says at the moment of asking: longread_engine_<name>, and of counters <name>_total."""
-        self._registry.register(_Numbers(stats))
+    def follow(self, engine: Engine) -> None:
+        """Shows what the engine says at the moment of asking: longread_engine_<name>, and of counters <name>_total."""
+        self._registry.register(_Numbers(engine))
 
     def text(self) -> bytes:
         """Everything, as Prometheus reads it."""
@@ -75,15 +85,19 @@ class Meters:
 
 
 class _Numbers(Collector):
-    def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
-        self._stats = stats
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def describe(self) -> list[Metric]:
         return []  # asked only when there is something to show: the engine need not have started
 
     def collect(self) -> Iterator[Metric]:
-        for name, value in self._stats().items():
+        for name, value in self._engine.stats().items():
             if name in _COUNTERS:
                 yield CounterMetricFamily(f"longread_engine_{name}", _COUNTERS[name], value=value)
             else:
                 yield GaugeMetricFamily(f"longread_engine_{name}", _GAUGES[name], value=value)
+        for kind, times in self._engine.timings().items():
+            name, meaning = _TIMES[kind]
+            buckets = list(zip([*map(str, BOUNDS), "+Inf"], itertools.accumulate(times.counts), strict=True))
+            yield HistogramMetricFamily(f"longread_engine_{name}", meaning, buckets=buckets, sum_value=times.seconds)

@@ -52,6 +52,8 @@ class Service:
     scratch: Path
     """Where files lie on their way in and out; it belongs to this server alone."""
     keys: Keys = field(default_factory=Keys)
+    metrics_keys: Keys = field(default_factory=Keys)
+    """What opens /metrics, and nothing else does then; none: tenants' keys open it."""
     limits: ServerLimits = field(default_factory=ServerLimits)
     keep_line_ends: bool = False
     """Whether carriage returns of texts are read; else CRLF and CR become LF, as wherever the library reads text."""
@@ -70,7 +72,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.scratch = self.scratch.absolute()
-        self.meters.follow(self.engine.stats)
+        self.meters.follow(self.engine)
         self.history = History(None if self.engine.directory is None else self.engine.directory / "responses.sqlite")
         self._threads = ThreadPoolExecutor(THREADS, "longread-server")
 
