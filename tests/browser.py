@@ -16,6 +16,50 @@ ARGUMENTS = [
     *("--disable-component-update", "--disable-sync"),
 ]
 
+FAINT_BORDERS = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const parsed = (color) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const over = ([r, g, b, a], ground) => [r, g, b].map((c, i) => (c * a + ground[i] * (255 - a)) / 255);
+  const ground = (e) =>
+    e ? over(parsed(getComputedStyle(e).backgroundColor), ground(e.parentElement)) : [255, 255, 255];
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ratio = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
+  const edges = (e) => {
+    const style = getComputedStyle(e), outside = ground(e.parentElement);
+    return ["Top", "Right", "Bottom", "Left"]
+      .filter((side) => parseFloat(style[`border${side}Width`]) > 0 && parsed(style[`border${side}Color`])[3] > 0)
+      .map((side) => ratio(over(parsed(style[`border${side}Color`]), outside), outside));
+  };
+  const field = "input:not([type=checkbox], [type=range], [type=file]), select, textarea";
+  return [...document.querySelectorAll(`button, ${field}`)]
+    .filter((e) => e.checkVisibility() && !e.disabled)
+    .map((e) => {
+      const drawn = edges(e).length ? edges(e) : e.matches(field) ? edges(e.closest(".sheet") ?? e) : [];
+      const least = Math.min(...drawn);
+      const fault = drawn.length ? least < 3 : e.matches(field);
+      return fault ? `${e.id || e.textContent}: ${drawn.length ? least.toFixed(2) : "none"}` : null;
+    })
+    .filter(Boolean);
+}"""
+"""The controls whose border is not 3 : 1 on what is around them, and fields that have none."""
+
+
+def faults(page: Any) -> list[str]:
+    """What axe finds wrong with the page as it is shown, and borders of controls that are too faint."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    results = Axe().run(page).response
+    found = [f"{rule['id']}: {node['target']}" for rule in results["violations"] for node in rule["nodes"]]
+    return found + [f"border: {control}" for control in page.evaluate(FAINT_BORDERS)]
+
 
 @pytest.fixture(scope="session")
 def page_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:

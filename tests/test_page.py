@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import faults
 from tests.server import ALICE, Process
 
 pytest_plugins = ("tests.browser",)
@@ -408,6 +409,30 @@ def test_colours_can_be_read(page_server: Process, visit: Callable[..., Any], sc
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_fault(page_server: Process, visit: Callable[..., Any], scheme: str, width: int) -> None:
+    page = visit(page_server, color_scheme=scheme, viewport={"width": width, "height": 844}, reduced_motion="reduce")
+    page.locator("#hero").wait_for()
+    assert faults(page) == []
+    read(page, TEXT[:900])
+    page.click("#numbers summary")
+    page.fill("#max-tokens", "8")
+    page.click("#write")
+    page.locator(".turn:not(.live) .note-line").wait_for()
+    idle(page)
+    assert faults(page) == []
+    page.click("#delete")
+    assert faults(page) == []
+    page.keyboard.press("Escape")
+    page.click("#compare-this")
+    page.fill("#probe-text", TEXT[:300])
+    page.click("#probe-go")
+    page.locator("#probe-plot path.strong.b").wait_for()
+    assert faults(page) == []
+
+
+@pytest.mark.browser
 def test_everything_has_a_name_and_can_be_reached(page_server: Process, visit: Callable[..., Any]) -> None:
     page = visit(page_server, reduced_motion="reduce")
     read(page)
@@ -422,10 +447,20 @@ def test_everything_has_a_name_and_can_be_reached(page_server: Process, visit: C
     assert nameless == []
     page.locator(".skip").focus()
     assert page.locator(".skip").bounding_box()["y"] >= 0
-    reached = set()
+    reached, unseen = set(), set()
     for _ in range(60):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.id || document.activeElement.type"))
+        name, seen = page.evaluate(
+            """() => {
+              const e = document.activeElement, frame = getComputedStyle(e.closest(".sheet, .plot") ?? e);
+              const outlined = [getComputedStyle(e), frame].some((style) => style.outlineStyle !== "none");
+              return [e.id || e.type, outlined || frame.boxShadow !== "none" || e === document.body];
+            }"""
+        )
+        reached.add(name)
+        if not seen:
+            unseen.add(name)
+    assert unseen == set()
     assert {
         "new",
         "label",

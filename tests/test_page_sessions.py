@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import faults
 from tests.server import Process
 from tests.test_page import TEXT, at, idle, read
 
@@ -144,11 +145,12 @@ def test_what_is_lost_is_shown_with_its_reason(damaged_server: Process, visit: C
     page = visit(damaged_server)
     page.locator("#lost-sessions li").nth(1).wait_for()
     shown = {text[:4]: text for text in page.locator("#lost-sessions li").all_inner_texts()}
-    assert re.match(rf"{gone[:8]}: it is lost, and had read \d+ tokens\. .*valid JSON", shown[gone[:4]])
-    assert re.match(rf"half, {half[:8]}: its last 100 tokens of 201 are lost\. .*damaged", shown["half"])
+    assert re.match(rf"{gone[:8]}: it is lost, and had read \d+ tokens\. .*damaged", shown[gone[:4]])
+    assert re.match(rf"half, {half[:8]}: what it read after its first 101 tokens is lost\. .*damaged", shown["half"])
     assert len(shown) == 2
+    assert faults(page) == []
     page.click(f'#sessions button[data-id="{half}"]')
-    page.locator("#loss", has_text="Of this session its last 100 tokens of 201 are lost.").wait_for()
+    page.locator("#loss", has_text="Of this session what it read after its first 101 tokens is lost.").wait_for()
     page.evaluate("(id) => { location.hash = id; }", gone)
     page.locator("#alerts p", has_text=f"Of session {gone[:8]} nothing is left").wait_for()
     page.click("#sessions button >> nth=0")

@@ -20,10 +20,11 @@ export function originOf({ parent }, infos) {
 }
 
 /** What is lost of one session, in words. */
-export const lossOf = ({ position, restored }) =>
-  restored
-    ? `its last ${tokens(position - restored)} of ${formatCount(position)} are lost`
-    : `it is lost, and had read ${tokens(position)}`;
+export function lossOf({ position, restored }) {
+  if (!restored) return `it is lost, and had read ${tokens(position)}`;
+  if (restored >= position) return `what it read after its first ${tokens(restored)} is lost`; // nobody knows how much
+  return `its last ${tokens(position - restored)} of ${formatCount(position)} are lost`;
+}
 
 /** Shows the readers in their order, and what the server could not restore. */
 export function showSessions(readers, lost) {
