@@ -58,8 +58,9 @@ COMMAND_LINE = {
     "--size",
     "bench": "WORK --sizes --methods --contexts --sequences --gpus --update --state-parallel --repeats --profile "
     "--from --json --report --plots --device",
-    "serve": "--model --device --learn --directory --name --host --port --keys --metrics-keys --device-memory "
-    "--host-memory --disk --max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends --limit",
+    "serve": "--model --device --learn --directory --name --host --port --keys --metrics-keys "
+    "--device-memory --host-memory --disk --max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends "
+    "--reuse --limit",
     "think": "ACTION",
     "estimate": "MODEL --context-length --train --only --precision --memory --gpus --nodes --gpu --batch-size --update "
     "--state-parallel --recompute --price --json --quiet",

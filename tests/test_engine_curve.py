@@ -10,7 +10,7 @@ import pytest
 
 from longread.engine import Curve, Engine
 from longread.engine.curve import MOST_BINS
-from longread.server.bins import kept
+from longread.server.sessions.losses import kept
 from longread.session import Session
 from tests.journals import as_journals
 from tests.test_engine import read, write

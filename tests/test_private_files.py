@@ -17,7 +17,7 @@ from longread.data import prepare
 from longread.engine import Engine
 from longread.files import atomic_files, make_private, owner_only, write_json_atomically, write_tensors_atomically
 from longread.server.service import Service
-from longread.server.transfer import _received
+from longread.server.sessions.transfer import _received
 from longread.session import Session
 from longread.tokenizer import ByteTokenizer
 from tests.test_engine import read

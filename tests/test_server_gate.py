@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from longread.config import UserError
 from longread.engine import Limits
-from longread.server import Keys, ServerLimits, keys, read_keys
+from longread.server import Keys, ServerLimits, read_keys
+from longread.server.access import keys
 from longread.server.running import listen
 from tests.disk import Disk, refusing
 from tests.held import Held

@@ -14,8 +14,8 @@ from openai.types.chat import ChatCompletionMessage, completion_create_params as
 from pydantic import ValidationError
 
 from longread.server.choices import sampling_of
+from longread.server.openai.requests import ChatRequest, CompletionRequest, Message
 from longread.server.openai.template import ends_of, text_of
-from longread.server.openai_models import ChatRequest, CompletionRequest, Message
 from tests.server import post, serving
 
 ASK: list[Any] = [{"role": "user", "content": "Who?"}]

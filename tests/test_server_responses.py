@@ -27,6 +27,7 @@ from longread.config import UserError
 from longread.engine import Limits
 from longread.server import ServerLimits
 from longread.server.catalog import RESPONSE_LABEL
+from longread.server.choices import Writer
 from longread.server.openai.bodies import (
     ConversationRequest,
     ConversationUpdate,
@@ -41,7 +42,6 @@ from longread.server.openai.bodies import (
 )
 from longread.server.openai.history import History
 from longread.server.openai.template import text_of
-from longread.server.text import Writer
 from longread.session import Session
 from tests.server import ALICE, BOB, BOS, INNER, Process, bearer, make_model, make_service, serving
 from tests.tokenizer_kinds import KINDS, tokenizer_of

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from longread.config import UserError
 from longread.engine import Busy, turns
 from longread.server import ServerLimits, running
-from longread.server.work import Work
+from longread.server.service import Work
 from tests.held import Held
 from tests.server import BOS, TEXT, Listening, direct, events, post, serving, session
 

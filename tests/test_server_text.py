@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from longread.engine import Token
-from longread.server.bins import Losses
+from longread.server.choices import Writer, stops_of, token_bytes, token_text
 from longread.server.errors import ApiError
-from longread.server.text import Writer, stops_of, token_bytes, token_text
+from longread.server.sessions.losses import Losses
 from longread.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 BYTES = ByteTokenizer()

@@ -59,6 +59,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--keep-line-ends", action="store_true", help="read carriage returns (default: CRLF and CR become LF)"
     )
     parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="prompts that begin with what a session of the tenant has read go on from it",
+    )
+    parser.add_argument(
         "--limit",
         action="append",
         default=[],
@@ -105,6 +110,7 @@ def run(options: argparse.Namespace) -> int:
             limits=limits,
             keep_line_ends=options.keep_line_ends,
             learn=opened.learns,
+            reuse=options.reuse,
             scratch=directory / "passing",
         )
         serve(service, listener)

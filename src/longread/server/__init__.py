@@ -1,13 +1,15 @@
 """HTTP: OpenAI's routes, sessions, and a page that shows a model learning.
 
-app.py         the application: all routes behind one gate
-gate.py        keys, rate, size and time of every request
-service.py     what all routes share
-sessions.py    /v1/sessions; readings.py appends and scores, continuing.py generates, transfer.py moves files
-completions.py /v1/completions; chat.py /v1/chat/completions
-errors.py      what goes wrong, as HTTP; validation.py and queries.py what is wrong with a request
-about.py       health, version, models, tokenizer, metrics
-running.py     the process: binding, signals, slow clients
+app.py      the application: all routes behind one gate, and the page's files
+access/     keys, rate, size and time of every request
+service.py  what all routes share, and what requests have under way in the engine
+openai/     completions, chats, responses and conversations
+sessions/   /v1/sessions
+catalog.py  the sessions of tenants; choices.py what sessions write, as text in pieces; stream.py answers in pieces
+errors.py   what goes wrong, as HTTP; validation.py and queries.py what is wrong with a request
+schemas.py  what all requests have in common
+about.py    health, version, models, tokenizer, metrics
+running.py  the process: binding, signals, slow clients
 
 The packages that this needs are an extra of their own; `serve` says so if they are missing.
 """
@@ -19,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from longread.config import UserError
 from longread.extras import install_command
-from longread.server.keys import Keys, read_keys
-from longread.server.limits import ServerLimits
+from longread.server.access.keys import Keys, read_keys
+from longread.server.access.limits import ServerLimits
 
 if TYPE_CHECKING:
     from longread.server.service import Service

@@ -10,12 +10,10 @@ from fastapi.responses import Response
 from pydantic import AliasChoices, BaseModel, Field
 
 from longread import __version__
-from longread.server.choices import check_model
+from longread.server.choices import token_text
 from longread.server.metrics import CONTENT_TYPE
-from longread.server.openai_models import Request as Body, TokenId
-from longread.server.replies import REPLIES
+from longread.server.schemas import REPLIES, RequestBody, TokenId
 from longread.server.service import Service, TheService
-from longread.server.text import token_text
 
 router = APIRouter(tags=["about"], responses=REPLIES)
 
@@ -26,7 +24,7 @@ class Status(BaseModel):
     status: str
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """A text; `prompt` and `add_special_tokens` are what some clients call the arguments."""
 
     text: Annotated[str, Field(validation_alias=AliasChoices("text", "prompt"))]
@@ -42,14 +40,14 @@ class Tokens(BaseModel):
     count: int
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     """Token ids."""
 
     tokens: list[TokenId]
     model: str | None = None
 
 
-class Text(BaseModel):
+class DetokenizedText(BaseModel):
     """A text, under both names."""
 
     text: str
@@ -95,7 +93,7 @@ async def models(service: TheService) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}")
 async def model(model: str, service: TheService) -> dict[str, Any]:
     """The model, if this is its name."""
-    check_model(service, model)
+    service.check_model(model)
     return _model(service)
 
 
@@ -107,7 +105,7 @@ async def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]
     return {"tokens": ids, "bytes": lengths, "count": len(ids)}
 
 
-@router.post("/detokenize", response_model=Text)
+@router.post("/detokenize", response_model=DetokenizedText)
 async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, str]:
     """Token ids as a text."""
     _check_model(service, body)
@@ -125,7 +123,7 @@ async def tokenizer_info(service: TheService) -> dict[str, Any]:
 
 def _check_model(service: Service, body: TokenizeRequest | DetokenizeRequest) -> None:
     if body.model is not None:
-        check_model(service, body.model)
+        service.check_model(body.model)
 
 
 def _model(service: Service) -> dict[str, Any]:

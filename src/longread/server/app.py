@@ -1,22 +1,34 @@
-"""The application: all routes behind one gate."""
+"""The application: all routes behind one gate, and the page's files."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from importlib import resources
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import Response
 
 from longread import __version__
-from longread.server import about, chat, completions, errors, sessions, transfer
+from longread.server import about, errors
+from longread.server.access.gate import Gate
 from longread.server.catalog import Catalog
-from longread.server.gate import Gate
-from longread.server.log import logger
-from longread.server.openai import conversations as conversation_routes, responses as response_routes
+from longread.server.errors import ApiError, logger
+from longread.server.openai import completions, conversations, responses
 from longread.server.openai.stored import Responses
 from longread.server.service import Service
-from longread.server.static import page_router
+from longread.server.sessions import routes as sessions, transfer
+
+_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+    "png": "image/png",
+    "json": "application/json",
+}
+INDEX = "index.html"
 
 
 def create_app(service: Service) -> FastAPI:
@@ -25,7 +37,7 @@ def create_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.run(service.tidy)
-        await service.run(responses.remove_orphans)
+        await service.run(kept.remove_orphans)
         for lost in service.engine.lost:
             logger.warning("session %s was at %d and is at %d: %s", lost.id, lost.position, lost.restored, lost.reason)
         try:
@@ -44,11 +56,37 @@ def create_app(service: Service) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
     )
     catalog = Catalog(service)
-    responses = Responses(service, catalog)
-    app.state.service, app.state.catalog, app.state.responses = service, catalog, responses
+    kept = Responses(service, catalog)
+    app.state.service, app.state.catalog, app.state.responses = service, catalog, kept
     errors.install(app)
     app.add_middleware(Gate, service=service)
-    app.include_router(page_router())
-    for module in (about, completions, chat, response_routes, conversation_routes, transfer, sessions):
+    app.include_router(_page_router())
+    for module in (about, completions, responses, conversations, transfer, sessions):
         app.include_router(module.router)
     return app
+
+
+def _page_router() -> APIRouter:
+    """Routes to the page as it lies in the package, read once; nothing else of the disk can be asked for."""
+    router = APIRouter(include_in_schema=False)
+    files = {
+        file.name: (file.read_bytes(), _TYPES[file.name.rpartition(".")[2]])
+        for file in resources.files("longread.server").joinpath("page").iterdir()
+        if file.is_file() and file.name.rpartition(".")[2] in _TYPES
+    }
+
+    def answer(name: str) -> Response:
+        if name not in files:
+            raise ApiError(404, "the page has no such file")
+        content, kind = files[name]
+        return Response(content, media_type=kind)
+
+    @router.api_route("/", methods=["GET", "HEAD"])
+    async def index() -> Response:
+        return answer(INDEX)
+
+    @router.api_route("/page/{name}", methods=["GET", "HEAD"])
+    async def file(name: str) -> Response:
+        return answer(name or INDEX)
+
+    return router

@@ -14,7 +14,9 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
 
 from longread.engine import Curve, SessionInfo, Task, UnknownSession
 from longread.server.errors import ApiError, without_paths
@@ -210,6 +212,14 @@ class Catalog:
             if twin is not None:
                 self._engine.delete(twin)
             raise
+
+
+def _catalog(request: Request) -> Catalog:
+    catalog: Catalog = request.app.state.catalog
+    return catalog
+
+
+TheCatalog = Annotated[Catalog, Depends(_catalog)]
 
 
 def _written(label: str, twin: str | None = None, parent: str | None = None, *, hidden: bool = False) -> str:

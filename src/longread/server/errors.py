@@ -1,7 +1,8 @@
-"""What goes wrong, as HTTP: one JSON shape for all of it, the one that OpenAI clients understand."""
+"""What goes wrong, as HTTP: one JSON shape for all of it, the one that OpenAI clients understand; and the log."""
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,9 +16,11 @@ from starlette.exceptions import HTTPException
 
 from longread.config import UserError
 from longread.engine import Busy, TooLarge, UnknownSession, WrongPosition
-from longread.server.openai_models import UNSUPPORTED
+from longread.server.schemas import UNSUPPORTED
 from longread.server.validation import cause, explained, unknown_argument
 
+logger = logging.getLogger("longread.server")
+"""Says what the server does; never keys, texts or token ids."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {
     400: "invalid_value",

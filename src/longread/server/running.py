@@ -12,8 +12,7 @@ from typing import Any
 
 from longread.config import UserError
 from longread.server.app import create_app
-from longread.server.errors import ApiError
-from longread.server.log import logger
+from longread.server.errors import ApiError, logger
 from longread.server.service import Service
 from longread.signals import Requests
 

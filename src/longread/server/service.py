@@ -1,33 +1,32 @@
-"""What all routes share: the engine, the tokenizer, the limits, and who is asking."""
+"""What all routes share: the engine, the tokenizer, the limits, who is asking, and what requests have under way."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from types import TracebackType
+from typing import Annotated, Any, ParamSpec, Self, TypeVar
 
 from fastapi import Depends, Request
 
 from longread.config import ModelConfig
 from longread.data import TextFormat
-from longread.engine import Engine
+from longread.engine import Appended, Engine, Finished, Task
 from longread.files import make_private
-from longread.server.errors import ApiError
-from longread.server.keys import Keys
-from longread.server.limits import ServerLimits
+from longread.server.access.keys import Keys
+from longread.server.access.limits import ServerLimits
+from longread.server.errors import ApiError, stopping
 from longread.server.metrics import Meters
 from longread.server.openai.history import History
 from longread.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from longread.server.work import Work
 
 THREADS = 32
 """For calls that wait; more requests than this may be under way, only not wait for a disk at the same time."""
@@ -59,6 +58,8 @@ class Service:
     """Whether carriage returns of texts are read; else CRLF and CR become LF, as wherever the library reads text."""
     learn: bool = True
     """Whether sessions learn where a request does not say."""
+    reuse: bool = False
+    """Whether prompts go on from what sessions have read, where a request does not say."""
     created: int = field(default_factory=lambda: int(time.time()))
     stopping: bool = False
     """Whether new requests are refused."""
@@ -121,6 +122,20 @@ class Service:
         beginning = self.tokenizer.beginning if bos else []
         return [*beginning, *ids], [0] * len(beginning) + lengths
 
+    def learns(self, asked: bool | None) -> bool:
+        """Whether a new session learns."""
+        return self.learn if asked is None else asked
+
+    def reuses(self, asked: bool | None) -> bool:
+        """Whether a prompt may go on from what a session has read."""
+        return self.reuse if asked is None else asked
+
+    def check_model(self, model: str) -> None:
+        """Refuses the name of a model that is not here."""
+        if model != self.name:
+            message = f"there is no model {model[:100]!r} here; there is {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
     def check_tokens(self, ids: list[int], param: str) -> None:
         """Refuses ids that the model does not know, before anything else is done with them."""
         if ids and (min(ids) < 0 or max(ids) >= self.config.vocab_size):
@@ -139,6 +154,101 @@ class Service:
     def stop_ids(self) -> frozenset[int]:
         """What ends a text: the beginning of another."""
         return frozenset(self.tokenizer.beginning)
+
+
+class Running:
+    """One engine task: iterate over its events, then take its `result`."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
+        self._outcome: Any = None
+        task.subscribe(self._deliver)
+
+    def _deliver(self, event: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while self._outcome is None:
+            event = await self._events.get()
+            if isinstance(event, Appended | Finished | BaseException):
+                self._outcome = event
+            else:
+                yield event
+
+    async def result(self) -> Any:
+        """Waits for the outcome; raises it if it is an error."""
+        async for _ in self:
+            pass
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+
+class Work:
+    """All tasks of one request. They are cancelled when the time is up, and when the client has gone.
+
+    Use it as an asynchronous context; leaving it cancels what still runs.
+    """
+
+    def __init__(self, service: Service, request: Request, *, survives: bool = False) -> None:
+        self._request, self._survives = request, survives
+        self._service, self._seconds = service, service.limits.seconds
+        self._running: list[Running] = []
+        self._late = self._over = False
+
+    async def __aenter__(self) -> Self:
+        self._service.works.add(self)
+        self._watch = asyncio.create_task(self._wait_until_gone())
+        self._clock = asyncio.get_running_loop().call_later(self._seconds, self._time_is_up)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._service.works.discard(self)
+        self._clock.cancel()
+        self._watch.cancel()
+        if not self._survives or error is not None:
+            self.cut_off()
+
+    async def run(self, begin: Callable[P, Task], /, *args: P.args, **kwargs: P.kwargs) -> Running:
+        """Begins a task and takes charge of it."""
+        running = Running(await self._service.run(begin, *args, **kwargs))
+        self._running.append(running)
+        if self._over or self._service.ending:
+            running.task.cancel()
+        return running
+
+    def cut_off(self) -> None:
+        """Ends everything at the next token or mini-batch."""
+        self._over = True
+        for running in self._running:
+            running.task.cancel()
+
+    def check(self, ended: str, **facts: Any) -> None:
+        """Raises if it was the clock, or the end of the server, that cancelled something; not for what is finished.
+
+        Args:
+            ended: what became of it and what to do, the end of the sentence.
+            facts: the same for programs.
+        """
+        if self._late:
+            raise ApiError(504, f"the request took more than {self._seconds:g} seconds; {ended}", **facts)
+        if self._service.stopping:
+            raise stopping(ended, **facts)
+
+    async def _wait_until_gone(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        if not self._survives:
+            self.cut_off()
+
+    def _time_is_up(self) -> None:
+        self._late = True
+        self.cut_off()
 
 
 def _service(request: Request) -> Service:

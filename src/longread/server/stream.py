@@ -10,8 +10,7 @@ from typing import Any
 
 from fastapi.responses import Response
 
-from longread.server.errors import as_api_error
-from longread.server.log import logger
+from longread.server.errors import as_api_error, logger
 
 BEAT = 15.0
 """Seconds of silence after which a comment shows the client, and every proxy between, that somebody works."""

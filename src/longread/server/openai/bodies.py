@@ -1,4 +1,4 @@
-"""What /v1/responses and /v1/conversations take, as `openai_models` says it of completions and chats."""
+"""What /v1/responses and /v1/conversations take, as `requests` says it of completions and chats."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from longread.server.openai_models import (
-    _NO_CACHE,
-    _NO_TOOLS,
-    _NOTHING,
-    _TEXT_ONLY,
+from longread.server.schemas import (
+    NO_CACHE,
+    NO_OBFUSCATION,
+    NO_TOOLS,
+    NOTHING,
+    TEXT_ONLY,
     Hint,
-    MetadataKey,
-    MetadataValue,
+    Metadata,
     Only,
-    Request,
-    Writing,
+    RequestBody,
+    WritingOptions,
 )
 
 LOGPROBS = "message.output_text.logprobs"
 """What can be included in a response."""
-Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 Name = Annotated[str, Field(max_length=100)]
 _KINDS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
 
-class ItemPart(Request):
+class ItemPart(RequestBody):
     """A part of what an item says."""
 
     type: Literal["input_text", "output_text", "text", "refusal"]
@@ -34,7 +33,7 @@ class ItemPart(Request):
     refusal: str | None = None
     annotations: list[dict[str, Any]] | None = None
     logprobs: list[dict[str, Any]] | None = None
-    prompt_cache_breakpoint: Annotated[Any, Only((), _NO_CACHE)] = None
+    prompt_cache_breakpoint: Annotated[Any, Only((), NO_CACHE)] = None
 
     @model_validator(mode="after")
     def _of_its_type(self) -> Self:
@@ -44,7 +43,7 @@ class ItemPart(Request):
         return self
 
 
-class InputItem(Request):
+class InputItem(RequestBody):
     """One message. What this server sends can be sent back as it is."""
 
     type: Annotated[Any, Only(("message",), "only messages are read here: the model calls no tools")] = None
@@ -70,23 +69,23 @@ class InputItem(Request):
 Items = Annotated[list[InputItem], Field(max_length=10_000)]
 
 
-class ConversationName(Request):
+class ConversationName(RequestBody):
     """Which conversation."""
 
     id: Name
 
 
-class ReasoningOptions(Request):
+class ReasoningOptions(RequestBody):
     """How to think; there is one way."""
 
-    effort: Annotated[Any, Only(("none",), _NOTHING)] = None
-    summary: Annotated[Any, Only((), _NOTHING)] = None
-    generate_summary: Annotated[Any, Only((), _NOTHING)] = None
-    context: Annotated[Any, Only(("auto",), _NOTHING)] = None
-    mode: Annotated[Any, Only(("standard",), _NOTHING)] = None
+    effort: Annotated[Any, Only(("none",), NOTHING)] = None
+    summary: Annotated[Any, Only((), NOTHING)] = None
+    generate_summary: Annotated[Any, Only((), NOTHING)] = None
+    context: Annotated[Any, Only(("auto",), NOTHING)] = None
+    mode: Annotated[Any, Only(("standard",), NOTHING)] = None
 
 
-class TextOptions(Request):
+class TextOptions(RequestBody):
     """Which form the answer has."""
 
     format: Annotated[
@@ -95,15 +94,13 @@ class TextOptions(Request):
     verbosity: Annotated[Any, Only(("medium",), "use max_output_tokens instead")] = None
 
 
-class ResponseStreamOptions(Request):
+class ResponseStreamOptions(RequestBody):
     """What a stream has besides its events."""
 
-    include_obfuscation: Annotated[
-        Any, Only((False,), "nothing is added to the pieces of a stream, so leave it out")
-    ] = None
+    include_obfuscation: Annotated[Any, Only((False,), NO_OBFUSCATION)] = None
 
 
-class ResponseContext(Request):
+class ResponseContext(RequestBody):
     """What a response goes on from."""
 
     model: Annotated[str, Field(max_length=1000)] | None = None
@@ -115,8 +112,8 @@ class ResponseContext(Request):
     """Without effect: no tools are called."""
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
-    tool_choice: Annotated[Any, Only(("none", "auto"), _NO_TOOLS)] = None
-    tools: Annotated[Any, Only(([],), _NO_TOOLS)] = None
+    tool_choice: Annotated[Any, Only(("none", "auto"), NO_TOOLS)] = None
+    tools: Annotated[Any, Only(([],), NO_TOOLS)] = None
     truncation: Literal["auto", "disabled"] | None = None
     """Without effect: nothing is ever too long to be gone on with."""
 
@@ -143,10 +140,10 @@ class ResponseContext(Request):
 class CountRequest(ResponseContext):
     """Body of /v1/responses/input_tokens."""
 
-    personality: Annotated[Any, Only((), _NOTHING)] = None
+    personality: Annotated[Any, Only((), NOTHING)] = None
 
 
-class ResponseRequest(ResponseContext, Writing):
+class ResponseRequest(ResponseContext, WritingOptions):
     """Body of /v1/responses."""
 
     stream: bool | None = False
@@ -158,6 +155,8 @@ class ResponseRequest(ResponseContext, Writing):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     learn: bool | None = None
     """Whether the model learns while it reads and writes, from here on; null: as before, or as it was trained to."""
+    reuse: bool | None = None
+    """Whether an input that begins with what a session has read goes on from it; null: as the server was started."""
     user: Hint = None
     safety_identifier: Hint = None
     prompt_cache_key: Hint = None
@@ -165,13 +164,13 @@ class ResponseRequest(ResponseContext, Writing):
     background: Annotated[Any, Only((False,), "every answer is waited for, so leave it out")] = None
     background_options: Annotated[Any, Only((), "every answer is waited for, so leave it out")] = None
     context_management: Annotated[Any, Only(([],), "a session takes the same room at every length")] = None
-    max_tool_calls: Annotated[Any, Only((), _NO_TOOLS)] = None
+    max_tool_calls: Annotated[Any, Only((), NO_TOOLS)] = None
     prompt: Annotated[Any, Only((), "no prompts are kept here, so send it as input")] = None
-    prompt_cache_options: Annotated[Any, Only((), _NO_CACHE)] = None
-    prompt_cache_retention: Annotated[Any, Only((), _NO_CACHE)] = None
-    moderation: Annotated[Any, Only((), _NOTHING)] = None
-    access_programs: Annotated[Any, Only((), _NOTHING)] = None
-    image: Annotated[Any, Only((), _TEXT_ONLY)] = None
+    prompt_cache_options: Annotated[Any, Only((), NO_CACHE)] = None
+    prompt_cache_retention: Annotated[Any, Only((), NO_CACHE)] = None
+    moderation: Annotated[Any, Only((), NOTHING)] = None
+    access_programs: Annotated[Any, Only((), NOTHING)] = None
+    image: Annotated[Any, Only((), TEXT_ONLY)] = None
 
     @field_validator("stream_options")
     @classmethod
@@ -195,20 +194,20 @@ class ResponseRequest(ResponseContext, Writing):
         return value
 
 
-class ConversationRequest(Request):
+class ConversationRequest(RequestBody):
     """Body of /v1/conversations."""
 
     items: Annotated[list[InputItem], Field(max_length=20)] | None = None
     metadata: Metadata | None = None
 
 
-class ConversationUpdate(Request):
+class ConversationUpdate(RequestBody):
     """What is to be noted of a conversation instead."""
 
     metadata: Metadata | None
 
 
-class ItemsRequest(Request):
+class ItemsRequest(RequestBody):
     """More items of a conversation."""
 
     items: Annotated[list[InputItem], Field(max_length=20)]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter
 
+from longread.server.catalog import TheCatalog
 from longread.server.errors import ApiError
 from longread.server.openai.bodies import ConversationRequest, ConversationUpdate, ItemsRequest
 from longread.server.openai.history import StoredConversation
@@ -14,9 +15,8 @@ from longread.server.openai.objects import conversation_object, item_of, new_id,
 from longread.server.openai.responses import After, Count
 from longread.server.openai.stored import TheResponses
 from longread.server.queries import CHECKED_QUERY
-from longread.server.replies import REPLIES
+from longread.server.schemas import REPLIES
 from longread.server.service import Tenant, TheService
-from longread.server.sessions import TheCatalog
 
 router = APIRouter(prefix="/v1/conversations", tags=["OpenAI"], responses=REPLIES, dependencies=[CHECKED_QUERY])
 

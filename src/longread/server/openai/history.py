@@ -19,20 +19,25 @@ from typing import Any
 
 from longread.config import UserError
 from longread.files import owner_only
+from longread.server.openai.prefix import TokenPrefix, chain_of
 
-RESPONSE = "resp_"
+RESPONSE, COMPLETION = "resp_", "completion_"
+"""How ids begin of what was answered: what can be asked for, and what is only there for prompts that begin with it."""
 _VERSION = 1
 _TABLES = """
 CREATE TABLE responses (id TEXT PRIMARY KEY, owner TEXT NOT NULL, used REAL NOT NULL, instructions TEXT,
-    conversation TEXT, heard INTEGER, body TEXT NOT NULL, items TEXT NOT NULL) WITHOUT ROWID;
+    conversation TEXT, heard INTEGER, body TEXT NOT NULL, items TEXT NOT NULL,
+    learn INTEGER, position INTEGER, digest BLOB, tail TEXT) WITHOUT ROWID;
 CREATE INDEX responses_used ON responses (owner, used);
+CREATE INDEX responses_read ON responses (owner, learn, position);
 CREATE INDEX responses_heard ON responses (conversation, heard);
 CREATE TABLE conversations (id TEXT PRIMARY KEY, owner TEXT NOT NULL, created INTEGER NOT NULL, used REAL NOT NULL,
     metadata TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE items (conversation TEXT NOT NULL REFERENCES conversations ON DELETE CASCADE, number INTEGER NOT NULL,
     id TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (conversation, number), UNIQUE (conversation, id)) WITHOUT ROWID;
 """
-_RESPONSES = "SELECT id, owner, body, items, instructions, conversation, heard FROM responses"
+_PREFIX = "learn, position, digest, tail"
+_RESPONSES = f"SELECT id, owner, body, items, instructions, conversation, heard, {_PREFIX} FROM responses"  # noqa: S608
 
 Json = dict[str, Any]
 
@@ -53,6 +58,8 @@ class StoredResponse:
     heard: int | None = None
     """Number of the newest item of the conversation that its session has read; None: it cannot be gone on from there,
     as something that it has read was taken out."""
+    prefix: TokenPrefix | None = None
+    """All that its session has read, where that is known."""
 
     @property
     def session(self) -> str:
@@ -61,8 +68,8 @@ class StoredResponse:
 
     @staticmethod
     def session_of(response_id: str) -> str:
-        """The id of the session of a response."""
-        return response_id.removeprefix(RESPONSE)
+        """The id of the session of a response: what is behind its kind."""
+        return response_id.rpartition("_")[2]
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,8 @@ class History:
                 raise UserError(f"cannot keep responses in {path}: {error.strerror}; give another directory") from None
         try:
             self._database = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None)
-            self._database.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;")
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+                self._database.execute(f"PRAGMA {pragma}")
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
             if not version:
                 self._database.executescript(f"BEGIN; {_TABLES} PRAGMA user_version={_VERSION}; COMMIT;")
@@ -142,7 +150,10 @@ class History:
             database.execute("UPDATE responses SET used = ? WHERE id = ?", (now, base))
             row = (response.id, response.owner, now, response.instructions, response.conversation, heard)
             texts = (_text(response.body), _text(response.items))
-            database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, *texts))
+            database.execute(
+                "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*row, *texts, *_columns(response.prefix)),
+            )
 
     def response(self, owner: str, response_id: str) -> StoredResponse | None:
         """One response."""
@@ -163,7 +174,29 @@ class History:
             row = database.execute(query, values).fetchone()
         if row is None:
             return None
-        return StoredResponse(row[0], row[1], json.loads(row[2]), json.loads(row[3]), *row[4:])
+        response_id, owner, body, items, instructions, conversation, heard, *prefix = row
+        told = (json.loads(body), json.loads(items), instructions, conversation, heard)
+        return StoredResponse(response_id, owner, *told, _prefix(*prefix))
+
+    def longest(self, owner: str, tokens: Sequence[int], *, learn: bool) -> str | None:
+        """The response of an owner whose session has read most of what `tokens` begin with, and nothing else."""
+        query = (
+            f"SELECT id, {_PREFIX} FROM responses WHERE owner = ? AND learn = ? AND position <= ? "  # noqa: S608
+            "ORDER BY position DESC"
+        )
+        with self._reading() as database:
+            rows = database.execute(query, (owner, learn, len(tokens))).fetchall()
+        chain = chain_of(tokens) if rows else []
+        for response_id, *columns in rows:
+            prefix = _prefix(*columns)
+            if prefix is not None and prefix.begins(tokens, chain):
+                return str(response_id)
+        return None
+
+    def touch(self, response_id: str) -> None:
+        """A response has been used."""
+        with self._changing() as database:
+            database.execute("UPDATE responses SET used = ? WHERE id = ?", (time.time(), response_id))
 
     def remove(self, response_ids: Collection[str]) -> None:
         """Forgets responses."""
@@ -251,6 +284,16 @@ def _append(database: sqlite3.Connection, conversation_id: str, items: Sequence[
     rows = [(conversation_id, last + i, item["id"], _text(item)) for i, item in enumerate(items, start=1)]
     database.executemany("INSERT INTO items VALUES (?, ?, ?, ?)", rows)
     return int(last) + len(rows)
+
+
+def _columns(prefix: TokenPrefix | None) -> tuple[Any, ...]:
+    if prefix is None:
+        return (None, None, None, None)
+    return (prefix.learn, prefix.position, prefix.digest, _text(prefix.tail))
+
+
+def _prefix(learn: int | None, position: int, digest: bytes, tail: str) -> TokenPrefix | None:
+    return None if learn is None else TokenPrefix(bool(learn), position, digest, tuple(json.loads(tail)))
 
 
 def _text(value: Any) -> str:

@@ -7,16 +7,15 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from longread.server.choices import check_model
+from longread.server.catalog import TheCatalog
 from longread.server.errors import ApiError
 from longread.server.openai.bodies import CountRequest, ResponseRequest
 from longread.server.openai.making import ResponseRun, past_of
 from longread.server.openai.objects import MOST_ITEMS, page_of
 from longread.server.openai.stored import TheResponses
 from longread.server.queries import CHECKED_QUERY
-from longread.server.replies import REPLIES, STREAM_OF_OBJECTS
+from longread.server.schemas import REPLIES, STREAM_OF_OBJECTS
 from longread.server.service import Service, Tenant, TheService
-from longread.server.sessions import TheCatalog
 from longread.server.stream import streamed
 
 router = APIRouter(prefix="/v1/responses", tags=["OpenAI"], responses=REPLIES, dependencies=[CHECKED_QUERY])
@@ -45,10 +44,8 @@ async def count(body: CountRequest, service: TheService, responses: TheResponses
     """How many tokens a response would have before its answer, those of earlier turns among them."""
     _check_model(service, body.model)
     past = await past_of(responses, service, tenant, body)
-    tokens = len(await service.run(past.tokens, service, body))
-    if past.base is not None:
-        tokens += (await service.run(service.engine.info, past.base.session)).position
-    return {"object": "response.input_tokens", "input_tokens": tokens}
+    prompt = await service.run(past.prompt, service, body)
+    return {"object": "response.input_tokens", "input_tokens": prompt.position + len(prompt.ids)}
 
 
 @router.get("/{response}")
@@ -83,4 +80,4 @@ async def input_items(
 
 def _check_model(service: Service, model: str | None) -> None:
     if model is not None:
-        check_model(service, model)
+        service.check_model(model)

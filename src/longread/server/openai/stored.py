@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections import Counter
 from collections.abc import Awaitable, Collection, Iterator, Sequence
@@ -14,7 +15,7 @@ from fastapi import Depends, Request
 from longread.engine import Busy, SessionInfo, UnknownSession
 from longread.server.catalog import RESPONSE_LABEL, Catalog
 from longread.server.errors import ApiError
-from longread.server.openai.history import History, Json, StoredConversation, StoredResponse
+from longread.server.openai.history import RESPONSE, History, Json, StoredConversation, StoredResponse
 from longread.server.service import Service
 
 MOST_EVICTED = 8
@@ -41,7 +42,7 @@ class Responses:
         """One response; `param` is the argument that names it. Raises `ApiError`, for foreign ones too."""
         await self._expire()
         found = await self._service.run(self.history.response, tenant, response_id)
-        if found is None:
+        if found is None or not response_id.startswith(RESPONSE):
             raise self._no_response(param)
         return found
 
@@ -71,14 +72,13 @@ class Responses:
         await self._service.run(self.history.remove, [response.id])
         await self.drop(response.session)
 
-    async def newest(self, conversation_id: str) -> StoredResponse | None:
-        """The response of a conversation that one more goes on from; None: all is to be read again."""
+    async def newest(self, conversation_id: str) -> tuple[StoredResponse | None, int]:
+        """The response of a conversation that one more goes on from, and its position; None: all is read again."""
         while (found := await self._service.run(self.history.newest, conversation_id)) is not None:
             with contextlib.suppress(UnknownSession):
-                await self._service.run(self._service.engine.info, found.session)
-                break
+                return found, (await self._service.run(self._service.engine.info, found.session)).position
             await self._service.run(self.history.unheard, found.id)  # its session was lost
-        return found
+        return None, 0
 
     @contextlib.contextmanager
     def using(self, response: StoredResponse | None) -> Iterator[None]:
@@ -91,12 +91,36 @@ class Responses:
             if response is not None:
                 self._in_use[response.id] -= 1
 
-    async def session(self, tenant: str, base: StoredResponse | None, learn: bool | None) -> SessionInfo:
-        """A new session that goes on from a response, or from nothing.
+    async def named(self, tenant: str, name: str) -> tuple[str, int]:
+        """The session of the tenant that a request names, or that of the response it names, and its position."""
+        if not name.startswith(RESPONSE):
+            info = (await self._catalog.get(tenant, name)).info
+            return info.id, info.position
+        response = await self.get(tenant, name, "session")
+        return response.session, await self.position(response, "session")
+
+    async def position(self, response: StoredResponse, param: str) -> int:
+        """Of the session of a response. Raises `ApiError` if that is lost."""
+        try:
+            return (await self._service.run(self._service.engine.info, response.session)).position
+        except UnknownSession:
+            raise self._no_response(param) from None
+
+    async def longest(self, tenant: str, tokens: Sequence[int], learn: bool) -> StoredResponse | None:
+        """The response of a tenant whose session has read most of what `tokens` begin with, and nothing else."""
+        await self._expire()
+        found = await self._service.run(functools.partial(self.history.longest, tenant, tokens, learn=learn))
+        if found is None:
+            return None
+        await self._service.run(self.history.touch, found)
+        return await self._service.run(self.history.response, tenant, found)
+
+    async def session(self, tenant: str, origin: str | None, learn: bool | None) -> SessionInfo:
+        """A new session that goes on from one of a response, or from nothing.
 
         The tenant's responses that were not used longest go for it, where there are too many.
 
-        Raises `ApiError` if the session of `base` is lost, `Busy` if there is no room.
+        Raises `ApiError` if the session of `origin` is lost, `Busy` if there is no room.
         """
         limits, run = self._service.limits, self._service.run
         async with self._catalog.making(tenant):
@@ -105,7 +129,7 @@ class Responses:
                 await self._free(tenant, limits.tenant_bytes)
             for left in reversed(range(MOST_EVICTED)):
                 try:
-                    return await self._owned(run(self._make, tenant, base, learn))
+                    return await self._owned(run(self._make, tenant, origin, learn))
                 except UnknownSession:
                     raise self._no_response("previous_response_id") from None
                 except Busy:
@@ -113,12 +137,11 @@ class Responses:
                         raise
             raise AssertionError
 
-    def _make(self, tenant: str, base: StoredResponse | None, learn: bool | None) -> SessionInfo:
+    def _make(self, tenant: str, origin: str | None, learn: bool | None) -> SessionInfo:
         engine = self._service.engine
-        if base is None:
-            learn = self._service.learn if learn is None else learn
-            return engine.create(tenant, learn=learn, label=RESPONSE_LABEL)
-        made = engine.fork(base.session, RESPONSE_LABEL)
+        if origin is None:
+            return engine.create(tenant, learn=self._service.learns(learn), label=RESPONSE_LABEL)
+        made = engine.fork(origin, RESPONSE_LABEL)
         return made if learn in (None, made.learn) else engine.update(made.id, learn=learn)
 
     async def _owned(self, making: Awaitable[SessionInfo]) -> SessionInfo:

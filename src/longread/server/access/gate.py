@@ -11,9 +11,8 @@ import secrets
 import time
 from typing import Any
 
-from longread.server.errors import ApiError, stopping
-from longread.server.keys import LOCAL
-from longread.server.log import logger
+from longread.server.access.keys import LOCAL
+from longread.server.errors import ApiError, logger, stopping
 from longread.server.service import Service
 
 HEALTH = "/health"
@@ -41,7 +40,7 @@ class Gate:
         method = scope["method"]
         if method == "HEAD":  # every route that answers GET answers it, without the body
             scope = scope | {"method": "GET"}
-        passage = _Passage(self._service, scope, receive, send, method)
+        passage = _Exchange(self._service, scope, receive, send, method)
         meters, tenant = self._service.meters, None
         with meters.under_way.track_inprogress():
             try:
@@ -99,7 +98,7 @@ class Gate:
         return f"{METRICS} {name}" if apart else name
 
 
-class _Passage:
+class _Exchange:
     """One request on its way through: its body is counted, its waiting is timed, its answer is noted."""
 
     def __init__(self, service: Service, scope: Any, receive: Any, send: Any, method: str) -> None:

@@ -1,102 +1,35 @@
-"""OpenAI's requests, as far as they make sense here.
-
-Every argument either has an effect, or is refused unless it asks for what is done anyway (`Only`), or is one of the few
-that, here as at OpenAI, change no answer (`Hint`, `metadata`, `store`, `annotations`).
-"""
+"""What /v1/completions and /v1/chat/completions take: OpenAI's requests, as far as they make sense here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
+
+from longread.server.schemas import (
+    NO_CACHE,
+    NO_OBFUSCATION,
+    NO_TOOLS,
+    NOTHING,
+    TEXT_ONLY,
+    Hint,
+    Metadata,
+    Only,
+    RequestBody,
+    TokenId,
+    WritingOptions,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
-from pydantic_core.core_schema import no_info_before_validator_function
-
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-Probability = Annotated[float, Field(gt=0, le=1)]
-Stop = str | list[str] | None
-Hint = Annotated[str, Field(max_length=10_000)] | None
-"""Identifies somebody or something to whoever reads the request; no answer depends on it."""
-MetadataKey = Annotated[str, Field(max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
-
-UNSUPPORTED = ("unsupported_parameter", "unsupported_value")
-"""OpenAI's codes for an argument, or for a value of one, that a model cannot follow."""
 
 
-@dataclass(frozen=True)
-class Only:
-    """Annotation of an argument that is null or one of `values`, which all ask for what is done anyway.
-
-    Args:
-        reason: ends a sentence that begins with the argument and its value.
-    """
-
-    values: tuple[Any, ...]
-    reason: str
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_before_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": [None, *self.values]}
-
-    def _check(self, value: Any) -> Any:
-        if value is not None and not any(_same(value, allowed) for allowed in self.values):
-            raise PydanticCustomError(UNSUPPORTED[any(self.values)], "{reason}", {"reason": self.reason})
-        return value
-
-
-def _same(value: Any, other: Any) -> bool:
-    """Equality as JSON has it, where true is not 1."""
-    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
-
-
-_NOTHING = "nothing here can follow it, so leave it out"
-_NO_TOOLS = "the model calls no tools, so leave it out"
-_NO_CACHE = "no prompts are cached here, so leave it out"
-_TEXT_ONLY = "the model writes text and nothing else"
-
-
-class Request(BaseModel):
-    """What every request body has in common: no argument goes unseen, no number is NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class StreamOptions(Request):
+class StreamOptions(RequestBody):
     """How a stream ends."""
 
     include_usage: bool | None = False
-    include_obfuscation: Annotated[
-        Any, Only((False,), "nothing is added to the pieces of a stream, so leave it out")
-    ] = None
+    include_obfuscation: Annotated[Any, Only((False,), NO_OBFUSCATION)] = None
 
 
-class Writing(Request):
-    """How to continue a text, wherever it comes from."""
-
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
-    top_p: Probability | None = 1.0
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
-    seed: Seed | None = None
-    stop: Stop = None
-
-
-class OpenAIRequest(Writing):
+class OpenAIRequest(WritingOptions):
     """What completions and chats share."""
 
     model: Annotated[str, Field(max_length=1000)]
@@ -106,12 +39,17 @@ class OpenAIRequest(Writing):
     stream_options: StreamOptions | None = None
     learn: bool | None = None
     """Whether the model learns while it reads the prompt, and what it writes; null: as it was trained to."""
+    session: Annotated[str, Field(max_length=100)] | None = None
+    """Goes on from what this session, or that of this response, has read, and leaves it as it is."""
+    reuse: bool | None = None
+    """Whether a prompt that begins with what a session has read goes on from it; null: as the server was started."""
     presence_penalty: Annotated[Any, Only((0,), "it must be 0, and repetition_penalty can be used instead")] = None
     frequency_penalty: Annotated[Any, Only((0,), "it must be 0, and repetition_penalty can be used instead")] = None
     logit_bias: Annotated[Any, Only(({},), "it must be empty or left out, as there are no biases here")] = None
     user: Hint = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     store: bool | None = None
+    """With `reuse`, keeps what one choice has read for prompts that begin with it; otherwise without effect."""
 
     @field_validator("stream_options")
     @classmethod
@@ -140,13 +78,13 @@ class CompletionRequest(OpenAIRequest):
         return value
 
 
-class ContentPart(Request):
+class ContentPart(RequestBody):
     """A part of a message's content."""
 
     type: Literal["text", "refusal"]
     text: str | None = None
     refusal: str | None = None
-    prompt_cache_breakpoint: Annotated[Any, Only((), _NO_CACHE)] = None
+    prompt_cache_breakpoint: Annotated[Any, Only((), NO_CACHE)] = None
 
     @model_validator(mode="after")
     def _of_its_type(self) -> Self:
@@ -156,7 +94,7 @@ class ContentPart(Request):
         return self
 
 
-class Message(Request):
+class Message(RequestBody):
     """One message of a chat. What this server sends can be sent back as it is."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -166,10 +104,10 @@ class Message(Request):
     refusal: str | None = None
     annotations: list[dict[str, Any]] | None = None
     """Where words of the assistant come from; nothing that a model reads."""
-    audio: Annotated[Any, Only((), _TEXT_ONLY)] = None
-    function_call: Annotated[Any, Only((), _NO_TOOLS)] = None
-    tool_calls: Annotated[Any, Only(([],), _NO_TOOLS)] = None
-    parsed: Annotated[Any, Only((), _TEXT_ONLY)] = None
+    audio: Annotated[Any, Only((), TEXT_ONLY)] = None
+    function_call: Annotated[Any, Only((), NO_TOOLS)] = None
+    tool_calls: Annotated[Any, Only(([],), NO_TOOLS)] = None
+    parsed: Annotated[Any, Only((), TEXT_ONLY)] = None
 
     @field_validator("content", "refusal", "annotations")
     @classmethod
@@ -207,20 +145,20 @@ class ChatRequest(OpenAIRequest):
     response_format: Annotated[
         Any, Only(({"type": "text"},), "no format but text is promised, so check what is written yourself")
     ] = None
-    modalities: Annotated[Any, Only((["text"],), _TEXT_ONLY)] = None
+    modalities: Annotated[Any, Only((["text"],), TEXT_ONLY)] = None
     verbosity: Annotated[Any, Only(("medium",), "use max_tokens instead")] = None
-    reasoning_effort: Annotated[Any, Only(("none",), _NOTHING)] = None
-    tools: Annotated[Any, Only(([],), _NO_TOOLS)] = None
-    tool_choice: Annotated[Any, Only(("none",), _NO_TOOLS)] = None
-    parallel_tool_calls: Annotated[Any, Only((), _NO_TOOLS)] = None
-    functions: Annotated[Any, Only(([],), _NO_TOOLS)] = None
-    function_call: Annotated[Any, Only(("none",), _NO_TOOLS)] = None
-    audio: Annotated[Any, Only((), _TEXT_ONLY)] = None
-    prediction: Annotated[Any, Only((), _NOTHING)] = None
-    moderation: Annotated[Any, Only((), _NOTHING)] = None
-    web_search_options: Annotated[Any, Only((), _NOTHING)] = None
-    prompt_cache_options: Annotated[Any, Only((), _NO_CACHE)] = None
-    prompt_cache_retention: Annotated[Any, Only((), _NO_CACHE)] = None
+    reasoning_effort: Annotated[Any, Only(("none",), NOTHING)] = None
+    tools: Annotated[Any, Only(([],), NO_TOOLS)] = None
+    tool_choice: Annotated[Any, Only(("none",), NO_TOOLS)] = None
+    parallel_tool_calls: Annotated[Any, Only((), NO_TOOLS)] = None
+    functions: Annotated[Any, Only(([],), NO_TOOLS)] = None
+    function_call: Annotated[Any, Only(("none",), NO_TOOLS)] = None
+    audio: Annotated[Any, Only((), TEXT_ONLY)] = None
+    prediction: Annotated[Any, Only((), NOTHING)] = None
+    moderation: Annotated[Any, Only((), NOTHING)] = None
+    web_search_options: Annotated[Any, Only((), NOTHING)] = None
+    prompt_cache_options: Annotated[Any, Only((), NO_CACHE)] = None
+    prompt_cache_retention: Annotated[Any, Only((), NO_CACHE)] = None
 
     @field_validator("max_completion_tokens")
     @classmethod

@@ -10,14 +10,12 @@ from typing import Any
 
 from longread.engine import Sampling, Token, UnknownSession, WrongPosition
 from longread.server.catalog import Catalog, Entry
-from longread.server.choices import top_of
-from longread.server.service import Service, number
+from longread.server.choices import Piece, Writer, token_text, top_of
+from longread.server.service import Running, Service, Work, number
 from longread.server.stream import Event
-from longread.server.text import Piece, Writer, token_text
-from longread.server.work import Running, Work
 
 
-class Continuing:
+class SessionWriting:
     """One continuation by a session.
 
     A stop text shows only once its last token has been read. So with stop texts a fork writes, and the session reads
@@ -139,7 +137,7 @@ class Continuing:
         return {"token": token_text(self._service.tokenizer, token), "id": token, "logprob": number(logprob)}
 
 
-async def watched(continuing: Continuing, work: Work) -> AsyncGenerator[Event, None]:
+async def watched(continuing: SessionWriting, work: Work) -> AsyncGenerator[Event, None]:
     """The continuation as a stream."""
     async with work:
         async for event in continuing.events(work):
@@ -147,7 +145,7 @@ async def watched(continuing: Continuing, work: Work) -> AsyncGenerator[Event, N
     yield "done", continuing.done()
 
 
-async def whole(continuing: Continuing, work: Work) -> dict[str, Any]:
+async def whole(continuing: SessionWriting, work: Work) -> dict[str, Any]:
     """The continuation in one piece."""
     async with work:
         async for _ in continuing.events(work):

@@ -5,21 +5,20 @@ from __future__ import annotations
 from email.message import Message
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from longread.data import NotText, TextFormat, decode_text
-from longread.server import continuing, readings
-from longread.server.bins import kept
-from longread.server.catalog import Catalog
-from longread.server.choices import sampling_of
-from longread.server.continuing import Continuing
+from longread.server.catalog import Catalog, TheCatalog
+from longread.server.choices import sampling_of, stops_of
 from longread.server.errors import ApiError
 from longread.server.queries import CHECKED_QUERY
-from longread.server.readings import STREAM_BIN, Reading
-from longread.server.replies import REPLIES, STREAM
-from longread.server.service import Service, Tenant, TheService
-from longread.server.session_models import (
+from longread.server.schemas import REPLIES, STREAM
+from longread.server.service import Service, Tenant, TheService, Work
+from longread.server.sessions import readings, writing
+from longread.server.sessions.losses import kept
+from longread.server.sessions.readings import STREAM_BIN, SessionReading
+from longread.server.sessions.schemas import (
     AppendRequest,
     Bin,
     CompareRequest,
@@ -38,19 +37,10 @@ from longread.server.session_models import (
     SessionObject,
     UpdateRequest,
 )
+from longread.server.sessions.writing import SessionWriting
 from longread.server.stream import streamed
-from longread.server.text import stops_of
-from longread.server.work import Work
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=REPLIES, dependencies=[CHECKED_QUERY])
-
-
-def _catalog(request: Request) -> Catalog:
-    catalog: Catalog = request.app.state.catalog
-    return catalog
-
-
-TheCatalog = Annotated[Catalog, Depends(_catalog)]
 
 
 @router.post("", status_code=201, response_model=SessionObject)
@@ -187,11 +177,11 @@ async def generate(
     service.check_amount(body.max_tokens)
     sampling = sampling_of(service, body, body.max_tokens, body.logprobs or 0)
     stops = stops_of(body.stop)
-    one = Continuing(service, catalog, tenant, session, sampling, stops, logprobs=body.logprobs is not None)
+    one = SessionWriting(service, catalog, tenant, session, sampling, stops, logprobs=body.logprobs is not None)
     work = Work(service, request)
     if body.stream:
-        return await streamed(continuing.watched(one, work))
-    return await continuing.whole(one, work)
+        return await streamed(writing.watched(one, work))
+    return await writing.whole(one, work)
 
 
 def _reading(
@@ -202,10 +192,10 @@ def _reading(
     body: Passage,
     *,
     keep: bool,
-) -> Reading:
+) -> SessionReading:
     stream = isinstance(body, ScoreRequest) and body.stream
     append = body if isinstance(body, AppendRequest) else None
-    return Reading(
+    return SessionReading(
         service,
         catalog,
         tenant,
@@ -219,7 +209,9 @@ def _reading(
     )
 
 
-async def _answer(service: Service, request: Request, reading: Reading, *, stream: bool) -> Response | dict[str, Any]:
+async def _answer(
+    service: Service, request: Request, reading: SessionReading, *, stream: bool
+) -> Response | dict[str, Any]:
     if stream:
         return await streamed(readings.watched(reading, Work(service, request)))
     async with Work(service, request, survives=reading.keep) as work:

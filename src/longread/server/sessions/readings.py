@@ -10,18 +10,17 @@ from typing import Any
 
 from longread.config import UserError
 from longread.engine import Appended, Progress, UnknownSession, WrongPosition
-from longread.server.bins import Losses
 from longread.server.catalog import Catalog, Entry
 from longread.server.choices import merged
 from longread.server.errors import ApiError, as_api_error
-from longread.server.service import Service, number
+from longread.server.service import Running, Service, Work, number
+from longread.server.sessions.losses import Losses
 from longread.server.stream import Event
-from longread.server.work import Running, Work
 
 STREAM_BIN = 64
 
 
-class Reading:
+class SessionReading:
     """One text being read by a session and by its frozen twin.
 
     Args:
@@ -202,7 +201,7 @@ class Reading:
         }
 
 
-async def watched(reading: Reading, work: Work) -> AsyncGenerator[Event, None]:
+async def watched(reading: SessionReading, work: Work) -> AsyncGenerator[Event, None]:
     """The reading as a stream."""
     async with work:
         async for event in reading.events(work):
@@ -210,7 +209,7 @@ async def watched(reading: Reading, work: Work) -> AsyncGenerator[Event, None]:
     yield "done", reading.done()
 
 
-async def whole(reading: Reading, work: Work) -> dict[str, Any]:
+async def whole(reading: SessionReading, work: Work) -> dict[str, Any]:
     """The reading in one piece, with all its bins. `work` has been entered."""
     bins: dict[str, Any] | None = None
     async for _, progress in reading.events(work):

@@ -14,12 +14,12 @@ from fastapi.responses import FileResponse
 from longread.config import UserError
 from longread.engine import Busy, TooLarge
 from longread.files import owner_only
+from longread.server.catalog import TheCatalog
 from longread.server.errors import ApiError, without_paths
 from longread.server.queries import CHECKED_QUERY
-from longread.server.replies import REPLIES
+from longread.server.schemas import REPLIES
 from longread.server.service import Service, Tenant, TheService
-from longread.server.session_models import Label, SessionObject
-from longread.server.sessions import TheCatalog
+from longread.server.sessions.schemas import Label, SessionObject
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=REPLIES, dependencies=[CHECKED_QUERY])
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from longread.server.openai_models import Request, TokenId, Writing
+from longread.server.schemas import RequestBody, TokenId, WritingOptions
 
 Label = Annotated[str, Field(max_length=200)]
 Position = Annotated[int, Field(ge=0, lt=2**53)]
@@ -14,7 +14,7 @@ Bin = Annotated[int, Field(ge=1, le=2**20)]
 SessionId = Annotated[str, Field(max_length=64)]
 
 
-class CreateRequest(Request):
+class CreateRequest(RequestBody):
     """A new session."""
 
     label: Label = ""
@@ -24,20 +24,20 @@ class CreateRequest(Request):
     """Whether a frozen twin reads along, for the gain over it; twice the memory, and more than half as slow again."""
 
 
-class UpdateRequest(Request):
+class UpdateRequest(RequestBody):
     """What is to change; null changes nothing."""
 
     label: Label | None = None
     learn: bool | None = None
 
 
-class ForkRequest(Request):
+class ForkRequest(RequestBody):
     """Another session that has read the same."""
 
     label: Label | None = None
 
 
-class Passage(Request):
+class Passage(RequestBody):
     """A text, or token ids."""
 
     text: str | None = None
@@ -73,7 +73,7 @@ class CompareRequest(Passage):
     sessions: Annotated[list[SessionId], Field(min_length=2, max_length=2)]
 
 
-class GenerateRequest(Writing):
+class GenerateRequest(WritingOptions):
     """How to go on with what the session has read."""
 
     max_tokens: Annotated[int, Field(ge=0)] = 200
