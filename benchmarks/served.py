@@ -17,6 +17,8 @@ from typing import Any, Self
 
 HERE = Path(__file__).parent.parent
 _TIMEOUT = 900.0
+_IDLE = 2.0
+"""Seconds after which a connection is not used again: the server closes it after five."""
 
 
 class Server:
@@ -84,6 +86,7 @@ class Client:
 
     def __init__(self, server: Server) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=_TIMEOUT)
+        self._used = time.monotonic()
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """The answer to a request, both JSON."""
@@ -112,9 +115,12 @@ class Client:
         raise RuntimeError("a stream of tokens ended before it was done")
 
     def _send(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
+        if time.monotonic() - self._used > _IDLE:
+            self._connection.close()  # the next request opens it again
         data = None if body is None else json.dumps(body).encode()
         self._connection.request(method, path, data, {"Content-Type": "application/json"})
         answer = self._connection.getresponse()
+        self._used = time.monotonic()
         if answer.status >= 400:
             told = answer.read().decode(errors="replace")
             if answer.status in (429, 503):
