@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from longread.inner_loop import Decoder, ReadingState, begin, next_token_logits, read
+from longread.inner_loop import Decoder, ReadingState, begin, lending, next_token_logits, read
 from longread.inner_loop.lending import KEPT, lender_of
 from longread.inner_loop.places import Places
 from longread.model import Transformer
@@ -36,6 +39,97 @@ def greedy(decoder: Decoder, steps: int) -> list[int]:
         decoder.read(token)
         found.append(int(token[0]))
     return found
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a state was copied into places and out of them."""
+    counts = Counter[str]()
+
+    def counted(name: str) -> Callable[..., object]:
+        method = getattr(Places, name)
+
+        def called(*args: object, **options: object) -> object:
+            counts[name] += 1
+            return method(*args, **options)
+
+        return called
+
+    for name in ("put", "take"):
+        monkeypatch.setattr(Places, name, counted(name))
+    return counts
+
+
+def test_two_sessions_that_answer_in_turn_copy_nothing(moves: Counter[str]) -> None:
+    """Each goes on in places of its own, though it rests in between; a third makes the one that rests longest move."""
+    model = make(mini_batch_size=64)
+    sessions = [reader(model, seed) for seed in (1, 2)]
+    for session in sessions:
+        list(session.generate(2, seed=0))
+    assert moves == {"put": 2}
+    for _ in range(4):
+        for session in sessions:
+            list(session.generate(3, seed=0))
+    assert moves == {"put": 2}
+    list(reader(model, 3).generate(2, seed=0))
+    assert moves == {"put": 3, "take": 1}
+    list(sessions[1].generate(2, seed=0))
+    assert moves == {"put": 3, "take": 1}
+
+
+LOOKS: dict[str, tuple[Callable[[Session, Path], object], int]] = {
+    "position": (lambda session, path: session.position, 0),
+    "nbytes": (lambda session, path: session.nbytes, 0),
+    "steps": (lambda session, path: (session.steps, session.rolled_back), 0),
+    "drift": (lambda session, path: session.drift(), 0),
+    "describe": (lambda session, path: session.describe(), 0),
+    "repr": (lambda session, path: repr(session), 0),
+    "recent": (lambda session, path: (session.recent, session.text), 0),
+    "learn": (lambda session, path: setattr(session, "learn", session.learn), 0),
+    "state": (lambda session, path: session.state, 1),
+    "fork": (lambda session, path: session.fork(), 1),
+    "score": (lambda session, path: session.score([1, 2]), 1),
+    "save": (lambda session, path: session.save(path / "s"), 1),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("resting", [True, False])
+def test_who_looks_at_a_session_ends_nothing(look: str, resting: bool, moves: Counter[str], tmp_path: Path) -> None:
+    """It goes on where it is, without a copy back, and keeps no places from others that it did not have before."""
+    model = make(mini_batch_size=64)
+    session, alone = reader(model), reader(make(mini_batch_size=64))
+    expected = list(alone.generate(3, seed=4)) + list(alone.generate(4, seed=5))
+    moves.clear()
+    written = list(session.generate(3, seed=4))
+    generator = session.generate(4, seed=5)
+    if not resting:
+        written.append(next(generator))
+    at_rest = list(lender_of(model).resting)
+    assert len(at_rest) == resting
+    function, copies = LOOKS[look]
+    function(session, tmp_path)
+    assert lender_of(model).resting == at_rest
+    written += generator
+    assert written == expected
+    assert moves == Counter(put=1, take=copies)
+    for a, b in zip(session.state.tensors, alone.state.tensors, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"num_suffix_blocks": 0}], ids=str)
+def test_a_session_that_writes_says_what_its_state_is(changes: dict, learn: bool) -> None:
+    """At every position: with little in its window and with much, within a mini-batch and at its end."""
+    session = Session(make(**changes), INNER, learn=learn)
+    session.read([1])
+    generator = session.generate(3 * M + 1, seed=0)
+    for _ in generator:
+        found, state = session.describe(), session.state
+        assert session.nbytes == found.nbytes == state.nbytes
+        assert (found.position, found.waiting) == (state.position, state.hidden.shape[1])
+        assert found.drift == session.fork().drift()
+        assert (session.fork().steps, session.fork().rolled_back) == (session.steps, session.rolled_back)
 
 
 def test_logits_are_values() -> None:
@@ -82,7 +176,8 @@ def test_who_works_has_places_of_its_own_and_moves_nothing(monkeypatch: pytest.M
     assert moves == []
 
 
-def test_who_rests_moves_out_for_others_and_goes_on() -> None:
+def test_who_rests_moves_out_for_others_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lending, "KEPT", 1)
     model = make(3, torch.float64)
     resting, state = Decoder(model, after(model, 6, 1), INNER), after(model, 6, 1)
     resting.read(torch.tensor([7]))
@@ -107,27 +202,40 @@ def test_few_places_rest() -> None:
     sessions = [reader(model, seed) for seed in range(4)]
     for session in sessions:
         list(session.generate(2, seed=0))
-    assert len(lender_of(model).resting) == 1
+    assert len(lender_of(model).resting) == KEPT
     for B in (2, 3, 4):
         decoder = Decoder(model, after(model, 5, B=B), INNER)
         decoder.logits()
         decoder.rest()
     assert len(lender_of(model).resting) == KEPT
+    at_rest = [lent.places for lent in lender_of(model).resting]
     writer = sessions[0].generate(5, seed=0)
     next(writer)
-    assert sessions[0]._decoder is not None
-    working = sessions[0]._decoder._lent
-    assert working is not None
-    gone = weakref.ref(working.places)
-    del working, writer
+    assert len(lender_of(model).resting) == KEPT  # of other lanes; it writes in new ones
+    del writer
     gc.collect()
-    assert gone() in [lent.places for lent in lender_of(model).resting]  # a generator that is closed rests
+    assert lender_of(model).resting[-1].places not in at_rest  # a generator that is closed rests
     lost = Decoder(model, after(model, 5), INNER)
     lost.logits()
     gone = weakref.ref(lost._lent.places)  # type: ignore[union-attr]
     del lost
     gc.collect()
     assert gone() is None
+
+
+def test_places_without_a_text_are_used_again() -> None:
+    """Whether who wrote there is gone or has moved out."""
+    model, found = make(), []
+    for seed in range(3):
+        decoder = Decoder(model, after(model, 9, seed), INNER)
+        decoder.logits()
+        decoder.rest()
+        if seed == 1:
+            decoder.end()
+        del decoder
+        found += [lent.places for lent in lender_of(model).resting]
+    assert len(found) == 3
+    assert all(places is found[0] for places in found)
 
 
 def test_places_that_are_given_up_leave_their_texts_with_whoever_rested_there() -> None:
@@ -211,8 +319,9 @@ def test_texts_at_their_own_positions_go_on_together(changes: dict, learn: bool)
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixer": "mamba2", "num_suffix_blocks": 0}], ids=str)
-def test_a_text_that_has_left_stays_as_it_is(changes: dict) -> None:
+def test_a_text_that_has_left_stays_as_it_is(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """And may do so from the beginning; the others go on, also when they had to move out meanwhile."""
+    monkeypatch.setattr(lending, "KEPT", 1)
     model = make(3, torch.float64, **changes)
     states = [after(model, n, seed) for seed, n in enumerate((M, 6, 2 * M + 1))]
     decoder, alone = Decoder(model, states, INNER), Decoder(model, states[1], INNER)
@@ -241,7 +350,10 @@ def test_a_text_that_has_left_stays_as_it_is(changes: dict) -> None:
         assert lender_of(model).resting[-1].resting() is None
 
 
-def test_threads_write_with_one_model() -> None:
+@pytest.mark.parametrize("kept", [1, KEPT])
+def test_threads_write_with_one_model(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lending, "KEPT", kept)
+
     def write(seed: int) -> list[int]:
         session, written = sessions[seed], []
         for _ in range(4):

@@ -124,8 +124,7 @@ def astray(model: Transformer, tokens: Tensor) -> Session:
         state = dataclasses.replace(session.state, fast=fast)
         found = read(model, state, tokens[None], inner=INNER, learn=False).nll.mean().item()
         worst, cost = (state, found) if found > cost else (worst, cost)
-    session._state = worst
-    return session
+    return Session.resume(model, INNER, worst, recent=session.recent, steps=session.steps)
 
 
 def test_learning_that_has_gone_astray_is_taken_back() -> None:

@@ -10,8 +10,9 @@ A decoder owns its places while it works, so nobody else's token disturbs it; `r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from longread.inner_loop.batches import apart, shapes_of, together
 from longread.inner_loop.lending import Lent, lender_of
 from longread.inner_loop.places import Places
 from longread.inner_loop.reading import next_token_logits, read
-from longread.inner_loop.state import ReadingState
+from longread.inner_loop.state import ReadingState, StateFacts
 from longread.model import Transformer
 
 
@@ -155,12 +156,21 @@ class Decoder:
         """What `longread.inner_loop.read` goes on with, of each text; values, copied out of the places."""
         if all(text.state is not None for text in self.texts):
             return [_of(text) for text in self.texts]
-        places = self._places()
-        return [places.take(t.lanes.start, t.size) if t.state is None else t.state for t in self.texts]
+        with self._looking() as places:
+            return [places.take(t.lanes.start, t.size) if t.state is None else t.state for t in self.texts]
 
     def state(self) -> ReadingState:
         """That of the first text."""
         return self.states()[0]
+
+    @property
+    def facts(self) -> StateFacts:
+        """Those of the first text's state, which is not copied for it."""
+        text = self.texts[0]
+        if text.state is not None:
+            return text.state.facts
+        with self._looking() as places:
+            return places.facts(text.lanes.start, text.size)
 
     def rest(self) -> None:
         """Lets others have its places, from which it moves out if they come before it is asked for more."""
@@ -184,6 +194,16 @@ class Decoder:
             if text.state is None:
                 text.state = places.take(text.lanes.start, text.size)
                 places.leave(text.lanes.start)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[Places]:
+        """The places, with these texts in them, for who only looks: a decoder that rests goes on resting."""
+        working = self._lent is not None
+        try:
+            yield self._places()
+        finally:
+            if not working:
+                self.rest()
 
     def _places(self) -> Places:
         """The places, with these texts in them."""

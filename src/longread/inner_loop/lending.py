@@ -2,8 +2,9 @@
 
 Places that a working decoder has are nobody else's, and go with it. Places at rest belong to the lender of their model.
 It keeps few: making them costs time, on a GPU that of capturing graphs, and keeping them the memory of a session. A
-decoder may rest in them with its texts, and goes on without copying anything if it comes back first; who takes the
-places before makes it move out, which copies windows and changes no result.
+decoder may rest in them with its texts, and goes on without copying anything. Only when as many rest as are kept does
+who comes next make the oldest move out, which copies windows and changes no result: what rests in places has its
+windows nowhere else, so places of one's own take hardly more memory than moving another out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from longread.inner_loop.places import Places
 from longread.model import Transformer
 
 KEPT = 2
-"""Most sets of places that rest beside a model, one for each number of lanes and each way of reading."""
+"""Most sets of places that rest beside a model."""
 
 
 class Tenant(Protocol):
@@ -59,18 +60,18 @@ class Lender:
     def lend(self, model: Transformer, tenant: Tenant, lanes: int, *, learn: bool) -> Lent:
         """Places for a decoder alone: those in which it rests, with its texts still in them; others; or new ones."""
         with self._lock:
+            own = next((lent for lent in self.resting if lent.resting() is tenant), None)
+            if own is not None:
+                self.resting.remove(own)
+                if own.fits(model, lanes, learn=learn):
+                    own.resting = lambda: None
+                    return own
+                own.vacate()
             fitting = [lent for lent in self.resting if lent.fits(model, lanes, learn=learn)]
-            own = [lent for lent in self.resting if lent.resting() is tenant]
-            for lent in own:
-                self.resting.remove(lent)
-                if lent not in fitting:
-                    lent.vacate()
-            found = next((lent for lent in (*own, *fitting) if lent in fitting), None)
-            if found is not None:
-                if found in self.resting:
-                    self.resting.remove(found)
-                    found.vacate()
-                found.resting = lambda: None
+            empty = [lent for lent in fitting if lent.resting() is None]
+            for found in empty or (fitting if len(self.resting) >= KEPT else []):
+                self.resting.remove(found)
+                found.vacate()
                 return found
         return Lent(Places(model, lanes, learn=learn), _kind(model, lanes, learn))
 
@@ -78,7 +79,8 @@ class Lender:
         """Takes places in which nobody works any more; `tenant` rests in them."""
         lent.resting = (lambda: None) if tenant is None else weakref.ref(tenant)
         with self._lock:
-            kept = [*(other for other in self.resting if other.kind != lent.kind), lent][-KEPT:]
+            others = [one for one in self.resting if one.kind != lent.kind or one.resting() is not None]
+            kept = [*others, lent][-KEPT:]
             for other in self.resting:
                 if other not in kept:
                     other.vacate()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longread.inner_loop.graphs import CheckedGraphs, put_back_later
-from longread.inner_loop.state import ReadingState
+from longread.inner_loop.state import ReadingState, StateFacts
 from longread.inner_loop.step import from_matrices, matrices
 from longread.model import FastWeights, Past, Ring, Transformer
 
@@ -132,13 +132,10 @@ class Places:
 
         On another `device` it arrives tensor by tensor, and takes no more than one of them where it comes from.
         """
-        occupant = self._occupants[lane]
-        if occupant is None:
-            raise LookupError(f"nobody is in lane {lane}")
+        occupant = self._occupant(lane)
         here, m, position, split = slice(lane, lane + count), occupant.waiting, occupant.position, self._split
         pasts = []
-        for ring, (window, extra) in zip(self._rings, self._windows(), strict=True):
-            kept = position if window is None else min(position, window + min(m, extra))
+        for ring, kept in zip(self._rings, self._past_lengths(occupant), strict=True):
             pasts.append(Past(*(x.to(device) for x in _part(ring, here).take(kept, position))))
         return ReadingState(
             position=position,
@@ -150,6 +147,19 @@ class Places:
             targets_mask=self._counts[here, 1 : max(1, m)].clone().to(device),
             output=self._output[here].clone().to(device),
         )
+
+    def facts(self, lane: int, count: int = 1) -> StateFacts:
+        """What the state is that `take` would give; nothing is copied."""
+        occupant = self._occupant(lane)
+        m = occupant.waiting
+        tokens = 2 * sum(
+            kept * ring.key.shape[1] * ring.key.shape[3] * ring.key.element_size()
+            for ring, kept in zip(self._rings, self._past_lengths(occupant), strict=True)
+        )
+        known = max(0, m - 1) * (self._read.element_size() + self._counts.element_size())
+        vectors = (m + 1) * self._output.shape[1] * self._output.element_size()
+        nbytes = count * (tokens + known + vectors) + sum(w.nbytes for w in matrices(occupant.fast))
+        return StateFacts(occupant.position, m, occupant.fast, nbytes)
 
     def leave(self, lane: int) -> None:
         """Makes a lane empty."""
@@ -190,6 +200,19 @@ class Places:
         for occupant in present:
             occupant.position += 1
             occupant.waiting += occupant.learn
+
+    def _occupant(self, lane: int) -> _Occupant:
+        occupant = self._occupants[lane]
+        if occupant is None:
+            raise LookupError(f"nobody is in lane {lane}")
+        return occupant
+
+    def _past_lengths(self, occupant: _Occupant) -> list[int]:
+        """Of each attention, how many tokens a state has of these sequences."""
+        position, m = occupant.position, occupant.waiting
+        return [
+            position if window is None else min(position, window + min(m, extra)) for window, extra in self._windows()
+        ]
 
     @property
     def _split(self) -> int:

@@ -1,12 +1,23 @@
 """What is left of a text after it has been read."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from longread.inner_loop.step import matrices
 from longread.model import FastWeights, MixerPast
+
+
+class StateFacts(NamedTuple):
+    """What a state is, without a copy of it."""
+
+    position: int
+    waiting: int
+    """Tokens of the unfinished mini-batch."""
+    fast: FastWeights
+    nbytes: int
+    """Bytes of all tensors of the state."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +60,7 @@ class ReadingState:
     def nbytes(self) -> int:
         """Bytes of all tensors of the state."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def facts(self) -> StateFacts:
+        return StateFacts(self.position, self.hidden.shape[1], self.fast, self.nbytes)

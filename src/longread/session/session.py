@@ -84,8 +84,7 @@ class Session:
         self.model, self.inner, self.tokenizer = model, inner, tokenizer
         self._learn = learn
         self._fingerprint = fingerprint
-        self._at_rest: ReadingState | None = begin(model)  # None while a decoder has it
-        self._decoder: Decoder | None = None
+        self._held: ReadingState | Decoder = begin(model)  # a decoder that goes on with it, once something was written
         self._recent: list[int] = []
         self._steps = 0
         self._rolled_back: int | Tensor = 0  # a tensor until it is asked for: a GPU is not waited for
@@ -108,7 +107,7 @@ class Session:
     ) -> Session:
         """A session that goes on from a state of one text, with what else there is to know of it."""
         session = cls(model, inner, learn=learn, fingerprint=fingerprint)
-        session._state, session._recent = state, list(recent)
+        session._held, session._recent = state, list(recent)
         session._counted(steps, rolled_back)
         return session
 
@@ -133,75 +132,65 @@ class Session:
 
     @learn.setter
     def learn(self, learn: bool) -> None:
-        self._state, self._learn = self._state, learn
+        if learn != self._learn:
+            self._held, self._learn = self._settled(), learn
 
     @property
     def position(self) -> int:
         """Tokens read."""
-        return self._decoder.position if self._decoder is not None else self._state.position
+        return self._held.position
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything the session remembers."""
-        return self._state.nbytes
+        return self._held.facts.nbytes
 
     @property
     def steps(self) -> int:
         """Inner steps that reading and writing came to, those rolled back included."""
-        return self._steps + (self._decoder.steps if self._decoder is not None else 0)
+        return self._steps + (self._held.steps if isinstance(self._held, Decoder) else 0)
 
     @property
     def rolled_back(self) -> int:
         """Inner steps that were refused or taken back because they did damage: what they were about is only read."""
-        if self._decoder is not None:
-            return int(self._rolled_back) + int(self._decoder.rolled_back)
+        if isinstance(self._held, Decoder):
+            return int(self._rolled_back) + int(self._held.rolled_back)
         self._rolled_back = int(self._rolled_back)
         return self._rolled_back
 
     @property
     def state(self) -> ReadingState:
-        """What is left of the text; a value that later reading does not change."""
-        return self._state
+        """What is left of the text; a value that later reading does not change. While it writes, a copy."""
+        return self._held.state() if isinstance(self._held, Decoder) else self._held
 
-    @property
-    def _state(self) -> ReadingState:
-        if self._decoder is not None:
-            (self._at_rest,) = self._decoder.end()
-            self._counted(self._decoder.steps, self._decoder.rolled_back)
-            self._decoder = None
-        if self._at_rest is None:
-            raise RuntimeError("a session without a state")
-        return self._at_rest
-
-    @_state.setter
-    def _state(self, state: ReadingState) -> None:
-        self._at_rest, self._decoder = state, None
+    def _settled(self) -> ReadingState:
+        """The state, which no decoder goes on with any more."""
+        if isinstance(self._held, Decoder):
+            decoder = self._held
+            (self._held,) = decoder.end()
+            self._counted(decoder.steps, decoder.rolled_back)
+        return self._held
 
     def _counted(self, steps: int, rolled_back: int | Tensor) -> None:
         self._steps += steps
         self._rolled_back = self._rolled_back + rolled_back
 
     def _decoding(self) -> Decoder:
-        """The decoder that has the state from now on, until something else is wanted of the session."""
-        if self._decoder is None:
-            self._decoder = Decoder(self.model, self._state, self.inner, learn=self.learn)
-            self._at_rest = None
-        return self._decoder
+        """The decoder that has the state from now on, until the session reads something else."""
+        if not isinstance(self._held, Decoder):
+            self._held = Decoder(self.model, self._held, self.inner, learn=self.learn)
+        return self._held
 
     def drift(self) -> float:
         """How far reading has moved the fast weights (`longread.inner_loop.drift`); 0 for a model without any."""
-        return self._drift(self._state)
-
-    def _drift(self, state: ReadingState) -> float:
-        return drift(self.model, state.fast).item() if state.fast else 0.0
+        fast = self._held.facts.fast
+        return drift(self.model, fast).item() if fast else 0.0
 
     def __repr__(self) -> str:
-        state = self._at_rest if self._decoder is None else self._decoder.state()  # which goes on with it
         facts = [f"{self.position:,} tokens read", f"{self.steps:,} inner steps"]
         if self.rolled_back:
             facts.append(f"{self.rolled_back:,} rolled back")
-        if state is not None:
-            facts += [f"drift {self._drift(state):.3f}", f"{state.nbytes / 2**20:.1f} MiB"]
+        facts += [f"drift {self.drift():.3f}", f"{self.nbytes / 2**20:.1f} MiB"]
         facts += ["learning" if self.learn else "frozen", f"on {self.model.device}"]
         return f"<Session: {', '.join(facts)}>"
 
@@ -241,11 +230,11 @@ class Session:
 
     def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """One piece: its losses [n] and the norms of its steps."""
-        before, rows = self._state, tokens.to(self.model.device).unsqueeze(0)
+        before, rows = self._settled(), tokens.to(self.model.device).unsqueeze(0)
         found = read(self.model, before, rows, inner=self.inner, learn=self.learn, guard=True)
         rescued = rescue(self.model, before, rows, found, inner=self.inner) if self.learn else None
         steps = found.rolled_back.shape[1]
-        self._state = found.state if rescued is None else rescued
+        self._held = found.state if rescued is None else rescued
         self._counted(steps, found.rolled_back.sum() if rescued is None else steps)
         return found.nll[0], found.inner_grad_norm[0]
 
@@ -318,8 +307,8 @@ class Session:
                 self._recent = [*self._recent, token][-window:]
                 yield token
         finally:
-            if self._decoder is not None:
-                self._decoder.rest()
+            if isinstance(self._held, Decoder):
+                self._held.rest()
 
     def write(
         self,
@@ -360,26 +349,29 @@ class Session:
         return text_of(ids, tokenizer, [self], stops=stops)
 
     def fork(self) -> Session:
-        """Another reader of the same text up to here. It shares all memory until one of the two reads on."""
-        state = self._state  # out of a decoder, which only one session can have
+        """Another reader of the same text up to here. It shares all memory until one of the two reads on; of a session
+        that writes it has copies, but for the fast weights.
+        """
         twin = Session.__new__(Session)
-        twin.__dict__.update(self.__dict__ | {"_at_rest": state, "_recent": list(self._recent)})
+        twin.__dict__.update(self.__dict__ | {"_held": self.state, "_recent": list(self._recent)})
+        if isinstance(self._held, Decoder):
+            twin._counted(self._held.steps, self._held.rolled_back)
         return twin
 
     def go_back(self, before: Session) -> None:
         """Forgets all that was read since `before` was forked off."""
-        self._state, self._recent = before.state, before.recent
+        self._held, self._recent = before.state, before.recent
         self._steps, self._rolled_back = before.steps, before.rolled_back
 
     def describe(self) -> Description:
         """Position, size, drift and health, as facts that can be shown."""
-        state = self._state
+        facts = self._held.facts
         return Description(
-            position=state.position,
-            waiting=state.hidden.shape[1],
+            position=facts.position,
+            waiting=facts.waiting,
             learn=self.learn,
-            nbytes=state.nbytes,
-            fast_nbytes=sum(w.nbytes for w in matrices(state.fast)),
+            nbytes=facts.nbytes,
+            fast_nbytes=sum(w.nbytes for w in matrices(facts.fast)),
             drift=self.drift(),
             steps=self.steps,
             rolled_back=self.rolled_back,
@@ -397,7 +389,7 @@ class Session:
         Raises:
             UserError: the file cannot be written, the storage is unknown, or the session is not finite.
         """
-        state = self._state
+        state = self.state
         counts = {"position": state.position, "steps": self.steps, "rolled_back": self.rolled_back}
         metadata = {
             "model_fingerprint": self._model_fingerprint(),
@@ -438,7 +430,7 @@ class Session:
         tensors, metadata = read_tensors(path, kind=KIND, check=check)
         ((session, position),) = made
         session.tokenizer = tokenizer
-        session._state, session._recent = unpacked(
+        session._held, session._recent = unpacked(
             path, tensors, model, position, metadata["storage"], device or model.device
         )
         return session

@@ -164,6 +164,7 @@ class Speculation:
             guesses += [torch.multinomial(q[-1], 1, generator=generator)]
             if i < count - 1:
                 decoder.read(guesses[-1].to(model.device))
+        decoder.rest()  # the next round finds its places, and the graphs that were captured there
         if not count:
             V = model.config.vocab_size
             return torch.empty(0, dtype=torch.long, device=device), torch.empty(0, V, device=device)
