@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import naive
+from examples import ttt_e2e_minimal as minimal
 from longread.model import Transformer, initialize
 from longread.outer_loop import end_to_end_loss
 from longread.recipes import toy
@@ -48,8 +48,8 @@ def loss_of(variant: str, model: Transformer, data: tuple[Tensor, Tensor, Tensor
     """The loss of the toy's outer step, with its graph."""
     if variant == "naive":
         parameters = dict(model.named_parameters())
-        losses, _ = naive.end_to_end_losses(parameters, model.config, *data, lr=1.0, clip=1.0)
-        return naive.mean_loss(losses, data[-1])
+        losses, _ = minimal.end_to_end_losses(parameters, model.config, *data, lr=1.0, clip=1.0)
+        return minimal.mean_loss(losses, data[-1])
     return end_to_end_loss(model, *data, inner_lr=1.0, inner_clip=1.0, recompute=variant).loss  # type: ignore[arg-type]
 
 

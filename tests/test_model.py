@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import naive
+from examples import ttt_e2e_minimal as minimal
 from longread.config import ModelConfig, OptimizerConfig
 from longread.model import Transformer, free_bytes, initialize, undrawn
 from longread.model.layers import Linear
@@ -77,7 +77,7 @@ def test_the_network_is_that_of_the_design(attention: str) -> None:
     ids, targets = tokens[:, :-1], tokens[:, 1:]
     mask = torch.ones_like(ids, dtype=torch.bool)
     p = dict(model.named_parameters())
-    losses, _ = naive.end_to_end_losses(p, model.config, ids, targets, mask, lr=0.0, clip=None)
+    losses, _ = minimal.end_to_end_losses(p, model.config, ids, targets, mask, lr=0.0, clip=None)
     found = static_loss(model, ids, targets, mask)
     torch.testing.assert_close(found.mini_batch_loss, losses.detach(), rtol=1e-10, atol=1e-12)
 

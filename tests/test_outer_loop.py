@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import naive
+from examples import ttt_e2e_minimal as minimal
 from longread.config import ModelConfig, RopeScaling
 from longread.inner_loop.step import Scan, scan
 from longread.model import Transformer, initialize
@@ -89,7 +89,7 @@ VARIANTS = {
 def test_the_meta_gradient_is_that_of_a_hand_written_unroll(variant: str, clip: float | None) -> None:
     model = make(small(**VARIANTS[variant]))
     ids, targets, mask = batch(model.config)
-    losses, _ = naive.end_to_end_losses(
+    losses, _ = minimal.end_to_end_losses(
         dict(model.named_parameters()), model.config, ids, targets, mask, lr=0.7, clip=clip
     )
     result = end_to_end_loss(model, ids, targets, mask, inner_lr=0.7, inner_clip=clip, recompute="none")
@@ -166,12 +166,12 @@ def test_segments_run_again_but_for_the_last(
 
 def between(
     model: Transformer, *, truncate_after: int | None = None, meta_gradient: str = "exact"
-) -> Callable[[int, naive.Weights, naive.Caches], tuple[naive.Weights, naive.Caches]]:
+) -> Callable[[int, minimal.Weights, minimal.Caches], tuple[minimal.Weights, minimal.Caches]]:
     """What a mini-batch of the hand-written unroll begins with, by the definition of each meta-gradient."""
     blocks = range(model.config.num_prefix_blocks, model.config.num_blocks)
     initial = [[model.get_parameter(f"blocks.{i}.fast_mlp.{m}.weight") for m in ("gate", "up", "down")] for i in blocks]
 
-    def begin(i: int, fast: naive.Weights, caches: naive.Caches) -> tuple[naive.Weights, naive.Caches]:
+    def begin(i: int, fast: minimal.Weights, caches: minimal.Caches) -> tuple[minimal.Weights, minimal.Caches]:
         cut = truncate_after is not None and i > 0 and i % truncate_after == 0
         if cut or meta_gradient == "first-order":  # W_i = W_0 + constant
             pairs = zip(fast, initial, strict=True)
@@ -199,10 +199,10 @@ def by_hand(
 ) -> dict[str, Tensor]:
     """The meta-gradient of a kind, from the hand-written unroll."""
     parameters = dict(model.named_parameters())
-    losses, _ = naive.end_to_end_losses(
+    losses, _ = minimal.end_to_end_losses(
         parameters, model.config, *data, lr=lr, clip=clip, between=between(model, **kind)
     )
-    return gradients(model, naive.mean_loss(losses, data[2]))
+    return gradients(model, minimal.mean_loss(losses, data[2]))
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])
@@ -238,7 +238,7 @@ def test_the_first_order_meta_gradient_holds_every_step_constant() -> None:
     offsets = {}
     for start in range(0, 20, 4):  # the weights that the exact unroll reaches before each mini-batch
         if start:
-            _, fast = naive.end_to_end_losses(
+            _, fast = minimal.end_to_end_losses(
                 dict(model.named_parameters()),
                 model.config,
                 ids[:, :start],
@@ -254,7 +254,7 @@ def test_the_first_order_meta_gradient_holds_every_step_constant() -> None:
         p = dict(model.named_parameters())
         for name, w in zip(names, offsets.get(start, []), strict=False):
             p[name] = p[name] + (w - p[name]).detach()
-        losses, _ = naive.end_to_end_losses(p, model.config, ids, targets, mask, lr=0.0, clip=None)
+        losses, _ = minimal.end_to_end_losses(p, model.config, ids, targets, mask, lr=0.0, clip=None)
         total = total + losses[:, start // 4].mean() / 5
     same(gradients(model, first.loss), gradients(model, total), 1e-9)
 

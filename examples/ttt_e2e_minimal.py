@@ -1,7 +1,11 @@
-"""TTT-E2E as one would first write it: every formula of the paper in plain PyTorch, and autograd for the rest.
+"""TTT-E2E in one file: every formula of the paper in plain PyTorch, and autograd for the rest.
 
-It shares nothing with the library but the names of the parameters. Tests take it as the hand-written unroll of
-the inner loop; benchmarks as the peer that every user could have had: dense masks, the whole suffix inside the
+`end_to_end_losses` is the method. It goes over a sequence mini-batch by mini-batch: each is scored with fast weights,
+and one step of clipped SGD on its loss makes new ones. The graph of all steps is kept, so the mean of the losses can be
+differentiated: that is meta-training. Without the graph (`create_graph=False`) the same loop is reading.
+
+It shares nothing with the library but configs and the names of the parameters. Tests take it as the hand-written unroll
+of the inner loop; benchmarks as the naive peer that every user could have had: dense masks, the whole suffix inside the
 loop, no recomputation.
 """
 
