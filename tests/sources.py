@@ -61,13 +61,20 @@ class Source:
             else:
                 yield Import(base, node.lineno, deferred, names)
         elif isinstance(node, ast.Call) and called(node) in {"import_module", "importlib.import_module", "__import__"}:
-            target = node.args[0]
-            module = target.value if isinstance(target, ast.Constant) else "<computed>"
-            yield Import(str(module), node.lineno, deferred)
+            yield Import(_named(node.args[0]), node.lineno, deferred)
         inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         type_checking = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
         for child in ast.iter_child_nodes(node):
             yield from self._imports(child, deferred or inside or type_checking)
+
+
+def _named(module: ast.expr) -> str:
+    """What `import_module` is given; of f"longread.a.{b}" the package."""
+    if isinstance(module, ast.JoinedStr):
+        module = module.values[0]
+        if isinstance(module, ast.Constant) and str(module.value).endswith("."):
+            return str(module.value).rstrip(".")
+    return str(module.value) if isinstance(module, ast.Constant) else "<computed>"
 
 
 def called(node: ast.Call) -> str:

@@ -35,35 +35,36 @@ SENTENCES = "".join(f"Sentence {i} of the text says {i * i % 101}, and not {i % 
 # Commands and options, frozen: whoever changes these changes what users have in their scripts.
 COMMAND_LINE = {
     "prepare": "SOURCE --out --tokenizer --train-tokenizer --documents --validation-fraction --field --exclude "
-    "--vocab-size --bos-id --array-tokens --stretch --encoding --errors --keep-line-ends --overwrite --json --quiet",
+    "--vocab-size --bos-id --array-tokens --stretch --encoding --errors --keep-line-ends --overwrite --json --quiet "
+    "--force",
     "train": "RECIPE --data --out --method --context-length --steps --tokens --lr --batch-size --window --mini-batch "
     "--only --validation --init --resume --seed --set --update --state-parallel --deadline --profile-steps --tracker "
-    "--device --json --quiet",
+    "--device --json --quiet --force",
     "read": "FILE --model --device --encoding --errors --keep-line-ends --markup --session --save --resume "
-    "--save-every --control --learn --json --quiet --report",
+    "--save-every --control --learn --json --quiet --force --report",
     "generate": "--model --device --session --prompt --prompt-file --interactive --max-tokens --temperature --top-p "
     "--top-k --repetition-penalty --seed --stop --frozen --learn --save --draft --draft-session --draft-tokens "
-    "--json --quiet",
+    "--json --quiet --force",
     "evaluate": "MODEL --data --encoding --errors --keep-line-ends --markup "
     "--documents --max-tokens --min-tokens --lengths --indices --window --full --mini-batch "
-    "--batch-size --no-control --health --learn --json --quiet --plots --report --device",
+    "--batch-size --no-control --health --learn --json --quiet --force --plots --report --device",
     "needle": "MODEL --variants --contexts --depths --samples --seed --haystack --encoding --errors --keep-line-ends "
     "--markup --repeat-haystack --max-tokens "
-    "--batch-size --no-control --learn --json --quiet --plots --report --device",
+    "--batch-size --no-control --learn --json --quiet --force --plots --report --device",
     "judge": "MODEL --judge --data --encoding --errors --keep-line-ends --markup "
     "--context --documents --temperature --top-p --repetition-penalty --seed --bins "
-    "--batch-size --no-control --learn --json --quiet --plots --report --device",
+    "--batch-size --no-control --learn --json --quiet --force --plots --report --device",
     "demo": "FILE --model --device --tokens",
     "convert": "SOURCE DIR --to --drop-fast --window --mini-batch --suffix --fast-hidden --scheme --dtype --tokenizer "
     "--size",
     "bench": "WORK --sizes --methods --contexts --sequences --gpus --update --state-parallel --repeats --profile "
-    "--from --json --report --plots --device",
+    "--from --json --report --plots --force --device",
     "serve": "--model --device --learn --directory --name --host --port --keys --metrics-keys "
     "--device-memory --host-memory --disk --max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends "
     "--reuse --limit",
     "think": "ACTION",
     "estimate": "MODEL --context-length --train --only --precision --memory --gpus --nodes --gpu --batch-size --update "
-    "--state-parallel --recompute --price --json --quiet",
+    "--state-parallel --recompute --price --json --quiet --force",
 }
 
 

@@ -75,8 +75,11 @@ def test_two_outputs_do_not_share_stdout(home: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        (["read", "texts/t0.txt", "--model", "model", "--save", "-"], "--save - is stdout, where no session can go"),
-        (["bench", "prefill", "--json", "-"], "--json - is stdout, where no list of rows can go"),
+        (
+            ["read", "texts/t0.txt", "--model", "model", "--save", "-"],
+            "--save - is stdout, which cannot be gone on with",
+        ),
+        (["bench", "prefill", "--json", "-"], "--json - is stdout, which cannot be gone on with"),
     ],
 )
 def test_what_is_no_text_does_not_go_to_stdout(

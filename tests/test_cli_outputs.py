@@ -1,4 +1,4 @@
-"""What commands write and what they refuse before they work: no file of the user is replaced, no number is a slip."""
+"""What commands write and what they refuse before they work: no file is replaced unasked, no number is a slip."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         outputs = ["--json", "old/{}.json", "--report", "old/{}.page", "--plots", "old/plots"]
         for command in (NEEDLE, EVALUATE, JUDGE, BENCH):
             assert main([*command, "--device", "cpu", *(a.format(command[0]) for a in outputs)]) == 0
-        assert main([*EVALUATE, "--device", "cpu", "--health", "--plots", "old/plots"]) == 0
+        assert main([*EVALUATE, "--device", "cpu", "--health", "--plots", "old/plots", "--force"]) == 0
         assert main([*READ, "--device", "cpu", "--save", "old/session"]) == 0
     finally:
         os.chdir(before)
@@ -75,7 +75,7 @@ def refused(capsys: pytest.CaptureFixture[str], home: Path, *arguments: str) -> 
     """The one sentence of a command that ends with status 2 and leaves every file as it was."""
     before = contents(home)
     capsys.readouterr()
-    device = [] if arguments[0] == "prepare" else ["--device", "cpu"]
+    device = [] if arguments[0] in ("prepare", "estimate") else ["--device", "cpu"]
     assert main([*arguments, *device]) == 2
     assert contents(home) == before
     error = capsys.readouterr().err
@@ -100,6 +100,8 @@ def refused(capsys: pytest.CaptureFixture[str], home: Path, *arguments: str) -> 
         ([*JUDGE, "--data", "old/judge.json", "--json", "old/judge.json"], "--json", "old/judge.json"),
         (["bench", "--from", "old/bench.json", "--report", "old/bench.json"], "--report", "old/bench.json"),
         ([*GENERATE, "--draft", "other", "--draft-session", "old/session", "--save", "old/session"], "--save", ""),
+        ([*GENERATE, "--session", "old/session", "--json", "old/session"], "--json", ""),
+        ([*EVALUATE, "--json", "texts/t0.txt"], "--json", "texts/t0.txt"),
     ],
 )
 def test_an_input_is_not_replaced(
@@ -108,7 +110,8 @@ def test_an_input_is_not_replaced(
     (home / "link").symlink_to(home / "text.txt")
     path = path or "old/session"
     expected = f"{option} would replace {path}, which is read; give another name"
-    assert refused(capsys, home, *arguments) == expected
+    for force in ([], ["--force"]):
+        assert refused(capsys, home, *arguments, *force) == expected
 
 
 def test_a_data_set_is_replaced_but_no_file_of_the_user_beside_it(
@@ -138,7 +141,7 @@ def test_a_data_set_is_replaced_but_no_file_of_the_user_beside_it(
             [*NEEDLE, "--report", "p/s_niah_1.png", "--plots", "p"],
             "--report and --plots are both p/s_niah_1.png",
         ),
-        ([*BENCH, "--json", "new", "--report", "new"], "--report and --json are both new"),
+        ([*BENCH, "--json", "new", "--report", "new"], "--json and --report are both new"),
     ],
 )
 def test_two_outputs_are_two_files(
@@ -147,38 +150,49 @@ def test_two_outputs_are_two_files(
     assert refused(capsys, home, *arguments) == f"{sentence}; give each a file of its own"
 
 
-# Only an earlier output of the same kind is replaced.
+# What exists is replaced with --force alone.
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind"),
+    "arguments",
     [
-        ([*READ, "--save", "FILE"], "session"),
-        ([*GENERATE, "--save", "FILE"], "session"),
-        ([*READ, "--json", "FILE"], "file of figures (longread-evaluation)"),
-        ([*READ, "--report", "FILE"], "page of Longread"),
-        ([*EVALUATE, "--json", "FILE"], "file of figures (longread-evaluation)"),
-        ([*EVALUATE, "--report", "FILE"], "page of Longread"),
-        ([*NEEDLE, "--json", "FILE"], "file of figures (longread-needle)"),
-        ([*NEEDLE, "--report", "FILE"], "page of Longread"),
-        ([*JUDGE, "--json", "FILE"], "file of figures (longread-decoding)"),
-        ([*JUDGE, "--report", "FILE"], "page of Longread"),
-        ([*BENCH, "--report", "FILE"], "page of `longread bench`"),
+        [*READ, "--save", "FILE"],
+        [*GENERATE, "--save", "FILE"],
+        [*READ, "--json", "FILE"],
+        [*READ, "--report", "FILE"],
+        [*EVALUATE, "--json", "FILE"],
+        [*NEEDLE, "--report", "FILE"],
+        [*JUDGE, "--json", "FILE"],
+        [*BENCH, "--report", "FILE"],
+        ["estimate", "toy", "--json", "FILE"],
+        ["prepare", "texts", "--out", "data", "--json", "FILE"],
+        ["think", "watch", "--report", "FILE"],
     ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-2]}",
 )
-@pytest.mark.parametrize("other", ["texts/t0.txt", "model/config.json", "model/model.safetensors", "user.html"])
-def test_a_file_of_another_kind_is_not_replaced(
-    home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], kind: str, other: str
+@pytest.mark.parametrize("there", ["user.html", "old/evaluate.json", "old/session"])
+def test_what_exists_is_not_replaced(
+    home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], there: str
 ) -> None:
-    (home / "user.html").write_text("<!doctype html>\n<title>The user's own page</title>\n" + 200 * "<p>text</p>")
-    arguments = [other if argument == "FILE" else argument for argument in arguments]
-    expected = f"{arguments[-2]} would replace {other}, which is no {kind}; give another name"
+    """A valid output of the same command as little as anything else."""
+    (home / "user.html").write_text("<!doctype html>")
+    arguments = [there if argument == "FILE" else argument for argument in arguments]
+    resumes = "--resume goes on with it, " if arguments[0] == "read" and arguments[-2] == "--save" else ""
+    expected = f"{arguments[-2]} would replace {there}; {resumes}--force replaces it, another name leaves it be"
     assert refused(capsys, home, *arguments) == expected
 
 
-def test_figures_of_another_command_are_not_replaced(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sentence = refused(capsys, home, *NEEDLE, "--json", "old/evaluate.json")
-    assert "old/evaluate.json, which is no file of figures (longread-needle)" in sentence
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "arguments", [[*GENERATE, "--save"], [*EVALUATE, "--json"], [*BENCH, "--report"]], ids=lambda a: a[0]
+)
+def test_a_file_of_a_model_is_not_replaced_by_force(
+    home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], name: str
+) -> None:
+    (home / "other" / "tokenizer.json").touch()
+    sentence = refused(capsys, home, *arguments, f"other/{name}", "--force")
+    expected = f"{arguments[-1]} would replace other/{name}, a file of a model, run or data set; give another name"
+    assert sentence == expected
 
 
 @pytest.mark.parametrize(
@@ -191,39 +205,55 @@ def test_figures_of_another_command_are_not_replaced(home: Path, capsys: pytest.
         (BENCH, ["prefill.svg", "training.svg", "decoding.svg"]),
     ],
 )
-def test_a_picture_of_the_user_is_not_replaced(
+def test_a_plot_that_exists_is_not_replaced(
     home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], names: list[str]
 ) -> None:
     (home / "pictures").mkdir()
     for name in names:
         path = home / "pictures" / name
-        path.write_bytes(
-            b"\x89PNG\r\n\x1a\n and the rest" if name.endswith("png") else b"<svg viewBox='0 0 9 9'></svg>"
-        )
+        path.write_bytes(b"a picture")
         sentence = refused(capsys, home, *arguments, "--plots", "pictures")
-        assert f"--plots would replace pictures/{name}, which is no plot of" in sentence
+        assert sentence.startswith(f"--plots would replace pictures/{name}; --force replaces it")
         path.unlink()
     assert "text.txt is not a directory" in refused(capsys, home, *arguments, "--plots", "text.txt")
 
 
 @pytest.mark.parametrize("command", [NEEDLE, [*EVALUATE, "--health"], JUDGE, BENCH])
-def test_an_earlier_output_is_replaced(home: Path, command: list[str]) -> None:
+def test_force_replaces_outputs(home: Path, command: list[str]) -> None:
     name = command[0]
     paths = [home / "old" / f"{name}.json", home / "old" / f"{name}.page"]
     plots = sorted(path.name for path in (home / "old" / "plots").iterdir())
     before = [path.stat().st_ino for path in paths]
     outputs = ["--json", str(paths[0]), "--report", str(paths[1]), "--plots", "old/plots", "--device", "cpu"]
-    assert main([*command, *outputs]) == 0
+    assert main([*command, *outputs, "--force"]) == 0
     assert all(path.stat().st_ino != inode for path, inode in zip(paths, before, strict=True))
     assert sorted(path.name for path in (home / "old" / "plots").iterdir()) == plots
 
 
-def test_an_earlier_session_and_an_empty_file_are_replaced(home: Path) -> None:
+def test_a_list_of_rows_is_added_to_without_force(home: Path) -> None:
+    before = json.loads((home / "old" / "bench.json").read_text())
+    more = ["bench", "prefill", "--sizes", "toy", "--methods", "full", *BENCH[6:], "--device", "cpu"]
+    assert main([*more, "--json", "old/bench.json"]) == 0
+    rows = json.loads((home / "old" / "bench.json").read_text())
+    assert rows[: len(before)] == before
+    assert len(rows) > len(before)
+
+
+def test_a_session_goes_on_in_its_own_file_and_an_empty_file_is_no_loss(home: Path) -> None:
     (home / "empty").touch()
-    figures = ["--json", "old/evaluate.json", "--report", "empty", "--device", "cpu"]
-    assert main([*READ, "--session", "old/session", "--save", "old/session", *figures]) == 0
-    assert json.loads((home / "old" / "evaluate.json").read_text())["results"][0]["tokens"] == len(TEXT)
+    outputs = ["--json", "new.json", "--report", "empty", "--device", "cpu"]
+    assert main([*READ, "--session", "old/session", "--save", "./old/../old/session", *outputs]) == 0
+    assert json.loads((home / "new.json").read_text())["results"][0]["tokens"] == len(TEXT)
     assert (home / "empty").read_text().startswith("<!doctype html>")
+    before = (home / "old" / "session").read_bytes()
+    assert main([*GENERATE, "--device", "cpu", "--session", "old/session", "--save", "old/session"]) == 0
+    assert (home / "old" / "session").read_bytes() != before
+
+
+def test_a_file_that_is_no_session_is_not_gone_on_with(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--resume reads the file of --save before it is written, so what is no session stays."""
+    for there in ("old/evaluate.json", "model/model.safetensors"):
+        assert there in refused(capsys, home, *READ, "--save", there, "--resume")
 
 
 def test_a_place_that_takes_no_file_is_said_before_the_work(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

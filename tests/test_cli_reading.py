@@ -182,15 +182,15 @@ def test_every_fault_keeps_what_was_read_and_says_how_to_go_on(
 
 
 def test_the_same_command_without_resume_loses_nothing(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: Path, undisturbed: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Faults(monkeypatch, home).strike("SIGINT", 9, False)
     before = Path("s").read_bytes()
     assert read("text") == 2
-    error = capsys.readouterr().err
-    assert "s holds a reading that stopped at byte" in error
-    assert "add --resume to go on with it, or remove it to begin anew" in error
+    assert "--save would replace s; --resume goes on with it, --force replaces it" in capsys.readouterr().err
     assert Path("s").read_bytes() == before
+    assert read("text", "--force") == 0
+    assert_same(restored(), undisturbed)
 
 
 def test_another_text_is_refused_with_one_sentence(

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from longread.cli.reading.figures import add_drift, packed, unpack_into
-from longread.cli.reading.inputs import Inputs
-from longread.cli.reading.pieces import next_cut
+from longread.cli.reading.pieces import Inputs, next_cut
 from longread.cli.reading.progress import IN_LOG, ReadingProgress
-from longread.cli.reading.saving import EVERY, Autosave
+from longread.cli.reading.readers import add_drift, packed, unpack_into
+from longread.cli.reading.session_file import EVERY, Autosave
 from longread.config import ModelConfig
 from longread.evaluate import Divergence, InnerSteps, Measurement, PositionLoss, bin_edges
 from longread.session import Session

@@ -10,28 +10,36 @@ import pytest
 
 from longread.cli import main
 from longread.cli.documents import read_for_all
-from longread.cli.texts import BLOCK, read_tokens
+from longread.cli.reading.pieces import Inputs, Pieces, TokenPiece
 from longread.data import TextFormat, TokenDataset
+from longread.data.text_files import BLOCK_BYTES
+from longread.recipes import toy
 from longread.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 BYTES = ByteTokenizer()
+CONFIG = toy().model
 LINES = "".join(f"{'    ' * (1 + i % 4)}depth = {i}\r\n" for i in range(9000))
 BPE = train_bpe([LINES], 300)
 
 
+def pieces_of(name: str, tokenizer: Tokenizer, text_format: TextFormat | None = None) -> list[TokenPiece]:
+    """As `longread read` reads them, by a session that goes on."""
+    return list(Pieces(Inputs([name], text_format), tokenizer, CONFIG, "cpu", position=1))
+
+
 def tokens_of(name: str, tokenizer: Tokenizer, text_format: TextFormat | None = None) -> tuple[list[int], int]:
     """All ids, and the bytes that they cover."""
-    pieces = list(read_tokens(name, tokenizer, text_format))
-    return [i for ids, _ in pieces for i in ids], sum(sum(lengths) for _, lengths in pieces)
+    pieces = pieces_of(name, tokenizer, text_format)
+    return [i for piece in pieces for i in piece.ids], sum(sum(piece.byte_lengths) for piece in pieces)
 
 
 def test_a_text_without_spaces_is_read_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "line.txt"
-    path.write_text("é" * 3 * BLOCK + " and a word")
-    pieces = list(read_tokens(str(path), BYTES))
+    path.write_text("é" * 3 * BLOCK_BYTES + " and a word")
+    pieces = pieces_of(str(path), BYTES)
     assert len(pieces) > 3
-    assert max(len(ids) for ids, _ in pieces) <= 2 * BLOCK
-    assert BYTES.decode([i for ids, _ in pieces for i in ids]) == path.read_text()
+    assert max(len(piece.ids) for piece in pieces) <= 2 * BLOCK_BYTES
+    assert BYTES.decode([i for piece in pieces for i in piece.ids]) == path.read_text()
 
 
 def test_a_byte_order_mark_is_no_text_and_lines_end_in_line_feeds(

@@ -196,7 +196,9 @@ def test_the_last_row_as_json(home: Path, tmp_path: Path, capsys: pytest.Capture
     assert json.loads((tmp_path / "row.json").read_text())["step"] == 3
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")
-    assert "which is no file of figures" in fails(capsys, *arguments, "--json", home / "text.txt")
+    sentence = fails(capsys, *arguments, "--resume", "--json", tmp_path / "row.json")
+    assert "row.json; --force replaces it" in sentence
+    assert main([*arguments, "--resume", "--json", str(tmp_path / "row.json"), "--quiet", "--force"]) == 0
 
 
 def test_a_diverging_training_has_a_status_of_its_own(

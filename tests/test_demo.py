@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from examples.demo import clear
 
+from examples.demo import clear
 from longread.cli import demo, main
 from longread.config import UserError
 from longread.loading import open_model

@@ -271,7 +271,7 @@ def test_its_table_of_memory_is_what_is_estimated(tmp_path: Path, monkeypatch: p
         wanted = [f"{config.num_parameters / 1e6:,.0f}M"]
         for more in ([], ["--only", "suffix"]):
             dials = ["--train", "1", "--precision", "bfloat16", "--memory", "80", "--context-length", "8192"]
-            assert main(["estimate", name, *dials, *more, "--quiet", "--json", "found.json"]) == 0
+            assert main(["estimate", name, *dials, *more, "--quiet", "--json", "found.json", "--force"]) == 0
             _, *steps, first = json.loads(Path("found.json").read_text())["rows"]
             sizes_of = {row["what"].rpartition(" ")[2]: f"{row['bytes'] / 2**30:.0f} GiB" for row in steps}
             if first["schedule"] is None:

@@ -11,7 +11,7 @@ import torch
 
 from longread.checkpoint import save_model
 from longread.cli import estimate, main
-from longread.cli.estimate import session_bytes
+from longread.engine import largest_session
 from longread.model import Transformer
 from longread.outer_loop import UPDATE_BYTES, graph_bytes, num_trained
 from longread.session import Session
@@ -30,7 +30,7 @@ def test_no_session_is_larger_and_some_are_as_large() -> None:
     for _ in range(5 * M):
         session.read([1])
         sizes.append(session.nbytes)
-    assert max(sizes) == session_bytes(session.model)
+    assert max(sizes) == largest_session(session.model)
 
 
 def test_of_3b_as_many_write_as_the_benchmark_found(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_of_training_the_suffix_alone(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_model_on_disk_can_be_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path, make_model(), INNER, ByteTokenizer.fingerprint)
     found = figures(capsys, str(tmp_path), "--precision", "float32")
-    assert found["one session, at any length"] == f"{session_bytes(make_model()) / 2**20:.2f} MiB"
+    assert found["one session, at any length"] == f"{largest_session(make_model()) / 2**20:.2f} MiB"
 
 
 def test_figures_are_of_this_machine_unless_asked_otherwise(

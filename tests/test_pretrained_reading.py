@@ -76,7 +76,7 @@ def test_generating(reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     said = "so it reads frozen"
     for options, learns, told in (([], False, True), (["--learn"], True, False), (["--frozen"], False, False)):
         path = tmp_path / "a.session"
-        assert main([*command, *options, "--device", "cpu", "--save", str(path)]) == 0
+        assert main([*command, *options, "--device", "cpu", "--save", str(path), "--force"]) == 0
         assert (said in capsys.readouterr().err) == told
         session = open_model(reader, "cpu").restore(path)
         assert (session.learn, session.steps > 0) == (learns, learns)

@@ -1,4 +1,6 @@
-"""The command line. One file a command; heavy imports happen when a command runs, so that --help is instant.
+"""The command line. A command is a module of its name, imported where it is asked for, or for the help of all.
+
+Heavy imports happen when a command runs, so that --help is instant.
 
     longread demo | prepare | train | read | generate | evaluate | needle | judge | convert | bench | serve |
              estimate | think
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import sys
@@ -17,38 +20,27 @@ import warnings
 from collections.abc import Sequence
 
 from longread import __version__
-from longread.cli import (
-    bench,
-    convert,
-    demo,
-    estimate,
-    evaluate,
-    generate,
-    judge,
-    needle,
-    prepare,
-    read,
-    serve,
-    think,
-    train,
-)
 from longread.cli.arguments import settle_model
 from longread.config import UserError
 
-_COMMANDS = (demo, prepare, train, read, generate, evaluate, needle, judge, convert, bench, serve, estimate, think)
+COMMANDS = (
+    *("demo", "prepare", "train", "read", "generate", "evaluate", "needle", "judge", "convert", "bench", "serve"),
+    *("estimate", "think"),
+)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line, or of the one command that was asked for."""
     parser = argparse.ArgumentParser(
         prog="longread", description="Language models that keep learning while they read (TTT-E2E, arXiv 2512.23675)."
     )
     parser.add_argument("--version", action="version", version=f"longread {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in _COMMANDS:
+    for name in (only,) if only in COMMANDS else COMMANDS:
+        command = importlib.import_module(f"longread.cli.{name}")
         summary, _, example = (command.__doc__ or "").partition("\n\n")
         added = commands.add_parser(
-            command.NAME,
+            name,
             help=summary.rstrip("."),
             description=summary,
             epilog=example,
@@ -66,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training that SIGTERM has stopped and 129 for one that SIGHUP has.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve beside any other busy process
-    options = build_parser().parse_args(arguments)
-    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser(given[0] if given else None).parse_args(given)
+    options.arguments = given
     warnings.showwarning = _show_warning
     logging.basicConfig(format="longread: %(message)s", stream=sys.stderr)
     if not _is_first():  # rank 0 speaks for all

@@ -13,6 +13,7 @@ from longread.config import UserError
 from longread.config.checked import Checked
 
 if TYPE_CHECKING:
+    from longread.data import TextFormat
     from longread.loading import OpenModel
 
 DEFAULT_MODEL = "longread-small"
@@ -82,6 +83,12 @@ def add_json(parser: argparse.ArgumentParser, what: str = "all figures") -> None
     """
     parser.add_argument("--json", metavar="FILE", help=f"write {what} here; - is stdout, and all else goes to stderr")
     parser.add_argument("--quiet", action="store_true", help="no tables and no progress; errors and warnings stay")
+    add_force(parser)
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """The option of a command that writes files where others may be (`check_outputs`)."""
+    parser.add_argument("--force", action="store_true", help="replace files that are where an output is to go")
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +96,32 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     parser.add_argument("--plots", metavar="DIR", help="write PNG plots here")
     parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
+
+
+def add_text_format(parser: argparse.ArgumentParser, *, markup: bool = True) -> None:
+    """The options of a command that reads texts; `markup` where HTML is refused without being asked for."""
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="of the texts (default: as their byte order mark says, or UTF-8)"
+    )
+    parser.add_argument(
+        "--errors",
+        choices=("strict", "replace"),
+        default="strict",
+        help="bytes that are no text: strict refuses them (default), replace makes U+FFFD of them",
+    )
+    parser.add_argument(
+        "--keep-line-ends", action="store_true", help="leave carriage returns (default: CRLF and CR become LF)"
+    )
+    if markup:
+        parser.add_argument("--markup", action="store_true", help="read HTML and RTF with their tags")
+
+
+def format_of(options: argparse.Namespace) -> TextFormat:
+    """What `add_text_format` was told. Raises `UserError` for an encoding that does not exist."""
+    from longread.data import TextFormat
+
+    markup = getattr(options, "markup", True)
+    return TextFormat(options.encoding, options.errors, options.keep_line_ends, markup)
 
 
 def positive(text: str) -> int:

@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_device, check_at_most, positive
+from longread.cli.arguments import add_device, add_force, check_at_most, positive
 
 if TYPE_CHECKING:
     from longread.bench import Outcome
 
-NAME = "bench"
 MOST_REPEATS = 1000
 PLOTS = ("prefill.svg", "training.svg", "decoding.svg")
 
@@ -46,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="add the figures to this file as they come")
     parser.add_argument("--report", metavar="FILE", help="write the page here as well (Markdown)")
     parser.add_argument("--plots", metavar="DIR", help="write SVG plots here")
+    add_force(parser)
     add_device(parser)
 
 
@@ -53,13 +53,10 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status: 1 if a result was wrong."""
     from longread import record
     from longread.bench import Outcome, markdown, merged, read_rows, save_bench_plots
-    from longread.cli.outputs import BENCH_PAGE, BENCH_PLOT, BENCH_ROWS, Output, check_outputs, write_text
+    from longread.cli.outputs import check_outputs, write_text
 
     check_at_most("--repeats", options.repeats, MOST_REPEATS, "measurements")
-    outputs = [Output("--report", options.report, BENCH_PAGE)]
-    outputs += [Output("--json", options.json, BENCH_ROWS)] if not options.source else []
-    outputs += [Output("--plots", str(Path(options.plots, name)), BENCH_PLOT) for name in PLOTS if options.plots]
-    check_outputs(outputs, inputs=[options.source])
+    check_outputs(options, inputs=[options.source], plots=PLOTS, goes_on_with=[("--json", options.json)])
     before = read_rows(options.json, missing_ok=True) if options.json else []
     outcome = Outcome(rows=read_rows(options.source)) if options.source else _measured(options, before)
     command = shlex.join(["longread", *sys.argv[1:]])

@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import positive
-from longread.cli.orbax import add_orbax_options, find_orbax, from_orbax
 from longread.config import UserError
 
 if TYPE_CHECKING:
     from longread.pretrained.finding import PretrainedPlace
 
-NAME = "convert"
 OFFICIAL_WEIGHTS = "weights.safetensors"
 _DIALS = ("window", "mini_batch", "suffix", "fast_hidden", "scheme", "dtype", "tokenizer")
+_NOT_OF_ORBAX = ("suffix", "fast_hidden", "scheme", "dtype", "to", "drop_fast")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +66,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the matrices (default: as they are stored; float32 if quantised)",
     )
     dials.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json to take instead of the source's tokenizer")
-    add_orbax_options(parser)
+    parser.add_argument_group("of an official checkpoint").add_argument(
+        "--size", metavar="SIZE", help="125m, 1b, 3b or another of Table 3; window and mini-batch default to its"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     destination = Path(options.destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} already exists; give the name of a new directory")
-    orbax = find_orbax(options)
+    orbax = _find_orbax(options)
     pretrained = None if orbax or options.source in boxed_models() else find_pretrained(options.source)
     source = orbax or (find_model(options.source) if pretrained is None else pretrained.path)
     if orbax is None:
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         with writing(destination):
             aside.mkdir(parents=True)
             if orbax:
-                what = from_orbax(orbax, aside, options)
+                what = _from_orbax(orbax, aside, options)
             elif pretrained:
                 what = _from_pretrained(pretrained, aside, options)
             elif options.to:
@@ -113,6 +114,66 @@ def _check_options(options: argparse.Namespace, *, pretrained: bool) -> None:
         raise UserError(f"{given[0]} is about a pretrained model, and {options.source} is none; leave it out")
     if options.drop_fast and not options.to:
         raise UserError("--drop-fast belongs to --to transformers; leave it out")
+
+
+def _find_orbax(options: argparse.Namespace) -> Path | None:
+    """The weights of the official checkpoint that SOURCE names; None if it names none.
+
+    Raises `UserError` for options that belong to another kind of source.
+    """
+    from longread.checkpoint import ORBAX_ITEM, find_orbax_item
+
+    if options.source.startswith("gs://"):
+        raise UserError(f"{options.source} is not on this machine; copy it, for example with gcloud storage cp -r")
+    item = find_orbax_item(options.source, ORBAX_ITEM)
+    if item is None and options.size:
+        raise UserError(
+            f"--size {options.size} is about an Orbax checkpoint of the official code, and {options.source} is none; "
+            "leave it out"
+        )
+    given = [f"--{name.replace('_', '-')}" for name in _NOT_OF_ORBAX if getattr(options, name) not in (None, False)]
+    if item is not None and given:
+        raise UserError(f"{options.source} is an Orbax checkpoint of the official code; leave out {given[0]}")
+    return item
+
+
+def _from_orbax(item: Path, destination: Path, options: argparse.Namespace) -> str:
+    """Writes the model into `destination`, which exists, and says what it is."""
+    from longread.checkpoint import OrbaxModel, save_streamed
+    from longread.config import InnerConfig
+    from longread.tokenizer import copy_tokenizer, load_tokenizer
+
+    model = OrbaxModel(item, options.size, window=options.window, mini_batch=options.mini_batch)
+    config, table = model.config, model.table_config
+    path = _orbax_tokenizer(item, options)
+    tokenizer = load_tokenizer(path) if path else None
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} tokens and the model knows {config.vocab_size}; give its own tokenizer"
+        )
+    provenance: dict[str, str | int] = {"converted_from": Path(options.source).name, "size": options.size}
+    if item.parent.name.isdecimal():
+        provenance["step"] = int(item.parent.name)
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    save_streamed(destination, config, model.layout, model, InnerConfig(), fingerprint, provenance)
+    if path:
+        copy_tokenizer(path, destination)
+    of_table = "" if config.mlp_hidden == table.mlp_hidden else f" (Table 3: {table.mlp_hidden:,})"
+    return (
+        f"a Longread model of {config.num_parameters:,} parameters in {str(model.dtype).removeprefix('torch.')}, "
+        f"{'with its tokenizer' if path else 'without a tokenizer: name one with --tokenizer'}; the last "
+        f"{config.num_suffix_blocks} of {config.num_blocks} blocks learn every {config.mini_batch_size:,} tokens, "
+        f"window {config.window_size:,}, MLPs {config.mlp_hidden:,} wide{of_table}"
+    )
+
+
+def _orbax_tokenizer(item: Path, options: argparse.Namespace) -> Path | None:
+    """The one that was named, or that lies beside the weights."""
+    if options.tokenizer:
+        named = Path(options.tokenizer)
+        return named / "tokenizer.json" if named.is_dir() else named
+    beside = [folder / "tokenizer.json" for folder in (Path(options.source), item, item.parent)]
+    return next((path for path in beside if path.is_file()), None)
 
 
 def _from_pretrained(found: PretrainedPlace, destination: Path, options: argparse.Namespace) -> str:

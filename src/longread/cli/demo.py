@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from longread.loading import OpenModel
     from longread.session import Session
 
-NAME = "demo"
 TOKENS = 16_384
 PIECE = 1024
 """Tokens that both readers read in turn."""

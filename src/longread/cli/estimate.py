@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import add_json, positive
-from longread.cli.plans import AS_MANY_AS_FIT, add_plan, check_plan, plan_rows
-from longread.cli.rows import EstimateRow, shown
+from longread.cli.plans import AS_MANY_AS_FIT, EstimateRow, add_plan, check_plan, plan_rows, shown
 
 if TYPE_CHECKING:
     from longread.config import ModelConfig
     from longread.model import Transformer
 
-NAME = "estimate"
 FORMAT = "longread-estimate/1"
 DEFAULT_CONTEXT = 131_072
 
@@ -60,10 +58,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.outputs import Output, check_outputs, figures_of, tables_console, write_text
+    from longread.cli.outputs import check_outputs, tables_console, write_text
     from longread.config import UserError
 
-    check_outputs([Output("--json", options.json, figures_of(FORMAT))])
+    check_outputs(options)
     if options.memory is not None and not 0 < options.memory < 2**30:
         raise UserError(f"--memory is {options.memory:g}; give GiB, above 0 and below {2**30}")
     check_plan(options)
@@ -191,13 +189,6 @@ def _too_small(free: int, weights: int, budget: int, session: int) -> str:
         f"The parameters leave {shown(free)}, sessions may take {shown(budget)} of that, and one that enters the "
         f"place where it writes takes {shown(session)}; give more --memory."
     )
-
-
-def session_bytes(model: Transformer) -> int:
-    """Most bytes of one session, keys and values of attention without a window left out."""
-    from longread.engine import largest_session
-
-    return largest_session(model)
 
 
 def _config(name: str) -> ModelConfig:

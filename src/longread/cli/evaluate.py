@@ -14,10 +14,16 @@ import argparse
 import json
 from pathlib import Path
 
-from longread.cli.arguments import add_device, add_learn, add_outputs, check_at_most, positive, settle_learning
-from longread.cli.texts import add_text_format, format_of
-
-NAME = "evaluate"
+from longread.cli.arguments import (
+    add_device,
+    add_learn,
+    add_outputs,
+    add_text_format,
+    check_at_most,
+    format_of,
+    positive,
+    settle_learning,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from longread.cli.documents import longest_of, read_for_all
     from longread.cli.models import read_otherwise, read_whole, table_names
     from longread.cli.outputs import (
-        check_outputs,
-        figure_outputs,
+        check_figures,
         listed,
         progress_console,
         tables_console,
@@ -80,7 +85,6 @@ def run(options: argparse.Namespace) -> int:
         summarize,
     )
     from longread.evaluate.positions import LONGEST
-    from longread.evaluate.summary import FORMAT
     from longread.loading import open_model, open_tokenizer
 
     for option, values in (("--lengths", options.lengths or ()), ("--indices", options.indices)):
@@ -91,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
             check_at_most(option, value)
     charts = ["loss_by_position", "loss_by_context_length"]
     charts += ["inner_gradient_norm", "drift"] if options.health else []
-    check_outputs(figure_outputs(options, FORMAT, charts), inputs=options.data)
+    check_figures(options, charts, inputs=options.data)
     models = list(zip(options.models, table_names(options.models), strict=True))
     whole = list(zip(options.full, table_names(options.full), strict=True))
     tokenizers = {name: open_tokenizer(path) for path, name in models}

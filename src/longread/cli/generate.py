@@ -20,14 +20,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import add_json, add_learn, add_model, say_if_frozen, settle_learning
-from longread.tokenizer import decoded as decoded  # scripts take it from here too
 
 if TYPE_CHECKING:
     from longread.loading import OpenModel
     from longread.session import Session
     from longread.speculative import Speculation
-
-NAME = "generate"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -75,14 +72,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.answers import FORMAT, Answers, converse, write_answer
-    from longread.cli.outputs import SESSION, Output, check_outputs, figures_of
+    from longread.cli.answers import Answers, converse, write_answer
+    from longread.cli.outputs import check_outputs
     from longread.cli.reading.stops import StopSignals
     from longread.config import UserError
     from longread.loading import open_model
 
-    outputs = [Output("--save", options.save, SESSION), Output("--json", options.json, figures_of(FORMAT))]
-    check_outputs(outputs, inputs=[options.draft_session, options.prompt_file])
+    inputs = [options.draft_session, options.prompt_file]
+    check_outputs(options, inputs=inputs, goes_on_with=[("--save", options.session)])
     if "" in options.stop:
         raise UserError("--stop is empty; give the text before which to end")
     if options.draft_session and not options.draft:

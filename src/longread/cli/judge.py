@@ -11,13 +11,19 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_device, add_learn, add_outputs, check_at_most, positive, settle_learning
-from longread.cli.texts import add_text_format, format_of
+from longread.cli.arguments import (
+    add_device,
+    add_learn,
+    add_outputs,
+    add_text_format,
+    check_at_most,
+    format_of,
+    positive,
+    settle_learning,
+)
 
 if TYPE_CHECKING:
     from longread.evaluate import Judge
-
-NAME = "judge"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.documents import read_documents
     from longread.cli.models import table_names
-    from longread.cli.outputs import check_outputs, figure_outputs, listed, progress_console, show_figures, write_text
+    from longread.cli.outputs import check_figures, listed, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import (
         HUMAN,
@@ -63,12 +69,11 @@ def run(options: argparse.Namespace) -> int:
         verdicts,
         write,
     )
-    from longread.evaluate.decoding import FORMAT
     from longread.loading import open_model
     from longread.session import Sampling
 
     check_at_most("--context", options.context)
-    check_outputs(figure_outputs(options, FORMAT, ["judged_loss_by_position"]), inputs=options.data)
+    check_figures(options, ["judged_loss_by_position"], inputs=options.data)
     sampling = Sampling(
         temperature=options.temperature, top_p=options.top_p, repetition_penalty=options.repetition_penalty
     )

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longread.config import ModelConfig, UserError
-from longread.loading import OpenModel, open_model
+from longread.loading import OpenModel
 from longread.model import undrawn
-
-__all__ = ["OpenModel", "open_model", "read_otherwise", "read_whole", "table_names"]
 
 
 def table_names(paths: Sequence[str]) -> list[str]:

@@ -18,17 +18,17 @@ from longread.cli.arguments import (
     add_device,
     add_learn,
     add_outputs,
+    add_text_format,
     check_at_most,
+    format_of,
     positive,
     settle_learning,
 )
-from longread.cli.texts import add_text_format, format_of
 
 if TYPE_CHECKING:
     from longread.evaluate import Haystack, Sample
     from longread.tokenizer import Tokenizer
 
-NAME = "needle"
 MOST_ANSWER = 2**16
 MOST_PROMPT_TOKENS = 16 * MOST_TOKENS
 """2 GiB."""
@@ -80,16 +80,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.models import table_names
-    from longread.cli.outputs import check_outputs, figure_outputs, listed, progress_console, show_figures, write_text
+    from longread.cli.outputs import check_figures, listed, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import Needles, needle_figures, search
-    from longread.evaluate.needle import FORMAT, chart_name
+    from longread.evaluate.needle import chart_name
     from longread.loading import open_model, open_tokenizer
 
     check_at_most("--contexts", max(options.contexts))
     check_at_most("--max-tokens", options.max_tokens, MOST_ANSWER)
     charts = [chart_name(f"S-NIAH-{number}") for number in options.variants]
-    check_outputs(figure_outputs(options, FORMAT, dict.fromkeys(charts)), inputs=[*options.haystack])
+    check_figures(options, dict.fromkeys(charts), inputs=options.haystack)
     wrong = next((depth for depth in options.depths if not 0 <= depth <= 1), None)
     if wrong is not None:
         raise UserError(f"--depths {wrong} is not between 0 (the needle first) and 1 (the needle last)")

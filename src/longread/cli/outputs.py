@@ -1,21 +1,20 @@
 """Files that commands write beside what they print: checked before the work, written whole or not at all.
 
-A file of the user is never replaced: not one that the command reads, and none but an earlier output of the same kind.
+What is there is replaced only with --force, and what the command reads never.
 """
 
 from __future__ import annotations
 
 import argparse
 import glob
-import json
 import os
 import re
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from longread.config import UserError
 
@@ -24,27 +23,14 @@ if TYPE_CHECKING:
 
     from longread.evaluate import Figures
 
-_OF_A_DATA_SET = re.compile(r"validation|(validation/)?(index\.json|tokenizer(_config)?\.json|tokens-\d+\.bin)")
-
-
 _STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
-
-
-class Kind(NamedTuple):
-    """What an output is. Only a file that `holds` the same may be in its place, or an empty one."""
-
-    name: str
-    holds: Callable[[BinaryIO], bool]
-    to_stdout: bool = False
-    """Whether it may go there: it is text, and written in one piece."""
-
-
-class Output(NamedTuple):
-    """A file that a command will write: the option that asks for it, and what it will be."""
-
-    option: str
-    path: str | None
-    kind: Kind
+_OF_A_DATA_SET = re.compile(r"validation|(validation/)?(index\.json|tokenizer(_config)?\.json|tokens-\d+\.bin)")
+_OF_A_MODEL = {
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("model.safetensors", "weights.safetensors", "optimizer.safetensors", "agent.safetensors"),
+    *("checkpoint.safetensors", "manifest.json", "state.json", "run.json", "metrics.jsonl", "index.json"),
+}
+"""Names of files that hold a model, a tokenizer, a run or a data set."""
 
 
 def is_stdout(path: str | Path | None) -> bool:
@@ -85,33 +71,74 @@ def _console(*, needed: bool, **options: Any) -> Console:
     return Screen(**options)
 
 
-def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | None] = ()) -> None:
-    """Refuses, before an hour of reading, what could not be written after it or would replace a file of the user.
+def check_outputs(
+    options: argparse.Namespace,
+    *,
+    inputs: Iterable[str | None] = (),
+    plots: Iterable[str] = (),
+    goes_on_with: Collection[tuple[str, str | None]] = (),
+) -> None:
+    """Refuses, before an hour of reading, what could not be written after it, and what would replace a file.
+
+    The outputs are those of --save, --json, --report and --plots, as far as the command has them and they are asked
+    for. With --force they may replace files, but none that is read, and none of a model, a run or a data set.
 
     Args:
-        inputs: what the command reads; a glob stands for what it matches, "-" and None for nothing.
+        inputs: what the command reads; a directory stands for all that is in it, a glob for what it matches, "-" and
+            None for nothing.
+        plots: names of the files that may be written into --plots.
+        goes_on_with: outputs that the command reads first, without losing what is in them: their options and paths.
 
     Raises:
-        UserError: a file cannot be written, two are one, one is an input, or one exists and is of another kind.
+        UserError: a file cannot be written, two are one, one is an input, or one exists that may not be replaced.
     """
     read = {os.path.realpath(file) for given in inputs if given not in (None, "-") for file in _behind(str(given))}
-    options: dict[str, str] = {}
-    for option, path, kind in outputs:
-        if path is None:
-            continue
-        if is_stdout(path):
-            if not kind.to_stdout:
-                raise UserError(f"{option} {path} is stdout, where no {kind.name} can go; give the name of a file")
-            place = "-"
-        else:
-            place = _checked_place(path)
-        if place in read:
+    going_on = {(option, os.path.realpath(path)) for option, path in goes_on_with if path is not None}
+    files_alone = {option for option, _ in goes_on_with}
+    places: dict[str, str] = {}
+    for option, path in _asked_for(options, plots):
+        if is_stdout(path) and option in files_alone:
+            raise UserError(f"{option} {path} is stdout, which cannot be gone on with; give the name of a file")
+        place = "-" if is_stdout(path) else _checked_place(path)
+        if place in places:
+            raise UserError(f"{places[place]} and {option} are both {path}; give each a file of its own")
+        places[place] = option
+        exists = place != "-" and _holds_something(place)
+        elsewhere = {file for other, file in going_on if other != option}
+        if place in read | elsewhere or (exists and read.intersection(map(str, Path(place).parents))):
             raise UserError(f"{option} would replace {path}, which is read; give another name")
-        if place in options:
-            raise UserError(f"{options[place]} and {option} are both {path}; give each a file of its own")
-        options[place] = option
-        if place != "-" and not _may_replace(path, kind):
-            raise UserError(f"{option} would replace {path}, which is no {kind.name}; give another name")
+        if not exists or (option, place) in going_on:
+            continue
+        if Path(place).name in _OF_A_MODEL:
+            raise UserError(f"{option} would replace {path}, a file of a model, run or data set; give another name")
+        if not options.force:
+            resumes = "--resume goes on with it, " if option == "--save" and hasattr(options, "resume") else ""
+            raise UserError(f"{option} would replace {path}; {resumes}--force replaces it, another name leaves it be")
+
+
+def check_figures(options: argparse.Namespace, charts: Iterable[str], *, inputs: Iterable[str | None] = ()) -> None:
+    """`check_outputs` for a command that measures; `charts` are the names of the plots that may be written."""
+    from longread.evaluate import check_plots_can_be_drawn
+
+    if options.plots:
+        check_plots_can_be_drawn()
+    check_outputs(options, inputs=inputs, plots=[f"{name}.png" for name in charts])
+
+
+def _asked_for(options: argparse.Namespace, plots: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Every file that will be written: the option that asks for it, and its path."""
+    for name in ("save", "json", "report"):
+        if (path := getattr(options, name, None)) is not None:
+            yield f"--{name}", path
+    for name in plots if getattr(options, "plots", None) else ():
+        yield "--plots", os.path.join(options.plots, name)
+
+
+def _holds_something(place: str) -> bool:
+    try:
+        return os.stat(place).st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def check_data_set(directory: str) -> None:
@@ -122,20 +149,6 @@ def check_data_set(directory: str) -> None:
     for path in sorted(top.rglob("*")):
         if not _OF_A_DATA_SET.fullmatch(path.relative_to(top).as_posix()):
             raise UserError(f"--overwrite would replace {path}, which is no part of the data set; move it")
-
-
-def figure_outputs(options: argparse.Namespace, figures_format: str, charts: Iterable[str]) -> list[Output]:
-    """What `add_outputs` lets the user ask for; `charts` are the names of the plots that may be written."""
-    from longread.evaluate import check_plots_can_be_drawn
-
-    if options.plots:
-        check_plots_can_be_drawn()
-    plots = [Output("--plots", os.path.join(options.plots, f"{name}.png"), PLOT) for name in charts if options.plots]
-    return [
-        Output("--json", options.json, figures_of(figures_format)),
-        Output("--report", options.report, PAGE),
-        *plots,
-    ]
 
 
 def _behind(given: str) -> list[str]:
@@ -164,53 +177,6 @@ def _checked_place(path: str) -> str:
     except OSError:
         raise refused from None
     return os.path.realpath(path)
-
-
-def _may_replace(path: str, kind: Kind) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_size == 0 or kind.holds(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
-
-
-def _holds_session(file: BinaryIO) -> bool:
-    from longread.files import FORMAT, MOST_HEADER_BYTES
-    from longread.session import KIND
-
-    size = int.from_bytes(file.read(8), "little")
-    try:
-        header = json.loads(file.read(size)) if size <= MOST_HEADER_BYTES else {}
-        return bool(json.loads(header["__metadata__"][FORMAT])["kind"] == KIND)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-def _holds_page(file: BinaryIO) -> bool:
-    begins = file.read(15).lower() == b"<!doctype html>"
-    file.seek(max(0, os.fstat(file.fileno()).st_size - 100))
-    return begins and b"<footer>Written by Longread.</footer>" in file.read()
-
-
-def _begins(start: bytes, first: bytes, then: bytes = b"") -> bool:
-    return start.startswith(first) and then in start
-
-
-def figures_of(figures_format: str) -> Kind:
-    """JSON of one format ("longread-needle/1"), of whatever version."""
-    name = figures_format.partition("/")[0]
-    begins = re.compile(rb'\s*\{\s*"format":\s*"' + re.escape(name.encode()) + rb"/")
-    return Kind(f"file of figures ({name})", lambda file: begins.match(file.read(256)) is not None, to_stdout=True)
-
-
-SESSION = Kind("session", _holds_session)
-PAGE = Kind("page of Longread", _holds_page, to_stdout=True)
-PLOT = Kind("plot of Longread", lambda file: _begins(file.read(1024), b"\x89PNG", b"Matplotlib"))
-BENCH_ROWS = Kind("list of rows", lambda file: True)  # the command adds to it, and first reads what it holds
-BENCH_PAGE = Kind("page of `longread bench`", lambda file: _begins(file.read(64), b"# Speed and memory, "))
-BENCH_PLOT = Kind("plot of `longread bench`", lambda file: _begins(file.read(1024), b"<svg ", b'role="img">'))
 
 
 def write_text(path: str | Path, text: str, *, private: bool = False) -> None:

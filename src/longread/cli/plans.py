@@ -1,14 +1,14 @@
-"""The plan of training on several GPUs as rows, for `longread estimate`."""
+"""The rows that `longread estimate` shows, and those of a plan of training on several GPUs."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from longread.cli.arguments import positive
-from longread.cli.rows import EstimateRow
 from longread.config import Recompute, Update
 
 if TYPE_CHECKING:
@@ -19,6 +19,40 @@ AS_MANY_AS_FIT = 0
 """What --train holds where no number is given."""
 _OF_A_PLAN = ("nodes", "gpu", "batch_size", "update", "state_parallel", "recompute", "price")
 _HIGHEST_PRICE = 1e6
+
+
+Unit = Literal["bytes", "count", "schedule", "remark", "seconds", "percent", "days", "USD"]
+
+
+class EstimateRow(NamedTuple):
+    """One figure: of what, in which unit."""
+
+    what: str
+    value: float | str | None
+    unit: Unit
+
+    @property
+    def line(self) -> str:
+        """The row for people."""
+        if self.unit == "remark":
+            return str(self.value)
+        return f"{self.what:60} {_SHOWN[self.unit](self.value):>12}"
+
+
+def shown(size: int) -> str:
+    """A number of bytes."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
+
+
+_SHOWN: dict[Unit, Callable[[Any], str]] = {
+    "bytes": shown,
+    "count": "{:,}".format,
+    "schedule": lambda value: value or "none of them",
+    "seconds": lambda value: f"{value:,.3f} s" if value >= 1 else f"{1e3 * value:.3f} ms",
+    "percent": "{:.1f} %".format,
+    "days": lambda value: f"{value:,.1f} days" if value >= 2 else f"{24 * value:.1f} hours",
+    "USD": "{:,.0f} USD".format,
+}
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-from longread.cli.arguments import add_json, check_at_most, positive
-from longread.cli.texts import add_text_format, format_of
+from longread.cli.arguments import add_json, add_text_format, check_at_most, format_of, positive
 from longread.config import UserError
 
-NAME = "prepare"
 FORMAT = "longread-prepare/1"
 MOST_ENTRIES = 2**20
 """Of a tokenizer; four times the largest in use."""
@@ -59,19 +57,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.outputs import (
-        Output,
-        check_data_set,
-        check_outputs,
-        figures_of,
-        progress_console,
-        tables_console,
-        write_text,
-    )
+    from longread.cli.outputs import check_data_set, check_outputs, progress_console, tables_console, write_text
     from longread.data import PrepareProgress, prepare, read_pieces
     from longread.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
-    check_outputs([Output("--json", options.json, figures_of(FORMAT))], inputs=options.sources)
+    check_outputs(options, inputs=options.sources)
     if options.overwrite:
         check_data_set(options.out)
     text_format = format_of(options)

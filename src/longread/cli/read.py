@@ -24,15 +24,21 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_json, add_learn, add_model, say_if_frozen, settle_learning
-from longread.cli.texts import add_text_format, format_of
+from longread.cli.arguments import (
+    add_json,
+    add_learn,
+    add_model,
+    add_text_format,
+    format_of,
+    say_if_frozen,
+    settle_learning,
+)
 
 if TYPE_CHECKING:
-    from longread.cli.reading.inputs import Inputs
-    from longread.cli.reading.saving import Autosave
+    from longread.cli.reading.pieces import Inputs
+    from longread.cli.reading.session_file import Autosave
     from longread.session import TextPrefix
 
-NAME = "read"
 MOST_CONTROL_BYTES = 2**18
 
 
@@ -61,26 +67,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from longread.cli.outputs import PAGE, SESSION, Output, check_outputs, figures_of
-    from longread.cli.reading.beginning import begin
+    from longread.cli.outputs import check_outputs
     from longread.cli.reading.course import Course
-    from longread.cli.reading.inputs import Inputs
-    from longread.cli.reading.pieces import OtherText
+    from longread.cli.reading.pieces import Inputs, OtherText
     from longread.cli.reading.progress import ReadingProgress
     from longread.cli.reading.readers import Readers
     from longread.cli.reading.results import write_results
-    from longread.cli.reading.saving import Autosave, check_room
+    from longread.cli.reading.session_file import Autosave, begin, check_room
     from longread.cli.reading.stops import StopSignals
     from longread.config import UserError
-    from longread.evaluate.summary import FORMAT
     from longread.loading import open_model
 
-    outputs = [
-        Output("--save", options.save, SESSION),
-        Output("--json", options.json, figures_of(FORMAT)),
-        Output("--report", options.report, PAGE),
-    ]
-    check_outputs(outputs, inputs=options.texts)
+    goes_on_with = [("--save", options.session), ("--save", options.save if options.resume else None)]
+    check_outputs(options, inputs=options.texts, goes_on_with=goes_on_with)
     if options.resume and not (options.save or options.session):
         raise UserError("--resume does not say which reading to go on with; give --save or --session")
     inputs = Inputs(options.texts, format_of(options))
@@ -134,5 +133,6 @@ def _how_to_go_on(options: argparse.Namespace, saving: Autosave) -> str:
     """After a stop: the command that continues, if anything can be continued."""
     if saving.saved is None:
         return f"longread: {saving}" + ("" if saving.path else "; with --save FILE a reading can be gone on with")
-    arguments = options.arguments if "--resume" in options.arguments else [*options.arguments, "--resume"]
+    written = ["--force"] if options.json or options.report else []  # figures of this part; of the whole they will be
+    arguments = [*options.arguments, *(new for new in ["--resume", *written] if new not in options.arguments)]
     return f"longread: {saving}; this goes on there:\n  {shlex.join(['longread', *arguments])}"

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from longread.model import Transformer
     from longread.server import ServerLimits
 
-NAME = "serve"
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""

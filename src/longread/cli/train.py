@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from longread.config import RunConfig
     from longread.train import TrainResult
 
-NAME = "train"
 FORMAT = "longread-training/1"
 
 
@@ -83,14 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status; of a run that a signal has stopped, 128 and its number."""
-    from longread.cli.outputs import (
-        Output,
-        check_outputs,
-        figures_of,
-        progress_console,
-        tables_console,
-        write_text,
-    )
+    from longread.cli.outputs import check_outputs, progress_console, tables_console, write_text
     from longread.config import Parallelism, UserError
     from longread.data import TokenDataset
     from longread.loading import find_model
@@ -102,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     profiled = None if options.profile_steps is None else ProfiledSteps.parse(options.profile_steps)
     if not options.out:
         raise UserError("--out is empty; name a directory")
-    check_outputs([Output("--json", options.json, figures_of(FORMAT))])
+    check_outputs(options)
     data = TokenDataset.open(options.data)
     config = _config(options, model, data.vocab_size)
     _warn(options, config)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from longread.cli.reading.pieces import Pieces, TokenPiece
 from longread.cli.reading.progress import ReadingProgress
 from longread.cli.reading.readers import Readers
-from longread.cli.reading.saving import Autosave
+from longread.cli.reading.session_file import Autosave
 from longread.cli.reading.stops import Stop, StopSignals
 from longread.loading import OpenModel
 from longread.session import TextPrefix

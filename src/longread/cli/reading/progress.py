@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from longread.cli.reading.inputs import Inputs
+from longread.cli.reading.pieces import Inputs
 from longread.evaluate import Measurement
 
 ON_TERMINAL, IN_LOG = 0.2, 30.0

@@ -15,17 +15,16 @@ import argparse
 
 from longread.cli.think import evaluate, train, watch
 
-NAME = "think"
-_ACTIONS = (train, evaluate, watch)
+_ACTIONS = {"train": train, "evaluate": evaluate, "watch": watch}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the three actions and their options."""
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    for action in _ACTIONS:
+    for name, action in _ACTIONS.items():
         summary, _, example = (action.__doc__ or "").partition("\n\n")
         added = actions.add_parser(
-            action.NAME,
+            name,
             help=summary.rstrip("."),
             description=summary,
             epilog=example,

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from longread.cli.arguments import add_device, add_outputs, positive
 
-NAME = "evaluate"
+if TYPE_CHECKING:
+    from longread.evaluate import Figures
+    from longread.thinking import Report
+
+CHART = "trials"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +38,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the action and returns its exit status."""
-    from longread.cli.outputs import check_outputs, figure_outputs, progress_console, show_figures, write_text
-    from longread.cli.think.figures import CHART, figures_of_report
+    from longread.cli.outputs import check_figures, progress_console, show_figures, write_text
     from longread.model import find_device
-    from longread.thinking import BOXED, FORMAT, evaluate, open_thinker
+    from longread.thinking import BOXED, evaluate, open_thinker
 
-    check_outputs(figure_outputs(options, FORMAT, [CHART]))
+    check_figures(options, [CHART])
     name = BOXED if options.agent is None else options.agent
     thinker = open_thinker(name, find_device(options.device))
     with progress_console(options).status(f"{name}: every plan on {options.boards} boards, imagined"):
@@ -56,3 +60,37 @@ def run(options: argparse.Namespace) -> int:
     lead = f"{name}, {thinker.num_parameters:,} parameters, {thinker.config.withheld} withheld from its training."
     show_figures(options, figures_of_report(report), title="Thinking before acting", lead=lead)
     return 0
+
+
+def figures_of_report(report: Report) -> Figures:
+    """Success under every condition, and by the number of mental trials."""
+    from longread.evaluate import Chart, Figures, Grid, Line
+    from longread.thinking.conditions import AT_ONCE, MODEL, SIMULATOR
+
+    found = report.of_withheld
+    conditions = Grid(
+        f"Success of one real trial, {found.boards} boards of {report.withheld} × {found.tries} tries, "
+        f"K = {found.trials}",
+        "condition",
+        ["success", "real drops"],
+        [("a plan at random", [f"{found.chance:.3f}", "–"])]
+        + [(name, [f"{float(rate):.3f}", f"{found.drops[name]:,}"]) for name, rate in found.success.items()],
+    )
+    names = [name for name in (AT_ONCE, MODEL, SIMULATOR) if name in found.success]
+    rows = []
+    for families, other in report.evaluations.items():
+        cells = [f"{float(other.success[name]):.3f}" for name in names]
+        cells += [f"{float(other.quality.recall):.3f}", f"{float(other.quality.precision):.3f}"]
+        rows.append((f"{families}, {'withheld' if families == report.withheld else 'seen'}", cells))
+    combinations = Grid(
+        "By combination; recall and precision: of winning plans, by the world model",
+        "families",
+        [*names, "recall", "precision"],
+        rows,
+    )
+    charts = []
+    if found.by_trials is not None:
+        points = [(float(k), rate) for k, rate in enumerate(found.by_trials[0].tolist())]
+        line = Line(f"{report.withheld}, withheld", points)
+        charts = [Chart(CHART, "Success by mental trials", "mental trials", "success", [line], log_x=False)]
+    return Figures([conditions, combinations], charts, report.reasons())

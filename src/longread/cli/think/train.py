@@ -21,7 +21,6 @@ from longread.cli.arguments import add_device, add_json, changed, positive
 if TYPE_CHECKING:
     from longread.thinking import ThinkingConfig, ThinkingTrainResult
 
-NAME = "train"
 FORMAT = "longread-thinking-training/1"
 
 
@@ -45,14 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the action and returns its exit status; of a run that a signal has stopped, 128 and its number."""
-    from longread.cli.outputs import (
-        Output,
-        check_outputs,
-        figures_of,
-        progress_console,
-        tables_console,
-        write_text,
-    )
+    from longread.cli.outputs import check_outputs, progress_console, tables_console, write_text
     from longread.cli.think.progress import ThinkingProgress
     from longread.config import UserError
     from longread.model import find_device
@@ -61,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.out:
         raise UserError("--out is empty; name a directory")
-    check_outputs([Output("--json", options.json, figures_of(FORMAT))])
+    check_outputs(options)
     dials = {name: getattr(options, name) for name in ("withheld", "iterations", "trials", "selection", "seed")}
     settings = [f"{name}={value}" for name, value in dials.items() if value is not None]
     config = changed(ThinkingConfig(), [*settings, *options.set])

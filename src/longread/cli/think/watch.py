@@ -13,7 +13,6 @@ import json
 
 from longread.cli.arguments import add_device, add_json, positive
 
-NAME = "watch"
 FORMAT = "longread-thought/1"
 MOST_TRIALS = 64
 MOST_BOARDS = 10_000
@@ -36,12 +35,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the action and returns its exit status."""
     from longread.cli.arguments import check_at_most
-    from longread.cli.outputs import PAGE, Output, check_outputs, figures_of, tables_console, write_text
+    from longread.cli.outputs import check_outputs, tables_console, write_text
     from longread.evaluate import html_page
     from longread.model import find_device
     from longread.thinking import BOXED, as_text, certified_set, html_sections, open_thinker, think
 
-    check_outputs([Output("--json", options.json, figures_of(FORMAT)), Output("--report", options.report, PAGE)])
+    check_outputs(options)
     check_at_most("--board", options.board, MOST_BOARDS, "boards")
     check_at_most("--trials", options.trials or 0, MOST_TRIALS, "trials")
     name = BOXED if options.agent is None else options.agent

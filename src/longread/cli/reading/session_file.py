@@ -1,15 +1,20 @@
-"""The session file of a reading: room for it, its turn by the clock, and how a later command goes on."""
+"""The session file of a reading: where it begins or goes on, room for it, and its turn by the clock."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+from longread.cli.reading.pieces import Inputs
 from longread.config import UserError
 from longread.engine import largest_session
+from longread.files import remove_temporaries
+from longread.loading import OpenModel
 from longread.model import Transformer
 from longread.session import Session, TextPrefix
 
@@ -82,3 +87,51 @@ class Autosave:
         if self.saved is None:
             return "nothing is saved"
         return f"{self.path} holds the text up to byte {self.saved.num_bytes:,}"
+
+
+class Beginning(NamedTuple):
+    """The session that reads, and what it has read of the texts already."""
+
+    session: Session
+    begun: TextPrefix | None = None
+    file: str | None = None
+    """Where the session was kept."""
+
+
+def begin(opened: OpenModel, inputs: Inputs, *, session: str | None, save: str | None, resume: bool) -> Beginning:
+    """The session of a command that reads.
+
+    With `resume` that is the one at `save`, if it is there, else the one at `session`, and it goes on in its text.
+    Without, one that was stopped in the middle of just these files goes on there, and any other reads them after all
+    that it has read.
+
+    Raises:
+        UserError: a session cannot be opened, or does not say how far it is.
+    """
+    if resume and save:
+        remove_temporaries(Path(save).parent, of=Path(save).name)
+    file = save if resume and save and os.path.exists(save) else session
+    if file is None:
+        return Beginning(opened.session())
+    restored = opened.restore(file)
+    text = restored.text
+    if resume and (save is None or file == save):
+        if text is None:
+            raise UserError(f"{file} does not say how far it is in a text; give it as --session, without --resume")
+        return Beginning(restored, text, file)
+    if text is None or text.whole or inputs.piped or not _begin_with(inputs, text):
+        text = None
+    return Beginning(restored, text, file)
+
+
+def _begin_with(inputs: Inputs, prefix: TextPrefix) -> bool:
+    """Whether the texts, one after another, begin with these bytes."""
+    sha, left = hashlib.sha256(), prefix.num_bytes
+    for text in inputs:
+        for string in text:
+            data = string.encode()[:left]
+            sha.update(data)
+            left -= len(data)
+            if not left:
+                return sha.hexdigest() == prefix.sha256
+    return False
