@@ -99,12 +99,12 @@ def time_norms(size: str, tokens: int) -> None:
     )
 
     heads, heads_dy, heads_u = (t.unflatten(-1, (N, H)).transpose(1, 2) for t in (x, dy, u))
-    turn = rotation(0, tokens, frequencies(H, 5e5, device="cuda"), x)
-    table, head_scale = fused_rotary.table_of(turn, heads), torch.ones(tokens * N, device="cuda")
+    rotary = rotation(0, tokens, frequencies(H, 5e5, device="cuda"), x)
+    table, head_scale = fused_rotary.table_of(rotary, heads), torch.ones(tokens * N, device="cuda")
     row(
         f"  heads of {H}, turned: forward",
         2 * once,
-        lambda: ours.triton_rms_norm(heads, head_gain, EPS, turn=turn),
+        lambda: ours.triton_rms_norm(heads, head_gain, EPS, rotary=rotary),
         lambda: theirs.explicit_rms_norm(heads, head_gain, EPS),
     )
     row(
@@ -124,8 +124,8 @@ def time_norms(size: str, tokens: int) -> None:
     row(
         f"  rotate heads of {H}",
         2 * once,
-        lambda: fused_rotary.triton_rotate(heads, turn),
-        lambda: reference_rotate(heads, turn),
+        lambda: fused_rotary.triton_rotate(heads, rotary),
+        lambda: reference_rotate(heads, rotary),
     )
 
 
@@ -272,13 +272,13 @@ def norm_cases(size: str) -> dict[str, Callable[[], Any]]:
     x, dy, u = (draw(1, 8192, D, seed=i, dtype=BF16).detach() for i in range(3))
     gain, scale, head_scale = (torch.ones(n, device="cuda") for n in (D, 8192, 8192 * N))
     heads, heads_dy, heads_u = (t.unflatten(-1, (N, -1)).transpose(1, 2) for t in (x, dy, u))
-    turn = rotation(0, 8192, frequencies(D // N, 5e5, device="cuda"), x)
-    table, head_gain = fused_rotary.table_of(turn, heads), torch.ones(D // N, device="cuda")
+    rotary = rotation(0, 8192, frequencies(D // N, 5e5, device="cuda"), x)
+    table, head_gain = fused_rotary.table_of(rotary, heads), torch.ones(D // N, device="cuda")
     return {
         f"{size} forward": lambda: f.triton_rms_norm(x, gain, EPS),
         f"{size} backward and gain": lambda: f._NormGradient.apply(x, gain, dy, scale, None, True),
         f"{size} second": second(f._NormGradient, (x, gain, dy, scale, None), u, None),
-        f"{size} heads forward": lambda: f.triton_rms_norm(heads, head_gain, EPS, turn=turn),
+        f"{size} heads forward": lambda: f.triton_rms_norm(heads, head_gain, EPS, rotary=rotary),
         f"{size} heads second": second(f._NormGradient, (heads, head_gain, heads_dy, head_scale, table), heads_u, None),
     }
 

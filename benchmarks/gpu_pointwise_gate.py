@@ -117,7 +117,7 @@ def check_rows(dtype: torch.dtype, D: int, N: int) -> None:
     single = rotation(10**6, T, frequencies(H, 5e5, device="cuda"), torch.empty(0, device="cuda"))
     norms = fused_norm.triton_rms_norm, reference_rms_norm, explicit_norm.explicit_rms_norm
 
-    def turn(x: Tensor) -> Tensor:
+    def rotary(x: Tensor) -> Tensor:
         return single.to(torch.complex128) if x.dtype == torch.float64 else single
 
     def split(x: Tensor) -> Tensor:
@@ -130,9 +130,9 @@ def check_rows(dtype: torch.dtype, D: int, N: int) -> None:
 
     check("rms_norm", lambda f: lambda x, g: f(x, g, EPS), norms, [x, gain])
     check("rms_norm + residual", lambda f: lambda x, g, r: f(x, g, EPS, residual=r), norms, [x, gain, y])
-    check("norm and turn", lambda f: lambda x, g: f(split(x), g, EPS, turn=turn(x)), norms, [x, head_gain])
+    check("norm and turn", lambda f: lambda x, g: f(split(x), g, EPS, rotary=rotary(x)), norms, [x, head_gain])
     rotations = fused_rotary.triton_rotate, reference_rotate, reference_rotate
-    check("rotate", lambda f: lambda x: f(split(x), turn(x)) ** 3, rotations, [x])
+    check("rotate", lambda f: lambda x: f(split(x), rotary(x)) ** 3, rotations, [x])
     gates = fused_gate.triton_swiglu, reference_swiglu, explicit_gate.explicit_swiglu
     check("swiglu", lambda f: f, gates, [x, y])
 

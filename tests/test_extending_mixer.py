@@ -32,7 +32,7 @@ class Averaging(RecurrentMixer):
         self.pre_norm, self.post_norm = pre_norm, post_norm
         self.input, self.output = Linear(config.width, config.width), Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, past: Memory, *, turn: Tensor, order: int) -> tuple[Tensor, Memory]:
+    def forward(self, x: Tensor, past: Memory, *, rotary: Tensor, order: int) -> tuple[Tensor, Memory]:
         counts = past.count + torch.arange(1, x.shape[1] + 1, dtype=past.count.dtype)
         new = self.input(self.pre_norm(x)).to(past.mean.dtype)
         means = ((past.mean * past.count)[:, None] + new.cumsum(1)) / counts[..., None]

@@ -58,7 +58,9 @@ def test_a_step_is_what_the_rule_gives_and_the_norm_of_the_gradient_before_it() 
 
 def test_the_guard_refuses_longer_steps_than_the_longest_and_what_is_no_number() -> None:
     """Steps of 5/4, 10/4, NaN and 0: the first is exactly as long as it may be."""
-    found = InnerOptimizer(halved).step(WEIGHTS, gradients(), lr=0.5, clip=1.0, longest=torch.tensor(1.25).double())
+    found = InnerOptimizer(halved).step(
+        WEIGHTS, gradients(), lr=0.5, clip=1.0, max_step_norm=torch.tensor(1.25).double()
+    )
     assert found.refused is not None
     assert found.refused.tolist() == [False, True, True, False]
     for new, w, g in zip(found.weights, WEIGHTS, gradients(), strict=True):
@@ -66,7 +68,9 @@ def test_the_guard_refuses_longer_steps_than_the_longest_and_what_is_no_number()
 
 
 def test_a_rule_that_answers_a_gradient_of_no_number_with_a_short_step_is_refused() -> None:
-    found = InnerOptimizer(another).step(WEIGHTS, gradients(), lr=0.5, clip=1.0, longest=torch.tensor(1.25).double())
+    found = InnerOptimizer(another).step(
+        WEIGHTS, gradients(), lr=0.5, clip=1.0, max_step_norm=torch.tensor(1.25).double()
+    )
     assert found.refused is not None
     assert found.refused.tolist() == [False, False, True, False]
 
@@ -86,16 +90,16 @@ def test_a_rule_that_gives_something_else_is_refused(wrong: object) -> None:
 
 
 @pytest.mark.parametrize("optimizer", [InnerOptimizer(halved), CLIPPED_SGD], ids=["a rule", "sgd"])
-@pytest.mark.parametrize("longest", [None, 0.6])
+@pytest.mark.parametrize("max_step_norm", [None, 0.6])
 @pytest.mark.parametrize(("lr", "clip"), [(0.5, 7.0), (0.05, 7.0), (0.5, 1.0), (0.05, None)])
 def test_a_step_in_place_is_the_same_step(
-    optimizer: InnerOptimizer, longest: float | None, lr: float, clip: float | None
+    optimizer: InnerOptimizer, max_step_norm: float | None, lr: float, clip: float | None
 ) -> None:
-    limit = None if longest is None else torch.tensor(longest, dtype=torch.float64)
+    limit = None if max_step_norm is None else torch.tensor(max_step_norm, dtype=torch.float64)
     given = [g.nan_to_num() for g in gradients()]
-    expected = optimizer.step(WEIGHTS, given, lr=lr, clip=clip, longest=limit)
+    expected = optimizer.step(WEIGHTS, given, lr=lr, clip=clip, max_step_norm=limit)
     weights, working = [w.clone() for w in WEIGHTS], [torch.empty_like(w, dtype=torch.bfloat16) for w in WEIGHTS]
-    found = optimizer.step_(weights, [g.clone() for g in given], working, lr=lr, clip=clip, longest=limit)
+    found = optimizer.step_(weights, [g.clone() for g in given], working, lr=lr, clip=clip, max_step_norm=limit)
     for weight, copy, new, said in zip(weights, working, expected.weights, found.weights, strict=True):
         torch.testing.assert_close(weight, new)
         torch.testing.assert_close(said, new)

@@ -15,10 +15,10 @@ from longread.inner_loop.step import (
     from_matrices,
     inner_gradient,
     inner_step,
-    longest_step,
     matrices,
     mini_batch_loss,
     scan,
+    step_norm_limit,
 )
 from longread.model import Transformer
 from longread.ops.clipped_sgd import clipped_sgd
@@ -139,7 +139,7 @@ def test_a_step_can_be_limited_and_be_another_rule_s() -> None:
     """Refused where it is longer than the limit; `scan` takes the rule that it is given."""
     model = exact()
     before = matrices(carry_of(model).fast)
-    for longest, moved in ((1e-6, False), (1e6, True)):
+    for max_step_norm, moved in ((1e-6, False), (1e6, True)):
         step = inner_step(
             model,
             carry_of(model),
@@ -148,7 +148,7 @@ def test_a_step_can_be_limited_and_be_another_rule_s() -> None:
             lr=LR,
             clip=None,
             order=0,
-            longest=torch.tensor(longest, dtype=torch.float64),
+            max_step_norm=torch.tensor(max_step_norm, dtype=torch.float64),
         )
         assert all(torch.equal(a, b) for a, b in zip(matrices(step.fast), before, strict=True)) is not moved
 
@@ -180,22 +180,22 @@ def test_a_step_may_be_as_long_as_the_weights() -> None:
     model = make(width=64, mlp_hidden=96).bfloat16()
     weights = [w.double() for w in matrices(model.initial_fast_weights(1))]
     expected = math.sqrt(sum(w.square().sum().item() for w in weights))
-    found = longest_step(model)
+    found = step_norm_limit(model)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(expected, rel=1e-5)
-    assert longest_step(exact()).dtype == torch.float64
+    assert step_norm_limit(exact()).dtype == torch.float64
 
 
 def test_weights_of_zero_limit_no_step_but_endless_ones() -> None:
     model = make().requires_grad_(False)
     for w in matrices(model.initial_fast_weights(1)):
         w.zero_()
-    limit = longest_step(model)
+    limit = step_norm_limit(model)
     assert limit.item() == torch.finfo(torch.float32).max
     gradient = torch.tensor([[3.0, 4.0], [3e37, 4e37], [math.inf, 1.0]]) * 1e-18
     gradient[1] *= 1e18
-    (new,), _ = clipped_sgd([torch.zeros(3, 2)], [gradient], lr=100.0, clip=None, longest=limit)
+    (new,), _ = clipped_sgd([torch.zeros(3, 2)], [gradient], lr=100.0, clip=None, max_step_norm=limit)
     assert torch.equal(new[0], -100 * gradient[0])
     assert not new[1:].any()
     model.blocks[-1].fast_mlp.up.weight.fill_(0.5)  # type: ignore[union-attr]
-    assert longest_step(model).item() == pytest.approx(0.5 * math.sqrt(16 * model.config.mlp_hidden))
+    assert step_norm_limit(model).item() == pytest.approx(0.5 * math.sqrt(16 * model.config.mlp_hidden))

@@ -97,8 +97,8 @@ def test_rotation_is_relative_at_any_position() -> None:
     for distance in (0, 1, 100):
         scores = []
         for start in (0, 1000, 10_000_000):
-            turn = rotation(start, distance + 1, frequencies(64, 5e5), q)
-            scores.append((rotate(q, turn[distance:]) * rotate(k, turn[:1])).sum())
+            rotary = rotation(start, distance + 1, frequencies(64, 5e5), q)
+            scores.append((rotate(q, rotary[distance:]) * rotate(k, rotary[:1])).sum())
         torch.testing.assert_close(torch.stack(scores), scores[0].expand(3), rtol=1e-4, atol=1e-4)
 
 

@@ -260,14 +260,14 @@ def test_clipped_sgd_in_place(clip: float | None) -> None:
 
 @pytest.mark.parametrize("clip", [None, 3.0])
 def test_a_guard_refuses_steps_that_are_too_long_or_no_numbers(clip: float | None) -> None:
-    weight, longest = draw(5, 4, 5).detach(), torch.tensor(1.0)
+    weight, max_step_norm = draw(5, 4, 5).detach(), torch.tensor(1.0)
     gradient = torch.ones(5, 4, 5, dtype=D64) * torch.tensor([0.01, 10.0, math.nan, math.inf, 0.0]).view(-1, 1, 1)
     (free,), _ = clipped_sgd([weight], [gradient], lr=0.7, clip=clip)
-    (new,), norm = clipped_sgd([weight], [gradient], lr=0.7, clip=clip, longest=longest)
+    (new,), norm = clipped_sgd([weight], [gradient], lr=0.7, clip=clip, max_step_norm=max_step_norm)
     assert torch.equal(new[0], free[0])
     assert not torch.equal(new[0], weight[0])
     assert torch.equal(new[1:], weight[1:])
-    assert refused(norm, lr=0.7, clip=clip, longest=longest).tolist() == [False, True, True, True, False]
+    assert refused(norm, lr=0.7, clip=clip, max_step_norm=max_step_norm).tolist() == [False, True, True, True, False]
 
 
 def test_clipped_sgd_is_finite_at_zero() -> None:

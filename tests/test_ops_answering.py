@@ -126,10 +126,10 @@ def test_a_ring_longer_than_a_head_may_be(kernel: Kernel) -> None:
 )
 def test_which_norm_answers(shape: tuple[int, ...], answers: bool, kernel: Kernel) -> None:
     calls = kernel("longread.ops.rms_norm.triton", "triton_rms_norm", "longread.ops.rms_norm")
-    x, gain, turn = torch.ones(shape), torch.ones(shape[-1]), object()
+    x, gain, rotary = torch.ones(shape), torch.ones(shape[-1]), object()
     if answers:
-        assert rms_norm(x, gain, 1e-6, residual=x, turn=turn) == "kernel"  # type: ignore[arg-type]
-        assert calls == [((x, gain, 1e-6), {"residual": x, "turn": turn})]
+        assert rms_norm(x, gain, 1e-6, residual=x, rotary=rotary) == "kernel"  # type: ignore[arg-type]
+        assert calls == [((x, gain, 1e-6), {"residual": x, "rotary": rotary})]
     else:
         assert rms_norm(x, gain, 1e-6, residual=x).shape == shape
         assert calls == []
@@ -137,7 +137,7 @@ def test_which_norm_answers(shape: tuple[int, ...], answers: bool, kernel: Kerne
 
 def test_which_step_answers(kernel: Kernel) -> None:
     weights, gradients, working = [torch.ones(2, 3)], [torch.ones(2, 3)], [torch.ones(2, 3)]
-    options = {"lr": 0.5, "clip": 2.0, "longest": torch.tensor(9.0)}
+    options = {"lr": 0.5, "clip": 2.0, "max_step_norm": torch.tensor(9.0)}
     module = "longread.ops.clipped_sgd"
     calls = kernel(f"{module}.triton", "triton_clipped_sgd", module)
     group: Any = object()

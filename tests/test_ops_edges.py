@@ -32,11 +32,11 @@ each_step = pytest.mark.parametrize("step", [clipped_sgd, reference_clipped_sgd]
 @each_norm
 def test_a_norm_is_turned_and_then_added_to_the_residual(norm: Callable[..., Tensor]) -> None:
     x, gain = torch.tensor([[3.0, 4.0], [6.0, 8.0]], dtype=D64), torch.tensor([1.0, 2.0], dtype=D64)
-    turn = torch.tensor([[1j], [-1]], dtype=torch.complex128)  # a quarter, and a half
+    rotary = torch.tensor([[1j], [-1]], dtype=torch.complex128)  # a quarter, and a half
     scale = math.sqrt(12.5)  # of both rows: [3, 4] and twice it
     expected = torch.tensor([[-8.0, 3.0], [-3.0, -8.0]], dtype=D64) / scale + torch.tensor([10.0, 20.0], dtype=D64)
     residual = torch.tensor([[10.0, 20.0]] * 2, dtype=D64)
-    torch.testing.assert_close(norm(x, gain, 1e-15, residual=residual, turn=turn), expected)
+    torch.testing.assert_close(norm(x, gain, 1e-15, residual=residual, rotary=rotary), expected)
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 3, 4, 7)])
@@ -92,16 +92,16 @@ def test_of_some_gradients_alone(wanted: int) -> None:
 
 
 def test_a_step_as_long_as_the_guard_allows_is_taken() -> None:
-    longest = torch.tensor(1.0)
+    max_step_norm = torch.tensor(1.0)
     norms = torch.tensor([2.0, 2.0000002])
-    assert refused(norms, lr=0.5, clip=None, longest=longest).tolist() == [False, True]
-    assert refused(norms * 9, lr=0.5, clip=2.0, longest=longest).tolist() == [False, False]
+    assert refused(norms, lr=0.5, clip=None, max_step_norm=max_step_norm).tolist() == [False, True]
+    assert refused(norms * 9, lr=0.5, clip=2.0, max_step_norm=max_step_norm).tolist() == [False, False]
 
 
 def test_the_guard_holds_in_place_too() -> None:
     weight, gradient = torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [6.0, 8.0]])
     working = torch.full((2, 2), 7.0, dtype=torch.bfloat16)
-    clipped_sgd_([weight], [gradient], [working], lr=0.5, clip=None, longest=torch.tensor(2.5))
+    clipped_sgd_([weight], [gradient], [working], lr=0.5, clip=None, max_step_norm=torch.tensor(2.5))
     assert weight.tolist() == [[-1.5, -2.0], [0.0, 0.0]]
     assert torch.equal(working, weight.bfloat16())
 

@@ -22,9 +22,9 @@ def test_plain_frequencies_and_rotation() -> None:
     """Pair i of H turns by base^(−2i / H) a token."""
     angles = frequencies(8, 1e4)
     close(angles, [1, 0.1, 0.01, 0.001])
-    turn = rotation(3, 2, angles, torch.empty(0, dtype=D64))
-    close(turn.real, [[math.cos(p * a) for a in angles.tolist()] for p in (3, 4)])
-    close(turn.imag, [[math.sin(p * a) for a in angles.tolist()] for p in (3, 4)])
+    rotary = rotation(3, 2, angles, torch.empty(0, dtype=D64))
+    close(rotary.real, [[math.cos(p * a) for a in angles.tolist()] for p in (3, 4)])
+    close(rotary.imag, [[math.sin(p * a) for a in angles.tolist()] for p in (3, 4)])
 
 
 def test_positions_are_exact_far_out() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop import begin, read, step
-from longread.inner_loop.step import longest_step, matrices
+from longread.inner_loop.step import matrices, step_norm_limit
 from longread.model import Transformer
 from longread.session import Session
 from tests.tiny import INNER, M, make
@@ -65,7 +65,7 @@ def test_writing_is_guarded_too(broken_steps: set[int]) -> None:
 
 def test_a_step_longer_than_the_weights_is_refused() -> None:
     model, wild = make(), InnerConfig(lr=1e6, clip=None)
-    assert longest_step(model) == pytest.approx(
+    assert step_norm_limit(model) == pytest.approx(
         math.sqrt(sum(w.square().sum().item() for w in matrices(model.initial_fast_weights(1))))
     )
     session = Session(model, wild)

@@ -100,12 +100,12 @@ def test_rms_norm_of_heads_turned_and_added(shape: tuple[int, ...]) -> None:
     """Of the transposed view that attention makes, with a residual that lies otherwise in memory."""
     norm = kernels("rms_norm").triton_rms_norm
     _, T, _, H = shape
-    turn = rotation(7, T, frequencies(H, 1e4, device=DEVICE), draw(1))
+    rotary = rotation(7, T, frequencies(H, 1e4, device=DEVICE), draw(1))
 
     def call(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def of(x: Tensor, gain: Tensor, residual: Tensor) -> Tensor:
-            angles = turn.to(torch.complex128) if x.dtype == torch.float64 else turn
-            return f(x.transpose(1, 2), gain, 1e-5, residual=residual, turn=angles)
+            angles = rotary.to(torch.complex128) if x.dtype == torch.float64 else rotary
+            return f(x.transpose(1, 2), gain, 1e-5, residual=residual, rotary=angles)
 
         return of
 
@@ -151,14 +151,14 @@ def test_swiglu_of_the_halves_of_one_product() -> None:
 def test_rotate_at_any_order() -> None:
     rotate = kernels("rotary").triton_rotate
     x = draw(2, 5, 3, 12)
-    turn = rotation(10_000_000, 5, frequencies(12, 5e5, device=DEVICE), x)
+    rotary = rotation(10_000_000, 5, frequencies(12, 5e5, device=DEVICE), x)
 
-    def cubed(f: Callable[..., Tensor], turn: Tensor) -> Callable[..., Tensor]:
-        return lambda x: f(x.transpose(1, 2), turn) ** 3
+    def cubed(f: Callable[..., Tensor], rotary: Tensor) -> Callable[..., Tensor]:
+        return lambda x: f(x.transpose(1, 2), rotary) ** 3
 
-    exact = turn.to(torch.complex128)
-    check(cubed(rotate, turn), cubed(reference_rotate, exact), [x])
-    rounded = rotate(x.bfloat16().transpose(1, 2), turn)
+    exact = rotary.to(torch.complex128)
+    check(cubed(rotate, rotary), cubed(reference_rotate, exact), [x])
+    rounded = rotate(x.bfloat16().transpose(1, 2), rotary)
     assert rounded.dtype == torch.bfloat16
     agree([rounded], [reference_rotate(x.bfloat16().double().transpose(1, 2), exact)], 0.004)
 
@@ -256,16 +256,22 @@ def test_clipped_sgd_in_place(clip: float | None) -> None:
 @pytest.mark.parametrize("clip", [None, 30.0])
 def test_guarded_clipped_sgd(clip: float | None) -> None:
     """The first sequence steps, the second would step too far, the third has no gradient that is a number."""
-    longest = torch.tensor(10.0, device=DEVICE)
+    max_step_norm = torch.tensor(10.0, device=DEVICE)
     weights, gradients = [draw(4, 70, 61).detach(), draw(4, 2).detach()], [draw(4, 70, 61, seed=1), draw(4, 2, seed=2)]
     scale = torch.tensor([0.01, 1.0, math.nan, math.inf], device=DEVICE)
     gradients = [g.detach() * scale.view(-1, *[1] * (g.dim() - 1)) for g in gradients]
-    expected, expected_norm = clipped_sgd(wide(weights), wide(gradients), lr=0.7, clip=clip, longest=longest)
-    new, norm = kernels("clipped_sgd").triton_clipped_sgd(weights, gradients, lr=0.7, clip=clip, longest=longest)
+    expected, expected_norm = clipped_sgd(
+        wide(weights), wide(gradients), lr=0.7, clip=clip, max_step_norm=max_step_norm
+    )
+    new, norm = kernels("clipped_sgd").triton_clipped_sgd(
+        weights, gradients, lr=0.7, clip=clip, max_step_norm=max_step_norm
+    )
     agree([*new, norm[:2]], [*expected, expected_norm[:2]], 1e-6)
     assert not norm[2:].isfinite().any()
     working = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
-    kernels("clipped_sgd").triton_clipped_sgd_(weights, gradients, working, lr=0.7, clip=clip, longest=longest)
+    kernels("clipped_sgd").triton_clipped_sgd_(
+        weights, gradients, working, lr=0.7, clip=clip, max_step_norm=max_step_norm
+    )
     assert all(torch.equal(w, x) for w, x in zip(weights, new, strict=True))
     assert all(torch.equal(copy, w.bfloat16()) for copy, w in zip(working, weights, strict=True))
 
@@ -378,14 +384,14 @@ def test_on_the_shapes_of_the_paper(width: int, heads: int, dtype: torch.dtype) 
         tolerance,
     )
     H = width // heads
-    turn = rotation(10**6, 501, frequencies(H, 5e5, device=DEVICE), draw(1))
+    rotary = rotation(10**6, 501, frequencies(H, 5e5, device=DEVICE), draw(1))
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, H)).transpose(1, 2)
 
     check(
-        lambda x, g: norm(split(x), g, 1e-6, turn=turn),
-        lambda x, g: reference_rms_norm(split(x), g, 1e-6, turn=turn.to(torch.complex128)),
+        lambda x, g: norm(split(x), g, 1e-6, rotary=rotary),
+        lambda x, g: reference_rms_norm(split(x), g, 1e-6, rotary=rotary.to(torch.complex128)),
         [x, draw(H, seed=3)],
         tolerance,
         inner=[0],

@@ -191,10 +191,10 @@ def check_prefix(case: Case) -> dict[str, float]:
     """The official prefix ends before the first suffix attention, which ours has already run."""
     model, (ids, _, _) = case.model, case.batch
     x, c = model.embedding(ids), model.config
-    turn = rotation(0, x.shape[1], frequencies(c.head_dim, c.rope_base), x)
+    rotary = rotation(0, x.shape[1], frequencies(c.head_dim, c.rope_base), x)
     blocks = c.num_blocks - case.fields["model"]["suffix_len"]  # counted so without fast weights too
     for block in model.prefix[:blocks]:
-        x = block.static_mlp(block.attention(x, block.attention.empty_past(x), turn=turn, order=0)[0])
+        x = block.static_mlp(block.attention(x, block.attention.empty_past(x), rotary=rotary, order=0)[0])
     return {"prefix": relative(x, case.expected["prefix_output"])}
 
 

@@ -84,7 +84,7 @@ class CapturedReader:
         initial = matrices(model.initial_fast_weights(batch_size))
         self._fast = [torch.empty_like(w.detach(), memory_format=torch.contiguous_format) for w in initial]
         self._working = [w.to(model.dtype) for w in self._fast]
-        self._longest = torch.zeros((), device=model.device) if guard else None
+        self._max_step_norm = torch.zeros((), device=model.device) if guard else None
         self._graphs = CheckedGraphs[_Found](
             model.device,
             compared=lambda found: found.nll,
@@ -107,19 +107,19 @@ class CapturedReader:
         return self._graphs.usable
 
     def read(
-        self, state: ReadingState, tokens: Tensor, mask: Tensor, longest: Tensor | None
+        self, state: ReadingState, tokens: Tensor, mask: Tensor, max_step_norm: Tensor | None
     ) -> tuple[ReadingState, Tensor, Tensor, Tensor | None]:
         """Reads M · n tokens, and one that is only a target; the mask has none for the first token.
 
-        `longest` is the limit of a step for a reader with a guard (see `longread.ops.clipped_sgd`).
+        `max_step_norm` is the limit of a step for a reader with a guard (see `longread.ops.clipped_sgd`).
 
         Returns:
             the state after them, their nll, the norms of the steps' gradients, and which steps were refused, where the
             optimizer says it itself.
         """
         past = self._load(state)
-        if self._longest is not None and longest is not None:
-            self._longest.copy_(longest)
+        if self._max_step_norm is not None and max_step_norm is not None:
+            self._max_step_norm.copy_(max_step_norm)
         nll, norms, refusals, first, done, total = [], [], [], 0, 0, mask.shape[1]
         while done < total:
             count = self.long if total - done >= self.long else self.M
@@ -211,7 +211,7 @@ class CapturedReader:
                     self._working,
                     lr=self.inner.lr,
                     clip=self.inner.clip,
-                    longest=self._longest,
+                    max_step_norm=self._max_step_norm,
                 )
             )
             found.append(step)

@@ -52,7 +52,7 @@ class InnerOptimizer:
         *,
         lr: float | Tensor,
         clip: float | None,
-        longest: Tensor | None = None,
+        max_step_norm: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> Update:
         """Args as in `clipped_sgd`. Raises `ValueError` if the rule gives other shapes or types than it was given, and
@@ -67,10 +67,10 @@ class InnerOptimizer:
         if [(w.shape, w.dtype) for w in new] != [(w.shape, w.dtype) for w in weights]:
             raise ValueError(f"the inner optimizer {self.rule} gives other shapes or types than those of the weights")
         norm = _norm(wide)
-        if longest is None:
+        if max_step_norm is None:
             return Update(new, norm, None)
         length = _norm([after - before for after, before in zip(new, weights, strict=True)])
-        refused = ~(norm.isfinite() & (length <= longest))
+        refused = ~(norm.isfinite() & (length <= max_step_norm))
         kept = [
             torch.where(refused.view(-1, *[1] * (w.dim() - 1)), w, after) for w, after in zip(weights, new, strict=True)
         ]
@@ -84,10 +84,10 @@ class InnerOptimizer:
         *,
         lr: float | Tensor,
         clip: float | None,
-        longest: Tensor | None = None,
+        max_step_norm: Tensor | None = None,
     ) -> Update:
         """The same in place, where nothing will be differentiated; args as in `clipped_sgd_`."""
-        found = self.step(weights, gradients, lr=lr, clip=clip, longest=longest)
+        found = self.step(weights, gradients, lr=lr, clip=clip, max_step_norm=max_step_norm)
         for weight, copy, new in zip(weights, working, found.weights, strict=True):
             weight.copy_(new)
             copy.copy_(new)
@@ -107,10 +107,12 @@ class _ClippedSGD(InnerOptimizer):
         *,
         lr: float | Tensor,
         clip: float | None,
-        longest: Tensor | None = None,
+        max_step_norm: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> Update:
-        return Update(*clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest, group=group), None)
+        return Update(
+            *clipped_sgd(weights, gradients, lr=lr, clip=clip, max_step_norm=max_step_norm, group=group), None
+        )
 
     def step_(
         self,
@@ -120,9 +122,9 @@ class _ClippedSGD(InnerOptimizer):
         *,
         lr: float | Tensor,
         clip: float | None,
-        longest: Tensor | None = None,
+        max_step_norm: Tensor | None = None,
     ) -> Update:
-        norm = clipped_sgd_(weights, gradients, working, lr=lr, clip=clip, longest=longest)
+        norm = clipped_sgd_(weights, gradients, working, lr=lr, clip=clip, max_step_norm=max_step_norm)
         return Update(tuple(weights), norm, None)
 
 

@@ -19,7 +19,7 @@ from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState
-from longread.inner_loop.step import Carry, Step, inner_step, longest_step
+from longread.inner_loop.step import Carry, Step, inner_step, step_norm_limit
 from longread.model import Past, Transformer
 from longread.ops.clipped_sgd import refused
 
@@ -96,7 +96,7 @@ def read(
         learn: False reads with the weights as they are, and drops an unfinished mini-batch: tokens read
             frozen are never learned from, nor is a mini-batch that they interrupt.
         loss_mask: bool [B, n], False for tokens that are no targets of the inner loss; None: all count.
-        guard: refuse a step whose gradient is not finite, or that is longer than `longest_step`: that mini-batch is
+        guard: refuse a step whose gradient is not finite, or that is longer than `step_norm_limit`: that mini-batch is
             read without learning, and the state stays good. Decided on the device, which is not waited for.
         top: how many of the likeliest tokens to find in the place of each token; costs all logits.
         outputs: whether to keep the outputs of all tokens.
@@ -162,17 +162,17 @@ class _Reader:
             self.top_ids.append(ids)
 
     @functools.cached_property
-    def longest(self) -> Tensor | None:
+    def max_step_norm(self) -> Tensor | None:
         """The limit of a guarded step; made only where one is taken."""
-        return longest_step(self.model) if self.guard else None
+        return step_norm_limit(self.model) if self.guard else None
 
     def refused(self, norms: Tensor) -> Tensor:
         """Which of the steps with these norms were not taken."""
-        if not norms.numel() or self.longest is None:
+        if not norms.numel() or self.max_step_norm is None:
             return torch.zeros_like(norms, dtype=torch.bool)
         if self.refusals:
             return torch.stack(self.refusals, dim=1)
-        return refused(norms, lr=self.inner.lr, clip=self.inner.clip, longest=self.longest)
+        return refused(norms, lr=self.inner.lr, clip=self.inner.clip, max_step_norm=self.max_step_norm)
 
     def learn(self, tokens: Tensor, mask: Tensor) -> None:
         M, n = self.model.config.mini_batch_size, tokens.shape[1]
@@ -205,7 +205,7 @@ class _Reader:
         reader = captured_reader(self.model, self.state, self.inner, guard=self.guard) if possible else None
         if reader is None:
             return False
-        self.state, nll, norms, refusals = reader.read(self.state, tokens, mask, self.longest)
+        self.state, nll, norms, refusals = reader.read(self.state, tokens, mask, self.max_step_norm)
         self.nll.append(nll)
         self.norms += norms.unbind(1)
         self.refusals += [] if refusals is None else refusals.unbind(1)
@@ -267,7 +267,7 @@ class _Reader:
             lr=self.inner.lr,
             clip=self.inner.clip,
             order=0,
-            longest=self.longest,
+            max_step_norm=self.max_step_norm,
             optimizer=optimizer_named(self.inner.optimizer),
         )
         self._learned(step, before)
@@ -286,7 +286,7 @@ class _Reader:
             lr=self.inner.lr,
             clip=self.inner.clip,
             order=0,
-            longest=self.longest,
+            max_step_norm=self.max_step_norm,
             optimizer=optimizer_named(self.inner.optimizer),
         )
         self.nll.append(step.nll)

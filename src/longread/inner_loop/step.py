@@ -74,7 +74,7 @@ def from_matrices(flat: Sequence[Tensor]) -> FastWeights:
     return tuple(SwiGLU(*flat[i : i + 3]) for i in range(0, len(flat), 3))
 
 
-def longest_step(model: Transformer) -> Tensor:
+def step_norm_limit(model: Transformer) -> Tensor:
     """‖W_0‖, []: a step longer than all that the weights were before reading is an explosion, and is not taken.
 
     Where all of W_0 is 0 that says nothing, and every step of finite length may be taken.
@@ -136,7 +136,7 @@ def inner_step(
     lr: float | Tensor,
     clip: float | None,
     order: int,
-    longest: Tensor | None = None,
+    max_step_norm: Tensor | None = None,
     optimizer: InnerOptimizer = CLIPPED_SGD,
     group: ProcessGroup | None = None,
 ) -> Step:
@@ -150,7 +150,7 @@ def inner_step(
         start: position of the first token.
         lr, clip: of the step; of SGD rate, and largest norm per sequence (None: no clipping).
         order: 0, 1 or 2, as explained at the top of this file.
-        longest: guards the step at order 0 (see `longest_step`).
+        max_step_norm: guards the step at order 0 (see `step_norm_limit`).
         group: as in `Transformer.upper`.
     """
     weights = matrices(carry.fast)
@@ -163,7 +163,9 @@ def inner_step(
     )
     if order == 0:
         weights = [w.detach() for w in weights]
-    new, norm, refused = optimizer.step(weights, found.gradients, lr=lr, clip=clip, longest=longest, group=group)
+    new, norm, refused = optimizer.step(
+        weights, found.gradients, lr=lr, clip=clip, max_step_norm=max_step_norm, group=group
+    )
     return Step(from_matrices(new), found.own, found.nll, found.loss, norm, found.output, refused)
 
 

@@ -47,8 +47,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor, *, residual: Tensor | None = None, turn: Tensor | None = None) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, residual=residual, turn=turn)
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual=residual, rotary=rotary)
 
     def extra_repr(self) -> str:
         return str(len(self.weight))
@@ -57,9 +57,9 @@ class RMSNorm(nn.Module):
 class NoNorm(nn.Module):
     """Stands where a norm is switched off."""
 
-    def forward(self, x: Tensor, *, residual: Tensor | None = None, turn: Tensor | None = None) -> Tensor:
-        if turn is not None:
-            x = rotate(x, turn)
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
+        if rotary is not None:
+            x = rotate(x, rotary)
         return x if residual is None else residual + x
 
 

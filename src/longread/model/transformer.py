@@ -34,7 +34,7 @@ FastWeights = tuple[SwiGLU, ...]
 MixerPast = Any
 """Of one mixer: attention's `Past`, or the state of a recurrent one, another NamedTuple of tensors [B, ...]."""
 
-Turns = dict[BlockRope, Tensor | None]
+Rotary = dict[BlockRope, Tensor | None]
 """The rotary embedding of some positions, for each kind that blocks have."""
 
 EMBEDDING_STD = 0.02
@@ -76,11 +76,11 @@ class Block(nn.Module):
         """The sub-layers through which tokens exchange information, in their order."""
         return [getattr(self, kind) for kind in self._kinds]
 
-    def below(self, x: Tensor, pasts: Sequence[MixerPast], turns: Turns) -> tuple[Tensor, list[MixerPast]]:
+    def below(self, x: Tensor, pasts: Sequence[MixerPast], rotary: Rotary) -> tuple[Tensor, list[MixerPast]]:
         """Its part of `Transformer.lower`: the mixers, and in the prefix the MLP; also what each mixer made."""
         own = []
         for mixer, past in zip(self.mixers, pasts, strict=True):
-            x, made = mixer(x, past, turn=turns[self._rope], order=1)
+            x, made = mixer(x, past, rotary=rotary[self._rope], order=1)
             own.append(made)
         return (x if hasattr(self, "fast_mlp") else self.static_mlp(x)), own
 
@@ -89,14 +89,14 @@ class Block(nn.Module):
         x: Tensor,
         past: Past | None,
         fast: SwiGLU | None,
-        turns: Turns,
+        rotary: Rotary,
         order: int,
         group: ProcessGroup | None = None,
     ) -> tuple[Tensor, Past | None]:
         """Its part of `Transformer.upper`: attention, unless it belongs to `below` (no past), and both MLPs."""
         own = None
         if past is not None:
-            x, own = self.attention(x, past, turn=turns[self._rope], order=order)
+            x, own = self.attention(x, past, rotary=rotary[self._rope], order=order)
         return self.static_mlp(self.fast_mlp(x, fast, group)), own
 
 
@@ -219,10 +219,10 @@ class Transformer(nn.Module):
         x = self.embedding(input_ids).to(self.dtype)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
-        turns, left = self._turns(start, x), iter(pasts)
+        rotary, left = self._rotary(start, x), iter(pasts)
         own: list[MixerPast] = []
         for block in (*self.prefix, *self.suffix[:1]):
-            inputs = x, [next(left) for _ in block.mixers], turns
+            inputs = x, [next(left) for _ in block.mixers], rotary
             x, made = _perhaps_again(block.below, *inputs, again=recompute, keep_attention=keep_attention)
             own += [] if recompute else made
         return x, tuple(own)
@@ -251,18 +251,18 @@ class Transformer(nn.Module):
         Returns:
             [B, T, D], what the head turns into logits, and each attention's own keys and values, for `advance`.
         """
-        x, turns, own = hidden, self._turns(start, hidden), []
+        x, rotary, own = hidden, self._rotary(start, hidden), []
         for index, block in enumerate(self.suffix):
             past = pasts[index - 1] if index else None
             weights = None if fast is None else fast[index]
-            x, made = _perhaps_again(block.above, x, past, weights, turns, order, group, again=recompute)
+            x, made = _perhaps_again(block.above, x, past, weights, rotary, order, group, again=recompute)
             own += [] if made is None or recompute else [made]
         return self.final_norm(x), tuple(own)
 
-    def _turns(self, start: int | Tensor, x: Tensor) -> Turns:
-        return {kind: self._turn(kind, start, x) for kind in self._ropes}
+    def _rotary(self, start: int | Tensor, x: Tensor) -> Rotary:
+        return {kind: self._rotary_of(kind, start, x) for kind in self._ropes}
 
-    def _turn(self, kind: BlockRope, start: int | Tensor, x: Tensor) -> Tensor | None:
+    def _rotary_of(self, kind: BlockRope, start: int | Tensor, x: Tensor) -> Tensor | None:
         config = self.config
         if kind == "none":
             return None

@@ -78,14 +78,14 @@ class Attention(nn.Module):
             heads += f" over {self.num_kv_heads} of keys and values"
         return f"{heads}, {'full' if self.window is None else f'window {self.window:,}'}"
 
-    def forward(self, x: Tensor, past: Past | Ring, *, turn: Tensor | None, order: int) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, past: Past | Ring, *, rotary: Tensor | None, order: int) -> tuple[Tensor, Past]:
         """Adds the sub-layer to x.
 
         Args:
             x: [B, T, D]
             past: what came before; only its newest window − 1 tokens are looked at. A ring also takes up the
                 token, which must be one.
-            turn: the rotary embedding of the tokens' positions, [T, H/2] or [B, 1, T, H/2] (see `longread.ops.rotary`);
+            rotary: the embedding of the tokens' positions, [T, H/2] or [B, 1, T, H/2] (see `longread.ops.rotary`);
                 None: this block has none.
             order: order of derivative that will be taken (see `longread.ops.attention`).
 
@@ -97,7 +97,7 @@ class Attention(nn.Module):
             layer(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        query, key = self.query_norm(query, turn=turn), self.key_norm(key, turn=turn)
+        query, key = self.query_norm(query, rotary=rotary), self.key_norm(key, rotary=rotary)
         if isinstance(past, Ring):
             mixed = ring_attention(
                 query, key, value, past[:2], past.position, window=self.window, soft_cap=self.soft_cap

@@ -38,7 +38,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.norm = RMSNorm(values // N, config.norm_eps)
         self.output = Linear(values, D)
 
-    def forward(self, x: Tensor, past: RecurrentState, *, turn: Tensor, order: int) -> tuple[Tensor, RecurrentState]:
+    def forward(self, x: Tensor, past: RecurrentState, *, rotary: Tensor, order: int) -> tuple[Tensor, RecurrentState]:
         """Adds the sub-layer to x [B, T, D]; also returns the state after it. It needs no positions."""
         sizes = (sum(self.widths), self.widths[2], self.num_heads, self.num_heads)
         mixed, gate, beta, step = self.input(self.pre_norm(x)).split(sizes, dim=-1)

@@ -35,7 +35,7 @@ class Mamba2(RecurrentMixer):
         self.norm = RMSNorm(2 * D, config.norm_eps)
         self.output = Linear(2 * D, D)
 
-    def forward(self, x: Tensor, past: RecurrentState, *, turn: Tensor, order: int) -> tuple[Tensor, RecurrentState]:
+    def forward(self, x: Tensor, past: RecurrentState, *, rotary: Tensor, order: int) -> tuple[Tensor, RecurrentState]:
         """Adds the sub-layer to x [B, T, D]; also returns the state after it. It needs no positions."""
         sizes = (self.widths[0], sum(self.widths), self.num_heads)
         gate, mixed, step = self.input(self.pre_norm(x)).split(sizes, dim=-1)

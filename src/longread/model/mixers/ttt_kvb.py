@@ -43,7 +43,7 @@ class KeyValueBinding(RecurrentMixer):
         self.gate, self.up = (nn.Parameter(torch.empty(N, E, H)) for _ in range(2))
         self.down = nn.Parameter(torch.empty(N, H, E))
 
-    def forward(self, x: Tensor, past: BindingState, *, turn: Tensor, order: int) -> tuple[Tensor, BindingState]:
+    def forward(self, x: Tensor, past: BindingState, *, rotary: Tensor, order: int) -> tuple[Tensor, BindingState]:
         """Adds the sub-layer to x [B, T, D]; also returns the state after it. It needs no positions."""
         normed = self.pre_norm(x)
         key, query = self.key_norm(self._heads(self.key(normed))), None

@@ -22,7 +22,7 @@ def clipped_sgd(
     *,
     lr: float | Tensor,
     clip: float | None,
-    longest: Tensor | None = None,
+    max_step_norm: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """W − lr · min(1, clip / ‖g‖) · g, with one norm per sequence over all its weights.
@@ -31,7 +31,7 @@ def clipped_sgd(
         weights, gradients: as many tensors of the same shapes [B, ...].
         lr: step size; a tensor [] where it must not be fixed in a CUDA graph. It takes no gradient.
         clip: largest norm; None: no clipping.
-        longest: a guard, [] in float32 or wider: a sequence whose step would be longer, or whose gradient is not
+        max_step_norm: a guard, [] in float32 or wider: a sequence whose step would be longer, or whose gradient is not
             finite, keeps its weights (see `refused`). None: every step is taken. Not to be differentiated.
         group: ranks that divide the weights of each sequence; the norm is that over the parts of all.
 
@@ -41,8 +41,8 @@ def clipped_sgd(
     if fusible(*weights, *gradients):
         from longread.ops.clipped_sgd.triton import triton_clipped_sgd
 
-        return triton_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest, group=group)
-    return explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest, group=group)
+        return triton_clipped_sgd(weights, gradients, lr=lr, clip=clip, max_step_norm=max_step_norm, group=group)
+    return explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, max_step_norm=max_step_norm, group=group)
 
 
 def clipped_sgd_(
@@ -52,7 +52,7 @@ def clipped_sgd_(
     *,
     lr: float | Tensor,
     clip: float | None,
-    longest: Tensor | None = None,
+    max_step_norm: Tensor | None = None,
 ) -> Tensor:
     """The same step in place, where nothing will be differentiated.
 
@@ -66,8 +66,8 @@ def clipped_sgd_(
     if fusible(*weights, *gradients, *working):
         from longread.ops.clipped_sgd.triton import triton_clipped_sgd_
 
-        return triton_clipped_sgd_(weights, gradients, working, lr=lr, clip=clip, longest=longest)
-    stepped, norm = explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, longest=longest)
+        return triton_clipped_sgd_(weights, gradients, working, lr=lr, clip=clip, max_step_norm=max_step_norm)
+    stepped, norm = explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, max_step_norm=max_step_norm)
     for weight, copy, new in zip(weights, working, stepped, strict=True):
         weight.copy_(new)
         copy.copy_(new)

@@ -19,10 +19,10 @@ from torch.distributed import ProcessGroup
 from longread.ops.collective import summed
 
 
-def refused(norm: Tensor, *, lr: float | Tensor, clip: float | None, longest: Tensor) -> Tensor:
+def refused(norm: Tensor, *, lr: float | Tensor, clip: float | None, max_step_norm: Tensor) -> Tensor:
     """Which steps the guard of `clipped_sgd` does not take: too long, or not finite. Bool, shaped as `norm`."""
     length = lr * (norm if clip is None else norm.clamp(max=clip))
-    return ~(norm.isfinite() & (length <= longest))
+    return ~(norm.isfinite() & (length <= max_step_norm))
 
 
 def explicit_clipped_sgd(
@@ -31,14 +31,14 @@ def explicit_clipped_sgd(
     *,
     lr: float | Tensor,
     clip: float | None,
-    longest: Tensor | None = None,
+    max_step_norm: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
     wide = [g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)]
     *stepped, norm = _Step.apply(lr, clip, group, *weights, *wide)
-    if longest is not None:
-        kept = refused(norm, lr=lr, clip=clip, longest=longest)
+    if max_step_norm is not None:
+        kept = refused(norm, lr=lr, clip=clip, max_step_norm=max_step_norm)
         if norm.is_cuda or kept.any():  # a GPU is not waited for, and a CPU is spared a pass over the weights
             stepped = [torch.where(_per_sequence(kept, w), w, new) for w, new in zip(weights, stepped, strict=True)]
     return tuple(stepped), norm

@@ -33,11 +33,11 @@ def triton_clipped_sgd(
     *,
     lr: float | Tensor,
     clip: float | None,
-    longest: Tensor | None = None,
+    max_step_norm: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
-    *stepped, norm = _Step.apply(lr, clip, longest, group, *weights, *gradients)
+    *stepped, norm = _Step.apply(lr, clip, max_step_norm, group, *weights, *gradients)
     return tuple(stepped), norm
 
 
@@ -53,13 +53,13 @@ def triton_clipped_sgd_(
     *,
     lr: float | Tensor,
     clip: float | None,
-    longest: Tensor | None = None,
+    max_step_norm: Tensor | None = None,
 ) -> Tensor:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd_`."""
     gradients = [_by_sequence(g) for g in gradients]
-    norm, step = _norm_and_step(gradients, lr, clip, longest)
+    norm, step = _norm_and_step(gradients, lr, clip, max_step_norm)
     for weight, gradient, copy in zip(weights, gradients, working, strict=True):
-        _update(weight, gradient, step, weight, copy, guarded=longest is not None)
+        _update(weight, gradient, step, weight, copy, guarded=max_step_norm is not None)
     return norm
 
 
@@ -67,7 +67,7 @@ def _norm_and_step(
     gradients: Sequence[Tensor],
     lr: float | Tensor,
     clip: float | None,
-    longest: Tensor | None,
+    max_step_norm: Tensor | None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of each sequence, [B]: the norm of its gradient, and what the gradient is multiplied with; 0 if refused."""
@@ -80,7 +80,7 @@ def _norm_and_step(
             norm,
             step,
             lr,
-            longest,
+            max_step_norm,
             squares.shape[1],
             0.0 if clip is None else clip,
             SUM_BLOCK=SUM_BLOCK,
@@ -115,16 +115,16 @@ class _Step(torch.autograd.Function):
         ctx: Any,
         lr: float | Tensor,
         clip: float | None,
-        longest: Tensor | None,
+        max_step_norm: Tensor | None,
         group: ProcessGroup | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         weights, gradients = tensors[:count], [_by_sequence(g) for g in tensors[count:]]
-        norm, step = _norm_and_step(gradients, lr, clip, longest, group)
+        norm, step = _norm_and_step(gradients, lr, clip, max_step_norm, group)
         stepped = [torch.empty(w.shape, device=w.device, dtype=w.dtype) for w in weights]
         for weight, gradient, out in zip(weights, gradients, stepped, strict=True):
-            _update(weight, gradient, step, out, None, guarded=longest is not None)
+            _update(weight, gradient, step, out, None, guarded=max_step_norm is not None)
         ctx.save_for_backward(norm, step, *gradients)
         ctx.clip, ctx.group = clip, group
         ctx.mark_non_differentiable(norm)

@@ -15,7 +15,7 @@ WIDEST = 16_384
 
 
 def rms_norm(
-    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, turn: Tensor | None = None
+    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, rotary: Tensor | None = None
 ) -> Tensor:
     """gain ∘ x / √(mean x² + eps) over the last dimension; then turned, then added to a residual, if these are given.
 
@@ -24,7 +24,7 @@ def rms_norm(
         gain: [D].
         eps: positive.
         residual: of the shape and type of x, added to the result.
-        turn: unit complex numbers [T, D/2] for x [..., T, D], which rotate the normalised vectors (`ops.rotary`).
+        rotary: unit complex numbers [T, D/2] for x [..., T, D], which rotate the normalised vectors (`ops.rotary`).
 
     Returns:
         [..., D] of the type of x.
@@ -32,5 +32,5 @@ def rms_norm(
     if fusible(x, gain) and x.shape[-1] <= WIDEST:
         from longread.ops.rms_norm.triton import triton_rms_norm
 
-        return triton_rms_norm(x, gain, eps, residual=residual, turn=turn)
-    return explicit_rms_norm(x, gain, eps, residual=residual, turn=turn)
+        return triton_rms_norm(x, gain, eps, residual=residual, rotary=rotary)
+    return explicit_rms_norm(x, gain, eps, residual=residual, rotary=rotary)

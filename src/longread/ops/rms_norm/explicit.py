@@ -20,7 +20,7 @@ from longread.ops.rotary import rotate
 
 
 def explicit_rms_norm(
-    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, turn: Tensor | None = None
+    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, rotary: Tensor | None = None
 ) -> Tensor:
     """The contract of `longread.ops.rms_norm.rms_norm`."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -28,8 +28,8 @@ def explicit_rms_norm(
     # autograd's own part of a small norm takes as long as the norm, so reading goes without it
     out = _Norm.apply(wide, gain, eps) if torch.is_grad_enabled() else _scaled(wide, gain, _scale(wide, eps))
     out = out.to(x.dtype)
-    if turn is not None:
-        out = rotate(out, turn)
+    if rotary is not None:
+        out = rotate(out, rotary)
     return out if residual is None else residual + out
 
 

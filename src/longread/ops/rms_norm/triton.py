@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longread.ops.needed import needed_inputs
-from longread.ops.rotary.triton import table_of, turn_pairs
+from longread.ops.rotary.triton import rotate_pairs, table_of
 from longread.ops.tiles import FORWARD_ELEMENTS_PER_WARP, load_wide, partial_sums, row_offsets, rows_of, tile_of
 
 
 def triton_rms_norm(
-    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, turn: Tensor | None = None
+    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, rotary: Tensor | None = None
 ) -> Tensor:
     """The contract of `longread.ops.rms_norm.rms_norm`, for rows of at most `WIDEST` numbers."""
-    return _Norm.apply(x, gain.contiguous(), residual, None if turn is None else table_of(turn, x), eps)
+    return _Norm.apply(x, gain.contiguous(), residual, None if rotary is None else table_of(rotary, x), eps)
 
 
 class _Norm(torch.autograd.Function):
@@ -155,7 +155,7 @@ def _norm_forward(
     y = x * scale[:, None] * gain
     if TURN:
         table = load_wide(table_ptr, row_offsets(rows, middle, inner, table_strides) + columns, inside)
-        y = turn_pairs(y, table, False)
+        y = rotate_pairs(y, table, False)
     if RESIDUAL:
         y += load_wide(residual_ptr, row_offsets(rows, middle, inner, residual_strides) + columns, inside)
     tl.store(y_ptr + row_offsets(rows, middle, inner, y_strides) + columns, y, mask=inside)
@@ -194,7 +194,7 @@ def _norm_backward(
         dy = load_wide(dy_ptr, row_offsets(rows, middle, inner, dy_strides) + columns, inside)
         if TURN:
             table = load_wide(table_ptr, row_offsets(rows, middle, inner, table_strides) + columns, inside)
-            dy = turn_pairs(dy, table, True)
+            dy = rotate_pairs(dy, table, True)
         k = dy * gain
         s = tl.sum(n * k, axis=1)[:, None] / D
         dx = row_offsets(rows, middle, inner, dx_strides) + columns
@@ -246,7 +246,7 @@ def _norm_second(
         u = load_wide(u_ptr, row_offsets(rows, middle, inner, u_strides) + columns, inside)
         if TURN:
             table = load_wide(table_ptr, row_offsets(rows, middle, inner, table_strides) + columns, inside)
-            dy = turn_pairs(dy, table, True)
+            dy = rotate_pairs(dy, table, True)
         k = dy * gain
         s = tl.sum(n * k, axis=1)[:, None] / D
         m = tl.sum(n * u, axis=1)[:, None] / D
@@ -262,7 +262,7 @@ def _norm_second(
         dx_hat = row_offsets(rows, middle, inner, dx_hat_strides) + columns
         tl.store(dx_hat_ptr + dx_hat, -scale * (bend + n * s_dot), mask=inside)
         if TURN:
-            dy_hat_turned = turn_pairs(dy_hat, table, False)
+            dy_hat_turned = rotate_pairs(dy_hat, table, False)
         else:
             dy_hat_turned = dy_hat
         out = row_offsets(rows, middle, inner, dy_hat_strides) + columns

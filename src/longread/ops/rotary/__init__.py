@@ -14,12 +14,12 @@ from longread.ops.rotary.reference import reference_rotate, rotation
 __all__ = ["Scaling", "frequencies", "rotate", "rotation", "yarn_attention_factor"]
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turns each pair (x[2i], x[2i+1]) by its angle.
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotates each pair (x[2i], x[2i+1]) by its angle.
 
     Args:
         x: [..., T, H], any float type; float16 and bfloat16 are turned in float32.
-        turn: unit complex numbers [T, H/2] or [B, 1, T, H/2] from `rotation`; they take no gradient.
+        rotary: unit complex numbers [T, H/2] or [B, 1, T, H/2] from `rotation`; they take no gradient.
 
     Returns:
         [..., T, H] of the type of x.
@@ -27,5 +27,5 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     if fusible(x):
         from longread.ops.rotary.triton import triton_rotate
 
-        return triton_rotate(x, turn)
-    return reference_rotate(x, turn)
+        return triton_rotate(x, rotary)
+    return reference_rotate(x, rotary)

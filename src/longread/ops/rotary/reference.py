@@ -23,8 +23,8 @@ def rotation(start: int | Tensor, length: int, frequencies: Tensor, like: Tensor
     return turned if like.dtype == torch.float64 else turned.to(torch.complex64)
 
 
-def reference_rotate(x: Tensor, turn: Tensor) -> Tensor:
+def reference_rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """The contract of `longread.ops.rotary.rotate`, left to autograd at every order."""
     wide = x if x.dtype == torch.float64 else x.float()
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)

@@ -11,14 +11,14 @@ from torch import Tensor
 from longread.ops.tiles import load_wide, row_offsets, rows_of, tile_of
 
 
-def triton_rotate(x: Tensor, turn: Tensor) -> Tensor:
+def triton_rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """The contract of `longread.ops.rotary.rotate`."""
-    return _Rotation.apply(x, table_of(turn, x), False)
+    return _Rotation.apply(x, table_of(rotary, x), False)
 
 
-def table_of(turn: Tensor, like: Tensor) -> Tensor:
+def table_of(rotary: Tensor, like: Tensor) -> Tensor:
     """The unit complex numbers [T, H/2] as rows cos, sin, cos, sin … in float32, a view of the shape of `like`."""
-    return torch.view_as_real(turn.to(torch.complex64)).flatten(-2).expand(like.shape)
+    return torch.view_as_real(rotary.to(torch.complex64)).flatten(-2).expand(like.shape)
 
 
 class _Rotation(torch.autograd.Function):
@@ -49,8 +49,8 @@ class _Rotation(torch.autograd.Function):
 
 
 @triton.jit
-def turn_pairs(x, table, BACK: tl.constexpr):
-    """Turns the pairs of a tile [R, H] by the angles whose cosine and sine alternate in `table` [R, H]."""
+def rotate_pairs(x, table, BACK: tl.constexpr):
+    """Rotates the pairs of a tile [R, H] by the angles whose cosine and sine alternate in `table` [R, H]."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     cos, sin = tl.split(tl.reshape(table, (x.shape[0], x.shape[1] // 2, 2)))
     if BACK:
@@ -80,4 +80,4 @@ def _rotate(
     x = load_wide(x_ptr, row_offsets(rows, middle, inner, x_strides) + columns, inside)
     table = load_wide(table_ptr, row_offsets(rows, middle, inner, table_strides) + columns, inside)
     out = row_offsets(rows, middle, inner, out_strides) + columns
-    tl.store(out_ptr + out, turn_pairs(x, table, BACK), mask=inside)
+    tl.store(out_ptr + out, rotate_pairs(x, table, BACK), mask=inside)
