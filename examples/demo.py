@@ -22,10 +22,22 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from longread.cli.outputs import write_report, write_text
+from longread.cli.outputs import write_text
 from longread.config import UserError
 from longread.data import TokenDataset, prepare
-from longread.evaluate import Document, Evaluation, Measurement, bin_edges, measure, print_tables, summarize
+from longread.evaluate import (
+    Chart,
+    Document,
+    Evaluation,
+    Figures,
+    Line,
+    Measurement,
+    bin_edges,
+    html_report,
+    measure,
+    print_tables,
+    summarize,
+)
 from longread.evaluate.summary import Result
 from longread.files import remove_tree
 from longread.recipes import Method, toy
@@ -100,14 +112,10 @@ def demo(out: Path, seed: int, steps: int) -> int:
     write_text(
         out / "summary.json", json.dumps(summary(evaluation, reading_on, trained, seed, seconds), indent=2) + "\n"
     )
-    write_report(
-        out / "report.html",
-        evaluation,
-        title="Longread demo",
-        lead=f"Three models of equal size after {steps * 8 * CONTEXT:,} bytes of the Python standard library each, "
-        f"reading {len(passages)} held-out files. Seed {seed}.",
-        training={METHODS[method]: losses(out / method) for method in METHODS},
-    )
+    lead = f"Three models of equal size after {steps * 8 * CONTEXT:,} bytes of the Python standard library each, "
+    lead += f"reading {len(passages)} held-out files. Seed {seed}."
+    page = html_report(evaluation, title="Longread demo", lead=lead, more=Figures([], [training_chart(out)]))
+    write_text(out / "report.html", page)
     console.print(f"\n{out}/report.html and {out}/summary.json, {seconds:.0f} s")
     return 0
 
@@ -139,9 +147,13 @@ def held_out(dataset: TokenDataset) -> tuple[list[Document], list[Document]]:
     return passages, long_texts
 
 
-def losses(run: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
+def training_chart(out: Path) -> Chart:
+    """The loss of every step of every run."""
+    lines = []
+    for color, (method, name) in enumerate(METHODS.items()):
+        rows = map(json.loads, (out / method / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        lines.append(Line(name, [(float(row["step"]), row["loss"]) for row in rows], color=color))
+    return Chart("training", "Loss in training", "step", "nats per token", lines, log_x=False)
 
 
 def summary(
