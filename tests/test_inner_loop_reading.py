@@ -150,7 +150,13 @@ class OfWholeMiniBatches:
             hidden, own = model.lower(new[:, i : i + M], state.lower_pasts, start=state.position)
             carry = Carry(state.fast, state.upper_pasts)
             targets, start = (new[:, i + 1 : i + M + 1], mask[:, i : i + M]), state.position
-            settings = {"lr": inner.lr, "clip": inner.clip, "longest": longest, "optimizer": optimizer, "order": 0}
+            settings = {
+                "lr": inner.lr,
+                "clip": inner.clip,
+                "max_step_norm": longest,
+                "optimizer": optimizer,
+                "order": 0,
+            }
             step = inner_step(model, carry, hidden, *targets, start=start, **settings)
             state = ReadingState(
                 position=start + M,

@@ -21,5 +21,5 @@ PACKAGES = {
 
 
 def install_command(extra: str) -> str:
-    """What installs the packages of an extra, wherever Longread itself was installed from."""
+    """The command that installs the packages of an extra, wherever Longread itself was installed from."""
     return f"pip install {PACKAGES[extra]}"

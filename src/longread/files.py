@@ -347,7 +347,7 @@ def write_json_atomically(path: str | Path, values: Mapping[str, Any], *, kind: 
 
 
 def read_json(path: str | Path, *, kind: str) -> dict[str, Any]:
-    """What `write_json_atomically` wrote. Raises `UserError` with the reason when it is missing, damaged or foreign."""
+    """The values that `write_json_atomically` wrote. Raises `UserError` for a missing, damaged or foreign file."""
     path = Path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ class OpenModel(NamedTuple):
     tokenizer: Tokenizer
     fingerprint: str
     provenance: dict[str, Any]
-    """What its config.json says of where it comes from."""
+    """The provenance that its config.json states."""
     learns: bool = True
     """Whether its sessions learn where nothing else is said. A model that was only converted does not."""
 

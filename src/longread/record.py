@@ -1,4 +1,4 @@
-"""What a run leaves behind: its config, code, hardware and metrics; never the environment, where secrets live.
+"""The record of a run: its config, code, hardware and metrics; never the environment, where secrets live.
 
 `describe_run` is what goes into run.json, `MetricsLog` is metrics.jsonl, and a `Tracker` sends the same numbers to
 TensorBoard, Weights & Biases or Trackio.
@@ -52,7 +52,7 @@ def describe_run(config: RunConfig, command: Sequence[str]) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """What the code runs on."""
+    """The hardware that the code runs on."""
     return {
         "machine": platform.machine(),
         "processor": _processor(),

@@ -1,4 +1,4 @@
-"""What is measured: cases, and which of them make sense."""
+"""The cases that are measured, and which of them make sense."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEASURES = {
 }
 """Work, and what its rows call it."""
 PARALLEL = "parallel_train_tokens_per_s"
-"""What rows call training on several GPUs, all of them together."""
+"""The name in rows of training on several GPUs, all of them together."""
 UNITS = {
     "train_tokens_per_s": "tokens/s",
     PARALLEL: "tokens/s",

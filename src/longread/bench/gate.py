@@ -32,7 +32,7 @@ class GateFailed(RuntimeError):
 
 
 class GateResult(NamedTuple):
-    """What a gate found."""
+    """The result of a gate."""
 
     name: str
     passed: bool

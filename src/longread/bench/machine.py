@@ -25,7 +25,7 @@ _STATUS, _FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device gives at best, measured in the same run as everything that is compared with it."""
+    """The best of a device, measured in the same run as everything that is compared with it."""
 
     name: str
     matmul: str

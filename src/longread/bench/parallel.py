@@ -40,7 +40,7 @@ def measure_parallel(case: Case, device: torch.device, *, repeats: int) -> tuple
 
 
 def on_ranks(case: Case, device_name: str, repeats: int, threads: int) -> RankMeasurement:
-    """What rank 0 of as many processes as `case.gpus` finds; `torchrun` does the same on the command line."""
+    """The measurement of rank 0 of as many processes as `case.gpus`; `torchrun` does the same on the command line."""
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # else captured graphs and expandable segments do not go together
     launch = LaunchConfig(
         min_nodes=1,

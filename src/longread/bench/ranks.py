@@ -1,4 +1,4 @@
-"""What one of several processes measures: the sum of gradients, its steps with the others, and the same load alone.
+"""The measurement of one of several processes: the sum of gradients, its steps with others, and the same load alone.
 
 All ranks run `measure_rank` together, one for each GPU.
 """
@@ -46,7 +46,7 @@ class Steps(NamedTuple):
 
 
 class RankMeasurement(NamedTuple):
-    """What the ranks have found; one of them says it for all."""
+    """The measurement of all ranks; one of them says it for all."""
 
     verdict: GateResult
     together: Steps | None = None

@@ -1,4 +1,4 @@
-"""What was measured, as a page of Markdown: the figures, and how far each is from what the machine gives at best."""
+"""The page of the measurements, in Markdown: the figures, and how far each is from what the machine gives at best."""
 
 from __future__ import annotations
 

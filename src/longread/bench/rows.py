@@ -77,7 +77,7 @@ def _identity(row: Row) -> tuple[Any, ...]:
 
 
 def read_rows(path: str | Path, *, missing_ok: bool = False) -> list[Row]:
-    """What `write_rows` wrote. Raises `UserError` if that is not what the file holds."""
+    """Rows as `write_rows` wrote them. Raises `UserError` if that is not what the file holds."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -77,7 +77,7 @@ class TrainingStep:
 
 
 def schedules(config: RunConfig, device: torch.device) -> list[Schedule]:
-    """What may be computed again, in the order in which it is tried: all that fit by an estimate, or nearly."""
+    """Schedules of recomputation, in the order in which it is tried: all that fit by an estimate, or nearly."""
     need = graph_bytes(
         config.model,
         config.loss,

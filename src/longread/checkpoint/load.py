@@ -26,7 +26,7 @@ class LoadedModel(NamedTuple):
     fingerprint: str
     """SHA-256 of the stored model, whatever dtype it was loaded in."""
     metadata: dict[str, Any]
-    """What config.json says: the tokenizer's fingerprint and where the model comes from."""
+    """The entries of config.json: the tokenizer's fingerprint and where the model comes from."""
 
     @property
     def learns(self) -> bool:
@@ -35,7 +35,7 @@ class LoadedModel(NamedTuple):
 
 
 class ModelDescription(NamedTuple):
-    """What the files of a model say of it, but for its weights."""
+    """A model as its files describe it, but for its weights."""
 
     path: Path
     config: ModelConfig

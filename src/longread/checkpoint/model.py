@@ -64,7 +64,7 @@ def described(
     *,
     learns: bool,
 ) -> dict[str, Any]:
-    """What config.json says of a model."""
+    """A model's config.json."""
     values = {
         "fingerprint": fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint,
@@ -91,7 +91,7 @@ def read_model(directory: Path) -> tuple[Transformer, InnerConfig, dict[str, Any
 
 
 def configs_of(values: Mapping[str, Any], directory: Path) -> tuple[ModelConfig, InnerConfig]:
-    """What the config.json of a model directory says. Raises `UserError` if that is no model."""
+    """The config.json of a model directory. Raises `UserError` if that is no model."""
     try:
         return ModelConfig.from_dict(values["model"]), InnerConfig.from_dict(values["inner"])
     except (KeyError, UserError) as error:

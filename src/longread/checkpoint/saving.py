@@ -144,7 +144,7 @@ class CheckpointWriter:
         return self.newest
 
     def _finished(self) -> BaseException | None:
-        """What has made the save under way fail; None if it is finished, or if there is none."""
+        """The error of the save under way; None if it is finished, or if there is none."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -103,7 +103,7 @@ def _write(
 
 
 def _facts(fingerprint: str) -> dict[str, Any]:
-    """What `longread.files.write_tensors` says of a file, but for its checksum."""
+    """The header that `longread.files.write_tensors` gives a file, but for its checksum."""
     return {"format_version": FORMAT_VERSION, "kind": KIND, "metadata": {"fingerprint": fingerprint}}
 
 

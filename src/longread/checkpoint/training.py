@@ -54,7 +54,7 @@ _KIND = "training checkpoint"
 
 
 class Checkpoint(NamedTuple):
-    """What `read_checkpoint` found; the tensors lie on the CPU, rows of moments where their mesh is."""
+    """A checkpoint as `read_checkpoint` gives it; the tensors lie on the CPU, rows of moments where their mesh is."""
 
     path: Path
     step: int

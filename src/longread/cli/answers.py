@@ -21,7 +21,7 @@ FORMAT = "longread-generation/1"
 
 
 class Answers:
-    """What a session writes after each prompt, as the options of the command say.
+    """The answers of a session to each prompt, as the options of the command say.
 
     Args:
         pair: the session and one that guesses, where there is one.

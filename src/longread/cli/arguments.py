@@ -117,7 +117,7 @@ def add_text_format(parser: argparse.ArgumentParser, *, markup: bool = True) -> 
 
 
 def format_of(options: argparse.Namespace) -> TextFormat:
-    """What `add_text_format` was told. Raises `UserError` for an encoding that does not exist."""
+    """The format that the options of `add_text_format` name. Raises `UserError` for an encoding that does not exist."""
     from longread.data import TextFormat
 
     markup = getattr(options, "markup", True)

@@ -16,7 +16,7 @@ from longread.tokenizer import Tokenizer
 
 
 def read_documents(paths: Sequence[str], opened: OpenModel, **choice: Any) -> list[Document]:
-    """What `read_for_all` gives one model; `choice` as there."""
+    """The documents that `read_for_all` gives one model; `choice` as there."""
     return read_for_all(paths, {opened.name: opened.tokenizer}, **choice)[opened.tokenizer.fingerprint]
 
 

@@ -97,7 +97,7 @@ def _rows(options: argparse.Namespace) -> tuple[list[EstimateRow], dict[str, obj
 
 
 def _sessions(config: ModelConfig, precision: str, context: int, memory: float | None) -> list[EstimateRow]:
-    """What a session takes at rest and while it writes and, of a device's memory, how many of them fit."""
+    """The memory of a session at rest and while it writes and, of a device's memory, how many of them fit."""
     from longread.engine import capacity, session_sizes
     from longread.engine.capacity import MOST_TOGETHER
     from longread.engine.tiers import SHARE
@@ -147,7 +147,7 @@ def _dense_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
 
 
 def _training(config: ModelConfig, precision: str, context: int, options: argparse.Namespace) -> list[EstimateRow]:
-    """What a training step takes with each schedule of recomputation, and which of them is the first to fit."""
+    """The memory of a training step with each schedule of recomputation, and which of them is the first to fit."""
     from longread.config import UserError
     from longread.outer_loop import UPDATE_BYTES, activation_budget, graph_bytes, num_trained
 
@@ -205,7 +205,7 @@ def _config(name: str) -> ModelConfig:
 
 
 def _precision(asked: str) -> str:
-    """What models compute in on this machine, where nothing else is asked for."""
+    """The precision of models on this machine, where nothing else is asked for."""
     from longread.model import find_device
 
     if asked != "auto":

@@ -13,7 +13,7 @@ from longread.model import undrawn
 
 
 def table_names(paths: Sequence[str]) -> list[str]:
-    """What models are called in tables: their directories' names, with a number where several are named alike."""
+    """The names of models in tables: their directories' names, with a number where several are named alike."""
     names = [Path(path).name or path for path in paths]
     return [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from longread.planning import Plan
 
 AS_MANY_AS_FIT = 0
-"""What --train holds where no number is given."""
+"""The value of --train where no number is given."""
 _OF_A_PLAN = ("nodes", "gpu", "batch_size", "update", "state_parallel", "recompute", "price")
 _HIGHEST_PRICE = 1e6
 
@@ -195,7 +195,7 @@ def _of_time(plan: Plan, price: float | None) -> list[EstimateRow]:
 
 
 def _remarks(plan: Plan) -> list[EstimateRow]:
-    """What the figures rest on, and how far they can be trusted."""
+    """The basis of the figures, and how far they can be trusted."""
     from longread.planning.measured import MEASURED_ON
 
     basis, gpu = plan.basis, plan.gpu

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen, typed, validated; no torch in here.
+"""The parts of a run: frozen, typed, validated; no torch in here.
 
 Every class checks its own fields when it is made, so a config that exists is a config that can run. Wrong
 values raise `UserError` with the value, the limit and the remedy.

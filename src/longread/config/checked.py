@@ -43,8 +43,8 @@ class Checked:
             raise UserError(f"{cls.__name__}: {error}") from None
 
     def as_dict(self) -> dict[str, Any]:
-        """What `from_dict` takes. A field that is `later` than the format is left out while it has its default, so that
-        files, and what is made of them, stay what they were."""
+        """The fields as `from_dict` takes them. One that is `later` than the format is left out at its default, so
+        that files, and what is made of them, stay what they were."""
         values = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)  # type: ignore[arg-type]

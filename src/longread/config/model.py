@@ -23,7 +23,7 @@ _LATER = {"later": True}  # left out of files where it has its default (`Checked
 
 
 class MixerPlan(NamedTuple):
-    """What a config has to know about a mixer that was registered."""
+    """The facts that a config needs about a mixer that was registered."""
 
     num_parameters: Callable[[ModelConfig], int]
     """Of one sub-layer, without the norms before and after it."""
@@ -48,7 +48,7 @@ class BindingConfig(Checked):
     clip: float | None = 1.0
     """Largest norm of the gradient of one layer and sequence; None: no clipping."""
     output: BindingOutput = "query"
-    """What the layer gives: its MLP's answer to a query (Eq. 8), or its prediction from the key (Eq. 9, simplified)."""
+    """The layer's output: its MLP's answer to a query (Eq. 8), or its prediction from the key (Eq. 9, simplified)."""
 
     def _check(self) -> None:
         self._at_least(0, "lr")
@@ -99,7 +99,7 @@ class ModelConfig(Checked):
     """H; None: D / N."""
     qkv_bias: bool = field(default=False, metadata=_LATER)
     gate: Gate = field(default="silu", metadata=_LATER)
-    """What the gate of every MLP goes through."""
+    """The activation of the gate of every MLP."""
     fast_hidden: int | None = field(default=None, metadata=_LATER)
     """F of fast MLPs; None: that of the static ones."""
     fast_pre_norm: bool | None = field(default=None, metadata=_LATER)

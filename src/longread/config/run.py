@@ -118,7 +118,7 @@ class RunConfig(Checked):
     steps: int
     seed: int = 0
     recompute: Recompute = "auto"
-    """What is computed again in the backward pass for want of memory (`longread.outer_loop`)."""
+    """The schedule of recomputation in the backward pass, for want of memory (`longread.outer_loop`)."""
     precision: Precision = "auto"
     evaluate_every: int | None = None
     checkpoint_every: int | None = None

@@ -12,7 +12,7 @@ SHOWN_BYTES = 64
 
 
 class FileKind(NamedTuple):
-    """What a file is, and how a text is made of it."""
+    """A kind of file, and how a text is made of it."""
 
     name: str
     remedy: str
@@ -49,7 +49,7 @@ _ADDRESS = re.compile(r"(https?|ftp)://", re.IGNORECASE)
 
 
 def kind_of(start: bytes, markup: bool) -> FileKind | None:
-    """What a file is that begins with `start`; None if it may be a text. `markup`: HTML and RTF are texts too."""
+    """The kind of a file that begins with `start`; None if it may be a text. `markup`: HTML and RTF are texts too."""
     for magic, kind in _KINDS.items():
         if start.startswith(magic):
             name = next((name for sign, name in _IN_ZIP if kind.name.startswith("a ZIP") and sign in start), kind.name)

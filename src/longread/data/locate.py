@@ -120,7 +120,7 @@ def _excluded(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _zarr_node(path: str) -> Literal["array", "group"] | None:
-    """What a directory is in Zarr's formats 2 and 3."""
+    """The kind of a directory in Zarr's formats 2 and 3."""
     folder = Path(path)
     if (folder / ".zarray").is_file():
         return "array"

@@ -36,7 +36,7 @@ class CutText(Protocol):
 
 
 class TextEncoder(Protocol):
-    """What is asked of a tokenizer here; `longread.tokenizer.Tokenizer` is one."""
+    """The part of a tokenizer that is needed here; `longread.tokenizer.Tokenizer` is one."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -55,7 +55,7 @@ class TextEncoder(Protocol):
 
 
 class PrepareProgress(NamedTuple):
-    """What has been written so far, and the source being read."""
+    """How much has been written so far, and the source being read."""
 
     documents: int
     tokens: int

@@ -201,7 +201,7 @@ class TokenDataset:
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """What `load_tokenizer` takes; None when the data were token arrays without a tokenizer."""
+        """The argument of `load_tokenizer`; None when the data were token arrays without a tokenizer."""
         path = self.directory / "tokenizer.json"
         return path if path.exists() else None
 

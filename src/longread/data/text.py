@@ -46,7 +46,7 @@ class TextFormat:
     encoding: str | None = None
     """Any that Python knows; None takes the one that a byte order mark names, else UTF-8."""
     errors: Errors = "strict"
-    """What bytes that are no text do: "strict" refuses them, "replace" makes U+FFFD of them."""
+    """The treatment of bytes that are no text: "strict" refuses them, "replace" makes U+FFFD of them."""
     keep_line_ends: bool = False
     """False makes one line feed of a carriage return, with or without a line feed behind it."""
     markup: bool = False
@@ -64,7 +64,7 @@ class TextFormat:
                 raise UserError(f"there is no encoding {self.encoding!r}; give utf-8, latin-1 or another")
 
     def as_json(self) -> dict[str, str]:
-        """What a data set records of it."""
+        """The record of it in a data set."""
         ends = "kept" if self.keep_line_ends else "lf"
         return {"encoding": self.encoding or "utf-8", "errors": self.errors, "line_ends": ends}
 

@@ -23,7 +23,7 @@ LOOK_EVERY = 16
 
 
 class BatchContinuation(NamedTuple):
-    """What B sequences were continued with."""
+    """The continuations of B sequences."""
 
     tokens: Tensor
     """int64 [B, m]"""

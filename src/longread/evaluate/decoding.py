@@ -64,7 +64,7 @@ class BinScore:
 
 @dataclass(frozen=True, slots=True)
 class JudgeVerdict:
-    """What a judge says of one writing."""
+    """The judgement of one writing."""
 
     writer: str
     reading: str
@@ -239,7 +239,7 @@ def decoding_figures(quality: DecodingQuality) -> Figures:
 
 
 def decoding_notes(writings: Sequence[WrittenTexts], tokenizer: Tokenizer, judge: Judge) -> list[str]:
-    """What a reader of the figures has to know: another tokenizer, text that is none, readings that broke down."""
+    """Notes for a reader of the figures: another tokenizer, text that is none, readings that broke down."""
     notes = []
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
         notes.append(

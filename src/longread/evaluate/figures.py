@@ -50,7 +50,7 @@ class Line:
     faint: bool = False
     """One of several behind another, without a name."""
     notes: Sequence[str] | None = None
-    """What stands above each bar."""
+    """The labels above the bars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one command shows of its results."""
+    """The results of one command as it shows them."""
 
     grids: Sequence[Grid]
     charts: Sequence[Chart] = ()

@@ -56,7 +56,7 @@ class LengthScore:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one model achieved in one way of reading: learning, frozen, or static (it has no fast weights)."""
+    """The result of one model in one way of reading: learning, frozen, or static (it has no fast weights)."""
 
     model: str
     reading: str
@@ -66,7 +66,7 @@ class Result:
     seconds: float
     loss: Score
     gain_over_frozen: Estimate | None
-    """What learning saves against the same weights read frozen, paired by document, in the evaluation's unit."""
+    """The gain of learning over the same weights read frozen, paired by document, in the evaluation's unit."""
     by_position: list[PositionScore]
     curve: list[PositionScore]
     """The same in finer, log-spaced bins, for plots."""
@@ -99,12 +99,12 @@ class Evaluation:
 
     @property
     def unit(self) -> str:
-        """What losses are compared in."""
+        """The unit in which losses are compared."""
         return "bits per byte" if self.by_byte else "nats per token"
 
     @property
     def positions(self) -> str:
-        """What positions and context lengths count."""
+        """The unit of positions and context lengths."""
         return "bytes" if self.by_byte else "tokens"
 
     @property

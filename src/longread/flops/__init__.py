@@ -1,4 +1,4 @@
-"""What a measure cannot do without: floating-point operations and bytes, counted from a config alone.
+"""The least that a measurement takes: floating-point operations and bytes, counted from a config alone.
 
 network.py    one forward of a token, part by part; reading; the bytes of writing
 training.py   one step of training by its parts: inner steps, the outer step, what is computed again

@@ -46,7 +46,7 @@ class TrainingFlops(NamedTuple):
 
     @property
     def model(self) -> float:
-        """What the method takes, computed once."""
+        """The operations of the method, computed once."""
         return self.inner + self.outer
 
     @property

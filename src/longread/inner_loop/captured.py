@@ -39,7 +39,7 @@ TOLERANCE = 0.05
 
 
 class _Found(NamedTuple):
-    """What a graph leaves in its places: nll [B, tokens], norms and, where the optimizer says it, refusals
+    """The outputs of a graph, in its places: nll [B, tokens], norms and, where the optimizer says it, refusals
     [B, mini-batches], the last output [B, D]."""
 
     nll: Tensor
@@ -171,7 +171,7 @@ class CapturedReader:
         )
 
     def _kept(self) -> Callable[[], None]:
-        """What undoes the mini-batches of a graph; the strips get the same again."""
+        """The undoing of the mini-batches of a graph; the strips get the same again."""
         return put_back_later(*self._fast, *self._working, self._position)
 
     def _compute(self, place: _Place) -> _Found:
@@ -225,7 +225,7 @@ class CapturedReader:
         )
 
     def _before(self, place: _Place, tokens: int) -> list[Past]:
-        """What the token that comes so many after the first of a graph can see."""
+        """The keys that the token can see that comes so many after the first of a graph can see."""
         return self._seen(place.first + tokens, min(self.K, place.past + tokens))
 
     def _seen(self, first: int, past: int) -> list[Past]:

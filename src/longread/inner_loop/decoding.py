@@ -29,7 +29,7 @@ from longread.model import Transformer
 
 @dataclass(eq=False)
 class Text:
-    """What a decoder goes on from: the sequences of one state."""
+    """The sequences of one state, as a decoder goes on with them."""
 
     lanes: slice
     position: int
@@ -153,7 +153,7 @@ class Decoder:
 
     @torch.no_grad()
     def states(self) -> list[ReadingState]:
-        """What `longread.inner_loop.read` goes on with, of each text; values, copied out of the places."""
+        """The state of each text, as `longread.inner_loop.read` goes on with it; values, copied out of the places."""
         if all(text.state is not None for text in self.texts):
             return [_of(text) for text in self.texts]
         with self._looking() as places:
@@ -227,7 +227,7 @@ def _of(text: Text) -> ReadingState:
 
 
 def _without_waiting(state: ReadingState) -> ReadingState:
-    """What waits is never learned from by who reads frozen."""
+    """The state without its unfinished mini-batch: who reads frozen never learns from it."""
     return dataclasses.replace(
         state, hidden=state.hidden[:, :0], targets=state.targets[:, :0], targets_mask=state.targets_mask[:, :0]
     )

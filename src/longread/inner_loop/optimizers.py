@@ -29,7 +29,7 @@ class Rule(Protocol):
 
 
 class Update(NamedTuple):
-    """What a step gave."""
+    """The result of a step."""
 
     weights: tuple[Tensor, ...]
     grad_norm: Tensor

@@ -30,7 +30,7 @@ TOLERANCE = 0.05
 
 @dataclass
 class _Occupant:
-    """What is known of the sequences in some lanes without asking the device."""
+    """Facts about the sequences in some lanes without asking the device."""
 
     position: int
     waiting: int
@@ -224,7 +224,7 @@ class Places:
         return [(config.window_of(i), 0 if i < split else self._extra) for i in range(config.num_blocks)]
 
     def _kept(self) -> Callable[[], None]:
-        """What undoes a pass; its token gets the same places again."""
+        """The undoing of a pass; its token gets the same places again."""
         return put_back_later(self._position, self._slot)
 
     def _pass(self, count: int) -> Tensor:

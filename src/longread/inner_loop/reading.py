@@ -34,7 +34,7 @@ LOGITS_AT_A_TIME = 256
 
 
 class Reading(NamedTuple):
-    """What reading some tokens gave."""
+    """The result of reading some tokens."""
 
     state: ReadingState
     nll: Tensor
@@ -46,7 +46,7 @@ class Reading(NamedTuple):
     top: tuple[Tensor, Tensor] | None = None
     """log p and ids of the likeliest tokens in the place of each token, [B, n, top]; NaN for the first of all."""
     outputs: Tensor | None = None
-    """What `Transformer.logits` turns into the logits of the token after each token, [B, n, D], where asked for."""
+    """The input of `Transformer.logits` for the logits of the token after each token, [B, n, D], where asked for."""
 
 
 def begin(model: Transformer, batch_size: int = 1) -> ReadingState:

@@ -1,4 +1,4 @@
-"""What is done when learning has broken a reader although no single step was refused.
+"""The rescue of a reader that learning has broken although no single step was refused.
 
 A guard (`read(..., guard=True)`) refuses steps that are no numbers or far too long. Many short steps can still lead
 where the reader predicts worse than one that knows nothing. Whether learning or the text is to blame shows by reading

@@ -1,4 +1,4 @@
-"""What is left of a text after it has been read."""
+"""The state of reading: all that is left of a text after it has been read."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness calls; the one file that imports it."""
+"""The model as lm-evaluation-harness calls it; the one file that imports it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LOGGER = logging.getLogger(__name__)
 NAME = "longread"
 """Of the model, in the harness."""
 HARNESS_DEVICE = "cuda:0"
-"""What its command line asks for where nobody has named a device."""
+"""The device that its command line asks for where nobody has named a device."""
 AUTO_BATCH_SIZE = 8
 MAX_GEN_TOKS = 256
 """Tokens of an answer whose task does not say how many."""
@@ -108,7 +108,7 @@ def harness_class() -> type:
 
         @property
         def prefix_token_id(self) -> int | None:
-            """What stands before a text that has no context."""
+            """The token before a text that has no context."""
             return next(iter(self._prompts.before_all), None)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -147,7 +147,7 @@ def harness_class() -> type:
             return -losses.double().sum().item() + 0.0  # no -0.0
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            """What is written after each prompt, up to where its task says."""
+            """The answers to all prompts, each up to where its task says."""
             asked = []
             for context, settings in (request.args for request in requests):
                 prompt = tuple(self._prompts.prompt(context))
@@ -177,7 +177,7 @@ def harness_class() -> type:
 
         @property
         def tokenizer_name(self) -> str:
-            """What tells requests of one model and template from others, where the harness keeps them."""
+            """The mark that tells requests of one model and template from others, where the harness keeps them."""
             self._prompts.chat = True
             return f"{NAME}-{self._opened.name}-{self._opened.tokenizer.fingerprint[:16]}"
 

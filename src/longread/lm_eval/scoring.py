@@ -36,7 +36,7 @@ class BatchReader:
     learn: bool
 
     def after(self, prompts: Sequence[Ids]) -> list[ReadingState]:
-        """What is left of each prompt after it has been read; all have the same length."""
+        """The state after each prompt; all have the same length."""
         tokens = torch.tensor(prompts, dtype=torch.long, device=self.model.device).reshape(len(prompts), -1)
         states = apart(begin(self.model, len(prompts)))
         for part in tokens.split(PIECE, dim=1) if tokens.shape[1] else ():

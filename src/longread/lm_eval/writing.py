@@ -1,4 +1,4 @@
-"""What a model writes after a prompt: how the next token is chosen, and where the answer ends."""
+"""Answers of a model to prompts: how the next token is chosen, and where the answer ends."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What programs can still take: of a GPU, or of the machine, or of the container if that leaves less."""
+    """The memory that programs can still take: of a GPU, or of the machine, or of the container if that leaves less."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

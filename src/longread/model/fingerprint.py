@@ -1,4 +1,4 @@
-"""What a session is bound to: the exact network and every byte of its parameters."""
+"""The fingerprint that a session is bound to: the exact network and every byte of its parameters."""
 
 from __future__ import annotations
 

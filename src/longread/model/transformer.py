@@ -29,7 +29,7 @@ from longread.ops.linear import SharedWeight
 from longread.ops.rotary import Scaling, frequencies, rotation
 
 FastWeights = tuple[SwiGLU, ...]
-"""What one batch of sequences has learned: the matrices of each suffix block, lowest first."""
+"""The fast weights of one batch of sequences: the matrices of each suffix block, lowest first."""
 
 MixerPast = Any
 """Of one mixer: attention's `Past`, or the state of a recurrent one, another NamedTuple of tensors [B, ...]."""
@@ -290,7 +290,7 @@ class Transformer(nn.Module):
     def advance(
         self, pasts: Sequence[MixerPast], own: Sequence[MixerPast], first: int, extra: int = 0
     ) -> tuple[MixerPast, ...]:
-        """What later tokens can see of the pasts and of the tokens after them.
+        """The pasts of later tokens, made of the pasts and of the tokens after them.
 
         Of windowed attention these are K tokens (and `extra`), of full attention all; of a recurrence, its state.
 
@@ -316,7 +316,7 @@ def _perhaps_again(function: Callable[..., Any], *args: Any, again: bool, keep_a
 
 
 def _keeping() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What is entered for the first run, and for the second."""
+    """The contexts that are entered for the first run, and for the second."""
     first, second = create_selective_checkpoint_contexts(_policy)
     return first, _Recomputing(second)
 

@@ -1,4 +1,4 @@
-"""What chunked recurrences share: cutting a sequence into chunks, and the decay between the tokens of one."""
+"""The common parts of chunked recurrences: cutting a sequence into chunks, and the decay between the tokens of one."""
 
 import math
 

@@ -35,7 +35,7 @@ class OuterLoss(NamedTuple):
     inner_grad_norm: Tensor
     """Norm of each inner gradient before clipping, [B, T / M − 1]; [B, 0] for the static loss."""
     output: Tensor | None = None
-    """What `Transformer.logits` turns into logits, [B, T, D], where asked for; differentiable as the loss is, unless
+    """The input of `Transformer.logits`, [B, T, D], where asked for; differentiable as the loss is, unless
     inner steps run again for the gradient (schedules "sqrt", "step" and "all"): then it is a constant."""
 
 

@@ -126,7 +126,7 @@ class World:
 
     @contextlib.contextmanager
     def together(self, at: str) -> Iterator[None]:
-        """What the block raises on any rank is raised on all: there itself, elsewhere as `RankFailed`."""
+        """Whatever the block raises on any rank is raised on all: there itself, elsewhere as `RankFailed`."""
         error: Exception | None = None
         try:
             yield

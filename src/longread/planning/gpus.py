@@ -1,4 +1,4 @@
-"""What a GPU gives by its vendor: memory, bfloat16 products, and links to other GPUs."""
+"""A GPU by its vendor's data sheet: memory, bfloat16 products, and links to other GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training steps on one GPU took, and the share of its peak that follows for a step that was not measured."""
+"""Measured times of training steps on one GPU, and the share of its peak that follows for one that was not measured."""
 
 from __future__ import annotations
 

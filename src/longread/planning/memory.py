@@ -46,7 +46,7 @@ class Groups(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What one GPU computes at a time, and the memory that it takes."""
+    """The load of one GPU at a time, and the memory that it takes."""
 
     micro_batch_size: int
     recompute: Schedule

@@ -33,7 +33,7 @@ class Plain(NamedTuple):
     and head and embedding are one."""
     final_factor: float = 1.0
     note: str = ""
-    """What it does otherwise."""
+    """How it differs otherwise."""
 
 
 def plain_of(config: ModelConfig, provenance: Mapping[str, Any]) -> Plain:

@@ -1,4 +1,4 @@
-"""What is said of a converted model: in its config.json for programs, in its README.md for people."""
+"""The description of a converted model: in its config.json for programs, in its README.md for people."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ token worse, before any training; 0.1 made two texts of 3K and 4K tokens 0.05 be
 
 
 class Dials(NamedTuple):
-    """What a user chooses of a conversion."""
+    """The choices of a user in a conversion."""
 
     window: int | None = None
     """None: 1024 tokens, or the source's context if that is shorter."""
@@ -49,7 +49,7 @@ class Dials(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What has become of a source."""
+    """The result of a conversion."""
 
     config: ModelConfig
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""What the config.json of a Transformers model says, as a network of ours.
+"""The config.json of a Transformers model as a network of ours.
 
 Defaults are those that Transformers fills in where a file is silent.
 """

@@ -1,4 +1,4 @@
-"""What a SOURCE names: a Transformers directory, a GGUF file, or a model in the cache of the Hugging Face Hub."""
+"""The model that a SOURCE names: a Transformers directory, a GGUF file, or a model in the Hugging Face Hub's cache."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 def _licence(directory: Path) -> str | None:
-    """What the head of the model's card says."""
+    """The metadata at the head of the model's card."""
     try:
         text = (directory / "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:

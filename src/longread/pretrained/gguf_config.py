@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say, as the config.json that the same model has for Transformers."""
+"""The metadata of a GGUF file as the config.json that the same model has for Transformers."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class GGUFSource(TensorSource):
         self._dequantize: Any = dequantize
         self._found: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
         self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        """What the file says of the model and of its tokenizer."""
+        """The metadata of the model and of its tokenizer."""
         count = self.metadata.get("split.count", 1)
         if count > 1:
             raise UserError(f"{path} is one of {count} parts; join them first with `llama-gguf-split --merge`")

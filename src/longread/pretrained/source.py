@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Stored(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """A tensor before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -22,7 +22,7 @@ PLAIN_CLASS = "PreTrainedTokenizerFast"
 _ADDING = ("Llama", "CodeLlama", "Gemma")
 """Classes of Transformers that add what `add_bos_token` says; others do what is in tokenizer.json."""
 COPIED = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-"""What lies beside it and says more: which tokens are special, how chats are written, where answers end."""
+"""Files beside it that say more: which tokens are special, how chats are written, where answers end."""
 
 
 def copy_with_beginning(source: Path, directory: Path) -> Tokenizer:

@@ -133,7 +133,7 @@ class ReaderWeights(Mapping[str, Tensor]):
         return tensor if factor == 1 else _wide(tensor) * factor
 
     def _factor(self, name: str) -> float:
-        """What a parameter of queries or keys is multiplied by: the norm's gain if there is a norm, else the matrix."""
+        """The factor of a parameter of queries or keys: the norm's gain if there is a norm, else the matrix."""
         block = int(name.split(".")[1])
         if self._config.qk_norm != name.endswith("_norm.weight"):
             return 1.0

@@ -75,7 +75,7 @@ class _Growing:
         self._make_room(0)
 
     def view(self) -> Past:
-        """What the next token can see."""
+        """The tokens that the next one can see."""
         first = 0 if self.window is None else max(0, self.length - self.window)
         return Past(*(x[:, :, first : self.length] for x in self._held))
 

@@ -26,7 +26,7 @@ TEACHING_SCALE = 3.0
 
 
 class EncodedBoards(NamedTuple):
-    """What S agents make of B boards before any trial."""
+    """B boards as S agents see them before any trial."""
 
     slow: Tensor
     """Logits, [S, B, D, A]."""

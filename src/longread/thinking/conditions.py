@@ -124,7 +124,7 @@ def evaluate_agents(
 
 
 def imagine(world: MarbleWorld, model: WorldModel, cells: Tensor, seeds: int) -> Outcomes:
-    """What S models say of every plan on boards [B, P]; boards that occur twice are asked about once."""
+    """The outcome of every plan by S models on boards [B, P]; boards that occur twice are asked about once."""
     different, place = cells.unique(dim=0, return_inverse=True)
     found = outcomes(world, model.step, different.expand(seeds, -1, -1))
     return found.select(place.expand(seeds, -1))
@@ -139,7 +139,7 @@ def quality(imagined: Outcomes, real: Outcomes) -> Quality:
 
 @dataclass
 class _Bench:
-    """What the conditions share."""
+    """The common parts of all conditions."""
 
     world: MarbleWorld
     agent: Agent

@@ -1,4 +1,4 @@
-"""What a thinking agent is trained on and how: all that decides the result, and nothing about where it happens."""
+"""The config of a thinking agent: all that decides the result, and nothing about where it happens."""
 
 from __future__ import annotations
 

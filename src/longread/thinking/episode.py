@@ -1,4 +1,4 @@
-"""What training sees of a board: an agent acts at once, thinks, and acts again; and the loss of that."""
+"""The episode of one board in training: an agent acts at once, thinks, and acts again; and the loss of that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation of one agent says: figures, and the reasons for them in sentences."""
+"""The report of an evaluation of one agent: figures, and the reasons for them in sentences."""
 
 from __future__ import annotations
 

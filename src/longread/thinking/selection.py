@@ -24,7 +24,7 @@ _POOL = 16
 
 
 def gap(before: Tensor, after: Tensor) -> Tensor:
-    """What thinking adds."""
+    """The gain of thinking."""
     return after - before
 
 
@@ -34,7 +34,7 @@ def learnability(before: Tensor, after: Tensor) -> Tensor:
 
 
 def gap_unsolved(before: Tensor, after: Tensor) -> Tensor:
-    """What thinking adds, on boards that it does not solve for sure yet."""
+    """The gain of thinking, on boards that it does not solve for sure yet."""
     return (after - before) * (1 - after)
 
 

@@ -24,7 +24,7 @@ _AT_ONCE = 8192
 
 
 class WithheldRule(NamedTuple):
-    """What is withheld from each of S agents: [S, families] bool, and whether three families are too many."""
+    """The families withheld from each of S agents: [S, families] bool, and whether three families are too many."""
 
     withheld: Tensor
     pairs: bool = False

@@ -36,7 +36,7 @@ class Thinker:
     agent: Agent
     model: WorldModel
     provenance: Mapping[str, Any]
-    """What its file says of where it comes from."""
+    """The provenance that its file states."""
 
     @classmethod
     def of(

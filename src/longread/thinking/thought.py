@@ -34,7 +34,7 @@ class ShownTrial(NamedTuple):
 
 
 class Thought(NamedTuple):
-    """What happened on a board."""
+    """One trial on a board."""
 
     cells: tuple[int, ...]
     trials: tuple[ShownTrial, ...]

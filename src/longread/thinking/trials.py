@@ -73,7 +73,7 @@ class Outcomes(NamedTuple):
         return self.success.flatten(-2).any(-1)
 
     def of(self, plan: Tensor) -> tuple[Tensor, Tensor]:
-        """What `play` gives: plans [..., N, D] of the same boards; positions [..., N, D] and success [..., N]."""
+        """The results of `play`: plans [..., N, D] of the same boards; positions [..., N, D] and success [..., N]."""
         a, b = plan.unbind(-1)
         both = a * self.first.shape[-1] + b
         first, second = self.first.gather(-1, a), self.second.flatten(-2).gather(-1, both)
@@ -87,7 +87,7 @@ class Outcomes(NamedTuple):
 
 @dataclass(frozen=True)
 class Played:
-    """What comes of a plan, found by playing it: what `Outcomes` looks up. For boards [S, B, P]."""
+    """The outcome of a plan, found by playing it: what `Outcomes` looks up. For boards [S, B, P]."""
 
     world: MarbleWorld
     step: Step

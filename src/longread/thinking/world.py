@@ -37,7 +37,7 @@ DROPS = 2
 
 
 def permutations(config: WorldConfig) -> tuple[tuple[int, ...], ...]:
-    """What the curtain of each family makes of each tint: different at random, no two of them commute, and each moves
+    """The tint that each family's curtain makes of each tint: at random, no two of them commute, and each moves
     all tints but one at most. Raises `UserError` where no such families are found."""
     if config.permutation_seed == 0:
         return TUNED[: config.families]

@@ -32,7 +32,7 @@ SETTLING = 16
 """Characters at the beginning of a window whose tokens may depend on what stands before it."""
 BORDERS_BEHIND = 3
 PROBES = ("", "a", "A", "1", "11", " ", "  ", "\n", "\r\n", ".", "'s", "é", "\u0338", "中", "▁", "\0")
-"""What may follow: each kind of character that rules ask for. U+0338 combines, and goes before other such marks."""
+"""Characters that may follow: each kind that rules ask for. U+0338 combines, and goes before other such marks."""
 
 
 _TRIES = 8

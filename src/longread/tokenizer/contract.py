@@ -1,4 +1,4 @@
-"""What every tokenizer of the library can do."""
+"""The contract of every tokenizer of the library."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Tokenizer(ABC):
         return None
 
     def bytes_of(self, token: int) -> bytes | None:
-        """What `token` stands for, wherever it stands; None where its text depends on its neighbours."""
+        """The bytes of `token`, wherever it stands; None where its text depends on its neighbours."""
         return None
 
     def decoding_probes(self) -> list[int]:

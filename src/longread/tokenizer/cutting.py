@@ -30,7 +30,7 @@ class Stretch(NamedTuple):
     """A part of a text that is cut where no token is."""
 
     context: str
-    """What stands before it, as far as it matters."""
+    """The text before it, as far as it matters."""
     before: list[int]
     """The tokens of the context."""
     text: str
@@ -62,7 +62,7 @@ class Cutter:
         self._length, self._enough = 0, least
 
     def push(self, text: str) -> Iterator[Stretch]:
-        """What is certain, now that `text` is there."""
+        """Stretches that are certain, now that `text` is there."""
         for begin in range(0, len(text), BLOCK):
             piece = text[begin : begin + BLOCK]
             self._waiting.append(piece)

@@ -59,7 +59,7 @@ class StreamDecoder:
         return self._out(self._text(token), final=False)
 
     def close(self) -> str:
-        """What is left when no more ids come."""
+        """The rest of the text, when no more ids come."""
         if self.stopped:
             return ""
         text = self._bytes.decode(b"", True) + self._tokenizer.decode(self._ids)[len(self._given) :]

@@ -29,7 +29,7 @@ _OPTIONS = {
     "ignore_merges": (None, False),
     "max_input_chars_per_word": (None,),
 }
-"""What decides the ids beside vocabulary and merges, with the values that change nothing."""
+"""The settings that decide ids beside vocabulary and merges, with the values that change nothing."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 

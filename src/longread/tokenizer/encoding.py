@@ -25,7 +25,7 @@ class StreamEncoder:
         return self._encoded(self._cutter.push(text))
 
     def close(self) -> tuple[list[int], list[int]]:
-        """What is left when no more text comes."""
+        """The rest of the tokens, when no more text comes."""
         return self._encoded(self._cutter.close())
 
     def _encoded(self, stretches: Iterator[Stretch]) -> tuple[list[int], list[int]]:

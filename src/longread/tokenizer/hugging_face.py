@@ -123,7 +123,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _usual_bos(definition: dict[str, Any], vocabulary: dict[str, int]) -> str | None:
-    """What the template puts before a text; without a template, the first common name there is."""
+    """The token that the template puts before a text; without a template, the first common name there is."""
     for template in parts(definition.get("post_processor")):
         if template["type"] == "TemplateProcessing":
             begin: dict[str, dict[str, str]] = next(iter(template["single"]), {})

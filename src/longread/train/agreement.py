@@ -1,4 +1,4 @@
-"""What must be as it was when a run goes on, and alike on all ranks: what decides a number, the data, the directory."""
+"""The agreement of a run with its beginning, and of all ranks: what decides a number, the data, the directory."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def refuse_other_directories(world: World, out: Path) -> None:
 
 
 def data_identity(data: TokenDataset) -> dict[str, Any]:
-    """What tells a data set from another."""
+    """The identity of a data set."""
     return {
         "vocab_size": data.vocab_size,
         "tokenizer": data.tokenizer_fingerprint,

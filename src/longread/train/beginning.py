@@ -1,4 +1,4 @@
-"""What a run begins with: its network, new weights or those of another model, and a tokenizer.
+"""The beginning of a run: its network, new weights or those of another model, and a tokenizer.
 
 How a text is read may differ (window, mini-batch, attention, rotary base): it shapes no weight. And a run without fast
 weights may begin with a model that has some, so that a pretrained network's SWA and full-attention twins begin alike.
@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
 )
 """The tokenizer, and what pretrained models say beside it: how chats are written, and where answers end."""
 UNKNOWN: dict[str, Any] = {}
-"""What a run without a record of it began with."""
+"""The beginning of a run without a record of it."""
 _MAY_DIFFER = ("rope_base", "init_std", "window_size", "mini_batch_size", "attention")
 
 

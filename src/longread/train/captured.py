@@ -26,7 +26,7 @@ TOLERANCE = 0.01
 
 
 class _Replayed(NamedTuple):
-    """What is at the same addresses after each replay."""
+    """The outputs of a replay, at the same addresses each time."""
 
     batch: BatchGradient
     gradients: tuple[Tensor | None, ...]

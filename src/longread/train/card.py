@@ -1,4 +1,4 @@
-"""What a finished model that began as another says of itself: in config.json for programs, in README.md for people."""
+"""The description of a finished model that began as another: in config.json for programs, in README.md for people."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def origin_of(initial: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model that a run began with is called, by which fingerprint, and where it comes from itself."""
+    """The model that a run began with: its name, its fingerprint, and where it comes from itself."""
     path = Path(initial["path"])
     name = path.parent.name if path.name == "model" else path.name  # of a run
     return {"model": name, **{key: value for key, value in initial.items() if key != "path"}}

@@ -16,7 +16,7 @@ from longread.outer_loop import OuterLoss, end_to_end_loss, num_counted, static_
 
 
 class BatchGradient(NamedTuple):
-    """What was found on the way to a gradient."""
+    """The gradient of a batch and the figures on the way to it."""
 
     loss: Tensor
     """Of the batch, [] (see `longread.outer_loop.mean_loss`)."""

@@ -195,7 +195,7 @@ class OuterStep:
     def _vote(
         self, batch: Batch, found: BatchGradient | None, short: bool
     ) -> tuple[tuple[int, float] | None, BatchGradient | None]:
-        """What the step of all ranks is, or None if one has left it; and `found`. Raises `_Short` if one lacks memory.
+        """The step of all ranks, or None if one has left it; and `found`. Raises `_Short` if one lacks memory.
 
         It is the targets of all ranks, and this rank's share of the sequences that have some, of which the loss is a
         mean.

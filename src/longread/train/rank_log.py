@@ -19,7 +19,7 @@ from longread.parallel import World
 
 LOGS = "logs"
 steps = logging.getLogger("longread.steps")
-"""What each rank does step by step; for its log alone."""
+"""The name of the log of each rank's steps."""
 steps.propagate = False
 
 

@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: run.json, the tokenizer, trackers."""
+"""The record of a run while it goes on: run.json, the tokenizer, trackers."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from longread.model import Transformer
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` gives back."""
+    """The result of `train`."""
 
     model: Transformer
     step: int

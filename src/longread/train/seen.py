@@ -1,4 +1,4 @@
-"""What each rank has seen of a step, and what all have seen together."""
+"""Figures of a step on each rank, and on all together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from longread.train.step_clock import PARTS
 
 
 class Seen(NamedTuple):
-    """What a rank has seen of a step, for all."""
+    """Figures of a step on one rank, for all."""
 
     left: float = 0
     """It was left: a signal came first."""
@@ -38,7 +38,7 @@ class Seen(NamedTuple):
 
 
 def seen_by_all(table: Sequence[Sequence[float]]) -> Seen:
-    """What the ranks of a `World.table` have seen together: sums, and the norm of rank 0.
+    """The figures of all ranks of a `World.table` together: sums, and the norm of rank 0.
 
     Of memory it is the highest peak, of computing the slowest, of what ranks do together what the last to come saw.
     """

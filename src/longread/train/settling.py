@@ -1,4 +1,4 @@
-"""What a run leaves open and settles once, for all of its steps: how much is computed at a time, and how much again.
+"""Settings that a run leaves open and settles once, for all its steps: how much is computed at a time, and again.
 
 The choice rests on estimates. Where one was too low and memory runs out, the next that takes less is settled on.
 """
@@ -20,7 +20,7 @@ from longread.train.agreement import ROUNDING
 
 
 def precision_of(config: RunConfig, device: torch.device) -> Precision:
-    """What products run in."""
+    """The type of products."""
     if config.precision == "auto":
         return "bfloat16" if device.type == "cuda" else "float32"
     return config.precision

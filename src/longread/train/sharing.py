@@ -1,4 +1,4 @@
-"""What of a run is a rank's: its share of each batch, and the rows of parameters that it steps."""
+"""A rank's part of a run: its share of each batch, and the rows of parameters that it steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step cost, as fields of its row in metrics.jsonl: operations, seconds, and how well the devices were used.
+"""The cost of a step, as fields of its row in metrics.jsonl: operations, seconds, and how well the devices were used.
 
 flops                  products of the whole batch, each once (longread.flops): the sum of the next three
 inner_flops            of inner steps: mini-batches scored, and their gradients for the fast weights

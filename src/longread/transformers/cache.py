@@ -1,4 +1,4 @@
-"""What Transformers calls the cache: for each sequence of a batch a session, at a position of its own.
+"""The cache of Transformers: for each sequence of a batch a session, at a position of its own.
 
 A cache is used up by what is read with it, like any other of Transformers. `fork` (and `copy.deepcopy`) make another
 that goes on from the same texts; both share all memory until one of them reads on.
@@ -30,7 +30,7 @@ class ReadingModel(Protocol):
 
     @property
     def network(self) -> Transformer:
-        """What computes."""
+        """The network."""
 
     def settle_compute_dtype(self) -> None:
         """Makes the network compute in the type that a new text is read in."""
@@ -245,7 +245,7 @@ class SessionCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """What was learned cannot be taken back."""
+        """Refuses: what was learned cannot be taken back."""
         return False
 
     @property

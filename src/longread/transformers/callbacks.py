@@ -1,4 +1,4 @@
-"""What Trainer does for a reader beyond what it does for any model."""
+"""Callbacks of Trainer for a reader, beyond those for any model."""
 
 from __future__ import annotations
 

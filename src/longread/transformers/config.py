@@ -27,7 +27,7 @@ _UNWRITTEN = {*_OURS, *_DERIVED, "learn", "learns"}
 
 
 class LongreadConfig(PretrainedConfig):
-    """What `config.json` of a model directory says: one file for `longread.load_model` and for Transformers.
+    """The `config.json` of a model directory: one file for `longread.load_model` and for Transformers.
 
     Args:
         model: fields of `longread.ModelConfig`; None: those of the recipe "toy".
@@ -101,7 +101,7 @@ class LongreadConfig(PretrainedConfig):
         return ours | values | ({} if self.learn else {"learns": False})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What a file says: all that is Longread's, and what differs of Transformers' own."""
+        """The contents of the file: all that is Longread's, and what differs of Transformers' own."""
         return self._without_defaults(self.to_dict())
 
     def to_json_string(self, use_diff: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""What `generate` of Transformers must know of readers that learn: what they cannot do, and where a text goes on."""
+"""`generate` of Transformers for readers that learn: what they cannot do, and where a text goes on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Generating(_Model):
         stopping_criteria: Any = None,
         **others: Any,
     ) -> Any:
-        """What `GenerationMixin.generate` does. Every row is a session of its own, which reads no padding.
+        """As `GenerationMixin.generate`. Every row is a session of its own, which reads no padding.
 
         Args:
             learn: False reads and writes with the weights as they are; not given: as the cache or the configuration

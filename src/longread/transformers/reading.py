@@ -1,4 +1,4 @@
-"""What a model is given, [B, T] with padding, as sessions read it: each row its own tokens, and no padding.
+"""The input of a model, [B, T] with padding, as sessions read it: each row its own tokens, and no padding.
 
 Letters: B rows, T columns, D width.
 """

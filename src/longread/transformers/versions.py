@@ -1,4 +1,4 @@
-"""What is called otherwise in other versions of Transformers."""
+"""Names that differ between versions of Transformers."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _found(file: TextFile) -> Iterator[str]:
 
 
 class TokenPiece(NamedTuple):
-    """What is read at once."""
+    """Tokens that are read at once."""
 
     ids: list[int]
     byte_lengths: list[int]
@@ -147,7 +147,7 @@ class Pieces:
         return self._bytes / max(1, self._bytes + len(self._waiting.data))
 
     def rest(self) -> TokenPiece | None:
-        """What is certain of the text and not enough for a piece: to be read where nothing more comes."""
+        """Tokens that are certain and not enough for a piece: to be read where nothing more comes."""
         if self._begun is not None or not self._waiting.ids:
             return None
         return self._take(len(self._waiting.ids))

@@ -101,7 +101,7 @@ class Readers:
         return [reader.look(piece.ids) for reader in self._all]
 
     def keep(self, found: list[_ReadPiece], piece: TokenPiece) -> None:
-        """What `look` gave counts."""
+        """Counts what `look` gave."""
         for reader, one in zip(self._all, found, strict=True):
             reader.keep(one, piece)
         self._say(piece.prefix)

@@ -1,4 +1,4 @@
-"""What a reading found, for people and for programs, and how it ended."""
+"""The results of a reading, for people and for programs, and how it ended."""
 
 from __future__ import annotations
 

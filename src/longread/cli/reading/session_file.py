@@ -59,7 +59,7 @@ class Autosave:
     ) -> None:
         self.path, self._every, self._clock = path, every, clock
         self.saved = saved
-        """What the file holds."""
+        """The text that the file's session has read."""
         self.refused: UserError | None = None
         """Why the newest save could not be written; what was saved before it is still there."""
         self._due = clock()
@@ -83,7 +83,7 @@ class Autosave:
         self._due = now + (max(EVERY, (now - began) / MOST_COST) if self._every is None else self._every)
 
     def __str__(self) -> str:
-        """What is safe, for people."""
+        """How much is safe, for people."""
         if self.saved is None:
             return "nothing is saved"
         return f"{self.path} holds the text up to byte {self.saved.num_bytes:,}"

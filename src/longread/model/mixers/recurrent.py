@@ -1,4 +1,4 @@
-"""What the recurrent mixers share: their interface, a short convolution with a past, and forgetting."""
+"""The common parts of recurrent mixers: their interface, a short convolution with a past, and forgetting."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RecurrentMixer(nn.Module):
 
 
 class RecurrentState(NamedTuple):
-    """What later tokens need of earlier ones."""
+    """The state that later tokens need of earlier ones."""
 
     recent: Tensor
     """Input of the convolution for the newest tokens, [B, CONVOLUTION_WIDTH − 1, channels]."""

@@ -14,7 +14,7 @@ from longread.ops.key_value_binding import Memory, Waiting, key_value_binding
 
 
 class BindingState(NamedTuple):
-    """What later tokens need of earlier ones: fields as in `Memory` and `Waiting`."""
+    """The state that later tokens need of earlier ones: fields as in `Memory` and `Waiting`."""
 
     gate: Tensor
     up: Tensor

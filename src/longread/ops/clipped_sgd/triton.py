@@ -308,7 +308,7 @@ def _sgd_update(
 
 @triton.jit
 def _sgd_radial(dots_ptr, norm_ptr, step_ptr, radial_ptr, num_partial, clip, SUM_BLOCK: tl.constexpr):
-    """What g is multiplied with in its adjoint."""
+    """The factor of g in its adjoint."""
     sequence = tl.program_id(0)
     norm = tl.load(norm_ptr + sequence)
     dot = _sum(dots_ptr + sequence * num_partial, num_partial, SUM_BLOCK)

@@ -22,7 +22,7 @@ from longread.ops.key_value_binding.explicit import explicit_key_value_binding
 
 
 class Memory(NamedTuple):
-    """What sequences have bound: gate and up [B, N, E, H], down [B, N, H, E], float32 or wider."""
+    """The weights that sequences have bound: gate and up [B, N, E, H], down [B, N, H, E], float32 or wider."""
 
     gate: Tensor
     up: Tensor

@@ -16,7 +16,7 @@ from longread.ops.needed import needed_inputs
 
 
 class _Left(NamedTuple):
-    """What the uses of a weight leave for its gradient."""
+    """The factors that the uses of a weight leave for its gradient."""
 
     pairs: list[tuple[Tensor, Tensor]]
     """Factors [rows, in] and [rows, out]."""
