@@ -1,7 +1,9 @@
 """Kills an engine again and again, and checks what the next finds: `python -m tests.crashing DIRECTORY ROUNDS SEED`.
 
 A process that only forks holds no threads, so each round costs no start of Python. A worker writes down what it is
-about to do and what has been acknowledged; it is killed in the midst of it; a checker opens the same directory.
+about to do and what has been acknowledged; it is killed in the midst of it; a checker opens the same directory. Now and
+then the directory becomes one as it was before there were databases, and the next worker is killed while it takes it
+over, or later.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 from longread.engine import Engine, Limits, Sampling
 from longread.engine.lanes import largest_session
 from longread.session import Session
+from tests.journals import as_journals
 from tests.test_engine_batches import INNER, M, V, make
 
 PROBE = list(range(8))
@@ -35,15 +39,21 @@ class Notes:
     def add(self, **line: Any) -> None:
         self.file.write(json.dumps(line) + "\n")
 
+    def lines(self) -> list[dict[str, Any]]:
+        """All notes, the oldest first."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
     def known(self) -> tuple[dict[str, list[int]], dict[str, list[dict]], set[str]]:
         """Acknowledged tokens, what was begun after them, and sessions whose deletion was begun."""
         tokens: dict[str, list[int]] = {}
         begun: dict[str, list[dict]] = {}
         deleted = set()
-        for line in map(json.loads, self.path.read_text().splitlines()):
+        for line in self.lines():
             sid = line["id"]
             if line["what"] == "delete":
                 deleted.add(sid)
+            elif line["what"] in ("deleted", "rename", "renamed", "saved"):
+                continue
             elif line["what"] == "has":
                 tokens[sid], begun[sid] = line["tokens"], []
             elif line["what"] == "acknowledged":
@@ -52,6 +62,16 @@ class Notes:
             else:
                 begun.setdefault(sid, []).append(line)
         return tokens, begun, deleted
+
+    def labels(self) -> dict[str, list[str]]:
+        """What each session may be called: as was acknowledged, or as was begun after that."""
+        labels: dict[str, list[str]] = {}
+        for line in self.lines():
+            if line["what"] == "rename":
+                labels.setdefault(line["id"], [""]).append(line["label"])
+            elif line["what"] == "renamed":
+                labels[line["id"]] = [line["label"]]
+        return labels
 
 
 def open_engine(directory: Path) -> Engine:
@@ -73,7 +93,7 @@ def work(directory: Path, seed: int) -> None:
     running: dict[str, tuple[Any, list[int]]] = {}
     while True:
         sid = rng.choice(ids)
-        kind = rng.choices(("append", "generate", "save", "fork", "cancel"), (5, 5, 2, 1, 1))[0]
+        kind = rng.choices(("append", "generate", "save", "rename", "fork", "cancel"), (5, 5, 2, 2, 1, 1))[0]
         if sid in running and kind != "save":  # which may come in the midst of anything
             finish(notes, sid, running)
         if kind in ("append", "cancel"):
@@ -89,6 +109,12 @@ def work(directory: Path, seed: int) -> None:
             running[sid] = engine.generate(sid, Sampling(**settings)), []
         elif kind == "save":
             engine.save(sid)
+            notes.add(what="saved", id=sid)
+        elif kind == "rename":
+            label = f"label {rng.randrange(10**6)}"
+            notes.add(what="rename", id=sid, label=label)
+            engine.update(sid, label=label)
+            notes.add(what="renamed", id=sid, label=label)
         elif kind == "fork" and len(ids) < 7:
             known = notes.known()[0][sid]
             fork = engine.fork(sid)
@@ -103,6 +129,7 @@ def work(directory: Path, seed: int) -> None:
                 finish(notes, gone, running)
             notes.add(what="delete", id=gone)
             engine.delete(gone)
+            notes.add(what="deleted", id=gone)
 
 
 def finish(notes: Notes, sid: str, running: dict[str, tuple[Any, list[int]]]) -> None:
@@ -122,6 +149,12 @@ def check(directory: Path) -> None:
     while engine.restoring:
         time.sleep(0.005)
     there = {info.id: info for info in engine.sessions()}
+    for line in notes.lines():
+        if line["what"] == "deleted" and line["id"] in there:
+            raise AssertionError(f"{line['id']} was deleted, and is there")
+    for sid, labels in notes.labels().items():
+        if sid not in deleted and there[sid].label not in labels:
+            raise AssertionError(f"{sid} is called {there[sid].label!r}, not {labels}")
     for sid, known in tokens.items():
         if sid in deleted:
             continue
@@ -161,19 +194,37 @@ def forked(function: Callable[..., None], *args: Any) -> int:
     os._exit(0)
 
 
+def await_growth(path: Path, size: int) -> None:
+    """Returns when a file is so long, or after some seconds."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end and (not path.exists() or path.stat().st_size < size):
+        time.sleep(0.002)
+
+
 def main(directory: str, rounds: str, seed: str) -> None:
     """Raises `SystemExit` at the first round after which something is wrong."""
     path, rng = Path(directory), random.Random(int(seed))
     path.mkdir(parents=True, exist_ok=True)
+    old, notes = 0, path / "notes"
     for number in range(int(rounds)):
+        before = notes.stat().st_size if notes.exists() else 0
         pid = forked(work, path, rng.randrange(10**6))
-        time.sleep(rng.uniform(0.05, 0.8))
+        if rng.random() < 0.3:
+            time.sleep(rng.uniform(0.02, 0.5))  # perhaps while it opens the directory
+        else:
+            await_growth(notes, before + rng.randrange(4000))
+            time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         _, status = os.waitpid(forked(check, path), 0)
         if status:
             raise SystemExit(f"round {number}, seed {seed}: something acknowledged is missing")
-    print(json.dumps({"rounds": int(rounds), "sessions": len(list((path / "sessions").iterdir()))}))
+        if rng.random() < 0.2:
+            os.waitpid(forked(as_journals, path), 0)
+            old += 1
+    counts = Counter(line["what"] for line in Notes(path / "notes").lines())
+    sessions = len(list((path / "sessions").iterdir()))
+    print(json.dumps({"rounds": int(rounds), "sessions": sessions, "old_directories": old} | counts))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ lanes.py        sessions that write, a token of all of them at a time
 capacity.py     how many that can be, before there is an engine
 cells.py        the same one by one, where a batch must change no bit
 tiers.py        who is on the device, in the host's memory or on the disk
+copies.py       states on their way between a GPU and the host's memory
 persistence.py  what lets sessions survive: events and snapshots, written in threads of their own
 store.py        the directory: a database and a snapshot for each session
 database.py     a session's database: checked rows, durable when they are written

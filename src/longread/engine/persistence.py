@@ -6,6 +6,7 @@ Events and snapshots have a thread each, since a snapshot takes seconds and an e
 from __future__ import annotations
 
 import functools
+import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longread.config import InnerConfig, UserError
+from longread.engine.copies import beside, carried
 from longread.engine.curve import Curve
 from longread.engine.events import Event, consistent, replayed
 from longread.engine.interface import Busy
@@ -22,10 +24,8 @@ from longread.engine.recovery import Recovered
 from longread.engine.snapshots import Saved
 from longread.engine.store import Begun, Store
 from longread.engine.task import Task
-from longread.engine.tiers import beside
 from longread.files import atomic_files, make_private, writing
 from longread.inner_loop import ReadingState, begin, drift
-from longread.inner_loop.batches import moved_to
 from longread.model import Transformer
 from longread.session import Session
 
@@ -297,9 +297,8 @@ class Persistence:
         def work() -> Path:
             with writing(path):
                 make_private(path.parent)
-            data = store.snapshot_path(reader.id).read_bytes()
             with atomic_files(path, private=True) as (temporary,):
-                temporary.write_bytes(data)
+                shutil.copyfile(store.snapshot_path(reader.id), temporary)
             return path
 
         return self._mover.submit(work)
@@ -354,7 +353,7 @@ class Persistence:
             return Session.resume(
                 self.model,
                 self.inner,
-                moved_to(begin(self.model) if state is None else state, HOST),
+                carried(begin(self.model) if state is None else state, HOST),
                 learn=learn,
                 recent=recent,
                 steps=steps,

@@ -5,21 +5,19 @@ Moves take long, so they are made by a thread of their own, from one value to an
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import Protocol
 
 import torch
 
 from longread.config import UserError
+from longread.engine.copies import beside, carried
 from longread.engine.interface import Limits
 from longread.engine.lanes import HOST, Lanes, largest_session
 from longread.engine.reader import Reader
 from longread.inner_loop import ReadingState
-from longread.inner_loop.batches import moved_to
-from longread.inner_loop.graphs import undisturbed
 from longread.model import Transformer, free_bytes
 
 SHARE = 0.7
@@ -202,11 +200,7 @@ class Tiers:
 
     def _copy(self, state: ReadingState, device: torch.device) -> ReadingState:
         with beside(self.model.device):
-            moved = moved_to(state, device)
-            if device.type == "cuda":  # the memory belongs to this stream and is read by another
-                for x in moved.tensors:
-                    x.record_stream(torch.cuda.default_stream(device))
-        return moved
+            return carried(state, device)
 
     def _drop(self, reader: Reader, keeper: Keeper) -> None:
         state, reader.moving = reader.state, True
@@ -219,17 +213,3 @@ class Tiers:
                 reader.state, reader.tier = None, "disk"
 
         keeper.keep(reader, done)
-
-
-@contextlib.contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """On a GPU: a stream of its own, so that large copies do not wait for what is computed, nor the other way round."""
-    if device.type != "cuda":
-        yield
-        return
-    with undisturbed():
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.default_stream(device))
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()

@@ -54,9 +54,11 @@ def compact(state: ReadingState) -> ReadingState:
     return _mapped(state, lambda x: x if x.untyped_storage().nbytes() <= x.nbytes else x.clone())
 
 
-def moved_to(state: ReadingState, device: torch.device) -> ReadingState:
-    """The same on another device."""
-    return _mapped(state, lambda x: x.to(device))
+def moved_to(
+    state: ReadingState, device: torch.device, moved: Callable[[Tensor, torch.device], Tensor] = Tensor.to
+) -> ReadingState:
+    """The same on another device; `moved` gives each tensor there."""
+    return _mapped(state, lambda x: moved(x, device))
 
 
 def _mapped(state: ReadingState, change: Callable[[Tensor], Tensor]) -> ReadingState:
