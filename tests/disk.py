@@ -31,7 +31,7 @@ _LENGTHS = {1: 13, 2: 17, 3: 19}
 """Of that table, by its version."""
 _FULL = 13
 _FAILED = {"write": 10 | 3 << 8, "truncate": 10 | 6 << 8, "sync": 10 | 4 << 8}
-_OPEN = CFUNCTYPE(c_int, c_void_p, c_char_p, c_void_p, c_int, POINTER(c_int))
+_OPEN = CFUNCTYPE(c_int, c_void_p, c_void_p, c_void_p, c_int, POINTER(c_int))
 _used: list[Any] = []  # databases may stay open longer than a test, so what they call stays where it is
 
 
@@ -73,14 +73,15 @@ class Disk:
         self._register(self._usual, 1)
         self.hook = lambda operation, path, call: call()
 
-    def _open(self, vfs: int, name: bytes | None, file: int, flags: int, out: Any) -> int:
-        found: int = self._usual.contents.open(vfs, name, file, flags, out)
+    def _open(self, vfs: int, name: int | None, file: int, flags: int, out: Any) -> int:
+        found: int = self._usual.contents.open(vfs, name, file, flags, out)  # which keeps the pointer `name`
         if found == 0 and name is not None:
+            path = Path(os.fsdecode(ctypes.string_at(name)))
             methods = ctypes.cast(file, POINTER(c_void_p))
             length = _LENGTHS[ctypes.cast(methods[0], POINTER(c_int))[0]]
             table = (c_void_p * length).from_buffer_copy(ctypes.string_at(methods[0], 8 * length))
             for operation, (place, kind) in _METHODS.items():
-                function = kind(self._passing(operation, Path(os.fsdecode(name)), kind(table[place])))
+                function = kind(self._passing(operation, path, kind(table[place])))
                 _used.append(function)
                 table[place] = ctypes.cast(function, c_void_p).value
             methods[0] = ctypes.addressof(table)
