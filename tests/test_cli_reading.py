@@ -19,7 +19,8 @@ import torch
 
 from longread.checkpoint import load_model
 from longread.cli import main
-from longread.session import Session, cuts
+from longread.session import Session
+from longread.session.text import LONGEST_PIECE
 from tests.small_model import save_small_model
 
 SENTENCE = "the whale swam naïve – slowly beneath cold stars while nobody watched it, and then it 🐋 turned\n"
@@ -44,7 +45,7 @@ def home(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "model").symlink_to(model)
     (tmp_path / "text").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(cuts.LONGEST_PIECE, "cpu", 64)
+    monkeypatch.setitem(LONGEST_PIECE, "cpu", 64)
     return tmp_path
 
 
@@ -81,7 +82,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Sessio
     (directory / "text").write_text(TEXT)
     names = [str(directory / "text"), "--model", str(model), "--device", "cpu", "--save", str(directory / "s")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cuts.LONGEST_PIECE, "cpu", 64)
+        patch.setitem(LONGEST_PIECE, "cpu", 64)
         assert main(["read", *names, "--save-every", "0", "--quiet", "--no-control"]) == 0
     return Session.restore(directory / "s", load_model(model).model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longread.config import ModelConfig
-from longread.session.cuts import next_cut, piece_lengths
+from longread.session.text import next_cut, piece_lengths
 from tests.tiny import M, config
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from longread.session.prefix import MOST_FIGURES, TextPrefix, count_of, fixed_width
+from longread.session.text import MOST_FIGURES, TextPrefix, count_of, fixed_width
 
 PREFIX = TextPrefix(
     position=9, num_bytes=30, sha256="0a" * 32, whole=False, segment_position=4, segment_bytes=12, figures="f"

@@ -25,11 +25,9 @@ from longread.files import Layout, read_tensors, write_tensors_atomically
 from longread.inner_loop import Decoder, ReadingState, begin, drift, read, rescue
 from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
-from longread.session.cuts import piece_lengths
-from longread.session.prefix import TextPrefix, count_of, fixed_width
 from longread.session.sampling import Sampling, choose, seeded
 from longread.session.storage import STORAGES, Storage, check_layout, packed, unpacked
-from longread.session.writing import text_of
+from longread.session.text import TextPrefix, count_of, fixed_width, piece_lengths, text_of
 from longread.tokenizer import Tokenizer
 
 KIND = "session"
@@ -218,17 +216,17 @@ class Session:
             ids = tokenizer.encode(text) if begins else tokenizer.encode_inside(text)[0]
             tokens = self._checked([*beginning, *ids])
             lengths = piece_lengths(self.position, len(tokens), self.model.config, self.model.device.type)
-            return self._read_pieces(tokens, lengths)[len(beginning) :]
-        return self._read_pieces(self._checked(text), PIECE)
+            return self._take_in(tokens, lengths)[len(beginning) :]
+        return self._take_in(self._checked(text), PIECE)
 
-    def _read_pieces(self, tokens: Tensor, lengths: int | list[int]) -> Tensor:
-        pieces = [self._read(part) for part in tokens.split(lengths)]
+    def _take_in(self, tokens: Tensor, lengths: int | list[int]) -> Tensor:
+        pieces = [self._take_in_piece(part) for part in tokens.split(lengths)]
         self.inner_grad_norms = torch.cat([norms for _, norms in pieces])
         window = self.model.config.window_size
         self._recent = (self._recent + tokens[-window:].tolist())[-window:]
         return torch.cat([nll for nll, _ in pieces])
 
-    def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _take_in_piece(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """One piece: its losses [n] and the norms of its steps."""
         before, rows = self._settled(), tokens.to(self.model.device).unsqueeze(0)
         found = read(self.model, before, rows, inner=self.inner, learn=self.learn, guard=True)

@@ -1,6 +1,6 @@
 """The texts of a reading, and their tokens in pieces that end at positions which depend on nothing but model and texts.
 
-They are cut where a session cuts a text (`longread.session.cuts`), so that a reading that stopped and went on is the
+They are cut where a session cuts a text (`longread.session.text`), so that a reading that stopped and went on is the
 one that was never disturbed, bit for bit; and a session is kept only there.
 """
 
