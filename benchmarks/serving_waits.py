@@ -23,13 +23,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.served import HERE, Client, Refused, Server
+from benchmarks.served import HERE, Client, Refused, Server, Waits
 from benchmarks.serving_waits_page import write_page
 from longread.record import hardware
 
@@ -49,67 +48,6 @@ def text_of(characters: int, seed: int) -> str:
         pieces.append(f"{words.capitalize()}{rng.choice(('.', '.', '?', '; ' + str(rng.randrange(999)) + '.'))} ")
         length += len(pieces[-1])
     return "".join(pieces)[:characters]
-
-
-class Waits:
-    """Seconds that clients of one server waited, by what for, and what went wrong."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self.times: dict[str, list[float]] = {}
-        self.problems: list[str] = []
-        self.counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def client(self) -> Client:
-        """Another connection."""
-        return Client(self._server)
-
-    def timed(self, what: str, call: Callable[[], Any]) -> Any:
-        """The answer to a call, whose time is noted."""
-        began = time.perf_counter()
-        answer = call()
-        self.note(what, time.perf_counter() - began)
-        return answer
-
-    def note(self, what: str, *seconds: float) -> None:
-        """Adds times."""
-        with self._lock:
-            self.times.setdefault(what, []).extend(seconds)
-
-    def count(self, what: str, number: int = 1) -> None:
-        """Adds to a count."""
-        with self._lock:
-            self.counts[what] += number
-
-    def write(self, client: Client, session: str, tokens: int, **sampling: Any) -> int:
-        """Lets a session write, notes the times of its tokens, and says where the session is then."""
-        written = client.write(session, max_tokens=tokens, **sampling)
-        self.note("first token", *written.times[:1])
-        self.note("next token", *written.times[1:])
-        self.count("written", len(written.times))
-        return written.position
-
-    def together(self, *clients: Callable[[], None]) -> float:
-        """Runs clients at once until all have ended; the seconds that took. What one raises is a problem of the run."""
-
-        def guarded(client: Callable[[], None]) -> None:
-            try:
-                client()
-            except Exception as error:
-                self.problems.append(repr(error))
-
-        began = time.perf_counter()
-        threads = [threading.Thread(target=guarded, args=(client,)) for client in clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - began
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """n, p50, p99 and the longest of every kind, in seconds."""
-        return {what: _quantiles(times) for what, times in sorted(self.times.items())}
 
 
 def calls(waits: Waits, client: Client, session: str) -> dict[str, Callable[[], None]]:
@@ -316,12 +254,6 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in figures["problems"]:
         print(problem, file=sys.stderr)
     return int(bool(figures["problems"]))
-
-
-def _quantiles(times: list[float]) -> dict[str, float]:
-    taken = sorted(times)
-    at = {name: taken[min(len(taken) - 1, int(q * len(taken)))] for name, q in (("p50", 0.5), ("p99", 0.99))}
-    return {"n": len(taken), **at, "max": taken[-1]}
 
 
 if __name__ == "__main__":
