@@ -171,15 +171,6 @@ class Catalog:
             with contextlib.suppress(UnknownSession):
                 await self._service.run(self._engine.delete, entry.twin)
 
-    @contextlib.asynccontextmanager
-    async def aside(self, session: str) -> AsyncIterator[str]:
-        """A fork that nobody sees, for as long as it is needed."""
-        fork = (await self._service.run(self._engine.fork, session, _written("", hidden=True))).id
-        try:
-            yield fork
-        finally:
-            await self._service.run(self._engine.delete, fork)
-
     async def drop_twin(self, entry: Entry) -> None:
         """Gives up a twin that has not read the same."""
         if entry.twin is None:

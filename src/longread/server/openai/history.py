@@ -19,7 +19,7 @@ from typing import Any
 
 from longread.config import UserError
 from longread.files import owner_only
-from longread.server.openai.prefix import TokenPrefix, chain_of
+from longread.server.openai.prefix import NO_PREFIX, TokenPrefix, chain_of
 
 RESPONSE, COMPLETION = "resp_", "completion_"
 """How ids begin of what was answered: what can be asked for, and what is only there for prompts that begin with it."""
@@ -148,11 +148,12 @@ class History:
                 heard = _append(database, response.conversation, items)
                 database.execute("UPDATE conversations SET used = ? WHERE id = ?", (now, response.conversation))
             database.execute("UPDATE responses SET used = ? WHERE id = ?", (now, base))
-            row = (response.id, response.owner, now, response.instructions, response.conversation, heard)
+            later = now + 1e-6  # than what it went on from
+            row = (response.id, response.owner, later, response.instructions, response.conversation, heard)
             texts = (_text(response.body), _text(response.items))
             database.execute(
                 "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*row, *texts, *_columns(response.prefix)),
+                (*row, *texts, *(NO_PREFIX if response.prefix is None else response.prefix.row())),
             )
 
     def response(self, owner: str, response_id: str) -> StoredResponse | None:
@@ -176,7 +177,7 @@ class History:
             return None
         response_id, owner, body, items, instructions, conversation, heard, *prefix = row
         told = (json.loads(body), json.loads(items), instructions, conversation, heard)
-        return StoredResponse(response_id, owner, *told, _prefix(*prefix))
+        return StoredResponse(response_id, owner, *told, TokenPrefix.of_row(*prefix))
 
     def longest(self, owner: str, tokens: Sequence[int], *, learn: bool) -> str | None:
         """The response of an owner whose session has read most of what `tokens` begin with, and nothing else."""
@@ -188,7 +189,7 @@ class History:
             rows = database.execute(query, (owner, learn, len(tokens))).fetchall()
         chain = chain_of(tokens) if rows else []
         for response_id, *columns in rows:
-            prefix = _prefix(*columns)
+            prefix = TokenPrefix.of_row(*columns)
             if prefix is not None and prefix.begins(tokens, chain):
                 return str(response_id)
         return None
@@ -208,12 +209,12 @@ class History:
         with self._reading() as database:
             return [one for (one,) in database.execute("SELECT id FROM responses")]
 
-    def oldest(self, owner: str, keep: int) -> list[str]:
-        """The owner's responses but the `keep` that were used last; the one that was not used longest first."""
+    def oldest(self, owner: str) -> list[str]:
+        """The owner's responses, the one that was not used longest first."""
         with self._reading() as database:
-            (count,) = database.execute("SELECT count(*) FROM responses WHERE owner = ?", (owner,)).fetchone()
-            query = "SELECT id FROM responses WHERE owner = ? ORDER BY used LIMIT ?"
-            return [one for (one,) in database.execute(query, (owner, max(0, count - keep)))]
+            return [
+                one for (one,) in database.execute("SELECT id FROM responses WHERE owner = ? ORDER BY used", (owner,))
+            ]
 
     def expired(self, before: float) -> list[str]:
         """Responses that were last used before a time; conversations that were are gone."""
@@ -284,16 +285,6 @@ def _append(database: sqlite3.Connection, conversation_id: str, items: Sequence[
     rows = [(conversation_id, last + i, item["id"], _text(item)) for i, item in enumerate(items, start=1)]
     database.executemany("INSERT INTO items VALUES (?, ?, ?, ?)", rows)
     return int(last) + len(rows)
-
-
-def _columns(prefix: TokenPrefix | None) -> tuple[Any, ...]:
-    if prefix is None:
-        return (None, None, None, None)
-    return (prefix.learn, prefix.position, prefix.digest, _text(prefix.tail))
-
-
-def _prefix(learn: int | None, position: int, digest: bytes, tail: str) -> TokenPrefix | None:
-    return None if learn is None else TokenPrefix(bool(learn), position, digest, tuple(json.loads(tail)))
 
 
 def _text(value: Any) -> str:

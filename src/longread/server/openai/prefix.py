@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLOCK = 256
 """Tokens that are hashed together."""
+NO_PREFIX = (None,) * 4
+"""The columns where nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,15 @@ class TokenPrefix:
     position: int = 0
     digest: bytes = b""
     tail: tuple[int, ...] = ()
+
+    @classmethod
+    def of_row(cls, learn: int | None, position: int, digest: bytes, tail: str) -> TokenPrefix | None:
+        """What `row` gave; None where nothing is known."""
+        return None if learn is None else cls(bool(learn), position, digest, tuple(json.loads(tail)))
+
+    def row(self) -> tuple[bool, int, bytes, str]:
+        """As columns of a database."""
+        return self.learn, self.position, self.digest, json.dumps(self.tail)
 
     def extended(self, tokens: Sequence[int]) -> TokenPrefix:
         """These and more."""

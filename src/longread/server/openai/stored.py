@@ -171,16 +171,17 @@ class Responses:
         await self._forget(await self._service.run(self.history.expired, before))
 
     async def _evict(self, tenant: str, *, keep: int, most: int | None = None) -> int:
-        """Forgets all responses of a tenant but those used last; says how many."""
-        oldest = await self._service.run(self.history.oldest, tenant, keep)
-        return await self._forget(oldest, most)
+        """Forgets responses of a tenant, those not used longest, until so many are left; says how many."""
+        there = await self._service.run(self.history.oldest, tenant)
+        surplus = max(0, len(there) - keep)
+        return await self._forget(there, surplus if most is None else min(surplus, most))
 
     async def _free(self, tenant: str, most: int) -> None:
         """Forgets responses of a tenant until their sessions, and the others, are smaller than they may be."""
         infos = await self._service.run(self._service.engine.sessions, tenant)
         sizes = {info.id: info.nbytes for info in infos}
         taken, gone = sum(sizes.values()), []
-        for one in await self._service.run(self.history.oldest, tenant, 0):
+        for one in await self._service.run(self.history.oldest, tenant):
             if taken < most:
                 break
             if not self._in_use[one]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -18,8 +17,8 @@ from longread.server.stream import Event
 class SessionWriting:
     """One continuation by a session.
 
-    A stop text shows only once its last token has been read. So with stop texts a fork writes, and the session reads
-    what is kept of that; its twin reads it in any case.
+    A stop text shows only once its last token has been read. So with stop texts a fork that nobody sees writes, and the
+    session reads what is kept of that; its twin reads it in any case.
     """
 
     def __init__(
@@ -46,21 +45,21 @@ class SessionWriting:
             entry = await self._catalog.get(self._tenant, self._session)
             await self._begin(entry)
             try:
-                async with contextlib.AsyncExitStack() as stack:
-                    writer = self._session
-                    if self._stops:
-                        writer = await stack.enter_async_context(self._catalog.aside(self._session))
-                    running = await work.run(self._service.engine.generate, writer, self._sampling)
-                    self._catalog.under_way(self._session, running.task)
-                    async for piece in self._written(running):
-                        yield "token", self._shown(piece)
+                engine = self._service.engine
+                if self._stops:
+                    running = await work.run(engine.complete, [], self._sampling, session_id=self._session)
+                else:
+                    running = await work.run(engine.generate, self._session, self._sampling)
+                self._catalog.under_way(self._session, running.task)
+                async for piece in self._written(running):
+                    yield "token", self._shown(piece)
             finally:
                 await asyncio.shield(self._read(entry))
         self._service.meters.tokens.labels("written").inc(len(self._tokens))
         if self._reason == "cancelled":
-            text, position = self._writer.text, self._start + len(self._tokens)
-            facts = {"start": self._start, "position": position, "tokens": len(self._tokens), "text": text}
-            work.check(f"the {len(self._tokens)} tokens that were written stay, so go on from there", **facts)
+            text, count = self._writer.text, len(self._ids)
+            facts = {"start": self._start, "position": self._start + count, "tokens": count, "text": text}
+            work.check(f"the {count} tokens that were written stay, so go on from there", **facts)
 
     def done(self) -> dict[str, Any]:
         """The continuation, once it is over."""
@@ -68,14 +67,19 @@ class SessionWriting:
         return {
             "session": self._session,
             "text": self._writer.text,
-            "tokens": [token.id for token in self._tokens],
+            "tokens": self._ids,
             "finish_reason": self._reason,
             "start": self._start,
-            "position": self._start + len(self._tokens),
+            "position": self._start + len(self._ids),
             "seconds": seconds,
-            "tokens_per_second": len(self._tokens) / max(seconds, 1e-9),
+            "tokens_per_second": len(self._ids) / max(seconds, 1e-9),
             "logprobs": self._entries(self._tokens),
         }
+
+    @property
+    def _ids(self) -> list[int]:
+        """What has been written, up to where the text ends."""
+        return self._writer.ids if self._writer.stopped else [token.id for token in self._tokens]
 
     async def _begin(self, entry: Entry) -> None:
         """A session that has read nothing begins a text: with BOS, if there is one."""
@@ -103,7 +107,7 @@ class SessionWriting:
 
     async def _read(self, entry: Entry) -> None:
         """What was written is read by those who did not write it."""
-        ids = [token.id for token in self._tokens]
+        ids = self._ids
         if self._stops and ids:
             await self._append(self._session, ids, self._start, wrote=True)
         if entry.twin is not None and ids:
