@@ -47,6 +47,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.hook: Hook = lambda operation, path, call: call()
+        self._failures: list[BaseException] = []
         library = ctypes.CDLL(_sqlite3.__file__)
         try:
             self._find, self._register = library.sqlite3_vfs_find, library.sqlite3_vfs_register
@@ -72,6 +73,8 @@ class Disk:
         self._patch.undo()
         self._register(self._usual, 1)
         self.hook = lambda operation, path, call: call()
+        for failure in self._failures:
+            raise failure
 
     def _open(self, vfs: int, name: int | None, file: int, flags: int, out: Any) -> int:
         found: int = self._usual.contents.open(vfs, name, file, flags, out)  # which keeps the pointer `name`
@@ -99,6 +102,9 @@ class Disk:
                 self.hook(operation, path, call)
             except OSError as error:
                 return _FULL if error.errno == errno.ENOSPC else _FAILED[operation]
+            except BaseException as error:  # of a hook that checks something: nobody above would hear of it
+                self._failures.append(error)
+                return _FAILED[operation]
             return results[-1] if results else 0
 
         return function

@@ -41,7 +41,7 @@ class Discipline:
             if path.is_dir():
                 self._names[found.st_ino] = set(os.listdir(path))
             self._sizes[found.st_ino] = found.st_size
-            if path.name == "session.db-wal":
+            if path.name == "session.db-wal" and path.parent != self._copies:
                 self._check_snapshot(path.parent)
 
     def _replace(self, real: Callable[..., None]) -> Callable[..., None]:
