@@ -139,18 +139,18 @@ def writing_speeds(
     """Tokens per second of all sessions, which begin with the one state and go on; the list is emptied."""
     speeds = []
     with Engine(model, INNER, limits=Limits(max_batch=sessions), fingerprint="benchmark") as engine:
-        worker = engine._worker
-        worker.call(lambda: worker.lanes.grow(sessions))
+        jobs, command = engine._jobs, engine._scheduler.command
+        command(lambda: jobs.lanes.grow(sessions)).result()
         ids = [engine.create().id for _ in range(sessions)]
 
         def plant() -> None:
             for session in ids:
-                reader = worker.readers[session]
+                reader = jobs.readers[session]
                 reader.rest(states[0])
                 reader.position, reader.tier = states[0].position, "device"
             states.clear()
 
-        worker.call(plant)
+        command(plant).result()
         for repeat in range(repeats + 1):
             count = tokens if repeat else min(8, tokens)  # the first round captures graphs
             tasks = [engine.generate(session, Sampling(max_tokens=count, temperature=0)) for session in ids]

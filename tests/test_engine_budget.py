@@ -181,9 +181,8 @@ def test_many_sessions_take_the_memory_of_few(tmp_path: Path) -> None:
 
 def settled(engine: Engine) -> None:
     """Waits until nothing moves between tiers."""
-    done = [False]
-    while not done[0]:
-        engine._worker.mover.submit(lambda: None).result()
-        engine._worker.call(
-            lambda: done.__setitem__(0, not any(reader.moving for reader in engine._worker.readers.values()))
-        )
+    moving = True
+    while moving:
+        engine._jobs.mover.submit(lambda: None).result()
+        between = engine._scheduler.command(lambda: any(reader.moving for reader in engine._jobs.readers.values()))
+        moving = between.result()

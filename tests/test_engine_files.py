@@ -33,10 +33,10 @@ def opened(directory: Path, **changes: Any) -> Engine:
 def crash(engine: Engine) -> None:
     """Leaves the engine as a killed process would leave it: nothing is saved, and no thread writes any more."""
     engine._members.closed = True
-    engine._worker.call(lambda: engine._worker.readers.clear())
-    engine._worker.stop()
-    engine._worker.join()
-    for threads in (engine._worker.mover, engine._keeping._writer):
+    engine._scheduler.command(engine._jobs.readers.clear).result()
+    engine._scheduler.stop()
+    engine._scheduler.join()
+    for threads in (engine._jobs.mover, engine._keeping._makers, engine._keeping._writer):
         threads.shutdown(cancel_futures=True)
     if engine.directory is not None and engine._keeping.store is not None:
         files = {path: path.read_bytes() for path in engine.directory.glob("sessions/*/session.db*")}

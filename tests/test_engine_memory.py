@@ -15,9 +15,10 @@ import torch
 from longread.config import UserError
 from longread.engine import Busy, Engine, Limits, Sampling, persistence
 from longread.engine.lanes import Lanes
+from longread.engine.lock import RecordsLock
 from longread.engine.reader import Job, Reader
+from longread.engine.slices import Slices
 from longread.engine.task import Task
-from longread.engine.turns import Turns
 from longread.inner_loop.places import Places
 from longread.session import Session
 from tests.test_engine import read, write
@@ -41,14 +42,14 @@ def test_a_writer_that_the_device_cannot_hold_twice_goes_to_the_host(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return state_of(lanes, job, device)  # type: ignore[arg-type]
 
-    read_group, tiers = Turns._read_group, set()
+    read_group, tiers = Slices._read_group, set()
 
-    def reading(turns: Turns, jobs: list[Job]) -> None:
+    def reading(slices: Slices, jobs: list[Job], size: int) -> None:
         tiers.update(job.reader.tier for job in jobs)
-        read_group(turns, jobs)
+        read_group(slices, jobs, size)
 
     monkeypatch.setattr(Lanes, "state", short)
-    monkeypatch.setattr(Turns, "_read_group", reading)
+    monkeypatch.setattr(Slices, "_read_group", reading)
     with Engine(make().to(device), INNER) as engine:
         sid = engine.create().id
         read(engine, sid, text(9))
@@ -62,21 +63,24 @@ def test_a_lane_that_cannot_be_moved_becomes_nobody_elses(monkeypatch: pytest.Mo
     """What fails between two lanes must not give one session what another remembers."""
     model = make()
     readers = [Reader(str(i), "", "", learn=True, recent=deque()) for i in range(2)]
-    lanes, jobs = Lanes(model, 2), [Job(Task(), reader, ()) for reader in readers]
-    lanes.grow(2)
-    for i, job in enumerate(jobs):
-        job.reader.rest(after(model, 9, i))
-        lanes.enter(job)
+    lock = RecordsLock()
+    lanes, jobs = Lanes(model, 2, lock), [Job(Task(), reader, ()) for reader in readers]
+    with lock:
+        lanes.grow(2)
+        for i, job in enumerate(jobs):
+            job.reader.rest(after(model, 9, i))
+            lanes.enter(job)
 
     def short(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Places, "put", short)
-    with pytest.raises(torch.OutOfMemoryError):
-        lanes.first(jobs[1:])
-    with pytest.raises(LookupError):
-        lanes.leave(jobs[0])
-    lanes.leave(jobs[1])
+    with lock:
+        with pytest.raises(torch.OutOfMemoryError):
+            lanes.first(jobs[1:])
+        with pytest.raises(LookupError):
+            lanes.leave(jobs[0])
+        lanes.leave(jobs[1])
     assert_same(jobs[1].reader.state, after(model, 9, 1))  # type: ignore[arg-type]
 
 

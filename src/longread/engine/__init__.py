@@ -1,9 +1,14 @@
 """Many sessions on one device: they read and write at once, and none can tell.
 
-engine.py       what other threads may call
+engine.py       what any thread may call
 interface.py    limits, facts, events and errors
 task.py         work under way: events, result, cancelling
-worker.py       the thread that does the work, in turns
+scheduler.py    the thread that computes: who comes next
+slices.py       what it computes at a time
+shares.py       how owners share the device
+jobs.py         a piece of work from its acceptance to its end
+members.py      who is there, who may come, and who is just coming
+lock.py         the lock over all records
 reader.py       what is known of a session, and of a piece of work for it
 lanes.py        sessions that write, a token of all of them at a time
 capacity.py     how many that can be, before there is an engine
@@ -32,7 +37,9 @@ from longread.engine.interface import (
     Finished,
     Limits,
     Lost,
+    OverQuota,
     Progress,
+    Quota,
     SessionInfo,
     Token,
     TooLarge,
@@ -55,7 +62,9 @@ __all__ = [
     "Finished",
     "Limits",
     "Lost",
+    "OverQuota",
     "Progress",
+    "Quota",
     "Sampling",
     "SessionBytes",
     "SessionInfo",

@@ -33,6 +33,19 @@ class Limits:
     than those of one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quota:
+    """What one owner may have; None: what the engine has."""
+
+    sessions: int | None = None
+    nbytes: int | None = None
+    """Of all that the owner's sessions remember; beyond it none is created."""
+    room: int = 1
+    """How many more sessions there must be room for, where more than the one are to follow."""
+    uncounted: str | None = None
+    """The label of sessions that do not count among `sessions`."""
+
+
 @dataclass(frozen=True)
 class SessionInfo:
     """Facts about one session at one moment."""
@@ -127,6 +140,10 @@ class Busy(UserError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class OverQuota(UserError):
+    """The owner has as much as it may; others may have room."""
 
 
 class UnknownSession(UserError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from longread.engine.cells import Cells
+from longread.engine.lock import RecordsLock
 from longread.engine.reader import Job, Tier
 from longread.inner_loop import ReadingState
 from longread.inner_loop.batches import compact
@@ -18,12 +19,14 @@ HOST_TIER: Tier = "host"
 class Lanes:
     """Jobs in lanes 0, 1, … without a gap; places are made as they are needed, at most `most`.
 
+    All of this is for the thread that computes, and lets the lock go while anything is copied.
+
     Args:
         apart: whether each lane is computed by itself (`Limits.batch_invariant`).
     """
 
-    def __init__(self, model: Transformer, most: int, *, apart: bool = False) -> None:
-        self.model, self.most, self._apart = model, most, apart
+    def __init__(self, model: Transformer, most: int, lock: RecordsLock, *, apart: bool = False) -> None:
+        self.model, self.most, self._lock, self._apart = model, most, lock, apart
         self.possible = model.config.mixer == "attention"
         """Whether this model decodes in lanes; one with recurrent mixers is read token by token instead."""
         self.jobs: list[Job] = []
@@ -50,10 +53,11 @@ class Lanes:
 
     def grow(self, lanes: int) -> None:
         """Makes or adds empty lanes."""
-        if self._places is None:
-            self._places = Cells(self.model, lanes) if self._apart else Places(self.model, lanes, learn=True)
-        else:
-            self._places.grow(lanes)
+        with self._lock.released():
+            if self._places is None:
+                self._places = Cells(self.model, lanes) if self._apart else Places(self.model, lanes, learn=True)
+            else:
+                self._places.grow(lanes)
 
     def enter(self, job: Job) -> None:
         """Moves a session, which has read something and is where the model is, into a lane."""
@@ -63,7 +67,8 @@ class Lanes:
         lane = len(self.jobs)
         if self._places is None or lane >= self.lanes:
             raise LookupError("there is no empty lane")
-        self._places.put(lane, reader.state, learn=job.learns)
+        with self._lock.released():
+            self._places.put(lane, reader.state, learn=job.learns)
         self.jobs.append(job)
         reader.lane, reader.state = lane, None
 
@@ -71,7 +76,8 @@ class Lanes:
         """The state of a session in a lane, as a value, on another device if one is given."""
         if self._places is None or job.reader.lane is None:
             raise LookupError(f"session {job.reader.id} is in no lane")
-        return compact(self._places.take(job.reader.lane, device=device))
+        with self._lock.released():
+            return compact(self._places.take(job.reader.lane, device=device))
 
     def state_somewhere(self, job: Job) -> tuple[ReadingState, Tier]:
         """The same on the device, or in the host's memory where the device has none left; and which of them."""
@@ -97,7 +103,8 @@ class Lanes:
         places.leave(lane)
         last = self.jobs.pop()
         if last is not job:
-            places.move(last.reader.lane or 0, lane)
+            with self._lock.released():
+                places.move(last.reader.lane or 0, lane)
             last.reader.lane, self.jobs[lane] = lane, last
 
     def first(self, jobs: list[Job]) -> None:
@@ -110,18 +117,19 @@ class Lanes:
             if places is None or lane is None or origin is None:
                 raise LookupError(f"session {one.reader.id} or {other.reader.id} is in no lane")
             state, _ = self.state_somewhere(one)
-            places.leave(lane)
-            places.move(origin, lane)
-            one.reader.lane, other.reader.lane = origin, lane
-            self.jobs[origin], self.jobs[lane] = one, other
-            places.put(origin, state, learn=one.learns)  # last: if it fails, nobody is taken for somebody else
+            with self._lock.released():
+                places.leave(lane)
+                places.move(origin, lane)
+                one.reader.lane, other.reader.lane = origin, lane
+                self.jobs[origin], self.jobs[lane] = one, other
+                places.put(origin, state, learn=one.learns)  # last: if it fails, nobody is taken for somebody else
 
     def due(self, job: Job) -> bool:
         """Whether the next token of a job asks for an inner step first."""
         return self._places is not None and job.reader.lane is not None and self._places.due(job.reader.lane)
 
     def logits(self) -> torch.Tensor:
-        """Of the next tokens of all jobs, [jobs, V]."""
+        """Of the next tokens of all jobs, [jobs, V]. This and `read` and `read_one` are called with the lock let go."""
         if self._places is None:
             raise LookupError("nobody is in a lane")
         return self._places.logits(len(self.jobs))

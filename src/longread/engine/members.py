@@ -2,77 +2,119 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from longread.config import UserError
-from longread.engine.interface import Busy, Limits, UnknownSession
+from longread.engine.interface import Busy, Limits, OverQuota, Quota, UnknownSession
+from longread.engine.jobs import Jobs
 from longread.engine.persistence import Persistence
 from longread.engine.reader import Reader
-from longread.engine.worker import Worker
+from longread.inner_loop import begin
 
 
 class Members:
-    """The readers of a worker. Methods are for the engine's thread."""
+    """The sessions of an engine, and those that are just being made: every limit counts both."""
 
-    def __init__(self, worker: Worker, keeping: Persistence, limits: Limits) -> None:
-        self._worker, self._keeping, self._limits = worker, keeping, limits
+    def __init__(self, jobs: Jobs, keeping: Persistence, limits: Limits) -> None:
+        self._jobs, self._keeping, self._limits = jobs, keeping, limits
+        self._lock = jobs.lock
+        self._coming: set[Reader] = set()
+        self._nothing = begin(jobs.model)  # a value, which all share that have read nothing
         self.closed = False
         """Whether nobody may come in any more."""
 
     @property
     def present(self) -> list[Reader]:
         """All sessions; not the forks that live as long as a task."""
-        return [reader for reader in self._worker.readers.values() if not reader.deleted]
+        return [reader for reader in list(self._jobs.readers.values()) if not reader.deleted]
 
     @property
     def tasks(self) -> int:
         """Under way or waiting."""
-        return sum(not job.replay for reader in self._worker.readers.values() for job in reader.jobs)
+        return sum(not job.replay for reader in self._jobs.readers.values() for job in reader.jobs)
 
     def find(self, session_id: str, owner: str | None = None) -> Reader:
         """A session by its id; `owner` None: whoever it belongs to."""
-        reader = self._worker.readers.get(session_id)
+        reader = self._jobs.readers.get(session_id)
         if reader is None or reader.deleted or (owner is not None and reader.owner != owner):
             raise unknown(session_id)
         return reader
 
+    def when_restored(self, session_id: str) -> Reader:
+        """The same once its journal has been read again; waits for that, with the lock let go meanwhile."""
+        while (reader := self.find(session_id)).restoring:
+            if self.closed:
+                raise closing()
+            self._lock.wait()
+        return reader
+
     def bare(self, owner: str, label: str, learn: bool) -> Reader:
         """A reader that has read nothing and is nowhere yet."""
-        window = self._worker.model.config.window_size
+        window = self._jobs.model.config.window_size
         return Reader(secrets.token_hex(16), owner, label, learn, deque(maxlen=window))
 
-    def new(self, owner: str, label: str, learn: bool) -> Reader:
-        """The same for a session, if there is room for one more. Raises `Busy`."""
-        limits, count = self._limits, len(self.present)
+    @contextlib.contextmanager
+    def joining(self, owner: str, label: str, learn: bool, quota: Quota | None) -> Iterator[Reader]:
+        """The record of a session that is in the engine afterwards, or never was if this fails.
+
+        Meanwhile it has its place, so that many may come at once and no limit is passed. Raises `Busy`, `OverQuota`.
+        """
+        with self._lock:
+            self._check_room()
+            if quota is not None:
+                self._check_quota(owner, quota)
+            reader = self.bare(owner, label, learn)
+            reader.rest(self._nothing)
+            self._coming.add(reader)
+        try:
+            yield reader
+        except BaseException:
+            with self._lock:
+                self._coming.discard(reader)
+            raise
+        with self._lock:
+            self._coming.discard(reader)
+            self._jobs.readers[reader.id] = reader
+
+    def _check_room(self) -> None:
+        """Raises `Busy` where there is no room for one more."""
+        limits, count = self._limits, len(self.present) + len(self._coming)
         if self.closed:
             raise closing()
         if limits.max_sessions is not None and count >= limits.max_sessions:
             most = limits.max_sessions
             raise Busy(f"there are {count} sessions of at most {most}; delete one, or try again later", 30)
-        self._keeping.check_room(self._worker.tiers.largest, limits.disk_bytes)
-        self._check_memory(count)
-        return self.bare(owner, label, learn)
-
-    def _check_memory(self, count: int) -> None:
-        """Raises `Busy` where `count` sessions fill the memory and cannot go to a disk."""
-        tiers, readers = self._worker.tiers, self._worker.readers.values()
+        tiers, coming = self._jobs.tiers, len(self._coming) + 1
+        self._keeping.check_room(coming * tiers.largest, limits.disk_bytes)
         room, remedy = tiers.device_bytes + tiers.host_bytes, "delete one, or try again later"
         if self._keeping.store is None and (count + 1) * tiers.largest > room:
             raise Busy(f"{count} sessions fill the {room} bytes there are; {remedy}", 30)
-        used = tiers.usage(readers)
-        if tiers.disk_refuses and used["device"] + used["host"] + tiers.largest > room:
+        used = tiers.usage(self._jobs.readers.values())
+        if tiers.disk_refuses and used["device"] + used["host"] + coming * tiers.largest > room:
             raise Busy(f"{count} sessions fill the memory for them, and the disk takes none; {remedy}", 30)
+
+    def _check_quota(self, owner: str, quota: Quota) -> None:
+        own = [reader for reader in (*self.present, *self._coming) if reader.owner == owner]
+        count = sum(reader.label != quota.uncounted for reader in own)
+        if quota.sessions is not None and count + quota.room > quota.sessions:
+            raise OverQuota(f"there are {count} sessions, and {quota.sessions} may be; delete some")
+        taken = sum(reader.nbytes for reader in own)
+        if quota.nbytes is not None and taken >= quota.nbytes:
+            raise OverQuota(f"the sessions hold {taken} bytes, and {quota.nbytes} may be; delete some")
 
     def twin(self, origin: Reader, twin: Reader) -> Reader:
         """Gives `twin` what `origin` has read."""
         state, tier = self._keeping.state_and_tier(origin)
+        twin.state = None
         if state is not None:
             twin.rest(state)
         twin.nbytes, twin.tier = origin.nbytes, tier
         twin.recent.extend(origin.recent)
-        twin.position, twin.drift, twin.losses = origin.position, origin.drift, origin.losses.copy()
+        twin.position, twin.losses = origin.position, origin.losses.copy()
+        twin.drift, twin.drift_steps = origin.drift, origin.drift_steps
         twin.steps, twin.rolled_back = origin.steps, origin.rolled_back
         return twin
 
@@ -82,10 +124,11 @@ class Members:
             return
         position = reader.info().position
         reader.deleted, reader.durable = True, False
-        self._worker.readers.pop(reader.id, None)
+        self._jobs.readers.pop(reader.id, None)
         jobs = list(reader.jobs)
         reader.jobs.clear()
         for job in jobs:
+            job.ready = False
             job.task._finish(UserError(f"session {reader.id} is lost at position {position}: {reason}"))
         if self._keeping.store is not None:
             self._keeping.store.give_up(reader.id, reader.owner, position, reason)
@@ -100,10 +143,10 @@ class Members:
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Raises `UserError` for the first that is not in the vocabulary; for any thread."""
-        V = self._worker.model.config.vocab_size
-        for token in tokens:
-            if not 0 <= token < V:
-                raise UserError(f"token id {token} is not in the vocabulary of {V}; use the model's tokenizer")
+        V = self._jobs.model.config.vocab_size
+        if len(tokens) and not (min(tokens) >= 0 and max(tokens) < V):
+            wrong = next(token for token in tokens if not 0 <= token < V)
+            raise UserError(f"token id {wrong} is not in the vocabulary of {V}; use the model's tokenizer")
 
 
 def unknown(session_id: str) -> UnknownSession:

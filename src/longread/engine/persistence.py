@@ -5,11 +5,12 @@ Events and snapshots have a thread each, since a snapshot takes seconds and an e
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,21 @@ from longread.engine.snapshots import Saved
 from longread.engine.store import Begun, Store
 from longread.engine.task import Task
 from longread.files import atomic_files, make_private, writing
-from longread.inner_loop import ReadingState, begin, drift
+from longread.inner_loop import ReadingState, begin
 from longread.model import Transformer
 from longread.session import Session
 
 SNAPSHOT_AFTER = 65_536
 """Tokens in events after which a snapshot is made; reading them again is what a start after a crash costs."""
 
+MAKERS = 16
+"""Sessions whose files may be made at once; making them waits for the disk."""
+
 Post = Callable[[Callable[[], None]], object]
 
 
 class Persistence:
-    """Sessions and their files. Methods are for the engine's thread, and call back in it."""
+    """Sessions and their files. Methods are called with the records' lock held, and call back with it held."""
 
     def __init__(
         self, model: Transformer, inner: InnerConfig, store: Store | None, lanes: Lanes, mover: Executor, post: Post
@@ -44,11 +48,14 @@ class Persistence:
         self.model, self.inner, self.store = model, inner, store
         self._lanes, self._mover, self._post = lanes, mover, post
         self._writer = ThreadPoolExecutor(1, "longread-events")
+        self._makers = ThreadPoolExecutor(MAKERS, "longread-files")
         self._owed: dict[str, list[Event]] = {}  # cuts that the disk did not take; changed in the events' thread
         self.lose: Callable[[Reader, str], None] = lambda reader, reason: None
 
     def close(self) -> None:
-        """Waits for all that is being written."""
+        """Waits for all that is being written. Nobody may ask for more."""
+        self._makers.shutdown()
+        self._mover.shutdown()
         self._writer.shutdown()
 
     def _in_background(self, pool: Executor, work: Callable[[], Any], done: Callable[[Any], None]) -> Future[Any]:
@@ -100,7 +107,7 @@ class Persistence:
     def describe(self, reader: Reader) -> Future[Any]:
         """Makes the facts about a reader durable."""
         store, facts = self.required, self.facts(reader)
-        return self._mover.submit(lambda: store.describe(reader.id, facts))
+        return self._writer.submit(lambda: store.describe(reader.id, facts))
 
     def wants_snapshot(self, reader: Reader) -> bool:
         return reader.durable and not reader.moving and not reader.deleted and reader.logged >= SNAPSHOT_AFTER
@@ -124,10 +131,11 @@ class Persistence:
             return
         if job is not None and job.started and not (job.ready or job.closing):
             # its tokens are on their way to the disk: only after that it is known whether they count
-            self._post(lambda: self.keep(reader, done, always=always))
+            job.once_settled.append(lambda: self.keep(reader, done, always=always))
             return
         state = self.state(reader)
         before: list[Future[Any]] = []
+        links = list(reader.links)
         if tokens:
             event = {"at": reader.position - len(tokens), "tokens": tokens, "learn": reader.learn, "wrote": True}
             reader.unlogged = []
@@ -138,13 +146,13 @@ class Persistence:
             steps=reader.steps,
             rolled_back=reader.rolled_back,
             nbytes=reader.nbytes,
-            drift=self.drift(reader),
+            drift=reader.drift,
             learn=reader.learn,
             losses=reader.losses.copy(),
             answers=tuple(reader.answers),
         )
         session = self._session(reader, state)
-        facts, logged = self.facts(reader), reader.logged
+        logged, moved_on = reader.logged, reader.steps != reader.drift_steps
         begun: Future[Begun] = self._writer.submit(lambda: store.begin(reader.id))
         if job is not None and job.ready and job.reads and not job.replay:
             rest = {"at": reader.position, "tokens": list(job.tokens[job.done :]), "learn": job.learns, "carried": True}
@@ -158,8 +166,11 @@ class Persistence:
             snapshot = begun.result()
             with beside(self.model.device):
                 held = session()
+                kept = dataclasses.replace(saved, drift=held.drift()) if moved_on else saved
             held.save(snapshot.path)  # checksums and a disk take seconds
-            store.commit(reader.id, facts, saved, snapshot)
+            wait(links)  # forks of what it was before
+            # after all changes of its facts that are on their way
+            self._writer.submit(lambda: store.commit(reader.id, self.facts(reader), kept, snapshot)).result()
             return True
 
         def finished(found: Any) -> None:
@@ -227,7 +238,8 @@ class Persistence:
         reader.state, reader.tier, reader.lane = None, "disk", None
         reader.position, reader.steps, reader.rolled_back = saved.position, saved.steps, saved.rolled_back
         reader.nbytes = saved.nbytes if saved.generation else self._empty_nbytes
-        reader.drift, reader.unlogged, reader.logged = saved.drift, [], 0
+        reader.drift, reader.drift_steps = saved.drift, saved.steps
+        reader.unlogged, reader.logged = [], 0
         reader.losses = saved.losses.copy()
         reader.answers.clear()
         reader.answers.extend(saved.answers)
@@ -248,7 +260,7 @@ class Persistence:
     def create(self, reader: Reader) -> Future[Any]:
         """Makes a new reader durable."""
         store, facts = self.required, self.facts(reader)
-        return self._mover.submit(lambda: store.create(reader.id, facts))
+        return self._makers.submit(lambda: store.create(reader.id, facts))
 
     def fork(self, origin: Reader, fork: Reader) -> Future[Any]:
         """Makes a fork durable, without writing what its origin has written."""
@@ -265,12 +277,14 @@ class Persistence:
             logged.result()
             store.link(origin.id, fork.id, facts, events)
 
-        return self._mover.submit(work)
+        linked = self._makers.submit(work)
+        origin.links.add(linked)
+        linked.add_done_callback(lambda _: origin.links.discard(linked))
+        return linked
 
     def take_in(self, path: Path, reader: Reader) -> Future[Any]:
         """Makes a copy of a session file the first snapshot of a new reader."""
         store = self.required
-        self.check_room()
 
         def work() -> Session:
             session = self.restored(path)
@@ -288,7 +302,7 @@ class Persistence:
             store.create(reader.id, self.facts(reader), saved, snapshot=session.save)
             return session
 
-        return self._mover.submit(work)
+        return self._makers.submit(work)
 
     def export(self, reader: Reader, path: Path) -> Future[Any]:
         """Copies the snapshot of a reader to `path`; gives the path."""
@@ -304,14 +318,15 @@ class Persistence:
         return self._mover.submit(work)
 
     def remove(self, reader: Reader) -> Future[Any]:
-        """Deletes a reader's files, after all that is still being written to them."""
-        store = self.required
+        """Deletes a reader's files, after all that is still being written to them or made from them."""
+        store, links = self.required, list(reader.links)
+        logged = self._writer.submit(lambda: self._owed.pop(reader.id, None))
 
-        def after_the_events() -> Future[Any]:
-            self._owed.pop(reader.id, None)
-            return self._mover.submit(lambda: store.remove(reader.id))
+        def work() -> None:
+            wait([logged, *links])
+            store.remove(reader.id)
 
-        return self._writer.submit(after_the_events)
+        return self._mover.submit(work)
 
     def check_room(self, largest: int = 0, limit: int | None = None) -> None:
         """Raises `Busy` where the files of one more session would be too much."""
@@ -330,15 +345,6 @@ class Persistence:
         if reader.lane is not None and job is not None:
             return self._lanes.state_somewhere(job)
         return reader.state, reader.tier
-
-    def drift(self, reader: Reader) -> float:
-        """`longread.inner_loop.drift` of a reader's fast weights, measured only if they have changed."""
-        if reader.drift is None:
-            state = self.state(reader)
-            if state is None:
-                return 0.0
-            reader.drift = drift(self.model, state.fast).item() if state.fast else 0.0
-        return reader.drift
 
     def _session(self, reader: Reader, state: ReadingState | None) -> Callable[[], Session]:
         """What makes the session of a reader as it is now, to be saved; for another thread."""

@@ -7,8 +7,9 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -49,7 +50,7 @@ def digest_of(tokens: Sequence[int]) -> str:
 
 @dataclass(eq=False)
 class Reader:
-    """One session. Only the engine's thread changes it."""
+    """One session. What it has read is changed by the thread that computes alone, and always under the lock."""
 
     id: str
     owner: str
@@ -80,15 +81,16 @@ class Reader:
     """Of all that it has read."""
     unlogged: list[int] = field(default_factory=list)
     """Tokens written since the database was."""
-    drift: float | None = 0.0
-    """None where it must be measured again."""
-    served: float = 0.0
-    """When tokens of it were last read."""
+    drift: float = 0.0
+    """As it was last measured, after `drift_steps` inner steps."""
+    drift_steps: int = 0
     logged: int = 0
     """Tokens in the database since the newest snapshot."""
     deleted: bool = False
-    waiting: list[Callable[[], None]] = field(default_factory=list)
-    """What is to be done when it has been restored."""
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
+    """What is to be done once it has no work any more."""
+    links: set[Future[Any]] = field(default_factory=set)
+    """Forks whose files are being made from its own, which must stay as they are for so long."""
 
     def rest(self, state: ReadingState) -> None:
         """Takes a new state."""
@@ -113,7 +115,7 @@ class Reader:
             position=self.position + sum(len(job.tokens) - job.done for job in self.jobs if job.replay),
             learn=self.learn,
             nbytes=self.nbytes,
-            drift=self.drift or 0.0,
+            drift=self.drift,
             steps=self.steps,
             rolled_back=self.rolled_back,
             tier=self.tier,
@@ -143,6 +145,12 @@ class Job:
     """Whether its tokens were written by the session."""
     learn: bool | None = None
     """None: as the session does."""
+    ticket: int = 0
+    """Of the jobs of one owner the one with the smallest is next."""
+    admitted: bool = False
+    """Whether it may have its session on the device now."""
+    served: float = 0.0
+    """Pieces read, or mini-batches written, since it was admitted or has been in its lane."""
     started: bool = False
     ready: bool = False
     """Its tokens are in the database, or need not be."""
@@ -163,6 +171,15 @@ class Job:
     """When its newest token was written."""
     closing: bool = False
     """Nothing is left to do but to make the result durable."""
+
+    once_settled: list[Callable[[], None]] = field(default_factory=list)
+    """What is to be done once its tokens are in the journal, or it has ended."""
+
+    def settle(self) -> None:
+        """Does what has waited for that."""
+        waiting, self.once_settled = self.once_settled, []
+        for work in waiting:
+            work()
 
     @property
     def reads(self) -> bool:

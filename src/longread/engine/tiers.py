@@ -1,12 +1,15 @@
-"""Where sessions are: with the model, in the host's memory, or on the disk; the least recently used move down.
+"""Where sessions are: with the model, in the host's memory, or on the disk.
 
-Moves take long, so they are made by a thread of their own, from one value to another; the engine's thread only decides.
+Where there is no room, one of the owner who holds most moves down, the least recently used of its own: nobody loses a
+place to another's thousandth session. Moves take long, so they are made by a thread of their own, from one value to
+another; the thread that computes only decides.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -51,7 +54,7 @@ class Keeper(Protocol):
     """What moves sessions to the disk and back."""
 
     def keep(self, reader: Reader, done: Callable[[bool | UserError], None]) -> None:
-        """Makes a reader durable as it is, then calls `done` in the engine's thread, and says whether it could."""
+        """Makes a reader durable as it is, then calls `done` with the lock held, and says whether it could."""
 
     def fetch(self, reader: Reader) -> None:
         """Brings a reader's state back from the disk."""
@@ -108,8 +111,8 @@ class Tiers:
 
     def admits(self, readers: Iterable[Reader]) -> bool:
         """Whether work for one more session can begin: all that is under way must fit on the device when it is done."""
-        started = sum(reader.lane is None and any(job.started for job in reader.jobs) for reader in readers)
-        return not started or self.lanes.nbytes + (started + 1) * self.largest <= self.device_bytes
+        admitted = sum(reader.lane is None and any(job.admitted for job in reader.jobs) for reader in readers)
+        return not admitted or self.lanes.nbytes + (admitted + 1) * self.largest <= self.device_bytes
 
     def has_room(self, readers: Iterable[Reader]) -> bool:
         """Whether one more session can lie on the device."""
@@ -144,10 +147,12 @@ class Tiers:
         if used["device"] > self.device_bytes:
             self._relieve(readers, used["device"] - self.device_bytes)
         too_much = used["host"] - self.host_bytes
-        for reader in sorted(readers, key=lambda reader: (bool(reader.jobs), reader.used)):
+        if too_much <= 0:
+            return
+        for reader in leaving([reader for reader in readers if reader.tier == "host"]):
             if too_much <= 0 or self.disk_refuses:
                 break
-            if reader.tier == "host" and (reader.moving or self._can_be_dropped(reader)):
+            if reader.moving or self._can_be_dropped(reader):
                 too_much -= reader.nbytes
                 if not reader.moving:
                     self._drop(reader, keeper)
@@ -159,15 +164,15 @@ class Tiers:
         return reader.tier == "device" and (reader.moving or reader.lane is not None or bool(reader.jobs))
 
     def _relieve(self, readers: Iterable[Reader], too_much: int) -> bool:
-        """Moves idle readers to the host, or those whose work has waited longest; says whether any is on its way."""
+        """Moves idle readers to the host, or those whose work has to wait; says whether any is on its way."""
         on_the_way = False
-        for reader in sorted(readers, key=lambda reader: (bool(reader.jobs), reader.used)):
+        for reader in leaving([reader for reader in readers if reader.tier == "device"]):
             if too_much <= 0:
                 break
-            if reader.tier != "device" or reader.lane is not None:
+            if reader.lane is not None:
                 continue
             if not reader.moving:
-                if reader.state is None or any(job.started for job in reader.jobs):
+                if reader.state is None or any(job.admitted for job in reader.jobs):
                     continue
                 self._carry(reader, torch.device("cpu"), "host")
             on_the_way = True
@@ -213,3 +218,24 @@ class Tiers:
                 reader.state, reader.tier = None, "disk"
 
         keeper.keep(reader, done)
+
+
+def leaving(readers: Collection[Reader]) -> Iterator[Reader]:
+    """The readers of one tier in the order in which they leave it: those without work first; of these, always one of
+    the owner that then holds most bytes there, and of its own the least recently used.
+    """
+    held: Counter[str] = Counter()
+    for reader in readers:
+        held[reader.owner] += reader.nbytes
+    for busy in (False, True):
+        waiting: defaultdict[str, deque[Reader]] = defaultdict(deque)
+        for reader in sorted(readers, key=lambda reader: reader.used):
+            if bool(reader.jobs) == busy:
+                waiting[reader.owner].append(reader)
+        while waiting:
+            owner = max(waiting, key=lambda owner: (held[owner], -waiting[owner][0].used))
+            reader = waiting[owner].popleft()
+            held[owner] -= reader.nbytes
+            if not waiting[owner]:
+                del waiting[owner]
+            yield reader

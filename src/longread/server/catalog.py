@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from longread.engine import Curve, SessionInfo, Task, UnknownSession
-from longread.server.errors import ApiError, without_paths
+from longread.engine import Curve, Quota, SessionInfo, Task, UnknownSession
+from longread.server.errors import without_paths
 from longread.server.service import Service, number
 
 
@@ -64,7 +64,7 @@ class Catalog:
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def making(self, tenant: str) -> asyncio.Lock:
-        """Held while a session of a tenant is made, so that several cannot exceed a limit together."""
+        """Held while a response or conversation of a tenant is made, so that several cannot exceed a limit together."""
         return self._making[tenant]
 
     def turn(self, session: str) -> asyncio.Lock:
@@ -127,35 +127,36 @@ class Catalog:
     async def create(self, tenant: str, *, label: str, learn: bool | None, compare: bool) -> Entry:
         """A new session; `learn` None: as the model was trained to.
 
-        Raises `ApiError` when the tenant has as many as it may, `Busy` when there is no room.
+        Raises `OverQuota` when the tenant has as many as it may, `Busy` when there is no room.
         """
         learn = self._service.learn if learn is None else learn
-        async with self._room(tenant, 1 + compare):
-            return await self._service.run(self._create, tenant, label, learn, compare)
+        return await self._service.run(self._create, tenant, label, learn, compare)
 
     def _create(self, tenant: str, label: str, learn: bool, compare: bool) -> Entry:
-        twin = self._engine.create(tenant, learn=False, label=_written("", hidden=True)).id if compare else None
+        twin = None
+        if compare:
+            twin = self._engine.create(tenant, learn=False, label=_written("", hidden=True), quota=self._quota(2)).id
         with self._or_delete(twin):
-            return _known(self._engine.create(tenant, learn=learn, label=_written(label, twin)))
+            return _known(self._engine.create(tenant, learn=learn, label=_written(label, twin), quota=self._quota()))
 
     async def fork(self, tenant: str, session: str, label: str | None) -> Entry:
         """Another session that has read the same, its twin included."""
         entry = await self.get(tenant, session)
-        async with self._room(tenant, 1 + (entry.twin is not None)):
-            return await self._service.run(self._fork, entry, entry.label if label is None else label)
+        return await self._service.run(self._fork, entry, entry.label if label is None else label)
 
     def _fork(self, entry: Entry, label: str) -> Entry:
         twin = None
         if entry.twin is not None:
             with contextlib.suppress(UnknownSession):
-                twin = self._engine.fork(entry.twin, _written("", hidden=True)).id
+                twin = self._engine.fork(entry.twin, _written("", hidden=True), quota=self._quota(2)).id
         with self._or_delete(twin):
-            return _known(self._engine.fork(entry.info.id, _written(label, twin, entry.info.id)))
+            parent = entry.info.id
+            return _known(self._engine.fork(parent, _written(label, twin, parent), quota=self._quota()))
 
     async def restore(self, tenant: str, path: Path, label: str) -> Entry:
         """The session in a file. Raises `UserError` if the file holds none that fits."""
-        async with self._room(tenant, 1):
-            return _known(await self._service.run(self._engine.restore, path, tenant, _written(label)))
+        restore = self._engine.restore
+        return _known(await self._service.run(restore, path, tenant, _written(label), quota=self._quota()))
 
     async def update(self, tenant: str, session: str, *, label: str | None, learn: bool | None) -> Entry:
         """Changes what is given."""
@@ -179,21 +180,9 @@ class Catalog:
         with contextlib.suppress(UnknownSession):
             await self._service.run(self._engine.delete, entry.twin)
 
-    @contextlib.asynccontextmanager
-    async def _room(self, tenant: str, count: int) -> AsyncIterator[None]:
-        """Room for some more sessions of a tenant while they are made."""
+    def _quota(self, room: int = 1) -> Quota:
         limits = self._service.limits
-        async with self.making(tenant):
-            infos = await self._service.run(self._engine.sessions, tenant)
-            there = sum(info.label != RESPONSE_LABEL for info in infos)
-            if there + count > limits.sessions:
-                message = f"there are {there} sessions, and {limits.sessions} may be; delete some"
-                raise ApiError(429, message, code="insufficient_quota", retry_after=60)
-            taken = sum(info.nbytes for info in infos)
-            if limits.tenant_bytes is not None and taken >= limits.tenant_bytes:
-                message = f"the sessions hold {taken} bytes, and {limits.tenant_bytes} may be; delete some"
-                raise ApiError(429, message, code="insufficient_quota", retry_after=60)
-            yield
+        return Quota(sessions=limits.sessions, nbytes=limits.tenant_bytes, room=room, uncounted=RESPONSE_LABEL)
 
     @contextlib.contextmanager
     def _or_delete(self, twin: str | None) -> Iterator[None]:

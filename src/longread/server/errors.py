@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from longread.config import UserError
-from longread.engine import Busy, TooLarge, UnknownSession, WrongPosition
+from longread.engine import Busy, OverQuota, TooLarge, UnknownSession, WrongPosition
 from longread.server.schemas import UNSUPPORTED
 from longread.server.validation import cause, explained, unknown_argument
 
@@ -99,6 +99,8 @@ def as_api_error(error: BaseException, directories: Iterable[Path] = ()) -> ApiE
             return error
         case Busy():
             return ApiError(503, str(error), retry_after=error.retry_after)
+        case OverQuota():
+            return ApiError(429, str(error), code="insufficient_quota", retry_after=60)
         case WrongPosition():
             return ApiError(409, str(error), param="expected_position", position=error.position)
         case UnknownSession():

@@ -194,6 +194,7 @@ class Work:
     """
 
     def __init__(self, service: Service, request: Request, *, survives: bool = False) -> None:
+        self.tenant: str = request.scope["longread.tenant"]
         self._request, self._survives = request, survives
         self._service, self._seconds = service, service.limits.seconds
         self._running: list[Running] = []

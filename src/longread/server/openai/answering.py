@@ -86,7 +86,7 @@ class Answering(ABC):
         sampling = sampling_of(self.service, self._asked, self._max_tokens, self._top, choice.index % self._n)
         learn = self._asked.learn if prompt.session is not None else self.service.learns(self._asked.learn)
         read, session = (prompt.ids, prompt.session) if kept is None else ([], kept.id)
-        running = await work.run(complete, read, sampling, session_id=session, learn=learn)
+        running = await work.run(complete, read, sampling, session_id=session, learn=learn, owner=work.tenant)
         return choice.follow(self.service, work, running, prompt.ids)
 
     async def events(self, request: Request) -> AsyncGenerator[Event, None]:

@@ -168,7 +168,8 @@ class ResponseRun:
         service, most = self._service, self._body.top_logprobs or 0
         learn = service.learns(self._body.learn) if session is None else self._body.learn
         sampling = sampling_of(service, self._body, self._max_tokens, most)
-        running = await work.run(service.engine.complete, tokens, sampling, session_id=session, learn=learn)
+        complete = service.engine.complete
+        running = await work.run(complete, tokens, sampling, session_id=session, learn=learn, owner=work.tenant)
         async for piece in self._choice.follow(service, work, running, read):
             logprobs = self._entries(piece)
             self._logprobs += logprobs

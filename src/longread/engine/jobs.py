@@ -1,0 +1,266 @@
+"""A piece of work from its acceptance to its end. All of this happens under the lock; only `Jobs.is_here` and what
+leaves a lane let it go for a moment, for the thread that computes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from longread.config import InnerConfig, UserError
+from longread.engine.interface import Appended, Busy, Finished, Limits, WrongPosition
+from longread.engine.lanes import Lanes
+from longread.engine.lock import RecordsLock
+from longread.engine.persistence import Persistence
+from longread.engine.reader import KEPT_LOSSES, Answer, Job, Reader
+from longread.engine.shares import Shares
+from longread.engine.tiers import Tiers
+from longread.engine.timings import Stopwatches
+from longread.inner_loop import begin, drift
+from longread.model import Transformer
+
+PATIENCE = 8
+"""Pieces, or mini-batches of written tokens, after which a job may have to stand back for another owner's."""
+LOG = logging.getLogger(__name__)
+
+
+class Jobs:
+    """All sessions and what they have to do; `files` is where it is made durable."""
+
+    def __init__(self, model: Transformer, inner: InnerConfig, limits: Limits) -> None:
+        self.model, self.inner, self.limits = model, inner, limits
+        self.lock = RecordsLock()
+        self.readers: dict[str, Reader] = {}
+        alone = limits.batch_invariant
+        self.alone = model.dtype == torch.float64 if alone is None else alone
+        """Whether every sequence is computed by itself."""
+        self.lanes = Lanes(model, limits.max_batch, self.lock, apart=self.alone)
+        self.mover = ThreadPoolExecutor(1, "longread-mover")
+        self.tiers = Tiers(model, limits, self.lanes, self.mover, self.lock.run)
+        self.shares, self.stopwatches = Shares(), Stopwatches()
+        self.counts = dict.fromkeys(("tokens_read", "tokens_written", "steps", "rolled_back", "groups", "rounds"), 0)
+        self.files: Persistence
+        self._tickets = 0
+
+    @property
+    def heads(self) -> list[Job]:
+        """What each session that has work does now, or next."""
+        return [reader.jobs[0] for reader in list(self.readers.values()) if reader.jobs]
+
+    def submit(self, job: Job) -> None:
+        """Queues a job behind the others of its session."""
+        with self.lock:
+            job.task._wake = self.lock.notify
+            self.to_the_end(job)
+            self.shares.come(job.reader.owner, {other.reader.owner for other in self.heads})
+            job.reader.jobs.append(job)
+            job.reader.used = time.time()
+            self.lock.notify()
+
+    def to_the_end(self, job: Job) -> None:
+        """Lets all others of its owner that wait now go first."""
+        self._tickets += 1
+        job.ticket = self._tickets
+
+    def begin(self, job: Job) -> None:
+        """Checks that a job can be done where its session stands, and makes durable what it will read."""
+        reader, job.started = job.reader, True
+        if reader.state is None and not reader.nbytes:  # of a task without a session
+            reader.rest(begin(self.model))
+        if job.digest is not None and not job.replay:
+            known = reader.answer(job.expected, job.digest, job.key)
+            if known is not None and job.expected != reader.position:
+                self.end(job, known)
+                return
+            if job.expected is not None and job.expected != reader.position:
+                raise WrongPosition(job.expected, reader.position)
+        if job.sampling is not None and not reader.position and not job.tokens:
+            raise UserError("there is nothing to continue; give a prompt, or append a text first")
+        job.begun_at = reader.position
+        if reader.durable and job.tokens and not job.replay:
+            event = {"at": reader.position, "tokens": list(job.tokens), "learn": reader.learn}
+            if job.wrote:
+                event["wrote"] = True
+            if job.digest is not None:
+                event |= {"digest": job.digest, "key": job.key}
+            self.files.log(reader, [event], lambda error: self._logged(job, error))
+        else:
+            self._logged(job, None)
+
+    def _logged(self, job: Job, error: UserError | None) -> None:
+        if error is not None:
+            self.fail(job, error)
+        else:
+            job.ready = True
+        job.settle()
+
+    def make_way(self, waiting: Job, *, lane: bool = False) -> None:
+        """Where an owner with fewer jobs on the device waits, one of the owner with most of them stands back: so nobody
+        has to wait for the end of somebody else's text. Not before it has been served for a while.
+
+        Args:
+            lane: it waits for a lane only, and so do those that stand back.
+        """
+        jobs = [job for job in (self.lanes.jobs if lane else self.heads) if job.admitted]
+        held = Counter(job.reader.owner for job in jobs)
+        fewer = held[waiting.reader.owner]
+        others = [
+            job
+            for job in jobs
+            if job.ready and job.next is None and held[job.reader.owner] > fewer and job.served >= PATIENCE
+        ]
+        if not others:
+            return
+        job = max(others, key=lambda job: (held[job.reader.owner], job.served))
+        if job.reader.lane is not None:
+            self.guarded([job], self.lanes.leave, job)
+        job.admitted, job.served = lane, 0.0
+        self.to_the_end(job)
+
+    def is_here(self, job: Job) -> bool:
+        """Whether the job's session is on the device or in a lane; if not, it may be on its way."""
+        reader = job.reader
+        if reader.lane is not None:
+            return True
+        return self.tiers.bring(reader, self.readers.values(), self.files) and reader.state is not None
+
+    def computing(self, job: Job, *, wrote: bool = False) -> None:
+        """Notes the time of a job that is computed for, and of the token that it has written."""
+        if job.replay:
+            return
+        now = time.perf_counter()
+        if not job.computed_for:
+            self.stopwatches.note("waiting", now - job.accepted)
+            job.computed_for = True
+        if wrote:
+            first = job.token_at is None
+            self.stopwatches.note("first_token" if first else "next_token", now - (job.token_at or job.accepted))
+            job.token_at = now
+
+    # the ends of a job
+
+    def guarded(self, jobs: Sequence[Job], work: Callable[..., None], *args: Any) -> None:
+        """Does `work`; if it fails, so do the jobs, and nobody else."""
+        try:
+            work(*args)
+        except UserError as error:
+            for job in jobs:
+                self.fail(job, error)
+        except torch.OutOfMemoryError:
+            for job in jobs:
+                self.fail(job, Busy("the device has no memory left for this; try again later", retry_after=10.0))
+        except Exception as error:
+            for job in jobs:
+                self.fail(job, error)
+
+    def end(self, job: Job, outcome: Any) -> None:
+        """Gives the outcome to whoever waits for it."""
+        reader = job.reader
+        reader.jobs.remove(job)
+        job.ready = False  # who holds it for the rest of this turn computes nothing more of it
+        reader.used = time.time()
+        job.task._finish(outcome)
+        job.settle()
+        if not reader.jobs:
+            self._after_jobs(reader)
+        self.lock.notify()
+
+    def _after_jobs(self, reader: Reader) -> None:
+        afterwards, reader.afterwards = reader.afterwards, []
+        for work in afterwards:
+            work()
+        if reader.deleted and not reader.jobs:
+            self.readers.pop(reader.id, None)
+        elif self.files.wants_snapshot(reader):
+            self.files.keep(reader, lambda kept: None)
+
+    def fail(self, job: Job, error: BaseException) -> None:
+        """Ends a job with an error; its session stays where it is, in memory and on the disk."""
+        reader = job.reader
+        if not reader.jobs or reader.jobs[0] is not job:
+            job.task._finish(error)
+            return
+        if reader.lane is not None:
+            try:
+                self.lanes.leave(job)
+            except Exception:  # the device has lost them, not only this one
+                LOG.exception("lanes are given up")
+                for other in self.lanes.abandon():
+                    self.files.give_back(other.reader)
+                if job not in reader.jobs:  # it was lost with its session
+                    return
+        if reader.state is None and reader.tier == "device":
+            self.end(job, error)
+        elif job.ready and reader.durable and not job.replay and job.reads:
+            self.files.cut(reader, lambda failed: self.end(job, error))
+            job.closing, job.ready = True, False
+        elif job.ready and reader.unlogged:
+            self.close_writing(job, error)
+        else:
+            self.end(job, error)
+
+    def end_reading(self, job: Job, cancelled: bool = False) -> None:
+        """Ends a job that was to read, and has."""
+        reader = job.reader
+        self.measure_drift(reader)
+        job.closing, job.ready = True, False
+        result = job.appended(cancelled)
+        if cancelled and reader.durable and not job.replay:
+            self.files.cut(reader, lambda error: self.end(job, error or result))
+            return
+        if job.digest is not None and not cancelled:
+            kept = (
+                result
+                if len(result.nll) <= KEPT_LOSSES
+                else Appended(result.position, [], result.steps, result.rolled_back)
+            )
+            reader.answers.append(Answer(job.begun_at, job.digest, job.key, kept))
+        self.end(job, result)
+
+    def end_writing(self, job: Job, reason: str) -> None:
+        """Ends a job that writes; its session leaves its lane."""
+        if job.reader.lane is not None:
+            self.lanes.leave(job, to_host=not self.tiers.has_room(self.readers.values()))
+        self.measure_drift(job.reader)
+        self.close_writing(job, Finished(reason, job.reader.position))
+
+    def cancel_reading(self, job: Job) -> None:
+        """Ends reading where it is, and with it a job that was to write afterwards."""
+        if job.sampling is None:
+            self.end_reading(job, cancelled=True)
+        else:
+            self.measure_drift(job.reader)
+            self.close_writing(job, Finished("cancelled", job.reader.position))
+
+    def close_writing(self, job: Job, outcome: Any) -> None:
+        """Makes what was written durable, and then gives the outcome."""
+        reader = job.reader
+        job.closing, job.ready = True, False
+        if not reader.durable or not reader.unlogged:
+            reader.unlogged = []
+            self.end(job, outcome)
+            return
+        start, written = reader.position - len(reader.unlogged), reader.unlogged
+        event = {"at": start, "tokens": written, "learn": job.learns, "wrote": True}
+        reader.unlogged = []
+
+        def logged(error: UserError | None) -> None:
+            if error is not None:  # what nobody can keep has not happened
+                self.files.reopen(reader)
+            self.end(job, error or outcome)
+
+        self.files.log(reader, [event], logged)
+
+    def measure_drift(self, reader: Reader, after: int = 1) -> None:
+        """Where so many inner steps were taken since it was measured; not of a fork that nobody can ask about."""
+        state, steps = reader.state, reader.steps
+        if state is None or steps - reader.drift_steps < after or reader.deleted:
+            return
+        with self.lock.released():
+            measured = drift(self.model, state.fast).item()
+        reader.drift, reader.drift_steps = measured, steps
