@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from longread.config import UserError
-from longread.engine import Engine, Sampling, slices
+from longread.engine import Engine, Sampling, pieces
 from longread.engine.database import read_database
 from tests.disk import Disk, refusing
 from tests.held import Held
@@ -211,12 +211,12 @@ def test_a_disk_that_does_not_take_the_end_of_a_text_loses_nothing_after_it(
     sid = engine.create().id
     engine.append(sid, text(3)).result()
     with monkeypatch.context() as patch:
-        patch.setattr(slices, "read", held := Held(slices.read, call=2))
+        patch.setattr(pieces, "read", held := Held(pieces.read, call=2))
         task = engine.append(sid, text(300 * M))
         assert held.entered.wait(60)
         usual, disk.hook = disk.hook, refusing(call=1)
         if how == "failed":
-            patch.setattr(slices, "read", refuse())
+            patch.setattr(pieces, "read", refuse())
         else:
             task.cancel()
         held.go()
@@ -269,7 +269,7 @@ def test_a_session_weighs_something_after_any_end(
     empty = engine.create().nbytes
     end(engine)
     with monkeypatch.context() as patch:
-        patch.setattr(slices, "read", held := Held(slices.read))
+        patch.setattr(pieces, "read", held := Held(pieces.read))
         engine = opened(tmp_path)
         if tokens and end is crash:
             assert held.entered.wait(60)

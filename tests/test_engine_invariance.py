@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.engine import Engine, Limits, Sampling, largest_session, slices
-from longread.engine.slices import STEPS
+from longread.engine import Engine, Limits, Sampling, largest_session, pieces, slices
+from longread.engine.pieces import STEPS
 from longread.inner_loop import places, read
 from longread.inner_loop.places import Places
 from longread.model import Transformer
@@ -126,7 +126,7 @@ def test_who_is_computed_with_whom(
 
         monkeypatch.setattr(owner, method, watching)
 
-    watched("group", slices, "together", len)
+    watched("group", pieces, "together", len)
     watched("draw", slices, "draw", lambda logits, *rest: len(logits))
     watched("lanes", Places, "_pass", lambda self, count: count)
     watched("head", model, "logits", len)
@@ -143,7 +143,7 @@ def test_who_is_computed_with_whom(
 
 def test_steps_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """When more inner steps are due than fit at once, and those that take none stand between them."""
-    monkeypatch.setattr(slices, "GROUP", M)
+    monkeypatch.setattr(pieces, "GROUP", M)
     model = make()
     with Engine(model, INNER, limits=Limits(batch_invariant=False), fingerprint="x") as engine:
         lengths = [2 * M, 2 * M + 1, 2 * M, 2 * M + 2, 2 * M]

@@ -16,8 +16,8 @@ from longread.config import UserError
 from longread.engine import Busy, Engine, Limits, Sampling, persistence
 from longread.engine.lanes import Lanes
 from longread.engine.lock import RecordsLock
+from longread.engine.pieces import TextPieces
 from longread.engine.reader import Job, Reader
-from longread.engine.slices import Slices
 from longread.engine.task import Task
 from longread.inner_loop.places import Places
 from longread.session import Session
@@ -42,14 +42,14 @@ def test_a_writer_that_the_device_cannot_hold_twice_goes_to_the_host(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return state_of(lanes, job, device)  # type: ignore[arg-type]
 
-    read_group, tiers = Slices._read_group, set()
+    read_group, tiers = TextPieces.read, set()
 
-    def reading(slices: Slices, jobs: list[Job], size: int) -> None:
+    def reading(pieces: TextPieces, jobs: list[Job], size: int) -> None:
         tiers.update(job.reader.tier for job in jobs)
-        read_group(slices, jobs, size)
+        read_group(pieces, jobs, size)
 
     monkeypatch.setattr(Lanes, "state", short)
-    monkeypatch.setattr(Slices, "_read_group", reading)
+    monkeypatch.setattr(TextPieces, "read", reading)
     with Engine(make().to(device), INNER) as engine:
         sid = engine.create().id
         read(engine, sid, text(9))

@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 
 from longread.config import UserError
-from longread.engine import Busy, Engine, Limits, OverQuota, Progress, Quota, Sampling, Token, largest_session, slices
+from longread.engine import (
+    Busy,
+    Engine,
+    Limits,
+    OverQuota,
+    Progress,
+    Quota,
+    Sampling,
+    Token,
+    largest_session,
+    pieces,
+    slices,
+)
 from longread.engine.lock import RecordsLock
 from longread.engine.reader import Reader
 from longread.engine.shares import Shares
@@ -34,7 +46,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
 def held_reading(engine: Engine, patch: pytest.MonkeyPatch, **options: Any) -> tuple[str, Any, Held]:
     """A session that reads, and the device held in the middle of its second piece."""
     sid = engine.create(**options).id
-    patch.setattr(slices, "read", held := Held(slices.read, call=2))
+    patch.setattr(pieces, "read", held := Held(pieces.read, call=2))
     task = engine.append(sid, text(300 * M))
     assert held.entered.wait(120)
     return sid, task, held
@@ -176,20 +188,20 @@ def test_who_could_not_come_in_takes_no_place(tmp_path: Path, monkeypatch: pytes
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Of every piece that is read: sequences and tokens."""
     found: list[tuple[int, int]] = []
-    read = slices.read
+    read = pieces.read
 
     def reading(model: Any, state: Any, tokens: Any, **options: Any) -> Any:
         found.append((len(tokens), len(tokens[0])))
         return read(model, state, tokens, **options)
 
-    monkeypatch.setattr(slices, "read", reading)
+    monkeypatch.setattr(pieces, "read", reading)
     return found
 
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_pieces_are_short_while_somebody_writes(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One mini-batch, whoever reads; long ones come back when the writer has gone."""
-    monkeypatch.setattr(slices, "SHORT", M)
+    monkeypatch.setattr(pieces, "SHORT", M)
     monkeypatch.setattr(slices, "QUIET", 0.0)
     with Engine(make(), INNER, limits=Limits(batch_invariant=apart)) as engine:
         writer, *readers = (engine.create().id for _ in range(3))
@@ -205,14 +217,14 @@ def test_pieces_are_short_while_somebody_writes(apart: bool, monkeypatch: pytest
         writing.result(120)
         found.clear()
         engine.append(readers[0], text(40 * M)).result(120)
-        assert max(tokens for _, tokens in found) == (M if apart else slices.STEPS * M)
+        assert max(tokens for _, tokens in found) == (M if apart else pieces.STEPS * M)
 
 
 def test_a_prompt_that_is_read_alone_is_read_in_long_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine(make(), INNER, limits=Limits(batch_invariant=False)) as engine:
         found = lengths(monkeypatch)
         engine.complete(text(40 * M), Sampling(max_tokens=1)).result(120)
-        assert max(tokens for _, tokens in found) == slices.STEPS * M
+        assert max(tokens for _, tokens in found) == pieces.STEPS * M
 
 
 class Clock:
@@ -220,7 +232,7 @@ class Clock:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.order, self.begin = 0.0, list[int](), threading.Event()
-        read = slices.read
+        read = pieces.read
 
         def reading(model: Any, state: Any, tokens: Any, **options: Any) -> Any:
             self.begin.wait(120)
@@ -228,7 +240,7 @@ class Clock:
             self.order.append(int(tokens[0, 0]))
             return read(model, state, tokens, **options)
 
-        patch.setattr(slices, "read", reading)
+        patch.setattr(pieces, "read", reading)
         patch.setattr(slices.time, "perf_counter", lambda: self.now)
 
 
@@ -239,7 +251,7 @@ def test_owners_share_the_device_and_not_their_sessions(monkeypatch: pytest.Monk
         texts = [("ann", 1), ("ann", 2), ("ann", 3), ("bob", 4)]
         ids = [engine.create(owner).id for owner, _ in texts]
         engine.append(engine.create("eve").id, [0])  # in which the device is held until all others wait
-        tasks = [engine.append(sid, [name] * (8 * slices.STEPS * M)) for sid, (_, name) in zip(ids, texts, strict=True)]
+        tasks = [engine.append(sid, [name] * (8 * pieces.STEPS * M)) for sid, (_, name) in zip(ids, texts, strict=True)]
         clock.begin.set()
         for task in tasks:
             task.result(120)

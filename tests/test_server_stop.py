@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from longread.config import UserError
-from longread.engine import Busy, slices
+from longread.engine import Busy, pieces, slices
 from longread.server import ServerLimits, running
 from longread.server.service import Work
 from tests.held import Held
@@ -76,7 +76,7 @@ def test_a_stop_ends_what_takes_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: threading.Event, stream: bool
 ) -> None:
     monkeypatch.setattr(running, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(slices, "read", held := Held(slices.read, call=2))
+    monkeypatch.setattr(pieces, "read", held := Held(pieces.read, call=2))
     monkeypatch.setattr(running, "ENDING_SECONDS", 3600.0)
     with Listening(tmp_path) as server, ThreadPoolExecutor(1) as pool:
         one = server.client.post("/v1/sessions").json()["id"]
@@ -123,7 +123,7 @@ def test_a_text_that_ended_early_can_be_continued(tmp_path: Path, monkeypatch: p
             return client.post(url, json={**text, "bin": 1, "stream": route == "streamed append", **more})
 
         with monkeypatch.context() as patch:
-            patch.setattr(slices, "read", held := Held(slices.read, call=4))
+            patch.setattr(pieces, "read", held := Held(pieces.read, call=4))
             sent = pool.submit(send)
             assert held.entered.wait(60)
             at_the_end_of_its_time(client)
@@ -172,7 +172,7 @@ def test_a_text_that_a_client_ended_is_no_error(tmp_path: Path, monkeypatch: pyt
     with serving(tmp_path) as client, ThreadPoolExecutor(1) as pool:
         one = session(client)
         catalog = client.app.state.catalog  # type: ignore[attr-defined]
-        monkeypatch.setattr(slices, "read", held := Held(slices.read, call=2))
+        monkeypatch.setattr(pieces, "read", held := Held(pieces.read, call=2))
         sent = in_background(pool, client, f"/v1/sessions/{one}/append", json={"text": LONG})
         assert held.entered.wait(60)
         catalog.cancel(one)
@@ -243,7 +243,7 @@ def test_a_completion_that_ended_early_is_no_answer(tmp_path: Path, monkeypatch:
 def test_a_failure_in_the_midst_says_how_far_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tmp_path) as client:
         one = session(client)
-        real, calls = slices.read, iter(range(100))
+        real, calls = pieces.read, iter(range(100))
 
         def failing(*args: Any, **kwargs: Any) -> Any:
             if next(calls) == 2:
@@ -251,7 +251,7 @@ def test_a_failure_in_the_midst_says_how_far_it_came(tmp_path: Path, monkeypatch
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(slices, "read", failing)
+            patch.setattr(pieces, "read", failing)
             answer = client.post(f"/v1/sessions/{one}/append", json={"text": LONG})
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (503, "overloaded")
@@ -262,14 +262,14 @@ def test_a_failure_in_the_midst_says_how_far_it_came(tmp_path: Path, monkeypatch
         def refusing(*_: Any, **__: Any) -> Any:
             raise UserError("no")
 
-        monkeypatch.setattr(slices, "read", refusing)
+        monkeypatch.setattr(pieces, "read", refusing)
         assert "tokens" not in client.post(f"/v1/sessions/{one}/append", json={"text": LONG}).json()["error"]
 
 
 def test_the_clock_of_a_request_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: threading.Event) -> None:
     with serving(tmp_path, limits=ServerLimits(seconds=0.2)) as client, ThreadPoolExecutor(1) as pool:
         one = session(client)
-        monkeypatch.setattr(slices, "read", held := Held(slices.read))
+        monkeypatch.setattr(pieces, "read", held := Held(pieces.read))
         sent = in_background(pool, client, f"/v1/sessions/{one}/append", json={"text": LONG})
         assert cut.wait(60)
         held.go()

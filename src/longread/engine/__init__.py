@@ -5,6 +5,7 @@ interface.py    limits, facts, events and errors
 task.py         work under way: events, result, cancelling
 scheduler.py    the thread that computes: who comes next
 slices.py       what it computes at a time
+pieces.py       a piece of text, read by a group of sessions
 shares.py       how owners share the device
 jobs.py         a piece of work from its acceptance to its end
 members.py      who is there, who may come, and who is just coming

@@ -25,7 +25,7 @@ from longread.inner_loop import begin, drift
 from longread.model import Transformer
 
 PATIENCE = 8
-"""Pieces, or mini-batches of written tokens, after which a job may have to stand back for another owner's."""
+"""TextPieces, or mini-batches of written tokens, after which a job may have to stand back for another owner's."""
 LOG = logging.getLogger(__name__)
 
 
@@ -141,6 +141,20 @@ class Jobs:
             first = job.token_at is None
             self.stopwatches.note("first_token" if first else "next_token", now - (job.token_at or job.accepted))
             job.token_at = now
+
+    def written(self, job: Job) -> None:
+        """Books that the drawn token has been read."""
+        reader, token = job.reader, job.next
+        if token is None:
+            return
+        reader.position += 1
+        reader.losses.add_written(1)
+        reader.recent.append(token)
+        if reader.durable:
+            reader.unlogged.append(token)
+        job.next, job.written = None, job.written + 1
+        job.served += 1 / self.model.config.mini_batch_size
+        self.counts["tokens_written"] += 1
 
     # the ends of a job
 

@@ -150,7 +150,7 @@ class Job:
     admitted: bool = False
     """Whether it may have its session on the device now."""
     served: float = 0.0
-    """Pieces read, or mini-batches written, since it was admitted or has been in its lane."""
+    """TextPieces read, or mini-batches written, since it was admitted or has been in its lane."""
     started: bool = False
     ready: bool = False
     """Its tokens are in the database, or need not be."""
