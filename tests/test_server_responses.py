@@ -356,6 +356,8 @@ def test_a_conversation_keeps_its_items(served: TestClient, client: openai.OpenA
     texts = [item.content[0].text for item in kept]  # type: ignore[union-attr]
     assert texts == ["Hello.", "Who?", first.output_text, "Wait.", "And?", second.output_text]
     assert client.conversations.items.retrieve(kept[3].id, conversation_id=talk.id) == kept[3]
+    with pytest.raises(openai.BadRequestError, match="no item of this list"):
+        list(client.conversations.items.list(talk.id, after="msg_0"))
     client.conversations.items.delete(kept[3].id, conversation_id=talk.id)
     third = ask(client, "So?", conversation=talk.id)
     whole = text_of(items([("user", "Who?"), ("assistant", first.output_text)])[1:], goes_on=True)

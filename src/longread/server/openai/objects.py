@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from longread.server.errors import ApiError
 from longread.server.openai.bodies import InputItem, ResponseRequest
 from longread.server.openai.history import StoredConversation
 from longread.server.stream import Event
@@ -57,11 +58,16 @@ def conversation_object(conversation: StoredConversation) -> Json:
 def page_of(items: Sequence[Json], *, after: str | None, limit: int, order: str) -> Json:
     """Some of a list, which is given oldest first: those after the item `after`, in the order asked for.
 
-    Raises `ValueError` if there is no such item.
+    Raises `ApiError` if there is no such item.
     """
     ordered = list(items) if order == "asc" else list(reversed(items))
     if after is not None:
-        ordered = ordered[[item["id"] for item in ordered].index(after) + 1 :]
+        ids = [item["id"] for item in ordered]
+        if after not in ids:
+            raise ApiError(
+                400, f"after is {after!r}, which is no item of this list; give one of its ids", param="after"
+            )
+        ordered = ordered[ids.index(after) + 1 :]
     found = ordered[:limit]
     return {
         "object": "list",
