@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longread.config import UserError
-from longread.engine.database import Contents, Database, create_database, log_of, read_database
+from longread.engine.database import Contents, Database, create_database, log_of, read_database, size_of
 from longread.engine.events import Event, consistent, furthest
 from longread.engine.interface import Lost
 from longread.engine.journals import has_journals, journal_files, read_journals
@@ -105,7 +105,7 @@ def _recover(folder: Path, database: Database | None, contents: Contents, lost: 
 def _rewrite(folder: Path, session: dict[str, Any], events: list[Event], *, damaged: bool) -> Database:
     """Puts a session into a new database, which takes the place of what it was in."""
     path = folder / DATABASE
-    if log_of(path).exists():  # it would be taken for the new one's
+    if size_of(log_of(path)):  # it would be taken for the new one's
         raise UserError(f"{log_of(path)} cannot be taken over; free some space, or give another directory")
     if damaged:
         with contextlib.suppress(OSError):
