@@ -24,8 +24,8 @@ LONG, SHORT = 2048, 128
 """Tokens of a text that are read at a time, with nobody who writes and beside others; or one mini-batch, if longer."""
 STEPS = 8
 """Most mini-batches of them."""
-MOST_WORK = 4e9
-"""Parameters times tokens of a piece on a CPU: about half a second on two cores."""
+MOST_WORK = 8e9
+"""Parameters times tokens of a piece on a CPU: about a second on two cores."""
 GROUP = 4096
 """Most tokens of a group, or one piece."""
 HOLD = 0.1
