@@ -92,7 +92,7 @@ def test_a_graph_that_is_off_is_refused_with_one_warning(
         (NAN, lambda plain: 1.0, False),
         (INF, lambda plain: 1.0, False),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_how_far_it_may_be_off(
     off: float,
