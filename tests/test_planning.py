@@ -20,7 +20,7 @@ from longread.parallel.rows import BUCKET_BYTES
 from longread.planning import GPUS, Layout, Plan, gpu_named, load_of, plan_training, state_bytes, step_seconds
 from longread.planning.measured import COPYING, MEASURED, kind_of, nearest, utilisation
 from longread.planning.memory import PROCESS, groups_of
-from longread.planning.timing import LATENCY, LINK_SHARE, collective_seconds
+from longread.planning.timing import LATENCY, LINK_SHARE, NETWORK_SHARE, collective_seconds
 from longread.recipes import recipe
 from tests.tiny import config as tiny
 
@@ -168,7 +168,7 @@ def test_as_much_is_computed_at_a_time_as_fits() -> None:
 
 def test_seconds_of_a_collective_by_hand() -> None:
     assert collective_seconds(8e9, 1, 450e9) == 0
-    assert collective_seconds(8e9, 4, 450e9, 3) == pytest.approx(6e9 / (LINK_SHARE * 450e9) + 3 * 2 * LATENCY)
+    assert collective_seconds(8e9, 4, 450e9, 3) == pytest.approx(6e9 / 450e9 + 3 * 2 * LATENCY)
 
 
 def test_seconds_of_a_step_by_hand() -> None:
@@ -182,7 +182,7 @@ def test_seconds_of_a_step_by_hand() -> None:
     assert seconds.update == pytest.approx(28 * N / 4 / (COPYING * 4.8e12))
     pieces = -(-4 * N // BUCKET_BYTES)
     assert seconds.within == pytest.approx(2 * (4 * N * 3 / 4 / (LINK_SHARE * 450e9) + 2 * pieces * LATENCY))
-    assert seconds.between == pytest.approx(2 * (N / 2 / (LINK_SHARE * 50e9) + pieces * LATENCY))
+    assert seconds.between == pytest.approx(2 * (N / 2 / (NETWORK_SHARE * 50e9) + pieces * LATENCY))
     assert seconds.state_parallel == 0
     assert seconds.total == pytest.approx(sum(seconds))
     assert seconds.efficiency == pytest.approx((seconds.compute + seconds.update) / seconds.total)

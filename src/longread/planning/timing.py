@@ -17,8 +17,11 @@ from longread.planning.layout import Layout
 from longread.planning.measured import update_seconds, utilisation
 from longread.planning.memory import BYTES, GRADIENT, WEIGHT, Load, groups_of
 
-LINK_SHARE = 0.75
-"""Of a link's nominal rate that a collective reaches: an assumption."""
+LINK_SHARE = 0.45
+"""Of a link's nominal rate that a collective reaches. Two H200s without NVLink multicast reached 0.35 with 16 MiB, 0.50
+with 128 MiB and 0.61 with 2 GiB; what travels by itself in a step is mostly between the first two."""
+NETWORK_SHARE = 0.75
+"""The same of a network adapter between nodes: an assumption."""
 LATENCY = 15e-6
 """Seconds of a collective between two GPUs, however little travels, and of each doubling of their number: an
 assumption."""
@@ -69,11 +72,11 @@ def collective_seconds(size: float, ranks: int, rate: float, count: int = 1) -> 
     What each rank sends is (ranks − 1) / ranks of it (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md).
 
     Args:
-        rate: bytes per second of each rank's link in one direction, by its vendor.
+        rate: bytes per second that a collective reaches on each rank's link in one direction.
     """
     if ranks == 1:
         return 0.0
-    return size * (ranks - 1) / ranks / (LINK_SHARE * rate) + count * LATENCY * math.ceil(math.log2(ranks))
+    return size * (ranks - 1) / ranks / rate + count * LATENCY * math.ceil(math.log2(ranks))
 
 
 def _travelling(config: RunConfig, layout: Layout, gpu: Gpu, load: Load) -> tuple[float, float]:
@@ -81,13 +84,13 @@ def _travelling(config: RunConfig, layout: Layout, gpu: Gpu, load: Load) -> tupl
     model, ranks, nodes = config.model, layout.gpus, layout.nodes
     gradient = GRADIENT * num_trained(model, config.trained_blocks)
     pieces = math.ceil(gradient / BUCKET_BYTES)
-    between = 2 * collective_seconds(gradient / ranks, nodes, gpu.network, pieces)
+    between = 2 * collective_seconds(gradient / ranks, nodes, NETWORK_SHARE * gpu.network, pieces)
     if layout.parallelism.update != "fully-sharded":  # reduce-scatter and all-gather; an all-reduce is both
-        return 2 * collective_seconds(gradient, ranks, gpu.link, pieces), between
+        return 2 * collective_seconds(gradient, ranks, LINK_SHARE * gpu.link, pieces), between
     groups, times = groups_of(model), layout.share(config) // load.micro_batch_size
     gathered = WEIGHT * (groups.root + 2 * groups.blocks * groups.block)  # blocks once more for their gradient
-    seconds = collective_seconds(gathered, ranks, gpu.link, 1 + 2 * groups.blocks)
-    seconds += collective_seconds(gradient, ranks, gpu.link, 1 + groups.blocks)
+    seconds = collective_seconds(gathered, ranks, LINK_SHARE * gpu.link, 1 + 2 * groups.blocks)
+    seconds += collective_seconds(gradient, ranks, LINK_SHARE * gpu.link, 1 + groups.blocks)
     return times * seconds, between
 
 
@@ -102,4 +105,7 @@ def _summing(config: RunConfig, layout: Layout, gpu: Gpu, load: Load) -> float:
     sums = (6 if again else 4) * model.num_suffix_blocks * steps
     size = load.micro_batch_size * model.mini_batch_size * model.width * BYTES
     norms = (3 if again else 2) * steps
-    return 2 * (sums * collective_seconds(size, P, gpu.link) + norms * collective_seconds(8, P, gpu.link))
+    return 2 * (
+        sums * collective_seconds(size, P, LINK_SHARE * gpu.link)
+        + norms * collective_seconds(8, P, LINK_SHARE * gpu.link)
+    )
