@@ -449,7 +449,7 @@ class Engine:
     def _stop(self) -> None:
         """Ends what can be ended, and lets everything be saved."""
         for reader in self._jobs.readers.values():
-            if reader.restoring:  # its journal is still there for the next start
+            if reader.restoring:  # its events are still there for the next start
                 reader.durable = False
             for job in list(reader.jobs):
                 if job.replay:

@@ -44,7 +44,7 @@ class Members:
         return reader
 
     def when_restored(self, session_id: str) -> Reader:
-        """The same once its journal has been read again; waits for that, with the lock let go meanwhile."""
+        """The same once its events have been read again; waits for that, with the lock let go meanwhile."""
         while (reader := self.find(session_id)).restoring:
             if self.closed:
                 raise closing()

@@ -173,7 +173,7 @@ class Job:
     """Nothing is left to do but to make the result durable."""
 
     once_settled: list[Callable[[], None]] = field(default_factory=list)
-    """What is to be done once its tokens are in the journal, or it has ended."""
+    """What is to be done once its tokens are durable, or it has ended."""
 
     def settle(self) -> None:
         """Does what has waited for that."""
