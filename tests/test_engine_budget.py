@@ -184,5 +184,6 @@ def settled(engine: Engine) -> None:
     moving = True
     while moving:
         engine._jobs.mover.submit(lambda: None).result()
+        engine._scheduler.command(lambda: None).result()  # what is too much moves in the turn after it
         between = engine._scheduler.command(lambda: any(reader.moving for reader in engine._jobs.readers.values()))
         moving = between.result()

@@ -9,6 +9,7 @@ import pytest
 
 from longread.config import UserError
 from longread.loading import open_model
+from longread.session import Sampling
 from longread.tokenizer import BOS, ByteTokenizer, HuggingFaceTokenizer, train_bpe
 from tests.lm_eval_readers import TEXT, asked, harness_model, save, write_task
 
@@ -65,7 +66,7 @@ def test_an_answer_ends_at_the_tokens_that_end_one(chatting: Path, monkeypatch: 
     assert ends == model._prompts.ends | {special["<|turn|>"]}
     from longread.lm_eval.writing import GenerationSettings, _GeneratedAnswer
 
-    answer = _GeneratedAnswer(model._prompts, (1, 2), GenerationSettings(9, 0.0, 1.0, None, 1.0, ()), 0, 16)
+    answer = _GeneratedAnswer(model._prompts, (1, 2), GenerationSettings(Sampling(max_tokens=9, temperature=0), ()), 0, 16)
     for token in [*tokenizer.encode("the lamp"), special["<|end|>"], *tokenizer.encode(" burns")]:
         answer.take(token)
     assert answer.ended

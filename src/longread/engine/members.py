@@ -78,6 +78,7 @@ class Members:
         with self._lock:
             self._coming.discard(reader)
             self._jobs.readers[reader.id] = reader
+            self._lock.notify()  # it may be one more than fits
 
     def _check_room(self) -> None:
         """Raises `Busy` where there is no room for one more."""
