@@ -66,7 +66,8 @@ def test_an_answer_ends_at_the_tokens_that_end_one(chatting: Path, monkeypatch: 
     assert ends == model._prompts.ends | {special["<|turn|>"]}
     from longread.lm_eval.writing import GenerationSettings, _GeneratedAnswer
 
-    answer = _GeneratedAnswer(model._prompts, (1, 2), GenerationSettings(Sampling(max_tokens=9, temperature=0), ()), 0, 16)
+    settings = GenerationSettings(Sampling(max_tokens=9, temperature=0), ())
+    answer = _GeneratedAnswer(model._prompts, (1, 2), settings, 0, 16)
     for token in [*tokenizer.encode("the lamp"), special["<|end|>"], *tokenizer.encode(" burns")]:
         answer.take(token)
     assert answer.ended
