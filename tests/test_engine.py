@@ -498,6 +498,5 @@ def test_window_of_recent_tokens(engine: Engine) -> None:
     read(engine, sid, text(30))
     session = Session(engine.model, INNER)
     session.read(text(30))
-    assert write(engine, sid, 3 * K, repetition_penalty=1.7) == list(
-        session.generate(3 * K, seed=1, repetition_penalty=1.7)
-    )
+    alone = session.generate(3 * K, seed=1, repetition_penalty=1.7)
+    assert write(engine, sid, 3 * K, repetition_penalty=1.7) == list(alone)
