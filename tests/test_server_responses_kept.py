@@ -148,9 +148,9 @@ def test_no_answer_is_lost_to_a_kill(tmp_path: Path) -> None:
             talk = talk or client.conversations.create().id
             for one in found:
                 assert client.responses.retrieve(one.id) == one
-            options = {} if previous is None else {"previous_response_id": previous.id}
-            said = ask(client, f"Question {turn}?", conversation=talk)
-            new = ask(client, f"Question {turn}?", **options)
+            options: dict[str, Any] = {} if previous is None else {"previous_response_id": previous.id}
+            said = ask(client, f"Question {turn}?", conversation=talk, temperature=0)
+            new = ask(client, f"Question {turn}?", temperature=0, **options)  # or one of the two might end sooner
             if previous is not None:
                 branch = ask(client, f"Question {turn}?", previous_response_id=previous.id)
                 assert usage(new)[1] == usage(branch)[1] == sum(usage(previous)[::2])
