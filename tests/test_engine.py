@@ -10,17 +10,7 @@ from typing import Any
 import pytest
 
 from longread.config import InnerConfig, UserError
-from longread.engine import (
-    Busy,
-    Engine,
-    Finished,
-    Limits,
-    Progress,
-    Sampling,
-    Token,
-    UnknownSession,
-    WrongPosition,
-)
+from longread.engine import Busy, Engine, Finished, Limits, Progress, Sampling, Token, UnknownSession, WrongPosition
 from longread.engine.lanes import largest_session
 from longread.session import Session
 from tests.test_engine_batches import INNER, K, M, V, make, text
