@@ -94,6 +94,8 @@ class FakeGraph:
 
 
 class _Stream:
+    def __init__(self, device: Any = None) -> None: ...
+
     def wait_stream(self, other: Any) -> None: ...
 
     def wait_event(self, event: Any) -> None: ...
@@ -102,7 +104,9 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def _graph(graph: FakeGraph, pool: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+def _graph(
+    graph: FakeGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     with graph.recording:
         yield
     graph.recording.undo()

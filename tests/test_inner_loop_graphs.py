@@ -221,13 +221,13 @@ register_inner_optimizer("wild", wild)
 @pytest.mark.usefixtures("fake_graphs")
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 def test_reading_by_graphs_is_reading(changes: dict, replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long graphs and short ones, strips that wrap, pieces that end anywhere, and a guard that refuses steps."""
+    """Stretches and mini-batches, strips that wrap, pieces that end anywhere, and a guard that refuses steps."""
     monkeypatch.setattr(captured, "STRETCH", 16)
-    monkeypatch.setattr(captured, "STRETCHES", 2)
+    monkeypatch.setattr(captured, "WORTH", 1)
     model = make(3, torch.float64, mini_batch_size=8, **changes)
-    tokens = torch.tensor([text(61, seed) for seed in range(2)])
+    tokens = torch.tensor([text(77, seed) for seed in range(2)])
     mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) > 0.2
-    for inner, pieces in ((INNER, [7, 42, 12]), (InnerConfig(optimizer="wild"), [61])):
+    for inner, pieces in ((INNER, [7, 58, 12]), (InnerConfig(optimizer="wild"), [77])):
         options = {"inner": inner, "guard": inner.optimizer == "wild"}
         with pytest.MonkeyPatch.context() as plain:
             plain.setattr(captured, "can_capture", lambda device: False)
@@ -247,24 +247,30 @@ def test_reading_by_graphs_is_reading(changes: dict, replays: list[int], monkeyp
             torch.testing.assert_close(made, getattr(expected, name), rtol=1e-9, atol=1e-11, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("good", "said"), [(0, "give hidden states .* of their norm"), (2, "score a token .* nats")], ids=["lower", "upper"]
+)
 def test_a_reading_whose_graph_is_off_goes_on_without(
-    fake_graphs: type[FakeGraph], replays: list[int], monkeypatch: pytest.MonkeyPatch
+    good: int, said: str, fake_graphs: type[FakeGraph], replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the half of the network that comes first, or, after so many that are good, of the other."""
     monkeypatch.setattr(captured, "STRETCH", 16)
+    monkeypatch.setattr(captured, "WORTH", 1)
     model, tokens = make(3, torch.float64, mini_batch_size=8, window_size=16), torch.tensor([text(90)])
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(captured, "can_capture", lambda device: False)
         expected = read(model, begin(model), tokens, inner=INNER)
-    monkeypatch.setattr(fake_graphs, "off", 0.5)
-    with pytest.warns(GraphRefused, match="captured mini-batches score a token .* nats off; reading goes on without"):
+    monkeypatch.setattr(fake_graphs, "off", property(lambda graph: 0.0 if len(replays) <= good else 0.5))
+    with pytest.warns(GraphRefused, match=rf"^captured mini-batches {said} off; reading goes on without$") as warned:
         found = read(model, begin(model), tokens, inner=INNER)
-    assert len(replays) == 1
+    assert len(warned) == 1
+    assert len(replays) == good + 1
     torch.testing.assert_close(found.nll, expected.nll, rtol=1e-9, atol=1e-11, equal_nan=True)
     for a, b in zip(found.state.tensors, expected.state.tensors, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     again = read(model, begin(model), tokens, inner=INNER)  # and without a warning
     assert torch.equal(again.nll[:, 1:], expected.nll[:, 1:])
-    assert len(replays) == 1
+    assert len(replays) == good + 1
 
 
 def written(model: Transformer, tokens: Tensor) -> tuple[Decoder, Tensor]:

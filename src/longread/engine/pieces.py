@@ -22,6 +22,8 @@ from longread.inner_loop.batches import apart, together
 
 LONG, SHORT = 2048, 128
 """Tokens of a text that are read at a time, with nobody who writes and beside others; or one mini-batch, if longer."""
+STRETCHES = 4
+"""On a GPU: of so many for which the lower half of the network runs at once."""
 STEPS = 8
 """Most mini-batches of them."""
 MOST_WORK = 8e9
@@ -57,9 +59,9 @@ class TextPieces:
         """Tokens of a piece with nobody who writes, and beside others."""
         if jobs.alone:  # on a GPU long enough for graphs
             self.long = self.short = self.long if on_gpu else self.short
-        elif on_gpu:  # a long graph, and what brings it to its border
+        elif on_gpu:  # and a mini-batch, which brings it to a border
             stretch = self._M * math.ceil(captured.STRETCH / self._M)
-            self.long = max(self.long, captured.STRETCHES * stretch + self._M)
+            self.long = max(self.long, STRETCHES * stretch + self._M)
         self._pace: float | None = None  # seconds a token, as read last
 
     def ends_here(self, job: Job) -> bool:

@@ -1,24 +1,19 @@
 """Long readings on a GPU, as replays of CUDA graphs.
 
-The state moves into places of its own: the fast weights, and for each attention a strip of K + R tokens. Mini-batch
-after mini-batch appends its keys and values to the strips, and sees the K tokens before, or the fewer that there are;
-when they are full, the newest K move to the front. As a graph fixes addresses and shapes, there is one for each place
-in the strip where it can begin, and for each past of a window that is not full yet, all in one pool of memory.
-
-A long graph holds several stretches of mini-batches, what is left over is read one mini-batch a graph. The lower half
-of the network runs over a whole stretch at once, on a stream of its own: while the upper half is busy with the
-mini-batches of one stretch, it is already at the next, and fills what small products leave of the processors.
-
-The first graph of each length is checked (`graphs.py`) by its scores.
+Each half of the network reads by itself. The lower one, which no fast weight touches, runs over a stretch of several
+mini-batches at once, on a stream of its own, one run ahead of the upper one, which takes step after step. What changes
+from run to run lies in places of its own, as a graph fixes addresses: tokens, positions, fast weights, and for each
+half a strip of keys and values (`_Half`). When a run is captured, and how often, says `_Half.run`.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,15 +27,20 @@ from longread.model import Past, Transformer
 
 STRETCH = 2048
 """Tokens for which the lower half runs at once, or one mini-batch if that is longer."""
-STRETCHES = 4
-"""In a long graph."""
+WORTH = 3
+"""Plain runs that one capture costs: the run that it is compared with, and twice the launches."""
 TOLERANCE = 0.05
-"""Nats by which a replayed score may differ from a plain one: the same kernels in the same order."""
+"""By which a replay may differ from a plain run, the same kernels in the same order: scores in nats, hidden states as a
+share of a token's norm."""
+READERS = 8
+"""Of a model that are kept, those used last."""
+
+Result = TypeVar("Result")
 
 
-class _Found(NamedTuple):
-    """The outputs of a graph, in its places: nll [B, tokens], norms and, where the optimizer says it, refusals
-    [B, mini-batches], the last output [B, D]."""
+class _Scored(NamedTuple):
+    """A mini-batch that the upper half has read: nll [B, M], the norm of its gradient and, where the optimizer says it,
+    whether its step was refused, [B], the last output [B, D]."""
 
     nll: Tensor
     grad_norm: Tensor
@@ -48,50 +48,122 @@ class _Found(NamedTuple):
     output: Tensor
 
 
-class _Place(NamedTuple):
-    """Where a graph begins."""
+class _Half(Generic[Result]):
+    """The keys and values that one half of the network has made, and the graphs of its runs.
 
-    tokens: int
-    """That it reads."""
-    first: int
-    """In the strips; the tokens lie at first + K."""
-    past: int
-    """Tokens that the first of them can see, at most K."""
+    Each run appends what it makes to strips of K + R tokens, and sees the K tokens before, or the fewer that there
+    are. When they are full, the newest K move to the front; R is about K, so that a token is moved once at most.
+    """
+
+    def __init__(
+        self, model: Transformer, batch_size: int, blocks: range, run: int, graphs: CheckedGraphs[Result]
+    ) -> None:
+        """`run`: tokens of the longest run."""
+        config = model.config
+        windows = [config.window_of(i) or 0 for i in range(config.num_blocks)]
+        self.K, self._windows = max(windows), [windows[i] for i in blocks]
+        self._room = run * max(1, self.K // run)
+        shape = 2, len(blocks), batch_size, self.K + self._room, config.num_kv_heads, config.head_dim
+        # token by token in memory: what is appended or moved is one piece
+        strips = torch.empty(shape, device=model.device, dtype=model.dtype)
+        self._strips, self._rows = strips.transpose(3, 4), strips.flatten(0, 2).unbind()
+        self.position = torch.zeros(batch_size, dtype=torch.float64, device=model.device)
+        self._first = self.past = 0
+        self._graphs, self._runs = graphs, collections.Counter[tuple[int, int, int]]()
+
+    def load(self, pasts: Sequence[Past], past: int, start: int | Tensor) -> None:
+        """Takes up the pasts of a token at position `start`, which are `past` tokens, or as many as a window holds."""
+        self.past = past
+        self._first = past if past < self.K else 0  # while a window fills, one place for each past
+        for here, given in zip(self.pasts, pasts, strict=True):
+            for place, x in zip(here, given, strict=True):
+                place.copy_(x)
+        self.position.copy_(torch.as_tensor(start))
+
+    @property
+    def pasts(self) -> list[Past]:
+        """What the next token can see: views."""
+        end = self.K + self._first
+        begins = (end - min(self.past, window) for window in self._windows)
+        return [Past(k[:, :, begin:end], v[:, :, begin:end]) for begin, k, v in zip(begins, *self._strips, strict=True)]
+
+    def append(self, own: Sequence[Past]) -> None:
+        """Writes the keys and values of the tokens that come now."""
+        for *places, made in zip(*self._strips, own, strict=True):
+            for place, x in zip(places, made, strict=True):
+                place.narrow(2, self.K + self._first, x.shape[2]).copy_(x)
+
+    def run(
+        self, tokens: int, runs: int, compute: Callable[[], Result], *kept: Tensor, replayed: bool = True
+    ) -> Result:
+        """Computes the next so many tokens: plainly, or as a graph where that pays.
+
+        A graph is of one length, one place in the strip and one length of the past. It is captured as soon as it has
+        run, or is known to be going to run, `WORTH` times. In a text of which much is still to come that is at once:
+        its runs go round R / tokens places. While a window fills, each past is met once a text, so there it is the
+        `WORTH`-th text. One reader has at most 2 R / tokens graphs of each length.
+
+        Args:
+            runs: of so many tokens that follow one another now, this included.
+            kept: what `compute` changes in place, beside the strips, which get the same again.
+            replayed: whether there may be graphs.
+        """
+        if self._first + tokens > self._room:
+            self._to_the_front()
+        key = tokens, self._first, self.past
+        self._runs[key] += 1
+        here = (runs - 1) // (self._room // tokens) if self.past == self.K else 0
+        if replayed and self._runs[key] + here >= WORTH:
+            result = self._graphs.run(key, compute, kept=lambda: put_back_later(self.position, *kept), kind=tokens)
+        else:
+            result = compute()
+        self._first, self.past = self._first + tokens, min(self.K, self.past + tokens)
+        return result
+
+    def _to_the_front(self) -> None:
+        step = self._first
+        for begin in range(0, self.K, step) if self._rows else ():  # pieces that do not overlap
+            end = min(begin + step, self.K)
+            newest = [row[begin + step : end + step] for row in self._rows]
+            torch._foreach_copy_([row[begin:end] for row in self._rows], newest)
+        self._first = 0
 
 
 class CapturedReader:
-    """Reads B sequences, one mini-batch or several stretches of them at a time."""
+    """Reads B sequences, whole mini-batches of them."""
 
     def __init__(self, model: Transformer, batch_size: int, inner: InnerConfig, guard: bool = False) -> None:
-        config = model.config
+        config, device = model.config, model.device
         self._model, self.inner = weakref.ref(model), inner  # `_READERS` would keep the model alive otherwise
         self.M = config.mini_batch_size
-        self._windows = [config.window_of(i) or 0 for i in range(config.num_blocks)]
-        self.K = max(self._windows)
         self.stretch = self.M * math.ceil(STRETCH / self.M)
-        self.long = STRETCHES * self.stretch
-        self.room = max(self.long, self.M * math.ceil(self.K / self.M))
-        like = torch.empty(0, device=model.device, dtype=model.dtype)
-        shape = batch_size, self.K + self.room, config.num_kv_heads, config.head_dim
-        # token by token in memory: what is appended or moved is one piece
-        self._strips = [
-            Past(like.new_zeros(shape).transpose(1, 2), like.new_zeros(shape).transpose(1, 2))
-            for _ in range(config.num_blocks)
-        ]
-        self._tokens = torch.zeros(batch_size, self.long + 1, dtype=torch.long, device=model.device)
-        self._mask = torch.ones(batch_size, self.long, dtype=torch.bool, device=model.device)
-        self._position = torch.zeros(batch_size, dtype=torch.float64, device=model.device)
-        initial = matrices(model.initial_fast_weights(batch_size))
-        self._fast = [torch.empty_like(w.detach(), memory_format=torch.contiguous_format) for w in initial]
-        self._working = [w.to(model.dtype) for w in self._fast]
-        self._max_step_norm = torch.zeros((), device=model.device) if guard else None
-        self._graphs = CheckedGraphs[_Found](
-            model.device,
+        warning = "captured mini-batches {}; reading goes on without"
+        self._lower_graphs = CheckedGraphs[Tensor](
+            device,
+            compared=lambda hidden: hidden,
+            scale=lambda plain: plain.norm(dim=-1, keepdim=True),
+            tolerance=TOLERANCE,
+            warning=warning.format("give hidden states {:.2g} of their norm off"),
+        )
+        self._upper_graphs = CheckedGraphs[_Scored](
+            device,
             compared=lambda found: found.nll,
             scale=lambda plain: 1.0,
             tolerance=TOLERANCE,
-            warning="captured mini-batches score a token {:.2g} nats off; reading goes on without",
+            warning=warning.format("score a token {:.2g} nats off"),
         )
+        split, blocks = model.num_lower_attentions, config.num_blocks
+        self._lower = _Half(model, batch_size, range(split), self.stretch, self._lower_graphs)
+        self._upper = _Half(model, batch_size, range(split, blocks), self.M, self._upper_graphs)
+        self._tokens = torch.zeros(batch_size, self.stretch, dtype=torch.long, device=device)
+        hidden = torch.zeros(3, batch_size, self.stretch, config.width, dtype=model.dtype, device=device)
+        self._hidden, self._ahead = hidden[0, :, : self.M], hidden[1:]
+        self._targets = torch.zeros(batch_size, self.M, dtype=torch.long, device=device)
+        self._mask = torch.ones(batch_size, self.M, dtype=torch.bool, device=device)
+        initial = matrices(model.initial_fast_weights(batch_size))
+        self._fast = [torch.empty_like(w.detach(), memory_format=torch.contiguous_format) for w in initial]
+        self._working = [w.to(model.dtype) for w in self._fast]
+        self._max_step_norm = torch.zeros((), device=device) if guard else None
         self.weights_at = model.embedding.weight.data_ptr()
 
     @property
@@ -104,7 +176,7 @@ class CapturedReader:
     @property
     def usable(self) -> bool:
         """False once a graph has turned out to compute something else; a reading goes on here without, to its end."""
-        return self._graphs.usable
+        return self._lower_graphs.usable and self._upper_graphs.usable
 
     def read(
         self, state: ReadingState, tokens: Tensor, mask: Tensor, max_step_norm: Tensor | None
@@ -117,127 +189,94 @@ class CapturedReader:
             the state after them, their nll, the norms of the steps' gradients, and which steps were refused, where the
             optimizer says it itself.
         """
-        past = self._load(state)
+        self._load(state)
         if self._max_step_norm is not None and max_step_norm is not None:
             self._max_step_norm.copy_(max_step_norm)
-        nll, norms, refusals, first, done, total = [], [], [], 0, 0, mask.shape[1]
-        while done < total:
-            count = self.long if total - done >= self.long else self.M
-            if first + count > self.room:
-                self._to_the_front(first)
-                first = 0
-            self._tokens[:, : count + 1].copy_(tokens[:, done : done + count + 1])
-            self._mask[:, :count].copy_(mask[:, done : done + count])
-            place = _Place(count, first, past)
-            found = self._graphs.run(place, functools.partial(self._compute, place), kept=self._kept, kind=count)
-            nll.append(found.nll.clone())
-            norms.append(found.grad_norm.clone())
-            refusals += [] if found.refused is None else [found.refused.clone()]
-            done, first, past = done + count, first + count, min(self.K, past + count)
-        after = self._state(state, self._seen(first, past), total, found.output)
-        return after, torch.cat(nll, 1), torch.cat(norms, 1), torch.cat(refusals, 1) if refusals else None
+        targets, nll, norms, refusals, done, total = tokens[:, 1:], [], [], [], 0, mask.shape[1]
+        for stretch in self._hidden_states(tokens[:, :total]):
+            for hidden in stretch.split(self.M, 1):
+                part = slice(done, done + self.M)
+                self._hidden.copy_(hidden)
+                self._targets.copy_(targets[:, part])
+                self._mask.copy_(mask[:, part])
+                left = (total - done) // self.M
+                kept = *self._fast, *self._working
+                found = self._upper.run(self.M, left, self._run_upper, *kept, replayed=self.usable)
+                nll.append(found.nll.clone())
+                norms.append(found.grad_norm.clone())
+                refusals += [] if found.refused is None else [found.refused.clone()]
+                done += self.M
+        after = self._state(state, total, found.output)
+        return after, torch.cat(nll, 1), torch.stack(norms, 1), torch.stack(refusals, 1) if refusals else None
 
-    def _to_the_front(self, first: int) -> None:
-        for strip in self._strips:
-            for x in strip:
-                newest = x[:, :, first : first + self.K]
-                x[:, :, : self.K].copy_(newest if first >= self.K else newest.clone())
+    def _hidden_states(self, tokens: Tensor) -> Iterator[Tensor]:
+        """What the lower half makes of the tokens, run after run; by then the next run is under way."""
+        filling = min(tokens.shape[1], self.M * math.ceil((self._lower.K - self._lower.past) / self.M))
+        stretches, rest = divmod(tokens.shape[1] - filling, self.stretch)
+        lengths = [self.M] * (filling // self.M) + [self.stretch] * stretches + [self.M] * (rest // self.M)
+        upper, lower = torch.cuda.current_stream(), self._lower_graphs.stream
+        parts, made = tokens.split(lengths, 1), []
+        for i in range(len(parts) + 1):
+            if i < len(parts):
+                length, runs = lengths[i], lengths[i:].count(lengths[i])
+                lower.wait_stream(upper)  # which has read the run before the last
+                with torch.cuda.stream(lower):
+                    self._tokens[:, :length].copy_(parts[i])
+                    compute = functools.partial(self._run_lower, length)
+                    hidden = self._lower.run(length, runs, compute, replayed=self.usable)
+                    self._ahead[i % 2, :, :length].copy_(hidden)
+                    made.append(lower.record_event())
+            if i:
+                upper.wait_event(made[i - 1])
+                yield self._ahead[(i - 1) % 2, :, : lengths[i - 1]]
 
-    def _load(self, state: ReadingState) -> int:
-        """Moves a state into its places; returns the tokens of its past."""
-        pasts = (*state.lower_pasts, *state.upper_pasts)
-        for strip, past in zip(self._strips, pasts, strict=True):
-            for place, x in zip(strip, past, strict=True):
-                place[:, :, self.K - x.shape[2] : self.K].copy_(x)
-        for place, w in zip(self._fast, matrices(state.fast), strict=True):
+    def _run_lower(self, tokens: int) -> Tensor:
+        half = self._lower
+        hidden, own = self.model.lower(self._tokens[:, :tokens], half.pasts, start=half.position)
+        half.append(own)
+        half.position += tokens
+        return hidden
+
+    def _run_upper(self) -> _Scored:
+        half, optimizer = self._upper, optimizer_named(self.inner.optimizer)
+        working = [w.detach().requires_grad_() for w in self._working]
+        step = inner_gradient(
+            self.model, working, half.pasts, self._hidden, self._targets, self._mask, start=half.position, order=0
+        )
+        half.append(step.own)
+        half.position += self.M
+        update = optimizer.step_(
+            self._fast,
+            step.gradients,
+            self._working,
+            lr=self.inner.lr,
+            clip=self.inner.clip,
+            max_step_norm=self._max_step_norm,
+        )
+        return _Scored(step.nll, update.grad_norm, update.refused, step.output[:, -1])
+
+    def _load(self, state: ReadingState) -> None:
+        past = max(past.key.shape[2] for past in (*state.lower_pasts, *state.upper_pasts))
+        self._lower.load(state.lower_pasts, past, state.start)
+        self._upper.load(state.upper_pasts, past, state.start)
+        for place, copy, w in zip(self._fast, self._working, matrices(state.fast), strict=True):
             place.copy_(w)
-        for copy, w in zip(self._working, self._fast, strict=True):
             copy.copy_(w)
-        self._position.copy_(torch.as_tensor(state.start))
-        return max(past.key.shape[2] for past in pasts)
 
-    def _state(self, before: ReadingState, seen: list[Past], tokens: int, output: Tensor) -> ReadingState:
-        split = self.model.num_lower_attentions
-        pasts = [Past(past.key.clone(), past.value.clone()) for past in seen]
+    def _state(self, before: ReadingState, tokens: int, output: Tensor) -> ReadingState:
+        lower, upper = (
+            tuple(Past(*(x.clone() for x in past)) for past in half.pasts) for half in (self._lower, self._upper)
+        )
         return ReadingState(
             **before.moved(tokens),
             fast=from_matrices([w.clone() for w in self._fast]),
-            lower_pasts=tuple(pasts[:split]),
-            upper_pasts=tuple(pasts[split:]),
+            lower_pasts=lower,
+            upper_pasts=upper,
             hidden=before.hidden,
             targets=before.targets,
             targets_mask=before.targets_mask,
             output=output.clone(),
         )
-
-    def _kept(self) -> Callable[[], None]:
-        """The undoing of the mini-batches of a graph; the strips get the same again."""
-        return put_back_later(*self._fast, *self._working, self._position)
-
-    def _compute(self, place: _Place) -> _Found:
-        """The mini-batches of one graph, from the strips and back into them."""
-        split, upper, lower = self.model.num_lower_attentions, torch.cuda.current_stream(), torch.cuda.Stream()
-        lower.wait_stream(upper)
-        # kept to the end: memory that is free again would be used again by the other stream
-        hidden, found, updates = [], [], []
-        optimizer = optimizer_named(self.inner.optimizer)
-        for begin in range(0, place.tokens, self.stretch):
-            end = min(begin + self.stretch, place.tokens)
-            with torch.cuda.stream(lower):
-                made, own = self.model.lower(
-                    self._tokens[:, begin:end], self._before(place, begin)[:split], start=self._position + begin
-                )
-                self._append(self._strips[:split], own, place.first + begin)
-            hidden.append((made, lower.record_event()))
-        for begin in range(0, place.tokens, self.M):
-            made, ready = hidden[begin // self.stretch]
-            upper.wait_event(ready)
-            offset, part = begin % self.stretch, slice(begin, begin + self.M)
-            step = inner_gradient(
-                self.model,
-                [w.detach().requires_grad_() for w in self._working],
-                self._before(place, begin)[split:],
-                made[:, offset : offset + self.M],
-                self._tokens[:, 1:][:, part],
-                self._mask[:, part],
-                start=self._position + begin,
-                order=0,
-            )
-            self._append(self._strips[split:], step.own, place.first + begin)
-            updates.append(
-                optimizer.step_(
-                    self._fast,
-                    step.gradients,
-                    self._working,
-                    lr=self.inner.lr,
-                    clip=self.inner.clip,
-                    max_step_norm=self._max_step_norm,
-                )
-            )
-            found.append(step)
-        self._position += place.tokens
-        refusals = [update.refused for update in updates if update.refused is not None]
-        return _Found(
-            torch.cat([f.nll for f in found], 1),
-            torch.stack([update.grad_norm for update in updates], 1),
-            torch.stack(refusals, 1) if refusals else None,
-            found[-1].output[:, -1],
-        )
-
-    def _before(self, place: _Place, tokens: int) -> list[Past]:
-        """The keys that the token can see that comes so many after the first of a graph can see."""
-        return self._seen(place.first + tokens, min(self.K, place.past + tokens))
-
-    def _seen(self, first: int, past: int) -> list[Past]:
-        """The `past` tokens before those that will lie at first + K, or the fewer that a window holds."""
-        end = first + self.K
-        begins = (end - min(past, window) for window in self._windows)
-        return [Past(*(x[:, :, begin:end] for x in strip)) for begin, strip in zip(begins, self._strips, strict=True)]
-
-    def _append(self, strips: Sequence[Past], own: Sequence[Past], first: int) -> None:
-        for strip, made in zip(strips, own, strict=True):
-            for place, x in zip(strip, made, strict=True):
-                place[:, :, first + self.K : first + self.K + x.shape[2]].copy_(x)
 
 
 _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bool], CapturedReader]] = (
@@ -263,7 +302,10 @@ def captured_reader(
         return None
     readers = _READERS.setdefault(model, {})
     key = state.output.shape[0], inner, guard
-    reader = readers.get(key)
+    reader = readers.pop(key, None)
     if reader is None or reader.weights_at != model.embedding.weight.data_ptr():
-        reader = readers[key] = CapturedReader(model, *key)
+        reader = CapturedReader(model, *key)
+    readers[key] = reader
+    if len(readers) > READERS:
+        del readers[next(iter(readers))]
     return reader if reader.usable else None

@@ -49,6 +49,9 @@ class CheckedGraphs(Generic[Result]):
         """
         self.usable = can_capture(device)
         """False too once a graph was not good."""
+        self.stream: Any = torch.cuda.Stream(device) if self.usable else None
+        """Where it captures. Products have scratch memory for each stream, which graphs may not share that are replayed
+        side by side; two of these that are made one after the other have two streams."""
         self._compared, self._scale, self._tolerance = compared, scale, tolerance
         self._warning, self._agreed = warning, agreed
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Result]] = {}
@@ -93,7 +96,7 @@ class CheckedGraphs(Generic[Result]):
             graph.replay()
             return result
         undo = kept()
-        with _on_another_stream():  # a capture wants kernels and libraries loaded, and this on another stream
+        with self._on_its_stream():  # a capture wants kernels and libraries loaded, and this on another stream
             plain = self._compared(compute()).clone()
             undo()
         graph, result = self._captured(compute)
@@ -113,9 +116,18 @@ class CheckedGraphs(Generic[Result]):
 
     def _captured(self, compute: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         graph = torch.cuda.CUDAGraph()
-        with _capturing(graph, next((other.pool() for other, _ in self._graphs.values()), None)):
+        pool = next((other.pool() for other, _ in self._graphs.values()), None)
+        with _capturing(graph, pool, self.stream):
             result = compute()
         return graph, result
+
+    @contextlib.contextmanager
+    def _on_its_stream(self) -> Iterator[None]:
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            yield
+        here.wait_stream(self.stream)
 
     def _off(self, found: Tensor, plain: Tensor) -> float:
         """The worst difference; numbers that are equally infinite, or none in both, do not differ."""
@@ -147,20 +159,12 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Captures what is done inside, while no other thread is inside `undisturbed`.
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: Any) -> Iterator[None]:
+    """Captures what is done inside, on `stream`, while no other thread is inside `undisturbed`.
 
     `pool` is that of an earlier graph, or None.
     """
     here = torch.cuda.current_stream()  # a capture that fails leaves torch on its own
-    with _ALONE, torch.cuda.stream(here), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    with _ALONE, torch.cuda.stream(here), capture:
         yield
-
-
-@contextlib.contextmanager
-def _on_another_stream() -> Iterator[None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
-    torch.cuda.current_stream().wait_stream(side)

@@ -1,0 +1,128 @@
+"""Which readings become CUDA graphs, and that they read as without; on a CPU with graphs that stand in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from longread.inner_loop import Reading, ReadingState, begin, captured, read
+from longread.model import Transformer
+from tests.fake_graphs import fake_graphs
+from tests.tiny import BY_BLOCK, GROUPED, INNER, make, text
+
+__all__ = ["fake_graphs"]
+M, STRETCH = 8, 16
+KINDS = {
+    "a window of two stretches": {"window_size": 32},
+    "one that mini-batches do not fill": {"window_size": 20} | GROUPED,
+    "shorter than a mini-batch, and no attention above it": {"window_size": 6, "num_suffix_blocks": 1},
+    "by block": {"window_size": 40} | BY_BLOCK | {"block_windows": (16, 0, 20, 0)},
+}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        request.getfixturevalue("fake_graphs")
+    monkeypatch.setattr(captured, "STRETCH", STRETCH)
+    return request.param
+
+
+@pytest.fixture
+def graphs(device: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """All that are captured."""
+    found: list[object] = []
+    real = torch.cuda.CUDAGraph
+
+    def make_graph() -> object:
+        found.append(real())
+        return found[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make_graph)
+    return found
+
+
+def model_on(device: str, **changes: object) -> Transformer:
+    blocks = 4 if "block_windows" in changes else 3
+    model = make(3, torch.float64, mini_batch_size=M, **{"window_size": 32, "num_blocks": blocks} | changes)
+    return model.float().cuda() if device == "cuda" else model
+
+
+def in_pieces(model: Transformer, tokens: Tensor, pieces: Sequence[int]) -> tuple[ReadingState, Tensor, Tensor]:
+    state, found = begin(model, len(tokens)), list[Reading]()
+    for part in tokens.split(list(pieces), 1):
+        found.append(read(model, state, part, inner=INNER))
+        state = found[-1].state
+    return state, torch.cat([one.nll for one in found], 1), torch.cat([one.inner_grad_norm for one in found], 1)
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_every_place_and_past_is_read_as_without_graphs(
+    changes: dict, device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once and in pieces that end anywhere; captured when it pays, and all of it."""
+    model = model_on(device, **changes)
+    n = 11 * M + 5
+    tokens = torch.tensor([text(n, seed) for seed in range(2)], device=device)
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(captured, "can_capture", lambda device: False)
+        expected = in_pieces(model, tokens, [n])
+    close = {"rtol": 1e-9, "atol": 1e-11} if device == "cpu" else {"rtol": 1e-3, "atol": 2e-3}
+    for worth, pieces in ((3, [n]), (1, [3, 5 * M, 6 * M + 2]), (1, [3 * M, 3 * M, 3 * M, 2 * M + 5])):
+        monkeypatch.setattr(captured, "WORTH", worth)
+        found = in_pieces(model, tokens, pieces)
+        assert found[0].position == n
+        for a, b in zip((*found[0].tensors, *found[1:]), (*expected[0].tensors, *expected[1:]), strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True, **close)
+    assert graphs
+
+
+def test_a_long_first_text_needs_few_graphs(device: str, graphs: list[object]) -> None:
+    """A graph of the upper half for each of K / M places, and two of the lower: all before the text is half read."""
+    model, tokens = model_on(device), torch.tensor([text(20 * M + 1)], device=device)
+    state = read(model, begin(model), tokens, inner=INNER).state
+    assert len(graphs) == 4 + 2
+    read(model, state, tokens[:, : 20 * M], inner=INNER)
+    assert len(graphs) == 4 + 2
+
+
+def test_a_short_text_is_read_plainly_until_such_texts_recur(device: str, graphs: list[object]) -> None:
+    model, tokens = model_on(device), torch.tensor([text(2 * M + 3)], device=device)
+    counts = []
+    for _ in range(4):
+        read(model, begin(model), tokens, inner=INNER)
+        counts.append(len(graphs))
+    assert counts == [0, 0, 4, 4]  # of two pasts and two halves
+    read(model, begin(model, 2), tokens.expand(2, -1), inner=INNER)
+    assert len(graphs) == 4
+
+
+def test_what_is_appended_piece_by_piece_is_captured_once_it_recurs(device: str, graphs: list[object]) -> None:
+    """And then nothing more, however much comes."""
+    model = model_on(device)
+    state, counts = begin(model), []
+    for seed in range(16):
+        state = read(model, state, torch.tensor([text(2 * M, seed)], device=device), inner=INNER).state
+        counts.append(len(graphs))
+    assert counts[3] == 0
+    assert counts[-1] == 2
+    assert counts[8:] == [2] * 8
+
+
+def test_the_number_of_graphs_is_bounded(device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "WORTH", 1)
+    model, n = model_on(device, window_size=2 * M), 9 * M
+    for pieces in ([n], [M, n - M], [2 * M, n - 2 * M], [3 * M, M, n - 4 * M]):
+        in_pieces(model, torch.tensor([text(n)], device=device), pieces)
+    assert len(graphs) <= (2 + 2) + (2 + 2 + 1)  # places and pasts of the upper half, and of the lower one; a stretch
+
+
+def test_readers_are_kept_as_long_as_they_are_used(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "READERS", 2)
+    model = model_on(device)
+    readers = [captured.captured_reader(model, begin(model, size), INNER, guard=False) for size in (1, 2, 1, 3, 1, 2)]
+    assert readers[0] is readers[2] is readers[4]
+    assert readers[1] is not readers[5]
