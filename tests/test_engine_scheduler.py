@@ -220,6 +220,26 @@ def test_pieces_are_short_while_somebody_writes(apart: bool, monkeypatch: pytest
         assert max(tokens for _, tokens in found) == (M if apart else pieces.STEPS * M)
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_token_waits_for_one_piece_and_a_piece_for_one_token(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long either takes: neither writing nor reading is starved by the other."""
+    monkeypatch.setattr(pieces, "SHORT", M)
+    with Engine(make(), INNER, limits=Limits(batch_invariant=apart)) as engine:
+        writer, reader = engine.create(learn=False).id, engine.create("bob").id
+        engine.append(writer, text(9)).result(120)
+        order, begun = list[str](), threading.Event()
+        writing = engine.generate(writer, Sampling(max_tokens=100_000))
+        writing.subscribe(lambda event: (order.append("token"), begun.set()))
+        assert begun.wait(120)
+        reading = engine.append(reader, text(20 * M))
+        reading.subscribe(lambda event: order.append("piece") if isinstance(event, Progress) else None)
+        reading.result(120)
+        writing.cancel()
+        writing.result(120)
+    both = order[order.index("piece") : len(order) - order[::-1].index("piece")]
+    assert both == ["piece", *["token", "piece"] * 19]
+
+
 def test_a_prompt_that_is_read_alone_is_read_in_long_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine(make(), INNER, limits=Limits(batch_invariant=False)) as engine:
         found = lengths(monkeypatch)

@@ -1,7 +1,7 @@
 """The thread that computes: it chooses who comes next, so that nobody waits for somebody else's long text.
 
 A turn is one token of every session that writes, then either the inner step of some of them or a piece of text of some
-that read. While somebody writes, reading gets half of the time, in pieces of one mini-batch. Owners share the device by
+that read: one mini-batch while anybody writes, so that long is the most that a token waits. Owners share the device by
 the time that it has worked for them; the sessions of one owner come in the order in which they have waited.
 
 Everything known of sessions is under one lock, which this thread lets go whenever it computes. So who only asks, or

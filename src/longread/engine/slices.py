@@ -23,7 +23,6 @@ class Slices:
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs, self._lanes, self._pieces = jobs, jobs.lanes, TextPieces(jobs)
-        self._debt = 0.0  # seconds that writers are owed
         self._short_first: defaultdict[str, bool] = defaultdict(lambda: True)
         self._wrote_at = -math.inf
 
@@ -51,9 +50,7 @@ class Slices:
         began = time.perf_counter()
         jobs.guarded(present, self._round, loose)
         jobs.counts["rounds"] += 1
-        seconds = time.perf_counter() - began
-        self._debt -= seconds
-        jobs.shares.charge([job.reader.owner for job in present], seconds)
+        self._charge(present, began)
         return True
 
     def _enter(self, job: Job) -> None:
@@ -137,7 +134,6 @@ class Slices:
                     self._come_back(job)
             began = time.perf_counter()
             jobs.guarded(group, self._pieces.read, group, 1)
-            self._debt -= time.perf_counter() - began
             self._charge(group, began)
             for job in due:
                 self._come_back(job)
@@ -159,9 +155,7 @@ class Slices:
             if job.task.cancelled and not job.replay and self._pieces.ends_here(job):
                 jobs.guarded([job], jobs.cancel_reading, job)
         readers = [job for job in readers if job.ready]
-        if not self._lanes.jobs and not any(job.next is not None for job in heads):
-            self._debt = 0.0
-        if not readers or self._debt > 0:
+        if not readers:
             return False
         owner = min(readers, key=lambda job: (jobs.shares.had(job.reader.owner), job.ticket)).reader.owner
         # every other time: a short text need not wait until all long ones of its owner have had a turn
@@ -181,7 +175,6 @@ class Slices:
         group = self._pieces.group(here, size, hurried=hurried)
         began = time.perf_counter()
         jobs.guarded(group, self._pieces.read, group, size)
-        self._debt = time.perf_counter() - began
         self._charge(group, began)
         for job in group:
             jobs.to_the_end(job)
