@@ -1,4 +1,4 @@
-"""Reading: what is likeliest, types, shapes and what is kept, and a reader of whole mini-batches as on a GPU."""
+"""Reading: what is likeliest, types, shapes and what is kept, and whole mini-batches at once as on a GPU."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from longread.config import InnerConfig
 from longread.inner_loop import (
     ReadingState,
     begin,
+    captured,
     next_token_logits,
-    optimizer_named,
     read,
     reading,
     register_inner_optimizer,
+    strips,
 )
-from longread.inner_loop.step import Carry, inner_step
 from longread.model import Transformer
+from tests.fake_graphs import fake_graphs
 from tests.tiny import INNER, M, make, text
 
+__all__ = ["fake_graphs"]
 V = 19
 
 
@@ -131,47 +133,22 @@ def test_it_reads_where_its_model_lies() -> None:
     }
 
 
-class OfWholeMiniBatches:
-    """What a captured reader promises: it reads mini-batches that came with all their targets, one step for each."""
+@pytest.fixture
+def mini_batches(fake_graphs: object, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many are read at once as on a GPU, though plainly."""
+    found: list[int] = []
+    original = captured.CapturedReader.read
 
-    def __init__(self, model: Transformer, inner: InnerConfig = INNER) -> None:
-        self.model, self.inner = model, inner
-        self.counts: list[int] = []
+    def spied(
+        reader: captured.CapturedReader, state: ReadingState, new: Tensor, mask: Tensor, longest: Tensor | None
+    ) -> object:
+        assert state.hidden.shape[1] in (0, M)
+        found.append(new.shape[1] // M)
+        return original(reader, state, new, mask, longest)
 
-    def read(
-        self, state: ReadingState, new: Tensor, mask: Tensor, longest: Tensor | None
-    ) -> tuple[ReadingState, Tensor, Tensor, Tensor | None]:
-        count, rest = divmod(mask.shape[1], M)
-        assert (rest, new.shape[1], state.hidden.shape[1]) == (0, mask.shape[1] + 1, 0)
-        self.counts.append(count)
-        model, inner, nll, norms, refused = self.model, self.inner, [], [], []
-        optimizer = optimizer_named(inner.optimizer)
-        for i in range(0, count * M, M):
-            hidden, own = model.lower(new[:, i : i + M], state.lower_pasts, start=state.position)
-            carry = Carry(state.fast, state.upper_pasts)
-            targets, start = (new[:, i + 1 : i + M + 1], mask[:, i : i + M]), state.position
-            settings = {
-                "lr": inner.lr,
-                "clip": inner.clip,
-                "max_step_norm": longest,
-                "optimizer": optimizer,
-                "order": 0,
-            }
-            step = inner_step(model, carry, hidden, *targets, start=start, **settings)
-            state = ReadingState(
-                position=start + M,
-                fast=step.fast,
-                lower_pasts=model.advance(state.lower_pasts, own, 0),
-                upper_pasts=model.advance(state.upper_pasts, step.own, model.num_lower_attentions),
-                hidden=state.hidden,
-                targets=state.targets,
-                targets_mask=state.targets_mask,
-                output=step.output[:, -1],
-            )
-            nll.append(step.nll)
-            norms.append(step.grad_norm)
-            refused += [] if step.refused is None else [step.refused]
-        return state, torch.cat(nll, 1), torch.stack(norms, 1), torch.stack(refused, 1) if refused else None
+    monkeypatch.setattr(strips, "WORTH", math.inf)
+    monkeypatch.setattr(captured.CapturedReader, "read", spied)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -179,31 +156,32 @@ class OfWholeMiniBatches:
     [
         ([3 * M + 1], [3]),
         ([3 * M + 3], [3]),
-        ([3 * M], [2]),
-        ([M], []),
+        ([3 * M], [3]),
+        ([M], [1]),
+        ([M - 1], []),
         ([M + 1, 2 * M + 1], [1, 1]),
-        ([M, 2 * M + 1], [2]),
+        ([M, 2 * M + 1], [1, 2]),
+        ([M, M, 2 * M, M], [1, 1, 2, 1]),
+        ([M, 1, M], [1]),
         ([2, 3 * M], [2]),
         ([2, M, 1], []),
     ],
     ids=str,
 )
-def test_whole_mini_batches_can_be_read_by_another(
-    pieces: list[int], counts: list[int], monkeypatch: pytest.MonkeyPatch
+def test_whole_mini_batches_are_read_at_once(
+    pieces: list[int], counts: list[int], mini_batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By one that may be there (on a GPU, as CUDA graphs) where no mini-batch is begun: as many as have all targets."""
+    """Where none is begun: as many as there are, the last of which may wait, and first the step on one that waits."""
     model, written = exact(), tokens(sum(pieces), 0, 1)
     mask = torch.rand(written.shape, generator=torch.Generator().manual_seed(0)) > 0.3
-    expected = read(model, begin(model, 2), written, inner=INNER, loss_mask=mask, guard=True)
-    other = OfWholeMiniBatches(model)
-    monkeypatch.setattr(
-        reading, "captured_reader", lambda model, state, inner, *, guard: None if state.hidden.shape[1] else other
-    )
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(captured, "can_capture", lambda device: False)
+        expected = read(model, begin(model, 2), written, inner=INNER, loss_mask=mask, guard=True)
     state, found = begin(model, 2), []
     for part, counted in zip(written.split(pieces, 1), mask.split(pieces, 1), strict=True):
         found.append(read(model, state, part, inner=INNER, loss_mask=counted, guard=True))
         state = found[-1].state
-    assert other.counts == counts
+    assert mini_batches == counts
     assert state.position == sum(pieces)
     for a, b in zip(state.tensors, expected.state.tensors, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -211,10 +189,10 @@ def test_whole_mini_batches_can_be_read_by_another(
         made = torch.cat([getattr(one, name) for one in found], dim=1)
         torch.testing.assert_close(made, getattr(expected, name), rtol=1e-10, atol=1e-12, equal_nan=True)
     read(model, begin(model, 2), written, inner=INNER, top=1)
-    assert other.counts == counts  # it finds no likeliest tokens
+    assert mini_batches == counts  # it finds no likeliest tokens
 
 
-def test_what_is_refused_is_told_by_whoever_reads_whole_mini_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused_is_told_by_whoever_reads_whole_mini_batches(mini_batches: list[int]) -> None:
     """Of a rule whose refusals do not follow from the norms, and of the steps before and after those."""
 
     def every_second(weights: Sequence[Tensor], gradients: Sequence[Tensor], **_: object) -> list[Tensor]:
@@ -222,17 +200,17 @@ def test_what_is_refused_is_told_by_whoever_reads_whole_mini_batches(monkeypatch
         return [torch.where(odd, w + 1e6, w - 1e-3 * g) for w, g in zip(weights, gradients, strict=True)]
 
     register_inner_optimizer("every_second", every_second)
-    model, written, inner = exact(), tokens(4 * M + 2, 0, 1, 2), InnerConfig(optimizer="every_second")
-    expected = read(model, begin(model, 3), written, inner=inner, guard=True)
-    other = OfWholeMiniBatches(model, inner)
-    monkeypatch.setattr(
-        reading, "captured_reader", lambda model, state, inner, *, guard: None if state.hidden.shape[1] else other
-    )
-    begun = read(model, begin(model, 3), written[:, :M], inner=inner, guard=True)
-    found = read(model, begun.state, written[:, M:], inner=inner, guard=True)
-    assert other.counts == [3]
-    assert found.rolled_back.tolist() == expected.rolled_back.tolist() == [[False] * 4, [True] * 4, [False] * 4]
-    for a, b in zip(found.state.tensors, expected.state.tensors, strict=True):
+    model, written, inner = exact(), tokens(5 * M + 2, 0, 1, 2), InnerConfig(optimizer="every_second")
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(captured, "can_capture", lambda device: False)
+        expected = read(model, begin(model, 3), written, inner=inner, guard=True)
+    begun = read(model, begin(model, 3), written[:, : M - 1], inner=inner, guard=True)
+    found = read(model, begun.state, written[:, M - 1 : 4 * M + 1], inner=inner, guard=True)
+    last = read(model, found.state, written[:, 4 * M + 1 :], inner=inner, guard=True)
+    assert mini_batches == [3]
+    told = torch.cat((found.rolled_back, last.rolled_back), 1)
+    assert told.tolist() == expected.rolled_back.tolist() == [[False] * 5, [True] * 5, [False] * 5]
+    for a, b in zip(last.state.tensors, expected.state.tensors, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 

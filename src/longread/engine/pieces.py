@@ -59,9 +59,8 @@ class TextPieces:
         """Tokens of a piece with nobody who writes, and beside others."""
         if jobs.alone:  # on a GPU long enough for graphs
             self.long = self.short = self.long if on_gpu else self.short
-        elif on_gpu:  # and a mini-batch, which brings it to a border
-            stretch = self._M * math.ceil(captured.STRETCH / self._M)
-            self.long = max(self.long, STRETCHES * stretch + self._M)
+        elif on_gpu:
+            self.long = max(self.long, STRETCHES * self._M * math.ceil(captured.STRETCH / self._M))
         self._pace: float | None = None  # seconds a token, as read last
 
     def ends_here(self, job: Job) -> bool:

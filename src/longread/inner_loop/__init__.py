@@ -5,6 +5,7 @@ step.py      the loss of a mini-batch, one step on it, the scan over mini-batche
 state.py     what is left of a text after it has been read
 reading.py   any text in any pieces: the same steps, taken as soon as their tokens have arrived
 captured.py  long stretches of it on a GPU, as replays of CUDA graphs
+strips.py    the keys and values that these see, and when it is worth to capture one
 graphs.py    how a CUDA graph is captured, checked, and done without
 drift.py     how far reading has moved the fast weights
 rescue.py    what is done when learning has broken a reader

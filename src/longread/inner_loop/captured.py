@@ -3,39 +3,36 @@
 Each half of the network reads by itself. The lower one, which no fast weight touches, runs over a stretch of several
 mini-batches at once, on a stream of its own, one run ahead of the upper one, which takes step after step. What changes
 from run to run lies in places of its own, as a graph fixes addresses: tokens, positions, fast weights, and for each
-half a strip of keys and values (`_Half`). When a run is captured, and how often, says `_Half.run`.
+half the keys and values (`strips.py`, where it says when a run is captured).
 """
 
 from __future__ import annotations
 
-import collections
 import functools
+import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop.graphs import CheckedGraphs, can_capture, put_back_later
+from longread.inner_loop.graphs import CheckedGraphs, can_capture
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import from_matrices, inner_gradient, matrices
-from longread.model import Past, Transformer
+from longread.inner_loop.strips import Strips
+from longread.model import FastWeights, Past, Transformer
 
 STRETCH = 2048
 """Tokens for which the lower half runs at once, or one mini-batch if that is longer."""
-WORTH = 3
-"""Plain runs that one capture costs: the run that it is compared with, and twice the launches."""
 TOLERANCE = 0.05
 """By which a replay may differ from a plain run, the same kernels in the same order: scores in nats, hidden states as a
 share of a token's norm."""
 READERS = 8
 """Of a model that are kept, those used last."""
-
-Result = TypeVar("Result")
 
 
 class _Scored(NamedTuple):
@@ -46,87 +43,6 @@ class _Scored(NamedTuple):
     grad_norm: Tensor
     refused: Tensor | None
     output: Tensor
-
-
-class _Half(Generic[Result]):
-    """The keys and values that one half of the network has made, and the graphs of its runs.
-
-    Each run appends what it makes to strips of K + R tokens, and sees the K tokens before, or the fewer that there
-    are. When they are full, the newest K move to the front; R is about K, so that a token is moved once at most.
-    """
-
-    def __init__(
-        self, model: Transformer, batch_size: int, blocks: range, run: int, graphs: CheckedGraphs[Result]
-    ) -> None:
-        """`run`: tokens of the longest run."""
-        config = model.config
-        windows = [config.window_of(i) or 0 for i in range(config.num_blocks)]
-        self.K, self._windows = max(windows), [windows[i] for i in blocks]
-        self._room = run * max(1, self.K // run)
-        shape = 2, len(blocks), batch_size, self.K + self._room, config.num_kv_heads, config.head_dim
-        # token by token in memory: what is appended or moved is one piece
-        strips = torch.empty(shape, device=model.device, dtype=model.dtype)
-        self._strips, self._rows = strips.transpose(3, 4), strips.flatten(0, 2).unbind()
-        self.position = torch.zeros(batch_size, dtype=torch.float64, device=model.device)
-        self._first = self.past = 0
-        self._graphs, self._runs = graphs, collections.Counter[tuple[int, int, int]]()
-
-    def load(self, pasts: Sequence[Past], past: int, start: int | Tensor) -> None:
-        """Takes up the pasts of a token at position `start`, which are `past` tokens, or as many as a window holds."""
-        self.past = past
-        self._first = past if past < self.K else 0  # while a window fills, one place for each past
-        for here, given in zip(self.pasts, pasts, strict=True):
-            for place, x in zip(here, given, strict=True):
-                place.copy_(x)
-        self.position.copy_(torch.as_tensor(start))
-
-    @property
-    def pasts(self) -> list[Past]:
-        """What the next token can see: views."""
-        end = self.K + self._first
-        begins = (end - min(self.past, window) for window in self._windows)
-        return [Past(k[:, :, begin:end], v[:, :, begin:end]) for begin, k, v in zip(begins, *self._strips, strict=True)]
-
-    def append(self, own: Sequence[Past]) -> None:
-        """Writes the keys and values of the tokens that come now."""
-        for *places, made in zip(*self._strips, own, strict=True):
-            for place, x in zip(places, made, strict=True):
-                place.narrow(2, self.K + self._first, x.shape[2]).copy_(x)
-
-    def run(
-        self, tokens: int, runs: int, compute: Callable[[], Result], *kept: Tensor, replayed: bool = True
-    ) -> Result:
-        """Computes the next so many tokens: plainly, or as a graph where that pays.
-
-        A graph is of one length, one place in the strip and one length of the past. It is captured as soon as it has
-        run, or is known to be going to run, `WORTH` times. In a text of which much is still to come that is at once:
-        its runs go round R / tokens places. While a window fills, each past is met once a text, so there it is the
-        `WORTH`-th text. One reader has at most 2 R / tokens graphs of each length.
-
-        Args:
-            runs: of so many tokens that follow one another now, this included.
-            kept: what `compute` changes in place, beside the strips, which get the same again.
-            replayed: whether there may be graphs.
-        """
-        if self._first + tokens > self._room:
-            self._to_the_front()
-        key = tokens, self._first, self.past
-        self._runs[key] += 1
-        here = (runs - 1) // (self._room // tokens) if self.past == self.K else 0
-        if replayed and self._runs[key] + here >= WORTH:
-            result = self._graphs.run(key, compute, kept=lambda: put_back_later(self.position, *kept), kind=tokens)
-        else:
-            result = compute()
-        self._first, self.past = self._first + tokens, min(self.K, self.past + tokens)
-        return result
-
-    def _to_the_front(self) -> None:
-        step = self._first
-        for begin in range(0, self.K, step) if self._rows else ():  # pieces that do not overlap
-            end = min(begin + step, self.K)
-            newest = [row[begin + step : end + step] for row in self._rows]
-            torch._foreach_copy_([row[begin:end] for row in self._rows], newest)
-        self._first = 0
 
 
 class CapturedReader:
@@ -153,11 +69,12 @@ class CapturedReader:
             warning=warning.format("score a token {:.2g} nats off"),
         )
         split, blocks = model.num_lower_attentions, config.num_blocks
-        self._lower = _Half(model, batch_size, range(split), self.stretch, self._lower_graphs)
-        self._upper = _Half(model, batch_size, range(split, blocks), self.M, self._upper_graphs)
+        self._lower = Strips(model, batch_size, range(split), self.stretch, self._lower_graphs)
+        self._upper = Strips(model, batch_size, range(split, blocks), self.M, self._upper_graphs)
         self._tokens = torch.zeros(batch_size, self.stretch, dtype=torch.long, device=device)
-        hidden = torch.zeros(3, batch_size, self.stretch, config.width, dtype=model.dtype, device=device)
-        self._hidden, self._ahead = hidden[0, :, : self.M], hidden[1:]
+        width = config.width
+        self._ahead = torch.zeros(2, batch_size, self.stretch, width, dtype=model.dtype, device=device)
+        self._hidden = torch.zeros(batch_size, self.M, width, dtype=model.dtype, device=device)
         self._targets = torch.zeros(batch_size, self.M, dtype=torch.long, device=device)
         self._mask = torch.ones(batch_size, self.M, dtype=torch.bool, device=device)
         initial = matrices(model.initial_fast_weights(batch_size))
@@ -180,38 +97,61 @@ class CapturedReader:
 
     def read(
         self, state: ReadingState, tokens: Tensor, mask: Tensor, max_step_norm: Tensor | None
-    ) -> tuple[ReadingState, Tensor, Tensor, Tensor | None]:
-        """Reads M · n tokens, and one that is only a target; the mask has none for the first token.
+    ) -> tuple[ReadingState, list[Tensor], list[Tensor], list[Tensor]]:
+        """Reads as many mini-batches as the tokens [B, n] fill, n >= M; first takes the step on one that is waiting.
 
-        `max_step_norm` is the limit of a step for a reader with a guard (see `longread.ops.clipped_sgd`).
+        The last of them is waiting after it if no token follows: the graph that scores it takes a step, which is
+        dropped. `max_step_norm` is the limit of a step for a reader with a guard (see `longread.ops.clipped_sgd`).
 
         Returns:
-            the state after them, their nll, the norms of the steps' gradients, and which steps were refused, where the
-            optimizer says it itself.
+            the state after them, the nll of the tokens that follow each of theirs, the norms of the steps' gradients,
+            and which steps were refused, where the optimizer says it itself.
         """
+        M, n, waiting = self.M, tokens.shape[1], state.hidden.shape[1]
+        read, steps = n // M * M, (waiting + n - 1) // M
         self._load(state)
         if self._max_step_norm is not None and max_step_norm is not None:
             self._max_step_norm.copy_(max_step_norm)
-        targets, nll, norms, refusals, done, total = tokens[:, 1:], [], [], [], 0, mask.shape[1]
-        for stretch in self._hidden_states(tokens[:, :total]):
-            for hidden in stretch.split(self.M, 1):
-                part = slice(done, done + self.M)
-                self._hidden.copy_(hidden)
-                self._targets.copy_(targets[:, part])
-                self._mask.copy_(mask[:, part])
-                left = (total - done) // self.M
-                kept = *self._fast, *self._working
-                found = self._upper.run(self.M, left, self._run_upper, *kept, replayed=self.usable)
-                nll.append(found.nll.clone())
-                norms.append(found.grad_norm.clone())
-                refusals += [] if found.refused is None else [found.refused.clone()]
-                done += self.M
-        after = self._state(state, total, found.output)
-        return after, torch.cat(nll, 1), torch.stack(norms, 1), torch.stack(refusals, 1) if refusals else None
+        targets = torch.cat((state.targets, tokens), 1)[:, 0 if waiting else 1 :]
+        counted = torch.cat((state.targets_mask, mask), 1)[:, 0 if waiting else 1 :]
+        hidden, runs = self._hidden_states(state.hidden, tokens[:, :read]), (waiting + read) // M
+        found = [
+            self._score(x, targets[:, i * M :][:, :M], counted[:, i * M :][:, :M], runs - i)
+            for i, x in enumerate(itertools.islice(hidden, steps))
+        ]
+        nll, fast = [one.nll for one in found[waiting // M :]], self._fast_weights()
+        waits, rest, rest_counted = runs > steps, targets[:, steps * M :], counted[:, steps * M :]
+        if waits:
+            found.append(self._score(next(hidden), rest, rest_counted, 1))
+            nll.append(found[-1].nll[:, : M - 1])
+        after = ReadingState(
+            **state.moved(read),
+            fast=fast,
+            lower_pasts=_copied(self._lower.pasts()),
+            upper_pasts=_copied(self._upper.pasts(extra=M if waits else 0)),
+            hidden=self._hidden.clone() if waits else state.hidden[:, :0],
+            targets=rest.clone() if waits else state.targets[:, :0],
+            targets_mask=rest_counted.clone() if waits else state.targets_mask[:, :0],
+            output=found[-1].output,
+        )
+        taken = found[:steps]
+        refusals = [one.refused for one in taken if one.refused is not None]
+        return after, nll, [one.grad_norm for one in taken], refusals
 
-    def _hidden_states(self, tokens: Tensor) -> Iterator[Tensor]:
-        """What the lower half makes of the tokens, run after run; by then the next run is under way."""
-        filling = min(tokens.shape[1], self.M * math.ceil((self._lower.K - self._lower.past) / self.M))
+    def _score(self, hidden: Tensor, targets: Tensor, mask: Tensor, runs: int) -> _Scored:
+        """Of a mini-batch and as many targets as are known; the step on it is in the weights."""
+        known = targets.shape[1]
+        self._hidden.copy_(hidden)
+        self._targets[:, :known].copy_(targets)
+        self._mask[:, :known].copy_(mask)
+        kept = *self._fast, *self._working
+        found = self._upper.run(self.M, runs, self._run_upper, *kept, replayed=self.usable)
+        return _Scored(*(None if x is None else x.clone() for x in found))  # type: ignore[arg-type]
+
+    def _hidden_states(self, waiting: Tensor, tokens: Tensor) -> Iterator[Tensor]:
+        """The input of the upper half, mini-batch after mini-batch: what is waiting, and what the lower half makes of
+        the tokens, whose next run is under way by then."""
+        filling = min(tokens.shape[1], self.M * math.ceil(self._lower.missing / self.M))
         stretches, rest = divmod(tokens.shape[1] - filling, self.stretch)
         lengths = [self.M] * (filling // self.M) + [self.stretch] * stretches + [self.M] * (rest // self.M)
         upper, lower = torch.cuda.current_stream(), self._lower_graphs.stream
@@ -226,25 +166,27 @@ class CapturedReader:
                     hidden = self._lower.run(length, runs, compute, replayed=self.usable)
                     self._ahead[i % 2, :, :length].copy_(hidden)
                     made.append(lower.record_event())
-            if i:
+            if i == 0:
+                yield from waiting.split(self.M, 1) if waiting.shape[1] else ()
+            else:
                 upper.wait_event(made[i - 1])
-                yield self._ahead[(i - 1) % 2, :, : lengths[i - 1]]
+                yield from self._ahead[(i - 1) % 2, :, : lengths[i - 1]].split(self.M, 1)
 
     def _run_lower(self, tokens: int) -> Tensor:
-        half = self._lower
-        hidden, own = self.model.lower(self._tokens[:, :tokens], half.pasts, start=half.position)
-        half.append(own)
-        half.position += tokens
+        strips = self._lower
+        hidden, own = self.model.lower(self._tokens[:, :tokens], strips.pasts(), start=strips.position)
+        strips.append(own)
+        strips.position += tokens
         return hidden
 
     def _run_upper(self) -> _Scored:
-        half, optimizer = self._upper, optimizer_named(self.inner.optimizer)
+        strips, optimizer = self._upper, optimizer_named(self.inner.optimizer)
         working = [w.detach().requires_grad_() for w in self._working]
         step = inner_gradient(
-            self.model, working, half.pasts, self._hidden, self._targets, self._mask, start=half.position, order=0
+            self.model, working, strips.pasts(), self._hidden, self._targets, self._mask, start=strips.position, order=0
         )
-        half.append(step.own)
-        half.position += self.M
+        strips.append(step.own)
+        strips.position += self.M
         update = optimizer.step_(
             self._fast,
             step.gradients,
@@ -256,27 +198,22 @@ class CapturedReader:
         return _Scored(step.nll, update.grad_norm, update.refused, step.output[:, -1])
 
     def _load(self, state: ReadingState) -> None:
-        past = max(past.key.shape[2] for past in (*state.lower_pasts, *state.upper_pasts))
-        self._lower.load(state.lower_pasts, past, state.start)
-        self._upper.load(state.upper_pasts, past, state.start)
+        torch.cuda.current_stream().wait_stream(self._lower_graphs.stream)  # at what a reading left that was broken off
+        waiting = state.hidden.shape[1]
+        self._lower.load(state.lower_pasts, state.position, state.start)
+        self._upper.load(
+            [p.before(waiting) for p in state.upper_pasts], state.position - waiting, state.start - waiting
+        )
         for place, copy, w in zip(self._fast, self._working, matrices(state.fast), strict=True):
             place.copy_(w)
             copy.copy_(w)
 
-    def _state(self, before: ReadingState, tokens: int, output: Tensor) -> ReadingState:
-        lower, upper = (
-            tuple(Past(*(x.clone() for x in past)) for past in half.pasts) for half in (self._lower, self._upper)
-        )
-        return ReadingState(
-            **before.moved(tokens),
-            fast=from_matrices([w.clone() for w in self._fast]),
-            lower_pasts=lower,
-            upper_pasts=upper,
-            hidden=before.hidden,
-            targets=before.targets,
-            targets_mask=before.targets_mask,
-            output=output.clone(),
-        )
+    def _fast_weights(self) -> FastWeights:
+        return from_matrices([w.clone() for w in self._fast])
+
+
+def _copied(pasts: Sequence[Past]) -> tuple[Past, ...]:
+    return tuple(Past(*(x.clone() for x in past)) for past in pasts)
 
 
 _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bool], CapturedReader]] = (
@@ -288,17 +225,17 @@ _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bo
 def captured_reader(
     model: Transformer, state: ReadingState, inner: InnerConfig, *, guard: bool
 ) -> CapturedReader | None:
-    """A reader that can go on from `state`; None on a CPU, within a mini-batch, and where pasts are of odd lengths."""
-    config = model.config
-    if not can_capture(model.device) or state.hidden.shape[1]:
+    """A reader that can go on from `state`; None on a CPU, amid a mini-batch, and where pasts are of odd lengths."""
+    config, waiting = model.config, state.hidden.shape[1]
+    if not can_capture(model.device) or waiting not in (0, config.mini_batch_size):
         return None
     if (config.mixer, config.attention) != ("attention", "window"):
         return None
+    windows = [config.window_of(i) or 0 for i in range(config.num_blocks)]
+    split, before = model.num_lower_attentions, state.position - waiting
     lengths = [past.key.shape[2] for past in (*state.lower_pasts, *state.upper_pasts)]
-    widest, longest = max(config.window_of(i) or 0 for i in range(config.num_blocks)), max(lengths)
-    if any(length != min(longest, config.window_of(i) or 0) for i, length in enumerate(lengths)):
-        return None
-    if longest < widest and (longest != state.position or longest % config.mini_batch_size):
+    whole = [min(w, state.position) for w in windows[:split]] + [min(w, before) + waiting for w in windows[split:]]
+    if lengths != whole or (before < max(windows) and before % config.mini_batch_size):
         return None
     readers = _READERS.setdefault(model, {})
     key = state.output.shape[0], inner, guard

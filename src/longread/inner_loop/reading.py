@@ -179,12 +179,12 @@ class _Reader:
         stretch = M * max(1, STRETCH // M)
         done = 0
         while done < n:
+            replayed = self._replay(tokens[:, done:], mask[:, done:])
+            if replayed:
+                done += replayed
+                continue
             if self.state.hidden.shape[1] == M:
                 self._finish(tokens[:, done : done + 1], mask[:, done : done + 1])
-            whole = (n - done - 1) // M * M
-            if self._replay(tokens[:, done : done + whole + 1], mask[:, done + 1 : done + whole + 1]):
-                done += whole
-                continue
             room = M - self.state.hidden.shape[1]
             end = min(n, done + (room if room < M else stretch))
             hidden = self._lower(tokens[:, done:end])
@@ -199,17 +199,17 @@ class _Reader:
                 self._part(part, tokens[:, following], tokens[:, known], mask[:, known])
             done = end
 
-    def _replay(self, tokens: Tensor, mask: Tensor) -> bool:
-        """Reads whole mini-batches as CUDA graphs, if there are any and they can be; says whether it did."""
-        possible = mask.shape[1] and not self.top and not self.keep_outputs
+    def _replay(self, tokens: Tensor, mask: Tensor) -> int:
+        """Reads the mini-batches that the tokens fill as CUDA graphs, if they can be; returns the tokens read."""
+        possible = tokens.shape[1] >= self.model.config.mini_batch_size and not self.top and not self.keep_outputs
         reader = captured_reader(self.model, self.state, self.inner, guard=self.guard) if possible else None
         if reader is None:
-            return False
-        self.state, nll, norms, refusals = reader.read(self.state, tokens, mask, self.max_step_norm)
-        self.nll.append(nll)
-        self.norms += norms.unbind(1)
-        self.refusals += [] if refusals is None else refusals.unbind(1)
-        return True
+            return 0
+        before = self.state.position
+        self.state, *found = reader.read(self.state, tokens, mask, self.max_step_norm)
+        for kept, new in zip((self.nll, self.norms, self.refusals), found, strict=True):
+            kept += new
+        return self.state.position - before
 
     def skim(self, tokens: Tensor) -> None:
         """Reads without learning: no mini-batches, only stretches."""
