@@ -46,8 +46,9 @@ def graphs(device: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def model_on(device: str, **changes: object) -> Transformer:
-    blocks = 4 if "block_windows" in changes else 3
-    model = make(3, torch.float64, mini_batch_size=M, **{"window_size": 32, "num_blocks": blocks} | changes)
+    plain = {"window_size": 32, "num_blocks": 4 if "block_windows" in changes else 3}
+    wide = {"width": 32, "mlp_hidden": 32} if device == "cuda" else {}
+    model = make(3, torch.float64, mini_batch_size=M, **plain | wide | changes)
     return model.float().cuda() if device == "cuda" else model
 
 
@@ -70,7 +71,7 @@ def test_every_place_and_past_is_read_as_without_graphs(
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(captured, "can_capture", lambda device: False)
         expected = in_pieces(model, tokens, [n])
-    close = {"rtol": 1e-9, "atol": 1e-11} if device == "cpu" else {"rtol": 1e-3, "atol": 2e-3}
+    close = {"rtol": 1e-9, "atol": 1e-11} if device == "cpu" else {"rtol": 1e-3, "atol": 5e-3}
     for worth, pieces in ((3, [n]), (1, [3, 5 * M, 6 * M + 2]), (1, [3 * M, 3 * M, 3 * M, 2 * M + 5])):
         monkeypatch.setattr(strips, "WORTH", worth)
         found = in_pieces(model, tokens, pieces)
@@ -126,3 +127,16 @@ def test_readers_are_kept_as_long_as_they_are_used(device: str, monkeypatch: pyt
     readers = [captured.captured_reader(model, begin(model, size), INNER, guard=False) for size in (1, 2, 1, 3, 1, 2)]
     assert readers[0] is readers[2] is readers[4]
     assert readers[1] is not readers[5]
+
+
+def test_readers_of_several_sequences_leave_most_of_the_memory_free(
+    device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, texts are read plainly; one that is there already stays."""
+    monkeypatch.setattr(strips, "WORTH", 1)
+    model, tokens = model_on(device), torch.tensor([text(M + 1)] * 2, device=device)
+    for free, size, captures in ((0, 2, 0), (0, 1, 2), (1 << 40, 2, 4), (0, 2, 4)):
+        monkeypatch.setattr(captured, "free_bytes", lambda device, free=free: free)
+        found = read(model, begin(model, size), tokens[:size], inner=INNER)
+        assert found.nll[:, 1:].isfinite().all()
+        assert len(graphs) == captures

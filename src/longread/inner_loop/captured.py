@@ -24,7 +24,7 @@ from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import from_matrices, inner_gradient, matrices
 from longread.inner_loop.strips import Strips
-from longread.model import FastWeights, Past, Transformer
+from longread.model import FastWeights, Past, Transformer, free_bytes
 
 STRETCH = 2048
 """Tokens for which the lower half runs at once, or one mini-batch if that is longer."""
@@ -33,6 +33,9 @@ TOLERANCE = 0.05
 share of a token's norm."""
 READERS = 8
 """Of a model that are kept, those used last."""
+SHARE = 8
+"""A reader of several sequences takes one part in so many of the free memory at most: with large strips they keep a GPU
+busy without graphs."""
 
 
 class _Scored(NamedTuple):
@@ -225,7 +228,8 @@ _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bo
 def captured_reader(
     model: Transformer, state: ReadingState, inner: InnerConfig, *, guard: bool
 ) -> CapturedReader | None:
-    """A reader that can go on from `state`; None on a CPU, amid a mini-batch, and where pasts are of odd lengths."""
+    """A reader that can go on from `state`; None on a CPU, amid a mini-batch, where pasts are of odd lengths, and where
+    memory is short."""
     config, waiting = model.config, state.hidden.shape[1]
     if not can_capture(model.device) or waiting not in (0, config.mini_batch_size):
         return None
@@ -238,9 +242,13 @@ def captured_reader(
     if lengths != whole or (before < max(windows) and before % config.mini_batch_size):
         return None
     readers = _READERS.setdefault(model, {})
-    key = state.output.shape[0], inner, guard
+    B = state.output.shape[0]
+    key = B, inner, guard
     reader = readers.pop(key, None)
     if reader is None or reader.weights_at != model.embedding.weight.data_ptr():
+        strips = B * 2 * max(*windows, STRETCH) * 2 * config.num_blocks * config.kv_width * model.dtype.itemsize
+        if B > 1 and strips * SHARE > free_bytes(model.device):
+            return None
         reader = CapturedReader(model, *key)
     readers[key] = reader
     if len(readers) > READERS:
