@@ -291,10 +291,10 @@ META_GRADIENTS = {
     "cut-2-longer": (("truncate_after=2",), 1.08, (0,)),
     "cut-4": (("truncate_after=4",), 1.0, (0,)),
 }
-"""Name -> settings, steps as a share of those of the exact gradient, seeds. 1.35: equal operations, see
-`experiments.flops`; 1.08: equal time, see speeds.json."""
+"""Name -> settings, steps as a share of those of the exact gradient, seeds. 1.08: equal time, see
+speeds.json. 1.35 was taken for equal operations, which 1.21 would be (`longread.flops`)."""
 SWA_LONGER = 1.54
-"""Steps that SWA makes of the operations of TTT-E2E, as a share of its own."""
+"""Steps of SWA as a share of its own: what was taken for the operations of TTT-E2E, which 1.35 would be."""
 
 VERIFIER_STEPS = 3000
 VERIFIER = ("model.width=512", "model.num_heads=8", "model.mlp_hidden=1280")

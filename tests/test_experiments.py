@@ -47,6 +47,26 @@ def test_differences_are_of_equal_seeds() -> None:
     assert rows == [["TTT-E2E − SWA", "−0.500 (1)", "", "", "", "", "−1.000 (1)"]]
 
 
+def test_losses_at_equal_operations_lie_between_two_runs() -> None:
+    """Twice the operations are half of the way to four times the tokens, by the logarithm."""
+    figures = _figures(meta.SLUG)
+    figures |= {"SWA, tokens and operations at 1K": [1, 1.0], "SWA, 54 % longer, tokens and operations at 1K": [4, 4.0]}
+    figures |= {"SWA, operations to 1K": 1.0, "exact, operations to 1K": 2.0}
+    figures["SWA, books"] = {meta.READ: {"0": {"1": 4.0, "2": 9.0}, "1": {"1": 4.5}}}
+    figures["SWA, 54 % longer, books"] = {meta.READ: {"0": {"1": 3.0}}}
+    figures["exact, books"] = {meta.READ: {"0": {"1": 3.75}}}
+    assert meta.at_operations_of(figures, "swa", "e2e", "books") == {0: {1: 3.5}}
+    assert meta.row_at_equal_operations(figures, "swa", "e2e", "e2e", "books")[1] == "−0.250 (1)"
+
+
+def test_operations_of_the_small_recipes() -> None:
+    """Of a sequence of 1K: as README and the page of meta-gradients say them."""
+    costs = meta.operations_of_a_sequence(1)
+    of_swa = {method: round(costs[method] / costs["swa"], 2) for method in ("e2e", "meta-first-order", "naive")}
+    assert of_swa == {"e2e": 1.35, "meta-first-order": 1.12, "naive": 1.0}
+    assert _figures(meta.SLUG)["exact, operations to 1K"] == pytest.approx(64_000 * costs["e2e"], rel=1e-5)
+
+
 def test_a_table_is_found_by_its_caption(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     losses, others = "Losses:\n\n| | a |\n|---|--:|\n| x | 1 |", "Others:\n\n| | b |\n|---|--:|\n| y | 2 |"
@@ -92,14 +112,12 @@ class _AllDone(Results):
         return 3.2
 
     def training(self, job: str) -> list[tuple[float, float]]:
-        return [(655_360.0 * step, 8.0 - 0.04 * step) for step in range(1, 101)]
+        longer = 1.5 if "longer" in job else 1.0
+        return [(655_360.0 * longer * step, 8.0 - 0.04 * step) for step in range(1, 101)]
 
 
 @pytest.mark.parametrize("module", PAGES, ids=lambda module: module.SLUG)
-def test_a_new_round_makes_a_page_whose_tables_can_be_made_again(
-    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(meta, "operations", lambda config, **_: config.context_length * 10**9)  # counting takes long
+def test_a_new_round_makes_a_page_whose_tables_can_be_made_again(module: Any, tmp_path: Path) -> None:
     verdict = {
         "writer": "a",
         "reading": "static",

@@ -20,8 +20,9 @@ from longread.train.progress import describe
 from longread.train.seen import Seen, seen_by_all
 from longread.train.step_clock import PARTS, StepClock
 from longread.train.throughput import Throughput
+from tests.products import Products
 from tests.ranks import Ranks
-from tests.test_flops import Products, bare  # noqa: F401
+from tests.test_flops import plain_loss  # noqa: F401
 from tests.test_train import CONFIG, change, make_data, rows_of
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.usefixtures("bare")
+@pytest.mark.usefixtures("plain_loss")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -44,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 )
 def test_operations_of_a_row_are_those_that_ran(fields: Any, tmp_path: Path, data: TokenDataset) -> None:
     config = change(**{"steps": 1, "evaluate_every": None, "recompute": "none"} | fields)
-    with Products() as counted:
+    with Products(kernels=True) as counted:
         train(config, data, tmp_path / "run", device="cpu")
     (row,) = rows_of(tmp_path / "run")
     assert row["flops"] == counted.flops["products"]

@@ -16,7 +16,11 @@ that is not trained less by what its gradient takes:
       and over the mini-batch's own keys         1               2              0                               0
 
 A product y = x Wᵀ has two factors, so its gradient is two products, and the gradient of that two for each. The inner
-gradient of a slow weight is not taken, nor that of earlier keys and values, nor that of the lowest fast MLP's input.
+gradient of a slow weight is not taken, nor that of earlier keys and values, nor that of the lowest fast MLP's input. In
+the mini-batch after a cut the outer gradient of earlier keys and values is not taken: 1 less, 2 less where exact.
+
+On a GPU the cross-entropy spares one of the head's 2 where the outer gradient is kept: for each token the inner one has
+the same direction.
 """
 
 from __future__ import annotations
@@ -110,6 +114,7 @@ def sequence_flops(
     inner = sum(parts.inner(i) for i in range(count - 1))
     outer = sum(parts.through(i, exact=exact[i]) for i in range(count - 1))
     last = parts.plain(tokens - M, tokens)
+    outer -= sum(parts.of_constant_past(i) * (2 if i < count - 1 and exact[i] else 1) for i in range(cut, count, cut))
     if recompute in ("sqrt", "step", "all"):
         again += sum(parts.inner(i) for i in range(_last_segment(count, cut, recompute)))
     if recompute == "all":
@@ -189,6 +194,11 @@ class _Parts:
             return forward
         tangents = self._M * (2 * self._slow + 4 * self._fast - 2 * self._entry) - untrained
         return forward + tangents + 2 * self._scores(first, last) + 2 * self._own_scores(first, last)
+
+    def of_constant_past(self, index: int) -> float:
+        """What the gradient of the past's keys and values takes, or the gradient of that: neither behind a cut."""
+        first, last = index * self._M, (index + 1) * self._M
+        return self._scores(first, last) - self._own_scores(first, last)
 
     @property
     def blocks_again(self) -> float:

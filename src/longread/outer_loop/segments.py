@@ -40,6 +40,8 @@ def run_again(
     loss, nll, norms, output, *after = _Segment.apply(
         run, order, num_fast, len(parameters), hidden, *_flatten(carry), *parameters
     )
+    # An inner gradient asks for the fast weights: nothing else may come from their node, or it would look wanted too.
+    after[:num_fast] = [x.view_as(x) for x in after[:num_fast]]
     return Scan(_unflatten(after, num_fast), nll, loss, norms, output)
 
 
@@ -55,6 +57,7 @@ class _Segment(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.run, ctx.order, ctx.num_fast, ctx.num_parameters = run, order, num_fast, num_parameters
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
         hidden, *flat = (x.detach() for x in tensors[: len(tensors) - num_parameters])
         result = run(hidden, _unflatten(flat, num_fast), 0)
         output = result.output
@@ -64,16 +67,23 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, d_loss: Tensor, d_nll: Tensor, d_norm: Tensor, d_output: Tensor, *d_carry: Tensor
+        ctx: Any, d_loss: Tensor | None, d_nll: None, d_norm: None, d_output: None, *d_carry: Tensor | None
     ) -> tuple[Any, ...]:
         split = len(ctx.saved_tensors) - ctx.num_parameters
-        inputs, parameters = ctx.saved_tensors[:split], ctx.saved_tensors[split:]
-        hidden, *flat = inputs = [x.detach().requires_grad_() for x in inputs]
+        kept, parameters = ctx.saved_tensors[:split], ctx.saved_tensors[split:]
+        needs = ctx.needs_input_grad[-len(ctx.saved_tensors) :]  # a window that begins at a cut is constant
+        hidden, *flat = (x.detach().requires_grad_(need) for x, need in zip(kept, needs, strict=False))
         with record_function(RECOMPUTE), torch.enable_grad():
             result = ctx.run(hidden, _unflatten(flat, ctx.num_fast), ctx.order)
         outputs = result.mini_batch_loss, *_flatten(result.carry)
-        due = [(out, d) for out, d in zip(outputs, (d_loss, *d_carry), strict=True) if out.requires_grad]
-        gradients = torch.autograd.grad(
-            [out for out, _ in due], (*inputs, *parameters), [d for _, d in due], allow_unused=True
+        # what nobody looks at, such as a carry that ends at a cut, gets no gradient, not one of zeros to go through
+        due = [
+            (out, d) for out, d in zip(outputs, (d_loss, *d_carry), strict=True) if out.requires_grad and d is not None
+        ]
+        inputs = hidden, *flat, *parameters
+        gradients = iter(
+            torch.autograd.grad(
+                [out for out, _ in due], [x for x in inputs if x.requires_grad], [d for _, d in due], allow_unused=True
+            )
         )
-        return None, None, None, None, *gradients
+        return None, None, None, None, *(next(gradients) if x.requires_grad else None for x in inputs)
