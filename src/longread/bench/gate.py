@@ -24,7 +24,7 @@ from longread.outer_loop import Schedule, end_to_end_loss, static_loss
 
 FLOAT32_BOUND = 1e-4
 TIMES_REFERENCE = 2.0
-_VOCABULARY, _MINI_BATCH, _TOKENS = 1000, 128, 512
+_VOCABULARY, _WIDTH, _MINI_BATCH, _TOKENS = 1000, 256, 128, 512
 
 
 class GateFailed(RuntimeError):
@@ -44,13 +44,13 @@ class GateResult(NamedTuple):
 
 def small_config(method: str, head_dim: int) -> ModelConfig:
     """Four blocks whose attention looks back further than a mini-batch and less far than the text."""
-    heads = max(2, 256 // head_dim)
+    heads = max(2, _WIDTH // head_dim)
     return ModelConfig(
         vocab_size=_VOCABULARY,
         width=heads * head_dim,
         num_blocks=4,
         num_heads=heads,
-        mlp_hidden=256,
+        mlp_hidden=_WIDTH,
         window_size=_MINI_BATCH + 64,
         mini_batch_size=_MINI_BATCH,
         num_suffix_blocks=2 if method == "e2e" else 0,

@@ -60,9 +60,9 @@ def create_app(service: Service) -> FastAPI:
     app.state.service, app.state.catalog, app.state.responses = service, catalog, kept
     errors.install(app)
     app.add_middleware(Gate, service=service)
-    app.include_router(_page_router())
-    for module in (about, completions, responses, conversations, transfer, sessions):
-        app.include_router(module.router)
+    routers = [module.router for module in (about, completions, responses, conversations, transfer, sessions)]
+    for router in (_page_router(), *routers):  # `include_router` builds every route anew, in the first request
+        app.router.routes += router.routes
     return app
 
 
