@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -27,16 +26,6 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
-    # what processes that tests start have imported already: the server that forks them does it once
-    preload = [
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-        "tokenizers",
-        "rich.progress",
-        "safetensors.torch",
-        "longread.train",
-    ]
-    multiprocessing.set_forkserver_preload(preload)
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # decides what Triton is when it is first imported, by whomever
 

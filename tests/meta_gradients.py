@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -110,6 +111,7 @@ def config(model: Transformer, case: Case) -> RunConfig:
     return dataclasses.replace(found, micro_batch_size=case.micro_batch_size)
 
 
+@cache
 def alone(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Found:
     """By one process."""
     model = make(dtype, device)

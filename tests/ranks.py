@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -10,18 +10,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
+from tests.forked import PROCESSES
+
 
 class Ranks:
     """`size` processes; use it in a `with`. A rank that fails ends them all: the others may wait for it."""
 
     def __init__(self, size: int, directory: Path, backend: str = "gloo") -> None:
         """`directory` is where they meet; a new one. With NCCL in `backend` each has a GPU of its own."""
-        context = multiprocessing.get_context("forkserver")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            mine, theirs = context.Pipe()
-            process = context.Process(
+            mine, theirs = PROCESSES.Pipe()
+            process = PROCESSES.Process(
                 target=_serve, args=(theirs, rank, size, directory / "store", backend), daemon=True
             )
             process.start()
@@ -62,9 +63,11 @@ def _serve(pipe: Connection, rank: int, size: int, store: Path, backend: str) ->
         torch.cuda.set_device(device)
     meeting = dist.FileStore(str(store), size)
     dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, device_id=device)
+    function, args = pipe.recv()
+    gc.freeze()  # what is imported by now stays, and every run looks for garbage at its end
     while True:
-        function, args = pipe.recv()
         try:
             pipe.send((True, function(*args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+        function, args = pipe.recv()

@@ -30,10 +30,11 @@ from longread.server.running import listen, make_server
 from longread.server.service import Service
 from longread.session import Session
 from longread.tokenizer import ByteTokenizer
+from tests.forked import Forked, command
 
 BOS = ByteTokenizer.bos_id
 INNER = InnerConfig(lr=0.5)
-M = 8
+M = 16
 ALICE, BOB = "alice-alice-alice-alice", "bob-bob-bob-bob-bob"
 KEYS = [("alice", ALICE), ("bob", BOB)]
 TEXT = "It was read once, and it was asked many times. " * 4
@@ -46,7 +47,7 @@ def make_model(seed: int = 0) -> Transformer:
         num_blocks=2,
         num_heads=2,
         mlp_hidden=16,
-        window_size=16,
+        window_size=32,
         mini_batch_size=M,
         num_suffix_blocks=1,
     )
@@ -157,7 +158,7 @@ def events(answer: Any) -> list[tuple[str, Any]]:
 
 
 class Process:
-    """`longread serve` as a process of its own."""
+    """`longread serve` as a process of its own, begun anew where `python` has options for it."""
 
     def __init__(
         self, home: Path, *options: str, python: tuple[str, ...] = (), keys: bool = False, device: str = "cpu"
@@ -173,13 +174,14 @@ class Process:
             file.touch(mode=0o600)
             file.write_text("".join(f"{tenant} {key}\n" for tenant, key in KEYS))
             arguments += ["--keys", str(file)]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, *python, "-m", "longread", *arguments, "--device", device],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        arguments += ["--device", device]
+        self.process: Forked | subprocess.Popen[str]
+        if python:
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+            anew = [sys.executable, *python, "-m", "longread", *arguments]
+            self.process = subprocess.Popen(anew, stderr=subprocess.PIPE, text=True, env=environment)
+        else:
+            self.process = command(*arguments)
         self.log: list[str] = []
         self._port: int | None = None
         self._started = threading.Event()

@@ -12,7 +12,7 @@ from longread.tokenizer import ByteTokenizer
 TEXT = " ".join(f"Sentence {i} says {i * i % 101}." for i in range(30))
 
 
-def save_small_model(directory: Path, seed: int) -> None:
+def save_small_model(directory: Path, seed: int, *, window_size: int = 48, mini_batch_size: int = 32) -> None:
     """Writes the model and its tokenizer into a new directory."""
     config = ModelConfig(
         vocab_size=257,
@@ -20,8 +20,8 @@ def save_small_model(directory: Path, seed: int) -> None:
         num_blocks=2,
         num_heads=2,
         mlp_hidden=24,
-        window_size=16,
-        mini_batch_size=8,
+        window_size=window_size,
+        mini_batch_size=mini_batch_size,
         num_suffix_blocks=1,
     )
     model = Transformer(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +42,14 @@ class Source:
     @property
     def classes(self) -> list[str]:
         """The names of its classes, private ones too."""
-        return [node.name for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef)]
+        return [node.name for node in self.nodes if isinstance(node, ast.ClassDef)]
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All of its syntax tree."""
+        return list(ast.walk(self.tree))
+
+    @cached_property
     def imports(self) -> list[Import]:
         """Those inside functions and those for type checkers included."""
         return list(self._imports(self.tree, deferred=False))
@@ -82,6 +89,7 @@ def called(node: ast.Call) -> str:
     return ast.unparse(node.func)
 
 
+@cache
 def sources(package: Path) -> dict[str, Source]:
     """All files of the library by their names, but `__init__.py` and `__main__.py` above all units."""
     files = [path for path in sorted(package.rglob("*.py")) if path.parent != package or path.name[0] != "_"]
@@ -97,7 +105,7 @@ def imported_files(files: Mapping[str, Source]) -> dict[str, set[str]]:
 
     found: dict[str, set[str]] = {}
     for name, file in files.items():
-        given = [i for i in file.imports() if i.module.split(".")[0] == "longread"]
+        given = [i for i in file.imports if i.module.split(".")[0] == "longread"]
         modules = {file_of(f"{i.module}.{taken}") or file_of(i.module) for i in given for taken in i.names or ("",)}
         modules |= {file_of(i.module) for i in given if not i.names}
         found[name] = {module for module in modules if module not in (None, name)}  # type: ignore[misc]

@@ -26,7 +26,7 @@ from longread.bench import (
 )
 from longread.bench.cases import SIZE_NAMES
 from longread.bench.gate import GateFailed, GateResult, check_gradients, judged, refusing_fallbacks
-from longread.bench.machine import versions
+from longread.bench.machine import repeated, versions
 from longread.bench.plots import bench_charts
 from longread.bench.profile import covered, describe, kind_of
 from longread.bench.report import NAMES, seconds_per_token, share_of_peak, times_full_attention
@@ -63,15 +63,16 @@ def _known_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def short_gates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a test of what surrounds the gates: texts of four short mini-batches, and few tokens written."""
-    for name, value in {"_VOCABULARY": 100, "_MINI_BATCH": 32, "_TOKENS": 128}.items():
+    """For a test of what surrounds the gates: narrow networks, texts of three mini-batches, few tokens written."""
+    for name, value in {"_VOCABULARY": 100, "_WIDTH": 64, "_MINI_BATCH": 32, "_TOKENS": 96}.items():
         monkeypatch.setattr(f"longread.bench.gate.{name}", value)
     monkeypatch.setattr("longread.bench.decode.LEAST_WRITTEN", 32)
 
 
 @pytest.fixture
-def measured_machine() -> None:
-    """For a test that wants the real one."""
+def measured_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that wants the real one, measured once instead of ten times."""
+    monkeypatch.setattr("longread.bench.machine.repeated", lambda device, work, _: repeated(device, work, 1))
 
 
 # What is right.

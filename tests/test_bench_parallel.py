@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 def checked(update: Any, scale: float = 1.0, lost: str = "", state: int = 1) -> tuple[bool, str]:
     """The gate of two ranks; with sums that are `scale` times too large, or rows of `lost` that never go round."""
-    gate._VOCABULARY, gate._MINI_BATCH = 100, 32
+    gate._VOCABULARY, gate._WIDTH, gate._MINI_BATCH = 100, 64, 32
     right = DividedRows.reduce, DividedRows.gather
 
     def reduce(rows: DividedRows, weight: float) -> None:
@@ -99,9 +100,16 @@ def test_the_command_measures_on_two_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torchrun's launcher, the gate, two ranks and one alone, the row and the page."""
-    for name, value in {"_VOCABULARY": 100, "_MINI_BATCH": 32, "_TOKENS": 128}.items():  # of the gate before the ranks
+    for name, value in {
+        "_VOCABULARY": 100,
+        "_WIDTH": 64,
+        "_MINI_BATCH": 32,
+        "_TOKENS": 128,
+    }.items():  # of the gate before the ranks
         monkeypatch.setattr(gate, name, value)
     monkeypatch.setattr("longread.bench.run.measure_machine", lambda device: Machine("one", "product", 1e11, 1e10))
+    imported = functools.partial(parallel.LaunchConfig, start_method="forkserver")  # spawned ranks would import anew
+    monkeypatch.setattr(parallel, "LaunchConfig", imported)
     path = tmp_path / "rows.json"
     arguments = ["bench", "train", "--device", "cpu", "--gpus", "2", "--sizes", "toy", "--methods", "swa"]
     arguments += ["--contexts", "64", "--sequences", "1", "--repeats", "2", "--json", str(path)]

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from longread.cli import main
 from longread.loading import OpenModel, open_model
+from tests.forked import command
 
 PROMPT = "Once upon a time there was"
 GENERATE = ["generate", "--model", "longread-small", "--device", "cpu", "--max-tokens", "24", "--temperature", "0"]
@@ -161,10 +161,7 @@ def test_the_last_token_may_end_anywhere(opened: OpenModel, capsys: pytest.Captu
 
 def test_a_pipe_that_closes(opened: OpenModel, home: Path) -> None:
     """The reader takes ten bytes and goes: nothing that could not be written has been read."""
-    command = [sys.executable, "-m", "longread", *GENERATE, "--prompt", PROMPT, "--save", "s"]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert writer.stdout is not None
-    assert writer.stderr is not None
+    writer = command(*GENERATE, "--prompt", PROMPT, "--save", "s")
     taken = os.read(writer.stdout.fileno(), 10)
     writer.stdout.close()
     assert writer.wait(300) == 0, writer.stderr.read()

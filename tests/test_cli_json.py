@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from longread.cli import main
+from tests.forked import Forked
 from tests.small_model import TEXT, save_small_model
 
 EVALUATE = ["evaluate", "model", "--data", "texts", "--no-control", "--device", "cpu"]
@@ -89,16 +90,25 @@ def test_what_is_no_text_does_not_go_to_stdout(
     assert f"{sentence}; give the name of a file" in capsys.readouterr().err
 
 
+def into(path: str, arguments: list[str]) -> int:
+    """As after `>>`."""
+    os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), 1)
+    return main(arguments)
+
+
 def test_a_stdout_that_is_closed_or_a_file(home: Path) -> None:
     """The file that a shell has opened keeps what comes after: it is written to, not replaced."""
-    command = [sys.executable, "-m", "longread", *PREPARE, "--json", "/dev/stdout"]
+    arguments = [*PREPARE, "--json", "/dev/stdout"]
+    command = [sys.executable, "-m", "longread", *arguments]
     shell = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, text=True, check=False)
     assert shell.returncode == 2
     assert "cannot write to stdout: it is closed; give the name of a file" in shell.stderr
     with open("out", "wb") as out:
         out.write(b"before\n")
         out.flush()
-        subprocess.run(command, stdout=out, stderr=subprocess.PIPE, check=True)
+        process = Forked(into, "out", arguments)
+        _, errors = process.communicate(300)
+        assert process.returncode == 0, errors
         out.seek(0, os.SEEK_END)
         out.write(b"after\n")
     lines = Path("out").read_text().splitlines()

@@ -6,8 +6,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +13,10 @@ import pytest
 import torch
 
 from longread.checkpoint import load_model
+from longread.cli import main
 from longread.config import UserError
 from longread.session import Session
+from tests.forked import Forked
 from tests.small_model import save_small_model
 
 LONGEST_WAIT = 300.0
@@ -31,28 +31,22 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def starving(directory: Path, limit: int, arguments: list[str]) -> int:
+    """A file may not grow beyond that: the kernel refuses, as on a full disk."""
+    os.chdir(directory)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return main(arguments)
+
+
 class Reader:
     """A process that reads, and saves after every piece."""
 
     def __init__(self, home: Path, text: str, save: str, *more: str, room: int | None = None) -> None:
-        command = [sys.executable, "-m", "longread", "read", text, "--model", "model", "--device", "cpu"]
+        command = ["read", text, "--model", "model", "--device", "cpu", "--save", save]
+        command += ["--save-every", "0", "--no-control", *more]
         self.save = home / save
-        limit = resource.RLIM_INFINITY if room is None else room
-
-        def starve() -> None:  # a file may not grow beyond that: the kernel refuses, as on a full disk
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-
-        self.process = subprocess.Popen(
-            [*command, "--save", save, "--save-every", "0", "--no-control", *more],
-            cwd=home,
-            env=dict(os.environ),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=starve,
-        )
+        self.process = Forked(starving, home, resource.RLIM_INFINITY if room is None else room, command)
 
     def reaches(self, num_bytes: int) -> bool:
         """Waits until so many bytes are saved, or the process has ended; says which."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -37,6 +34,7 @@ from longread.thinking.conditions import (
     SIMULATOR,
     UNTRAINED,
 )
+from tests.forked import command
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -173,19 +171,15 @@ def test_the_python_of_the_page_runs(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
     """The signal is sent when the first row is there, and training would go on for hours."""
-    command = [sys.executable, "-m", "longread", "think", "train", "--out", str(tmp_path / "run"), *TINY]
-    command += ["--iterations", "1000000", "--json", "-"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if b"step " in line:
-                break
-        process.send_signal(number)
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, err
-    step = json.loads(out)["step"]
-    assert b"saving a checkpoint" in err
+    process = command("think", "train", "--out", tmp_path / "run", *TINY, "--iterations", 1_000_000, "--json", "-")
+    for line in process.stderr:
+        if "step " in line:
+            break
+    process.send_signal(number)
+    err = process.stderr.read()
+    assert process.wait(120) == 128 + number, err
+    step = json.loads(process.stdout.read())["step"]
+    assert "saving a checkpoint" in err
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == step
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
 

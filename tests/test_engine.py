@@ -368,8 +368,8 @@ def test_idle_sessions_move_down_and_come_back(host: int | None, tmp_path: Any) 
     sessions = [Session(model, INNER) for _ in ids]
     for turn in range(2):
         for i, (sid, session) in enumerate(zip(ids, sessions, strict=True)):
-            read(engine, sid, text(5 * M + i, turn))
-            session.read(text(5 * M + i, turn))
+            read(engine, sid, text(3 * M + i, turn))
+            session.read(text(3 * M + i, turn))
     for _ in range(200):
         stats = engine.stats()
         if stats["bytes_device"] <= 3 * size and (host is None or stats["bytes_host"] <= host * size):
@@ -393,7 +393,7 @@ def test_no_more_is_begun_than_fits(apart: bool) -> None:
     model = make()
     size = largest_session(model)
     with Engine(model, INNER, limits=Limits(device_bytes=4 * size, max_batch=2, batch_invariant=apart)) as engine:
-        tasks = [engine.complete(text(16 * M, i), Sampling(max_tokens=9, seed=i)) for i in range(12)]
+        tasks = [engine.complete(text(8 * M, i), Sampling(max_tokens=9, seed=i)) for i in range(12)]
         most = 0.0
         while not all(task.done for task in tasks):
             most = max(most, engine.stats()["bytes_device"])
@@ -401,7 +401,7 @@ def test_no_more_is_begun_than_fits(apart: bool) -> None:
         assert most <= 6 * size  # and not 12: a lane of so small a model is larger than its session
         for i, task in enumerate(tasks):
             session = Session(model, INNER)
-            session.read(text(16 * M, i))
+            session.read(text(8 * M, i))
             assert [event.id for event in task if isinstance(event, Token)] == list(session.generate(9, seed=i))
 
 
@@ -455,7 +455,7 @@ def test_a_secret_stays_where_it_was_read(apart: bool) -> None:
         ids = [engine.create().id for _ in range(5)]
         if beside:
             spies = [engine.create().id for _ in range(2)]
-            busy = [engine.append(spy, secret * 30) for spy in spies]
+            busy = [engine.append(spy, secret * 12) for spy in spies]
             busy += [engine.generate(spy, Sampling(max_tokens=30, seed=0)) for spy in spies]
         for i, sid in enumerate(ids):
             engine.append(sid, text(20 + i, i))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,9 @@ from longread.config import UserError
 from longread.engine import Busy, Engine, Limits, largest_session, persistence, tiers
 from longread.engine.reader import KEPT_ANSWERS, KEPT_LOSSES
 from longread.session import Session
+from tests.forked import Forked
 from tests.test_engine import read, write
 from tests.test_engine_batches import INNER, M, make, text
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -75,7 +71,7 @@ def test_without_a_directory_what_does_not_fit_is_refused(free: Any) -> None:
 
 def test_with_a_directory_they_go_to_the_disk_and_come_back(free: Any, tmp_path: Path) -> None:
     room = 0.7 * free(10)
-    model, count = make(), 40
+    model, count = make(), 20
     with Engine(model, INNER, directory=tmp_path) as engine:
         ids = [engine.create().id for _ in range(count)]
         for i, sid in enumerate(ids):
@@ -143,39 +139,33 @@ def test_answers_that_are_kept_are_small() -> None:
     assert KEPT_ANSWERS * KEPT_LOSSES * 32 <= 2**19
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from longread.engine import Engine, largest_session, tiers
-from tests.test_engine_batches import INNER, V, make, text
-
-def status(name):
+def status(name: str) -> int:
+    """Bytes of a line of /proc."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(lines[name].removesuffix("kB")) * 1024
 
-torch.set_num_threads(1)
-model = make(torch.float32, width=64, mlp_hidden=1024)
-size = largest_session(model)
-tiers.free_bytes = lambda device: 10 * size
-with Engine(model, INNER, directory=sys.argv[1]) as engine:
-    ids = [engine.create().id for _ in range(60)]
-    for sid in ids[:8]:
-        engine.append(sid, text(9)).result()
-    before = status("VmRSS")
-    for sid in ids + ids[:9]:
-        engine.append(sid, text(9)).result()
-    print(size, status("VmHWM") - before)
-"""
+
+def read_in_turn(directory: Path) -> None:
+    """Prints the size of a session, and by how much the process grows while it reads for sixty."""
+    model = make(torch.float32, width=64, mlp_hidden=1024)
+    size = largest_session(model)
+    tiers.free_bytes = lambda device: 10 * size
+    with Engine(model, INNER, directory=directory) as engine:
+        ids = [engine.create().id for _ in range(60)]
+        for sid in ids[:8]:
+            engine.append(sid, text(9)).result()
+        before = status("VmRSS")
+        for sid in ids + ids[:9]:
+            engine.append(sid, text(9)).result()
+        print(size, status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory a process takes")
 def test_many_sessions_take_the_memory_of_few(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT)]))}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    size, grown = map(int, done.stdout.split())
+    process = Forked(read_in_turn, tmp_path)
+    said, errors = process.communicate(300)
+    assert process.returncode == 0, errors
+    size, grown = map(int, said.split())
     assert grown < 7 * size + 35 * 2**20 < 40 * size, "and not 60 sessions"
 
 

@@ -172,7 +172,7 @@ def run(examples: int, steps: int, machine: type[Engines] = Engines) -> None:
 
 
 def test_any_order_of_operations() -> None:
-    run(examples=12, steps=18)
+    run(examples=8, steps=16)
 
 
 @pytest.mark.slow

@@ -9,8 +9,6 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from longread import files
 from longread.config import UserError
+from tests.forked import Forked
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -188,23 +187,21 @@ def test_a_refusing_disk_leaves_the_old_file_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def write_in_little_room(path: Path, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        files.write_tensors_atomically(path, {"a": torch.ones(9999)}, {})
+    except UserError as error:
+        print(error)
+
+
 def test_a_file_size_limit_stops_the_write_in_the_middle(tmp_path: Path) -> None:
     """The real thing, without patches: the kernel refuses after 4096 bytes."""
     files.write_tensors_atomically(tmp_path / "x", {"a": torch.zeros(1)}, {})
-    program = (
-        "import sys, torch, longread.files as c\n"
-        "try: c.write_tensors_atomically(sys.argv[1], {'a': torch.ones(9999)}, {})\n"
-        "except c.UserError as error: print(error)\n"
-    )
-    limit = 4096
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "x")],
-        capture_output=True,
-        text=True,
-        check=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert "File too large" in done.stdout
+    process = Forked(write_in_little_room, tmp_path / "x", 4096)
+    said, errors = process.communicate(300)
+    assert process.returncode == 0, errors
+    assert "File too large" in said
     assert files.read_tensors(tmp_path / "x")[0]["a"] == 0
     assert [child.name for child in tmp_path.iterdir()] == ["x"]
 

@@ -13,7 +13,7 @@ from longread.inner_loop import begin, read
 from longread.model import Transformer
 from tests import tiny
 
-LENGTH = 30 * tiny.M + 1
+LENGTH = 14 * tiny.M + 1
 
 
 def read_cut(model: Transformer, tokens: Tensor, cuts: list[int]) -> Tensor:
@@ -27,13 +27,13 @@ def read_cut(model: Transformer, tokens: Tensor, cuts: list[int]) -> Tensor:
 
 
 def largest_difference(dtype: torch.dtype) -> float:
-    """Over ten ways to cut one text, at 1 to all of its places."""
+    """Over seven ways to cut one text, at 1 to all of its places."""
     model = tiny.make(3, torch.float64 if dtype == torch.float64 else torch.float32)
     model.compute_dtype = torch.bfloat16 if dtype == torch.bfloat16 else None
     assert model.dtype == dtype
     tokens = torch.tensor([tiny.text(LENGTH)])
     whole, worst = read_cut(model, tokens, []), 0.0
-    for seed, places in enumerate([1, 7, 40] * 3 + [LENGTH - 1]):
+    for seed, places in enumerate([1, 7, 20] * 2 + [LENGTH - 1]):
         cuts = sorted(random.Random(seed).sample(range(1, LENGTH), places))
         worst = max(worst, (read_cut(model, tokens, cuts) - whole).abs().max().item())
     return worst

@@ -63,7 +63,7 @@ def test_an_unknown_name_is_one_sentence_that_names_those_there_are(name: str) -
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
 def test_a_text_is_read_as_the_command_line_reads_it(device: str, tmp_path: Path) -> None:
     """To the last digit, and to the last bit of what is remembered."""
-    opened, text, whole = open_model(NAME, device), tmp_path / "text.txt", TEXT * 20
+    opened, text, whole = open_model(NAME, device), tmp_path / "text.txt", TEXT * 14
     figures, saved = tmp_path / "figures.json", tmp_path / "saved"
     text.write_text(whole, encoding="utf-8")
     arguments = ["--model", NAME, "--device", device, "--json", str(figures), "--save", str(saved)]

@@ -84,8 +84,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("clip", [None, 0.3, 3.0])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "clip"),
+    [
+        pytest.param(variant, clip, marks=() if clip == 0.3 or variant == "two fast blocks" else pytest.mark.slow)
+        for variant, clip in itertools.product(VARIANTS, [None, 0.3, 3.0])
+    ],
+)
 def test_the_meta_gradient_is_that_of_a_hand_written_unroll(variant: str, clip: float | None) -> None:
     model = make(small(**VARIANTS[variant]))
     ids, targets, mask = batch(model.config)
@@ -205,8 +210,13 @@ def by_hand(
     return gradients(model, minimal.mean_loss(losses, data[2]))
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "clip"),
+    [
+        pytest.param(kind, clip, marks=() if clip or kind in ("exact", "first-order") else pytest.mark.slow)
+        for kind, clip in itertools.product(KINDS, [None, 0.3])
+    ],
+)
 def test_each_meta_gradient_is_what_its_definition_says(kind: str, clip: float | None) -> None:
     model = make(small())
     data = batch(model.config, T=28)
@@ -350,7 +360,7 @@ def test_a_loss_that_is_computed_again_is_differentiated_once(schedule: str) -> 
         loss.backward()
 
 
-@pytest.mark.parametrize("frozen", [(2,), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("frozen", [(2,), pytest.param((3,), marks=pytest.mark.slow), (2, 3)], ids=str)
 def test_frozen_fast_weights_still_learn_and_change_no_other_gradient(frozen: tuple[int, ...]) -> None:
     model = make(small())
     data = batch(model.config, T=28)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -23,6 +23,7 @@ from longread.data import TokenDataset, prepare
 from longread.record import TIMING_FIELDS
 from longread.tokenizer import ByteTokenizer
 from longread.train import train
+from tests.forked import PROCESSES
 
 CONFIG = RunConfig(
     name="mortal",
@@ -47,12 +48,12 @@ CONFIG = RunConfig(
 )
 # Every way in which the library touches the disk while it saves.
 TOUCHES = [(os, "fsync"), (os, "replace"), (Path, "mkdir"), (Path, "unlink"), (Path, "rmdir"), (Path, "write_text")]
-PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def work(data: Path, run: Path, die_at: int | None, keep: int) -> None:
     """What a process does: trains, and dies at its `die_at`-th touch of the disk, before it or just after."""
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported by now stays
     if die_at is not None:
         touches = itertools.count()
         for owner, name in TOUCHES:

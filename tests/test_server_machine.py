@@ -38,7 +38,7 @@ MODEL = make_model()
 SIZE = largest_session(MODEL)
 KEY = {"alice": ALICE, "bob": BOB}
 TENANTS = st.sampled_from(sorted(KEY))
-LABELS = st.text(max_size=8)
+LABELS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 TEXTS = st.text("abc é\n", max_size=3 * M)
 TOKENS = st.lists(st.integers(0, BOS), max_size=3 * M)
 ROUTES: list[tuple[str, str, Any]] = [
@@ -403,7 +403,7 @@ def run(examples: int, steps: int, *, derandomize: bool) -> None:
 
 
 def test_any_order_of_requests() -> None:
-    run(examples=4, steps=20, derandomize=True)
+    run(examples=3, steps=16, derandomize=True)
 
 
 @pytest.mark.slow

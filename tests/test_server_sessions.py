@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from longread.engine.pieces import STEPS
 from longread.session import Session
 from tests.server import ALICE, BOS, INNER, TEXT, M, bearer, direct, events, make_model, post, serving, session
 
@@ -120,7 +121,7 @@ def test_a_slow_twin_reads_in_the_same_pieces(tmp_path: Path, monkeypatch: pytes
 
         monkeypatch.setattr(engine, "append", slow)
         found = post(client, f"/v1/sessions/{one}/append", text=TEXT[4:], bin=1)
-    twin, ids, pieces = Session(make_model(), INNER, learn=False), list(TEXT[4:].encode()), [M - 5, 64, 64]
+    twin, ids, pieces = Session(make_model(), INNER, learn=False), list(TEXT[4:].encode()), [M - 5, STEPS * M]
     pieces.append(len(ids) - sum(pieces))
     twin.read([BOS, *TEXT[:4].encode()])
     assert read == pieces

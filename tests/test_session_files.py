@@ -110,7 +110,7 @@ def test_how_far_it_is_in_a_text_comes_back(tmp_path: Path) -> None:
 
 def test_a_file_has_one_size_however_far_it_is_in_a_text(tmp_path: Path) -> None:
     sizes = set()
-    for n in (5 * M, 500 * M):
+    for n in (5 * M, 100 * M):
         session = after(n)
         session.text = prefix_at(n)
         session.save(tmp_path / "s")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +12,8 @@ import pytest
 from longread import checkpoint, signals
 from longread.cli import main
 from longread.signals import Requests
+from longread.train import progress
+from tests.forked import Forked
 from tests.test_cli import MICROSCOPIC, SENTENCES
 
 LONGEST_WAIT = 300.0
@@ -49,25 +49,19 @@ def test_an_echo_is_heard_while_the_first_is_handled() -> None:
     assert sorted(heard) == [False, True]
 
 
+def talkative(arguments: list[str]) -> int:
+    """Every step of the training says something."""
+    progress._SECONDS_BETWEEN_LINES = 0.0
+    return main(arguments)
+
+
 def test_a_training_that_timeout_stops_keeps_what_it_has(tmp_path: Path) -> None:
     """The signal comes twice, and nobody reads its messages any more: whoever did was stopped too."""
     (tmp_path / "text.txt").write_text(SENTENCES)
     assert main(["prepare", str(tmp_path / "text.txt"), "--out", str(tmp_path / "data")]) == 0
     endless = [*MICROSCOPIC, "--set", "steps=1000000", "--set", "optimizer.decay_steps=1000000"]
-    code = (
-        "import sys, longread.train.progress as p; p._SECONDS_BETWEEN_LINES = 0.0\n"  # every step says something
-        "from longread.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
     arguments = ["train", "toy", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *endless]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
+    process = Forked(talkative, arguments)
     line = process.stderr.readline()
     while line and not line.startswith("step "):
         line = process.stderr.readline()

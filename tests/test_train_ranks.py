@@ -30,25 +30,26 @@ from tests.ranks import Ranks
 from tests.test_train import CONFIG, change, make_data, rows_of, without_timing
 
 BASE = change(precision="float64", steps=4, evaluate_every=4, checkpoint_every=None)
+SHORT = change(BASE, steps=2, evaluate_every=2)
 VARIANTS: dict[str, tuple[RunConfig, Parallelism]] = {
-    "shared": (BASE, Parallelism()),
-    "replicated": (BASE, Parallelism(update="replicated")),
-    "one sequence at a time": (change(BASE, micro_batch_size=1), Parallelism()),
-    "computed again": (change(BASE, recompute="sqrt"), Parallelism()),
-    "step by step": (change(BASE, recompute="step"), Parallelism()),
-    "first-order": (change(BASE, meta_gradient="first-order"), Parallelism()),
-    "truncated": (change(BASE, truncate_after=2), Parallelism()),
-    "static": (change(BASE, loss="static"), Parallelism()),
-    "unclipped": (change(BASE, optimizer__clip=None, inner__clip=None), Parallelism()),
-    "clipped": (change(BASE, optimizer__clip=0.01), Parallelism()),
-    "fully sharded": (BASE, Parallelism(update="fully-sharded")),
+    "shared": (SHORT, Parallelism()),
+    "replicated": (SHORT, Parallelism(update="replicated")),
+    "one sequence at a time": (change(SHORT, micro_batch_size=1), Parallelism()),
+    "computed again": (change(SHORT, recompute="sqrt"), Parallelism()),
+    "step by step": (change(SHORT, recompute="step"), Parallelism()),
+    "first-order": (change(SHORT, meta_gradient="first-order"), Parallelism()),
+    "truncated": (change(SHORT, truncate_after=2), Parallelism()),
+    "static": (change(SHORT, loss="static"), Parallelism()),
+    "unclipped": (change(SHORT, optimizer__clip=None, inner__clip=None), Parallelism()),
+    "clipped": (change(SHORT, optimizer__clip=0.01), Parallelism()),
+    "fully sharded": (SHORT, Parallelism(update="fully-sharded")),
     "fully sharded, one sequence at a time": (
-        change(BASE, micro_batch_size=1, recompute="sqrt"),
+        change(SHORT, micro_batch_size=1, recompute="sqrt"),
         Parallelism(update="fully-sharded"),
     ),
-    "fast MLPs divided": (BASE, Parallelism(state=2)),
-    "fast MLPs divided, step by step": (change(BASE, recompute="step", micro_batch_size=2), Parallelism(state=2)),
-    "the suffix alone": (change(BASE, trained_blocks=1), Parallelism()),
+    "fast MLPs divided": (SHORT, Parallelism(state=2)),
+    "fast MLPs divided, step by step": (change(SHORT, recompute="step", micro_batch_size=2), Parallelism(state=2)),
+    "the suffix alone": (change(SHORT, trained_blocks=1), Parallelism()),
 }
 ESSENTIAL = [
     "replicated",

@@ -25,7 +25,7 @@ from tests.transformers_readers import IDS, M, greedy, one, session_of, written
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "reader"
-    save_small_model(directory, seed=3)
+    save_small_model(directory, seed=3, window_size=16, mini_batch_size=8)
     return directory
 
 

@@ -21,7 +21,7 @@ TEXTS = ["Hello, wörld! \U0001f600  <|bos|> x\n\n ", "", " a", "\x00\x01\x7f\x8
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A model directory with a tokenizer."""
     directory = tmp_path / "model"
-    save_small_model(directory, seed=0)
+    save_small_model(directory, seed=0, window_size=16, mini_batch_size=8)
     if request.param != "bytes":
         made = train_bpe(["Hello world. " * 20, "a b c"], 280)
         if request.param == "no bos":
@@ -44,7 +44,7 @@ def test_ids_and_texts_are_those_of_longread(place: Path) -> None:
 
 
 def test_rows_are_padded_on_the_left(tmp_path: Path) -> None:
-    save_small_model(tmp_path, seed=0)
+    save_small_model(tmp_path, seed=0, window_size=16, mini_batch_size=8)
     found = AutoTokenizer.from_pretrained(tmp_path)(["abc", "d"], padding=True, return_tensors="pt")
     assert found["input_ids"].tolist() == [[256, 97, 98, 99], [256, 256, 256, 100]]
     assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
@@ -67,7 +67,7 @@ def test_what_is_saved_both_read(place: Path, tmp_path: Path) -> None:
 
 
 def test_only_a_chat_template_writes_special_tokens(tmp_path: Path) -> None:
-    save_small_model(tmp_path, seed=0)
+    save_small_model(tmp_path, seed=0, window_size=16, mini_batch_size=8)
     plain = AutoTokenizer.from_pretrained(tmp_path)
     assert 256 not in plain("a<|bos|>", add_special_tokens=False)["input_ids"]
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<|bos|>{{ m['content'] }}{% endfor %}")

@@ -50,7 +50,7 @@ def installed(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = ["--no-index", "--no-deps"]
     python(*pip, "wheel", *alone, "--no-build-isolation", "--wheel-dir", home, sdist, cwd=home)
     venv.create(home / "venv", symlinks=True)
-    python(*pip, "--python", home / "venv", "install", *alone, next(home.glob("*.whl")), cwd=home)
+    python(*pip, "--python", home / "venv", "install", "--no-compile", *alone, next(home.glob("*.whl")), cwd=home)
     (place,) = (home / "venv").glob("lib/python*/site-packages")
     (place / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return home / "venv" / "bin"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -20,14 +20,13 @@ from torch.distributed import TCPStore
 
 from tests.drill import injection
 from tests.drill.injection import ATTEMPT, SLOW, Injection
+from tests.forked import PROCESSES
 
 ROOT = Path(__file__).parent.parent.parent
 LONGEST = 240.0
 """Seconds that ranks may take; a drill that takes longer hangs."""
 SETTLING = 60.0
 """Seconds in which ranks end whose torchrun is gone: those that lost nothing else finish the run."""
-PROCESSES = multiprocessing.get_context("forkserver")  # imports torch once, forks for each rank
-PROCESSES.set_forkserver_preload(["tests.drill.injection", "torch._dynamo", "longread.train", "longread.cli"])
 
 
 class Hangs(Exception):
@@ -120,6 +119,7 @@ class Forked(Start):
 
 def _serve(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ |= environment
+    gc.freeze()  # what is imported by now stays
     sys.argv = ["longread", *arguments]
     sys.exit(injection.main())
 

@@ -13,7 +13,7 @@ from longread import checkpoint
 from longread.cli import main
 from longread.config import UserError
 from tests.drill.judging import Wrong
-from tests.drill.launching import PROCESSES
+from tests.forked import PROCESSES
 
 STATUSES = {0: "read", 2: "refused", -9: "killed"}
 
