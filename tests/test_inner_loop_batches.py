@@ -79,3 +79,13 @@ def test_a_batch_lies_where_its_states_lie() -> None:
     assert {x.device.type for x in (*batch.tensors, batch.positions) if x is not None} == {"meta"}
     assert {x.device.type for x in begin(model).tensors} == {"meta"}
     assert {x.device.type for x in states[0].tensors} == {"meta"}
+
+
+def test_only_a_copy_goes_without_the_run_of_a_full_mini_batch() -> None:
+    model = make(3)
+    full = [read(model, begin(model), torch.tensor([text(M, seed)]), inner=INNER).state for seed in (0, 1)]
+    assert apart(full[0])[0].run is full[0].run is not None
+    assert together(full[:1]).run is full[0].run
+    assert together(full).run is None
+    assert [state.run for state in apart(together(full))] == [None, None]
+    assert moved_to(full[0], torch.device("cpu")).run is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -219,3 +220,40 @@ def test_a_first_token_is_predicted_by_nothing() -> None:
     assert found.nll.dtype == torch.float64
     assert math.isnan(found.nll.item())
     assert read(make(), begin(make()), tokens(1), inner=INNER).nll.dtype == torch.float32
+
+
+def test_a_mini_batch_that_comes_as_one_goes_through_the_upper_half_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, written, runs = exact(), tokens(4 * M + 1, 0, 1), 0
+    upper = Transformer.upper
+
+    def counted(self: Transformer, *args: object, **options: object) -> object:
+        nonlocal runs
+        runs += 1
+        return upper(self, *args, **options)  # type: ignore[arg-type]
+
+    at_once = read(model, begin(model, 2), written, inner=INNER)
+    monkeypatch.setattr(Transformer, "upper", counted)
+    state = begin(model, 2)
+    for part in written.split(M, dim=1):
+        state = read(model, state, part, inner=INNER).state
+        assert not any(x.requires_grad for x in state.tensors)
+    assert runs == 4 + 1
+    torch.testing.assert_close(state.tensors, at_once.state.tensors)
+
+
+def test_a_full_mini_batch_can_be_learned_from_twice_and_with_other_weights() -> None:
+    """What is kept of its run serves every reader of that state, and none of another."""
+    model, written = exact(), tokens(2 * M + 1, 0)
+    full = read(model, begin(model), written[:, :M], inner=INNER).state
+    following = written[:, M : M + 1]
+    first, second = (read(model, full, following, inner=INNER).state for _ in range(2))
+    assert full.run is not None
+    assert first.run is None
+    changed = tuple(type(block)(*(2 * w for w in block)) for block in full.fast)
+    other = read(model, dataclasses.replace(full, fast=changed), following, inner=INNER).state
+    plain = read(model, dataclasses.replace(full, fast=changed, run=None), following, inner=INNER).state
+    for found, again in zip(first.tensors, second.tensors, strict=True):
+        assert torch.equal(found, again)
+    for found, expected in zip(other.tensors, plain.tensors, strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.equal(other.fast[0].gate, first.fast[0].gate)

@@ -51,7 +51,8 @@ def apart(state: ReadingState) -> list[ReadingState]:
 
 def compact(state: ReadingState) -> ReadingState:
     """The same without the memory that is kept only because a tensor is part of a larger one."""
-    return _mapped(state, lambda x: x if x.untyped_storage().nbytes() <= x.nbytes else x.clone())
+    alone = _mapped(state, lambda x: x if x.untyped_storage().nbytes() <= x.nbytes else x.clone())
+    return dataclasses.replace(alone, run=state.run)
 
 
 def moved_to(
@@ -69,4 +70,4 @@ def _mapped(state: ReadingState, change: Callable[[Tensor], Tensor]) -> ReadingS
     )
     names = ("hidden", "targets", "targets_mask", "output")
     rest: dict[str, Any] = {name: change(getattr(state, name)) for name in names}
-    return dataclasses.replace(state, fast=fast, lower_pasts=lower, upper_pasts=upper, **rest)
+    return dataclasses.replace(state, fast=fast, lower_pasts=lower, upper_pasts=upper, run=None, **rest)

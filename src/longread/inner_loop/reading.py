@@ -19,7 +19,7 @@ from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState
-from longread.inner_loop.step import Carry, Step, inner_step, step_norm_limit
+from longread.inner_loop.step import Carry, Recorded, Step, inner_step, recorded, step_norm_limit
 from longread.model import Past, Transformer
 from longread.ops.clipped_sgd import refused
 
@@ -228,10 +228,13 @@ class _Reader:
         self._move(lower_pasts=self.model.advance(self.state.lower_pasts, own, 0))
         return hidden
 
-    def _upper(self, hidden: Tensor, targets: Tensor, keep: int) -> None:
+    def _upper(self, hidden: Tensor, targets: Tensor, keep: int, run: Recorded | None = None) -> None:
         """Scores tokens with the weights as they are; the pasts keep the window and `keep` tokens more."""
         state, model = self.state, self.model
-        output, own = model.upper(hidden, state.fast, state.upper_pasts, start=state.start, order=0)
+        if run is None:
+            output, own = model.upper(hidden, state.fast, state.upper_pasts, start=state.start, order=0)
+        else:
+            output, own = run.output.detach(), tuple(made.detach() for made in run.own)
         self.outputs += [output] if self.keep_outputs else []
         if targets.shape[1]:
             self.nll.append(model.token_losses(output[:, : targets.shape[1]], targets))
@@ -240,17 +243,23 @@ class _Reader:
             **state.moved(hidden.shape[1]),
             upper_pasts=model.advance(state.upper_pasts, own, model.num_lower_attentions, extra=keep),
             output=output[:, -1],
+            run=run,
         )
 
     def _part(self, hidden: Tensor, following: Tensor, known: Tensor, known_mask: Tensor) -> None:
         """Some tokens of a mini-batch whose step must wait, the tokens that follow each, and the new targets."""
         state = self.state
+        waiting = torch.cat((state.hidden, hidden), dim=1)
+        # on a GPU memory is dearer than a second run
+        whole = hidden.shape[1] == self.model.config.mini_batch_size and not hidden.is_cuda
+        carry = Carry(state.fast, state.upper_pasts)
+        run = recorded(self.model, carry, waiting, start=state.start) if whole else None
         self._move(
-            hidden=torch.cat((state.hidden, hidden), dim=1),
+            hidden=waiting,
             targets=torch.cat((state.targets, known), dim=1),
             targets_mask=torch.cat((state.targets_mask, known_mask), dim=1),
         )
-        self._upper(hidden, following, keep=self.state.hidden.shape[1])
+        self._upper(hidden, following, keep=self.state.hidden.shape[1], run=run)
 
     def _finish(self, target: Tensor, mask: Tensor) -> None:
         """The step on an unfinished mini-batch, whose last target has come."""
@@ -269,6 +278,7 @@ class _Reader:
             order=0,
             max_step_norm=self.max_step_norm,
             optimizer=optimizer_named(self.inner.optimizer),
+            run=state.run if state.run is not None and state.run.is_of(state.fast, state.hidden) else None,
         )
         self._learned(step, before)
 
@@ -305,4 +315,5 @@ class _Reader:
             hidden=state.hidden[:, :0],
             targets=state.targets[:, :0],
             targets_mask=state.targets_mask[:, :0],
+            run=None,
         )

@@ -1,11 +1,11 @@
 """The state of reading: all that is left of a text after it has been read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from longread.inner_loop.step import matrices
+from longread.inner_loop.step import Recorded, matrices
 from longread.model import FastWeights, MixerPast
 
 
@@ -39,6 +39,9 @@ class ReadingState:
     """`Transformer.upper`'s output for the last token, [B, D]; [B, 0] before the first."""
     positions: Tensor | None = None
     """Tokens read by each sequence, int64 [B], where sequences of the same shapes are at different positions."""
+    run: Recorded | None = field(default=None, repr=False, compare=False)
+    """Of the unfinished mini-batch, where it is full and came as one: so the step need not run it again. No part of
+    what has been read: a copy goes without it."""
 
     @property
     def start(self) -> int | Tensor:

@@ -84,6 +84,29 @@ def step_norm_limit(model: Transformer) -> Tensor:
     return size.masked_fill(size == 0, torch.finfo(size.dtype).max)
 
 
+class Recorded(NamedTuple):
+    """`Transformer.upper` over one mini-batch, with a graph that leads from `working` to `output`."""
+
+    working: tuple[Tensor, ...]
+    """The fast weights in the type of the products, in the order of `matrices`."""
+    output: Tensor
+    own: tuple[Past, ...]
+    inputs: tuple[Tensor, ...]
+    """The hidden states and fast weights that it was made of."""
+
+    def is_of(self, fast: FastWeights, hidden: Tensor) -> bool:
+        """Whether these tensors are its inputs."""
+        return all(a is b for a, b in zip(self.inputs, (hidden, *matrices(fast)), strict=True))
+
+
+def recorded(model: Transformer, carry: Carry, hidden: Tensor, *, start: int | Tensor) -> Recorded:
+    """Runs a mini-batch whose targets are not all known yet, for an `inner_step` of order 0 to come. Args as there."""
+    with torch.enable_grad():
+        working = tuple(w.detach().requires_grad_().to(model.dtype) for w in matrices(carry.fast))
+        output, own = model.upper(hidden, from_matrices(working), carry.pasts, start=start, order=1)
+    return Recorded(working, output, own, (hidden, *matrices(carry.fast)))
+
+
 class InnerGradient(NamedTuple):
     """One mini-batch scored, and the gradient of its loss; fields as in `Step`."""
 
@@ -106,19 +129,25 @@ def inner_gradient(
     start: int | Tensor,
     order: int,
     group: ProcessGroup | None = None,
+    run: Recorded | None = None,
 ) -> InnerGradient:
     """Scores one mini-batch and takes the gradient of its loss with respect to the fast weights.
 
     It holds everything else constant: the hidden states from below, the other parameters, and the keys and values
     of earlier mini-batches, which lie outside its path. Args as in `inner_step`; `working` are the fast weights in
-    the type of the products, and require a gradient.
+    the type of the products, and require a gradient; those of `run`, if that is given.
     """
     with torch.enable_grad():
-        fast = from_matrices(working)
-        output, own = model.upper(hidden, fast, pasts, start=start, order=max(1, order), group=group)
+        if run is None:
+            fast = from_matrices(working)
+            output, own = model.upper(hidden, fast, pasts, start=start, order=max(1, order), group=group)
+        else:
+            output, own = run.output, run.own
         nll = model.token_losses(output, target_ids)
         loss = mini_batch_loss(nll, loss_mask)
-        gradients = torch.autograd.grad(loss.sum(), working, create_graph=order == 2, retain_graph=order > 0)
+        gradients = torch.autograd.grad(
+            loss.sum(), working, create_graph=order == 2, retain_graph=order > 0 or run is not None
+        )
     if order == 0:
         output, nll, loss = output.detach(), nll.detach(), loss.detach()
         own = tuple(made.detach() for made in own)
@@ -139,6 +168,7 @@ def inner_step(
     max_step_norm: Tensor | None = None,
     optimizer: InnerOptimizer = CLIPPED_SGD,
     group: ProcessGroup | None = None,
+    run: Recorded | None = None,
 ) -> Step:
     """Scores one mini-batch with the weights of `carry`, then takes one step on it.
 
@@ -152,14 +182,15 @@ def inner_step(
         order: 0, 1 or 2, as explained at the top of this file.
         max_step_norm: guards the step at order 0 (see `step_norm_limit`).
         group: as in `Transformer.upper`.
+        run: what `recorded` made of the same mini-batch and carry, at order 0. It may serve again.
     """
     weights = matrices(carry.fast)
     weights = [w if order and w.requires_grad else w.detach().requires_grad_() for w in weights]
     with torch.enable_grad():
         # the gradient is taken where the products are, in their type; the step keeps the precision of the weights
-        working = [w.to(model.dtype) for w in weights]
+        working = [w.to(model.dtype) for w in weights] if run is None else run.working
     found = inner_gradient(
-        model, working, carry.pasts, hidden, target_ids, loss_mask, start=start, order=order, group=group
+        model, working, carry.pasts, hidden, target_ids, loss_mask, start=start, order=order, group=group, run=run
     )
     if order == 0:
         weights = [w.detach() for w in weights]

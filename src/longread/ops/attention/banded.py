@@ -4,6 +4,8 @@ A block of queries needs only its own keys and those of the few blocks before it
 small dense problems: work and memory are linear in the number of tokens. Differentiable once.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +33,7 @@ def banded_attention(
     block = min(LARGEST_BLOCK, max(16, window // 2))
     if num_queries <= block:
         recent = min(num_keys, window - 1 + num_queries)
-        mask = visible(num_queries, recent, window, query.device)
+        mask = _band(num_queries, recent, window, query) if num_queries > 1 else None
         return _attend(query, key[..., -recent:, :], value[..., -recent:, :], mask)
 
     # Blocks are laid so that the first query opens one; keys before the first token and after the last are zeros.
@@ -46,14 +48,31 @@ def banded_attention(
 
     blocks = _blocks_first(F.pad(query, (0, 0, 0, missing)).unflatten(-2, (num_blocks, block)))
 
-    mask = visible(block, reach + block, window, query.device)
-    if absent:
+    if not absent:
+        mask = _band(block, reach + block, window, query)
+    else:
+        mask = visible(block, reach + block, window, query.device)
         first_key = torch.arange(num_blocks, device=query.device)[:, None] * block
         exists = first_key + torch.arange(reach + block, device=query.device) >= absent  # [blocks, reach + block]
         mask = mask & exists[:, None, None, :]
     out = _attend(blocks, bands(key), bands(value), mask)
     B, N = query.shape[:2]
     return out.unflatten(1, (B, N)).permute(1, 2, 0, 3, 4).flatten(2, 3)[..., :num_queries, :]
+
+
+def _band(num_queries: int, num_keys: int, window: int, query: Tensor) -> Tensor:
+    """What `visible` says, as PyTorch's kernel for this query takes it in: on a CPU as numbers to add."""
+    if query.is_cpu:
+        return _added(num_queries, num_keys, window, query.dtype)
+    return visible(num_queries, num_keys, window, query.device)
+
+
+@functools.lru_cache(maxsize=4)
+def _added(num_queries: int, num_keys: int, window: int, dtype: torch.dtype) -> Tensor:
+    """Kept, since making it takes a good part of the attention of one mini-batch. Changed by nobody."""
+    with torch.inference_mode(False):
+        mask = visible(num_queries, num_keys, window, torch.device("cpu"))
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _blocks_first(x: Tensor) -> Tensor:
