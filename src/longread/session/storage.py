@@ -10,7 +10,7 @@ How much the rounded ones lose is measured by `python -m benchmarks.session_stor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -108,12 +108,13 @@ def unpacked(
     fast = [part(f"fast.{i}", w) for i, w in enumerate(initial)]
     if storage == "delta":
         fast = [w0.to(device) + w for w0, w in zip(initial, fast, strict=True)]
+    rest: dict[str, Any] = {name: part(name, getattr(empty, name)) for name in _PARTS}
     state = ReadingState(
         position=position,
         fast=from_matrices(fast),
         lower_pasts=pasts("lower", empty.lower_pasts),
         upper_pasts=pasts("upper", empty.upper_pasts),
-        **{name: part(name, getattr(empty, name)) for name in _PARTS},
+        **rest,
     )
     return state, tensors["recent"].tolist()
 
