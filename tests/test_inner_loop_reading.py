@@ -257,3 +257,9 @@ def test_a_full_mini_batch_can_be_learned_from_twice_and_with_other_weights() ->
     for found, expected in zip(other.tensors, plain.tensors, strict=True):
         assert torch.equal(found, expected)
     assert not torch.equal(other.fast[0].gate, first.fast[0].gate)
+    with torch.no_grad():
+        model.final_norm.weight.mul_(2)
+    later = read(model, full, following, inner=INNER).state
+    plain = read(model, dataclasses.replace(full, run=None), following, inner=INNER).state
+    for found, expected in zip(later.tensors, plain.tensors, strict=True):
+        assert torch.equal(found, expected)

@@ -267,7 +267,7 @@ class _Reader:
         state, M = self.state, self.state.hidden.shape[1]
         carry = Carry(state.fast, tuple(past.before(M) for past in state.upper_pasts))
         run = state.run
-        if run is None or not run.is_of(state.fast, state.hidden, state.targets):
+        if run is None or not run.is_of(self.model, state.fast, state.hidden, state.targets):
             # its tokens' own keys and values are made again, with a graph, after those of the window before it
             run = recorded(self.model, carry, state.hidden, state.targets, start=state.start - M)
         step = inner_step(

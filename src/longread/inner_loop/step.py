@@ -96,10 +96,13 @@ class Recorded(NamedTuple):
     """Of the targets so far, [B, M − 1]."""
     inputs: tuple[Tensor, ...]
     """The hidden states, targets and fast weights that it was made of."""
+    version: int
+    """How often the model's parameters had been changed in place."""
 
-    def is_of(self, fast: FastWeights, hidden: Tensor, target_ids: Tensor) -> bool:
-        """Whether these tensors are its inputs."""
-        return all(a is b for a, b in zip(self.inputs, (hidden, target_ids, *matrices(fast)), strict=True))
+    def is_of(self, model: Transformer, fast: FastWeights, hidden: Tensor, target_ids: Tensor) -> bool:
+        """Whether these tensors are its inputs, and the model is still as it was."""
+        same = all(a is b for a, b in zip(self.inputs, (hidden, target_ids, *matrices(fast)), strict=True))
+        return same and self.version == _version(model)
 
 
 def recorded(model: Transformer, carry: Carry, hidden: Tensor, target_ids: Tensor, *, start: int | Tensor) -> Recorded:
@@ -108,7 +111,11 @@ def recorded(model: Transformer, carry: Carry, hidden: Tensor, target_ids: Tenso
         working = tuple(w.detach().requires_grad_().to(model.dtype) for w in matrices(carry.fast))
         output, own = model.upper(hidden, from_matrices(working), carry.pasts, start=start, order=1)
         nll = model.token_losses(output[:, : target_ids.shape[1]], target_ids)
-    return Recorded(working, output, own, nll, (hidden, target_ids, *matrices(carry.fast)))
+    return Recorded(working, output, own, nll, (hidden, target_ids, *matrices(carry.fast)), _version(model))
+
+
+def _version(model: Transformer) -> int:
+    return sum(parameter._version for parameter in model.upper_parameters())
 
 
 class InnerGradient(NamedTuple):
