@@ -7,6 +7,8 @@ parallel  a step on several GPUs, beside the same load on one
 ranks     what one of several processes measures
 prefill   reading a context
 decode    writing after a context
+cold      the first tokens that a process reads or writes
+process   a fresh one, and empty caches
 profile   where the time goes
 machine   the device's best, its clock, its memory
 rows      the figures, and the file that collects them

@@ -15,13 +15,15 @@ PLOTS = {
     "prefill": ("prefill_ms_per_1k", "ms per 1K tokens read"),
     "training": ("train_tokens_per_s", "tokens per second of training"),
     "decoding": ("decode_tokens_per_s", "tokens per second written"),
+    "first-read": ("first_read_s", "seconds"),
+    "first-token": ("first_token_s", "seconds"),
 }
 """Name of the file: the measure, and its unit for a reader."""
 _COLORS = {"e2e": 4, "swa": 2, "full": 0}
 
 
 def save_bench_plots(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Writes `prefill.svg`, `training.svg` and `decoding.svg`, those of which there are rows, whole or not at all."""
+    """Writes an SVG file for each of `PLOTS` of which there are rows, whole or not at all."""
     paths = []
     for name in PLOTS:
         if charts := bench_charts(rows, name):
@@ -34,15 +36,18 @@ def save_bench_plots(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 
 def bench_charts(rows: Sequence[Row], name: str) -> list[Chart]:
-    """One of `PLOTS`, a chart for each size: lines over the context, or bars for contexts and numbers of sequences."""
+    """One of `PLOTS`, a chart for each size: lines over the context, or bars for contexts and numbers of sequences, or
+    for what a fresh process does first."""
     measure, unit = PLOTS[name]
     chosen = [row for row in rows if row["measure"] == measure]
     charts: list[Chart] = []
-    for size in sorted({row["size"] for row in chosen}, key=SIZE_NAMES.index):
+    for size in sorted({row["size"] for row in chosen}, key=lambda size: ((*SIZE_NAMES, size).index(size), size)):
         of_size = [row for row in chosen if row["size"] == size]
         title, y_label = size.upper() if size[0].isdigit() else size, "" if charts else unit
         if name == "training":
             charts.append(_bars(of_size, title, y_label))
+        elif name.startswith("first"):
+            charts.append(_parts(name, of_size, title, y_label))
         else:
             lines = [_line(method, points) for method in METHODS if (points := _points(of_size, method))]
             charts.append(Chart(name, title, "tokens of context", y_label, lines, limits=(0.0, None)))
@@ -68,6 +73,20 @@ def _bars(rows: Sequence[Row], title: str, y_label: str) -> Chart:
         lines += [_line(method, points, notes)] if points else []
     x_label = "context × sequences; * computes again" if any(map(computes_again, rows)) else "context × sequences"
     return Chart("training", title, x_label, y_label, lines, log_x=False, bars=True, ticks=ticks)
+
+
+def _parts(name: str, rows: Sequence[Row], title: str, y_label: str) -> Chart:
+    """Of the shortest context."""
+    context = min(row["context"] for row in rows)
+    found = {row["method"]: list(row["parts"].values()) for row in rows if row["context"] == context}
+    lines = [
+        _line(method, [(float(i), s) for i, s in enumerate(found[method])], [f"{s:.3g}" for s in found[method]])
+        for method in METHODS
+        if method in found
+    ]
+    ticks = {float(i): part for i, part in enumerate(rows[0]["parts"])}
+    x_label = f"{short(context)} tokens"
+    return Chart(name, title, x_label, y_label, lines, log_x=False, bars=True, ticks=ticks)
 
 
 def computes_again(row: Row) -> bool:

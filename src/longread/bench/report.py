@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 
-from longread.bench.cases import MEASURES, METHODS, PARALLEL, Case
+from longread.bench.cases import MEASURES, METHODS, PARALLEL, STARTS, Case
 from longread.bench.machine import Machine
 from longread.bench.rows import Row
 from longread.bench.run import Outcome
@@ -20,6 +20,8 @@ TITLES = {
     "first-step": "First step in a fresh process, compilation included",
     "prefill": "Prefill",
     "decode": "Decoding, greedy",
+    "first-read": "First tokens that a fresh process reads, and as many after them",
+    "first-token": "From the start of a process to the first token that it writes after a prompt",
 }
 _PARALLEL_NOTES = (
     "Steps of `longread train` in as many processes, votes of the ranks included, by the slowest rank of each; then, "
@@ -28,7 +30,7 @@ _PARALLEL_NOTES = (
 
 
 def seconds_per_token(row: Row) -> float:
-    """Of training, reading or writing; `row` is no first step."""
+    """Of training, reading or writing; `row` is of none of `STARTS`."""
     return row["value"] / 1e3 / 1024 if row["measure"] == "prefill_ms_per_1k" else 1 / row["value"]
 
 
@@ -88,7 +90,7 @@ def _conditions(outcome: Outcome, hardware: object) -> str:
             f"Measured in the same run on {machine.name}: a {machine.matmul} product {machine.flops / 1e12:.4g} "
             f"TFLOP/s, the peak below; copying {machine.bandwidth / 1e9:.4g} GB/s, read and written together."
         )
-        timed = [row for row in outcome.rows if row["measure"] != "first_step_s"]
+        timed = [row for row in outcome.rows if Case.of_row(row).work not in STARTS]
         if any(share_of_peak(row, machine) > 1 for row in timed):
             lines.append(
                 "**A share of more than 100 % below says that this peak is none**: the machine did other work while it "
@@ -112,6 +114,13 @@ def _notes(work: str, outcome: Outcome) -> str:
         return f"{floor} Gradient, norm, clipping and AdamW."
     if work == "first-step":
         return "With no compiled kernel on the disk; PyTorch, the device and the weights are there already."
+    if work == "first-read":
+        return (
+            "Seconds, with compiled kernels on the disk and with nothing compiled; PyTorch, the device and the weights "
+            "are there already."
+        )
+    if work == "first-token":
+        return "A model in the box, compiled kernels on the disk; seconds of importing, opening, reading and writing."
     if work == "prefill":
         return (
             f"{floor} TTT-E2E and SWA score every token in constant memory, TTT-E2E reads one more, the last target; "
@@ -134,7 +143,11 @@ def _table(work: str, rows: Sequence[Row], outcome: Outcome) -> str:
         ("n", lambda row: str(row["n"])),
     ]
     machine = outcome.machine
-    if work != "first-step":
+    columns += [(part, lambda row, part=part: f"{row['parts'][part]:.2f}") for part in rows[0].get("parts", ())]  # type: ignore[misc]
+    if work == "first-read":
+        columns.append(("tokens/s, first", lambda row: f"{row['context'] / row['value']:,.0f}"))
+        columns.append(("tokens/s, next", lambda row: f"{row['context'] / row['parts']['next']:,.0f}"))
+    if work not in STARTS:
         unit = "GB a token" if work == "decode" else "GFLOP a token"
         columns += [
             ("time / full", lambda row: _number(times_full_attention(row, rows))),

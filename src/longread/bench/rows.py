@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ KEYS = (
 )
 _IDENTITY = KEYS[:5]
 _DIGITS = {"train_tokens_per_s": 1, PARALLEL: 1, "first_step_s": 2, "prefill_ms_per_1k": 3, "decode_tokens_per_s": 2}
+_SECONDS = 3
+"""Digits of what a process does first."""
 
 
 def make_row(
@@ -43,12 +45,14 @@ def make_row(
     device: torch.device,
     *,
     recompute: Schedule | None = None,
+    parts: Mapping[str, float] | None = None,
 ) -> Row:
     """The row of a case that was measured len(values) times: the median, and the range where there is one.
 
-    A row of training says what it computed again (`recompute`), which the others have no word for.
+    A row of training says what it computed again (`recompute`), which the others have no word for; one of a fresh
+    process may name seconds beside its value (`parts`).
     """
-    digits = _DIGITS[case.measure]
+    digits = _DIGITS.get(case.measure, _SECONDS)
     row = {
         "measure": case.measure,
         "method": case.method,
@@ -63,6 +67,8 @@ def make_row(
         "commit": _commit(),
         "versions": versions(device),
     }
+    if parts is not None:
+        row["parts"] = {name: round(value, _SECONDS) for name, value in parts.items()}
     return row if recompute is None else row | {"recompute": recompute}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from longread.bench.cases import LONGEST_CACHE, Case
+from longread.bench.cold import measure_first_read, measure_first_token
 from longread.bench.decode import measure_decode
 from longread.bench.gate import GateFailed, GateResult, check_gradients, check_scores
 from longread.bench.machine import Machine, free_memory, measure_machine
@@ -94,7 +95,7 @@ def _gate(
 ) -> bool:
     """Whether what the case times is right on a small network; asked once for each kind of network."""
     training = case.work in ("train", "first-step")
-    key = "training" if training else "reading", case.method, case.config.model.head_dim
+    key = "training" if training else "reading", case.method, case.network.head_dim
     if key not in passed:
         verdict = (check_gradients if training else check_scores)(*key[1:], device)
         outcome.verdicts.append(verdict)
@@ -112,6 +113,10 @@ def _measure(case: Case, device: torch.device, repeats: int, profile: bool, outc
         row, text = measure_training(case, device, repeats=repeats, profile=profile)
     elif case.work == "first-step":
         row = measure_first_step(case, device)
+    elif case.work == "first-read":
+        row = measure_first_read(case, device)
+    elif case.work == "first-token":
+        row = measure_first_token(case, device)
     elif case.work == "prefill":
         row, text = measure_prefill(case, device, repeats=repeats, profile=profile)
     else:

@@ -6,18 +6,15 @@ import contextlib
 import dataclasses
 import functools
 import math
-import multiprocessing
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from longread.bench.cases import Case
 from longread.bench.gate import GateFailed, refusing_fallbacks
 from longread.bench.machine import free_memory, peak_gib, precision_on, seconds, synchronize
+from longread.bench.process import empty_caches, in_a_process
 from longread.bench.profile import profiled
 from longread.bench.rows import Row, make_row
 from longread.config import RunConfig
@@ -32,7 +29,6 @@ from longread.train.stopping import not_finite_in
 NEARLY = 1.15
 """Times the memory of the device that an estimate may be, since estimates are off by so much."""
 T = TypeVar("T")
-_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
 
 
 class TrainingStep:
@@ -141,12 +137,11 @@ def measure_first_step(case: Case, device: torch.device) -> Row:
 
 def _in_a_process(case: Case, recompute: Schedule, device: torch.device) -> tuple[list[float], float | None]:
     free_memory(device)
-    with _empty_caches(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_first_step, case, recompute, str(device), torch.get_num_threads()).result()
+    with empty_caches():
+        return in_a_process(_first_step, case, recompute, str(device))
 
 
-def _first_step(case: Case, recompute: Schedule, device_name: str, threads: int) -> tuple[list[float], float | None]:
-    torch.set_num_threads(threads)
+def _first_step(case: Case, recompute: Schedule, device_name: str) -> tuple[list[float], float | None]:
     device = torch.device(device_name)
     free_memory(device)
     step = TrainingStep(dataclasses.replace(case.config, recompute=recompute), device)
@@ -155,18 +150,3 @@ def _first_step(case: Case, recompute: Schedule, device_name: str, threads: int)
     with refusing_fallbacks():
         taken = seconds(device, functools.partial(step, batch))
     return [taken], peak_gib(device)
-
-
-@contextlib.contextmanager
-def _empty_caches() -> Iterator[None]:
-    before: dict[str, Any] = {name: os.environ.get(name) for name in _CACHES}
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ.update(dict.fromkeys(_CACHES, directory))
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     from longread.bench import Outcome
 
 MOST_REPEATS = 1000
-PLOTS = ("prefill.svg", "training.svg", "decoding.svg")
+PLOTS = ("prefill.svg", "training.svg", "decoding.svg", "first-read.svg", "first-token.svg")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
-    parser.add_argument("works", nargs="*", metavar="WORK", help="train, first-step, prefill, decode (default all)")
-    parser.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="toy, small; 125m, 350m, 760m, 1.3b, 3b")
+    parser.add_argument(
+        "works", nargs="*", metavar="WORK", help="train, first-step, prefill, decode, first-read, first-token"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", default=[], metavar="SIZE", help="toy, small, 135m; 125m, 350m, 760m, 1.3b, 3b"
+    )
     parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="e2e, swa, full (default all)")
     parser.add_argument("--contexts", nargs="+", type=positive, default=[], metavar="T", help="tokens of context")
     parser.add_argument(
