@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import weakref
@@ -121,6 +122,31 @@ def test_decoding_is_reading_token_by_token(changes: dict, learn: bool, monkeypa
             assert decoder.position == state.position
             for x, y in zip(decoder.state().tensors, state.tensors, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.slow), GROUPED | {"pre_norm": False}, BY_BLOCK | {"qk_norm": False}],
+    ids=str,
+)
+def test_decoding_by_kernels_is_reading(changes: dict, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one sequence, whose products are all theirs, in float32 against float64; an inner step between."""
+    model, text = make(3, torch.float32, **changes), tokens(2 * M + 2, B=1)
+    wide = copy.deepcopy(model).double()
+    monkeypatch.setattr(importlib.import_module("longread.ops.gemv.triton"), "PROGRAMS", 1)  # the interpreter's time
+    begun = 2 * M - 1
+    state = read(model, begin(model), text[:, :begun], inner=INNER).state
+    expected = read(wide, begin(wide), text[:, :begun], inner=INNER).state
+    decoder = Decoder(model, state, INNER)
+    calls = []
+    for op in ("longread.ops.gemv", "longread.ops.attention.ring"):
+        monkeypatch.setattr(importlib.import_module(op), "fusible", lambda *tensors: calls.append(tensors) or True)
+    for i in range(begun, text.shape[1]):
+        torch.testing.assert_close(decoder.logits().double(), next_token_logits(wide, expected), rtol=1e-3, atol=1e-4)
+        decoder.read(text[:, i])
+        expected = read(wide, expected, text[:, i : i + 1], inner=INNER).state
+    torch.testing.assert_close(decoder.logits().double(), next_token_logits(wide, expected), rtol=1e-3, atol=1e-4)
+    assert len(calls) >= 5 * model.config.num_blocks
 
 
 def test_writers_of_one_model_take_turns() -> None:

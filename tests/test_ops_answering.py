@@ -111,7 +111,8 @@ def test_which_ring_answers(H: int, answers: bool, kernel: Kernel) -> None:
     new, ring, position = torch.ones(1, 2, 1, H), (torch.zeros(1, 2, 3, H), torch.zeros(1, 2, 3, H)), torch.tensor([5])
     out = ring_attention(new, new, new, ring, position, window=2)
     assert (out == "kernel") if answers else (out.shape == new.shape)
-    assert calls == [((new, new, new, ring, position), {"window": 2})] * answers
+    options = {"window": 2, "norms": None, "rotary": None, "arrivals": None}
+    assert calls == [((new, new, new, ring, position), options)] * answers
 
 
 def test_a_ring_longer_than_a_head_may_be(kernel: Kernel) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from longread.inner_loop.graphs import CheckedGraphs, put_back_later
 from longread.inner_loop.state import ReadingState, StateFacts
 from longread.inner_loop.step import from_matrices, matrices
-from longread.model import FastWeights, Past, Ring, Transformer
+from longread.model import FastWeights, Past, Ring, Transformer, decode
 
 SPARE = 1024
 """Tokens for which attention without a window gets room, a power of 2, or about a 48th of what it holds."""
@@ -62,7 +62,8 @@ class Places:
         )
         self._occupants: list[_Occupant | None] = [None] * lanes
         room = self._extra + 1  # a lane that nobody is in writes into the last column
-        self._tokens = torch.zeros(lanes, 1, dtype=torch.long, device=device)
+        self._frequencies = model.frequencies()
+        self._tokens = torch.zeros(lanes, dtype=torch.long, device=device)
         self._position = torch.zeros(lanes, dtype=torch.long, device=device)
         self._slot = torch.zeros(lanes, dtype=torch.long, device=device)
         self._learning = torch.zeros(lanes, dtype=torch.long, device=device)
@@ -74,6 +75,7 @@ class Places:
         initial = matrices(model.initial_fast_weights(lanes))
         self._working = [torch.empty(w.shape, device=device, dtype=dtype) for w in initial]
         self._rings: list[Ring] = []
+        self._room = 0  # slots of attention without a window
         self._make_room(0)
 
     @property
@@ -194,7 +196,7 @@ class Places:
         count = len(tokens)
         present = [occupant for occupant in self._occupants[:count] if occupant is not None]
         self._make_room(max(occupant.position for occupant in present))
-        self._tokens[:count, 0].copy_(tokens)
+        self._tokens[:count].copy_(tokens)
         width = min(self.lanes, 1 << (count - 1).bit_length()) if self._graphs.usable else count
         self._graphs.run(width, functools.partial(self._pass, width), kept=self._kept)
         for occupant in present:
@@ -230,16 +232,14 @@ class Places:
     def _pass(self, count: int) -> Tensor:
         """Reads a token of each of the first `count` lanes; returns `logits(count)`."""
         here = slice(count)
-        model, split, tokens, slot = self.model, self._split, self._tokens[here], self._slot[here]
-        rings, start = [_part(ring, here) for ring in self._rings], self._position[here]
-        hidden, _ = model.lower(tokens, rings[:split], start=start)
+        model, tokens, slot, start = self.model, self._tokens[here], self._slot[here], self._position[here]
+        rings, fast = [_part(ring, here) for ring in self._rings], from_matrices([w[here] for w in self._working])
+        hidden, output, logits = decode(model, tokens, fast, rings, start=start, frequencies=self._frequencies)
         if self._extra:
-            self._hidden[here].scatter_(1, slot[:, None, None].expand_as(hidden), hidden)
-            self._read[here].scatter_(1, slot[:, None], tokens)
-        fast = from_matrices([w[here] for w in self._working])
-        output, _ = model.upper(hidden, fast, rings[split:], start=start, order=0)
-        self._output[here].copy_(output[:, -1])
-        self._logits[here].copy_(model.logits(self._output[here]))
+            self._hidden[here].scatter_(1, slot[:, None, None].expand(-1, 1, hidden.shape[1]), hidden.unsqueeze(1))
+            self._read[here].scatter_(1, slot[:, None], tokens[:, None])
+        self._output[here].copy_(output)
+        self._logits[here].copy_(logits)
         start += 1
         slot.add_(self._learning[here]).clamp_(max=self._extra)
         return self._logits[here]
@@ -250,10 +250,14 @@ class Places:
         With `anew` what they hold is of no use any more, and they get the room of a token at `position`, no more: what
         sequences that have all lanes give does not depend on those that were there before.
         """
+        slots = room(position)
+        if self._rings and (slots <= self._room if not anew else slots == self._room):
+            return  # looking at every ring would take as long as a small model's token
+        self._room = slots
         config, like = self.model.config, self._output
         for i, (window, extra) in enumerate(self._windows()):
             older = self._rings[i] if i < len(self._rings) else None
-            slots = room(position) if window is None else window + extra
+            slots = self._room if window is None else window + extra
             held = 0 if older is None else older.key.shape[2]
             if held == slots or (held > slots and not anew):
                 continue

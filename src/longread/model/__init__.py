@@ -1,5 +1,6 @@
 """The network, and nothing about how it is trained."""
 
+from longread.model.decoding import decode
 from longread.model.device import find_device, free_bytes, is_out_of_memory
 from longread.model.fingerprint import fingerprint_of
 from longread.model.mixers.attention import Attention, Past, Ring
@@ -16,6 +17,7 @@ __all__ = [
     "RecurrentMixer",
     "Ring",
     "Transformer",
+    "decode",
     "find_device",
     "fingerprint_of",
     "free_bytes",

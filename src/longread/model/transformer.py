@@ -37,6 +37,9 @@ MixerPast = Any
 Rotary = dict[BlockRope, Tensor | None]
 """The rotary embedding of some positions, for each kind that blocks have."""
 
+Frequencies = dict[BlockRope, Tensor | None]
+"""Radians a token of each pair of a head, float64 [H/2], for each kind that blocks have."""
+
 EMBEDDING_STD = 0.02
 RECOMPUTE = "recompute"
 """The range in a profile of what runs again for its gradient."""
@@ -59,7 +62,9 @@ class Block(nn.Module):
         def mlp(hidden: int, pre_norm: bool, post_norm: bool) -> MLP:
             return MLP(config.width, hidden, norm(pre_norm), norm(post_norm), config.gate)
 
-        self._rope = config.rope_of(index)
+        self.rope = config.rope_of(index)
+        self.learns = index >= config.num_prefix_blocks
+        """Whether it has a fast MLP."""
         self._kinds = config.mixers_of(index)
         for kind in self._kinds:
             norms = norm(config.pre_norm), norm(config.post_norm)
@@ -67,7 +72,7 @@ class Block(nn.Module):
                 self.attention = Attention(config, config.window_of(index), *norms)
             else:
                 setattr(self, kind, RECURRENT[kind](config, *norms))
-        if index >= config.num_prefix_blocks:
+        if self.learns:
             self.fast_mlp = mlp(config.fast_mlp_hidden, *config.fast_norms)
         self.static_mlp = mlp(config.mlp_hidden, config.pre_norm, config.post_norm)
 
@@ -80,9 +85,9 @@ class Block(nn.Module):
         """Its part of `Transformer.lower`: the mixers, and in the prefix the MLP; also what each mixer made."""
         own = []
         for mixer, past in zip(self.mixers, pasts, strict=True):
-            x, made = mixer(x, past, rotary=rotary[self._rope], order=1)
+            x, made = mixer(x, past, rotary=rotary[self.rope], order=1)
             own.append(made)
-        return (x if hasattr(self, "fast_mlp") else self.static_mlp(x)), own
+        return (x if self.learns else self.static_mlp(x)), own
 
     def above(
         self,
@@ -96,7 +101,7 @@ class Block(nn.Module):
         """Its part of `Transformer.upper`: attention, unless it belongs to `below` (no past), and both MLPs."""
         own = None
         if past is not None:
-            x, own = self.attention(x, past, rotary=rotary[self._rope], order=order)
+            x, own = self.attention(x, past, rotary=rotary[self.rope], order=order)
         return self.static_mlp(self.fast_mlp(x, fast, group)), own
 
 
@@ -193,6 +198,11 @@ class Transformer(nn.Module):
         pasts = tuple(mixer.empty_past(like) for block in (*self.prefix, *self.suffix) for mixer in block.mixers)
         return pasts[: self.num_lower_attentions], pasts[self.num_lower_attentions :]
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[..., D], the input of the lowest block, from int64 [...]."""
+        x = self.embedding(input_ids).to(self.dtype)
+        return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+
     def lower(
         self,
         input_ids: Tensor,
@@ -216,10 +226,8 @@ class Transformer(nn.Module):
             needs: attention's own keys and values, a recurrence's state. With `recompute` nothing of the mixers: it
             would be kept too.
         """
-        x = self.embedding(input_ids).to(self.dtype)
-        if self.config.embedding_scale != 1:
-            x = x * self.config.embedding_scale
-        rotary, left = self._rotary(start, x), iter(pasts)
+        x = self.embed(input_ids)
+        rotary, left = self.rotary(start, x), iter(pasts)
         own: list[MixerPast] = []
         for block in (*self.prefix, *self.suffix[:1]):
             inputs = x, [next(left) for _ in block.mixers], rotary
@@ -251,7 +259,7 @@ class Transformer(nn.Module):
         Returns:
             [B, T, D], what the head turns into logits, and each attention's own keys and values, for `advance`.
         """
-        x, rotary, own = hidden, self._rotary(start, hidden), []
+        x, rotary, own = hidden, self.rotary(start, hidden), []
         for index, block in enumerate(self.suffix):
             past = pasts[index - 1] if index else None
             weights = None if fast is None else fast[index]
@@ -259,10 +267,16 @@ class Transformer(nn.Module):
             own += [] if made is None or recompute else [made]
         return self.final_norm(x), tuple(own)
 
-    def _rotary(self, start: int | Tensor, x: Tensor) -> Rotary:
-        return {kind: self._rotary_of(kind, start, x) for kind in self._ropes}
+    def rotary(self, start: int | Tensor, x: Tensor, frequencies: Frequencies | None = None) -> Rotary:
+        """That of tokens x [B, T, D] at positions start … start + T − 1; `frequencies()` may be given."""
+        known = self.frequencies() if frequencies is None else frequencies
+        return {kind: None if f is None else rotation(start, x.shape[1], f, x) for kind, f in known.items()}
 
-    def _rotary_of(self, kind: BlockRope, start: int | Tensor, x: Tensor) -> Tensor | None:
+    def frequencies(self) -> Frequencies:
+        """By which the rotary embedding turns."""
+        return {kind: self._frequencies_of(kind) for kind in self._ropes}
+
+    def _frequencies_of(self, kind: BlockRope) -> Tensor | None:
         config = self.config
         if kind == "none":
             return None
@@ -270,7 +284,7 @@ class Transformer(nn.Module):
         if kind == "local" and config.local_rope_base is not None:
             base, scaling = config.local_rope_base, None
         stretched = None if scaling is None else Scaling(**scaling.as_dict())
-        return rotation(start, x.shape[1], frequencies(config.head_dim, base, stretched, device=x.device), x)
+        return frequencies(config.head_dim, base, stretched, device=self.device)
 
     def token_losses(self, output: Tensor, target_ids: Tensor) -> Tensor:
         """−log p of each target [B, T], given `upper`'s output [B, T, D]; float32 or wider."""
@@ -279,7 +293,10 @@ class Transformer(nn.Module):
 
     def logits(self, output: Tensor) -> Tensor:
         """[..., V], float32 or wider, from `upper`'s output [..., D]."""
-        logits = output @ self.head_weight.to(output.dtype).t()
+        return self.bounded(output @ self.head_weight.to(output.dtype).t())
+
+    def bounded(self, logits: Tensor) -> Tensor:
+        """The products of the head [..., V] as logits: float32 or wider, within the soft cap, without padding."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         cap = self.config.logit_soft_cap
         logits = logits if cap is None else capped(logits, cap)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from longread.config import ModelConfig
 from longread.model.layers import Linear, NoNorm, RMSNorm
 from longread.ops.attention import attention
-from longread.ops.attention.ring import ring_attention
 
 
 class Past(NamedTuple):
@@ -78,13 +77,12 @@ class Attention(nn.Module):
             heads += f" over {self.num_kv_heads} of keys and values"
         return f"{heads}, {'full' if self.window is None else f'window {self.window:,}'}"
 
-    def forward(self, x: Tensor, past: Past | Ring, *, rotary: Tensor | None, order: int) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, past: Past, *, rotary: Tensor | None, order: int) -> tuple[Tensor, Past]:
         """Adds the sub-layer to x.
 
         Args:
             x: [B, T, D]
-            past: what came before; only its newest window − 1 tokens are looked at. A ring also takes up the
-                token, which must be one.
+            past: what came before; only its newest window − 1 tokens are looked at.
             rotary: the embedding of the tokens' positions, [T, H/2] or [B, 1, T, H/2] (see `longread.ops.rotary`);
                 None: this block has none.
             order: order of derivative that will be taken (see `longread.ops.attention`).
@@ -98,21 +96,16 @@ class Attention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         query, key = self.query_norm(query, rotary=rotary), self.key_norm(key, rotary=rotary)
-        if isinstance(past, Ring):
-            mixed = ring_attention(
-                query, key, value, past[:2], past.position, window=self.window, soft_cap=self.soft_cap
-            )
-        else:
-            mixed = attention(
-                query,
-                key,
-                value,
-                past=past,
-                window=self.window,
-                order=order,
-                gains=self._gains,
-                soft_cap=self.soft_cap,
-            )
+        mixed = attention(
+            query,
+            key,
+            value,
+            past=past,
+            window=self.window,
+            order=order,
+            gains=self._gains,
+            soft_cap=self.soft_cap,
+        )
         return self.post_norm(self.output(mixed.transpose(1, 2).flatten(2)), residual=x), Past(key, value)
 
     @property

@@ -51,4 +51,4 @@ def register_mixer(name: str, mixer: type[Any], *, kept_numbers: tuple[int, int]
     REGISTERED_MIXERS[name] = MixerPlan(count, kept_numbers)
 
 
-_TAKEN = ("attention", "fast_mlp", "static_mlp", "mixers", "below", "above")
+_TAKEN = ("attention", "fast_mlp", "static_mlp", "mixers", "below", "above", "rope", "learns")

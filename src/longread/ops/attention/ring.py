@@ -3,8 +3,8 @@
 The ring of R slots holds token p in slot p mod R, so that a new token takes the place of the oldest and nothing moves.
 Keys carry their position already (rotary), so the order of the slots does not matter.
 
-In plain PyTorch below; ring_triton.py is its twin for NVIDIA GPUs. Order 0. The heads of a group are queries of one
-product over the ring that they share, which is read once.
+In plain PyTorch below; ring_triton.py is its twin for NVIDIA GPUs, which norms and turns the new token on its way.
+Order 0. The heads of a group are queries of one product over the ring that they share, which is read once.
 """
 
 import torch
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from longread.ops.attention.reference import capped, check_heads, folded
 from longread.ops.fusible import fusible
+from longread.ops.rms_norm import Gain, rms_norm
+from longread.ops.rotary import rotate
 
 LARGEST_HEAD_DIM = 256
 """Of the kernel."""
@@ -27,6 +29,9 @@ def ring_attention(
     *,
     window: int | None,
     soft_cap: float | None = None,
+    norms: tuple[Gain, Gain] | None = None,
+    rotary: Tensor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Writes each sequence's new token into its ring and lets it see the `window` tokens that end with it.
 
@@ -37,6 +42,10 @@ def ring_attention(
         position: of the new tokens, int64 [B]; each ring holds the tokens before it that it still has.
         window: number of visible tokens, the new one included; None: all, of which there may be at most R.
         soft_cap: as in `longread.ops.attention.attention`; plain PyTorch answers then.
+        norms: of query and key, which go through them first.
+        rotary: unit complex numbers [B, 1, 1, H/2], by which they are turned after that (`longread.ops.rotary`).
+        arrivals: zeros of the kernel's own, int32 of B · N numbers at least, which it leaves zeros: calls one after
+            the other may share them. None: it makes some.
 
     Returns:
         [B, N, 1, H].
@@ -46,7 +55,13 @@ def ring_attention(
     if fits and fusible(query, key, value, *ring):
         from longread.ops.attention.ring_triton import triton_ring_attention
 
-        return triton_ring_attention(query, key, value, ring, position, window=window)
+        return triton_ring_attention(
+            query, key, value, ring, position, window=window, norms=norms, rotary=rotary, arrivals=arrivals
+        )
+    if norms is not None:
+        query, key = (rms_norm(x, *norm, rotary=rotary) for x, norm in zip((query, key), norms, strict=True))
+    elif rotary is not None:
+        query, key = rotate(query, rotary), rotate(key, rotary)
     return plain_ring_attention(query, key, value, ring, position, window=window, soft_cap=soft_cap)
 
 

@@ -1,8 +1,9 @@
 """Attention over a ring for NVIDIA GPUs: bound by memory, so the ring is split among enough programs to keep it busy.
 
-Each program takes the softmax over its share of the slots; a second kernel puts the shares together. The program whose
-share holds the new token's slot writes it down before it looks. In a share every row of a block runs a softmax of its
-own, over each BLOCK-th slot, and the rows are put together at the end: nothing in the loop waits for another row.
+Each program takes the softmax over its share of the slots, and the one of a head that ends last puts the shares
+together, in their order: the result is the same in every run. The program whose share holds the new token's slot
+writes it down before it looks. In a share every row of a block runs a softmax of its own, over each BLOCK-th slot, and
+the rows are put together at the end: nothing in the loop waits for another row.
 
 Heads that share a ring are served by one program, as many as its registers hold, so that the ring is read once.
 """
@@ -13,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from longread.ops.rms_norm import Gain
 
 BLOCK = 16
 """Slots that a program looks at together."""
@@ -36,6 +39,9 @@ def triton_ring_attention(
     position: Tensor,
     *,
     window: int | None,
+    norms: tuple[Gain, Gain] | None = None,
+    rotary: Tensor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """The contract of `longread.ops.attention.ring.ring_attention`."""
     B, G, R, H = ring[0].shape
@@ -49,17 +55,20 @@ def triton_ring_attention(
     mixed = torch.empty(B, N, shares, H, device=query.device, dtype=torch.float32)
     statistics = torch.empty(B, N, shares, 2, device=query.device, dtype=torch.float32)
     out = torch.empty(B, N, H, device=query.device, dtype=query.dtype)
+    if arrivals is None:
+        arrivals = torch.zeros(B * N, device=query.device, dtype=torch.int32)
+    angles = mixed if rotary is None else torch.view_as_real(rotary.to(torch.complex64)).reshape(B, H)
+    query_norm, key_norm = norms or (Gain(query, 1.0), Gain(key, 1.0))  # not read
     if out.numel():
-        _share_kernel[(shares, N // heads, B)](
-            query, key, value, *ring, position, mixed, statistics,
-            R, share, R if window is None else min(window, R), H**-0.5,
+        _ring_kernel[(shares, N // heads, B)](
+            query, key, value, *ring, position, mixed, statistics, arrivals, out,
+            query_norm.weight, key_norm.weight, angles,
+            R, share, R if window is None else min(window, R), H**-0.5, query_norm.eps, key_norm.eps,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
             H=H, WIDTH=width, BLOCK=BLOCK, STAGES=STAGES, HEADS=heads, PARTS=N // G // heads,
+            NORM=norms is not None, TURN=rotary is not None, SHARES=triton.next_power_of_2(shares),
             num_warps=WARPS if heads == 1 else max(WARPS, triton.next_power_of_2(triton.cdiv(heads * width, COLUMNS))),
         )  # fmt: skip
-        padded = triton.next_power_of_2(shares)
-        warps = 4 if padded <= 64 else 8
-        _join_kernel[(N, B)](mixed, statistics, out, shares, H=H, WIDTH=width, SHARES=padded, num_warps=warps)
     return out.view(B, N, 1, H)
 
 
@@ -70,11 +79,12 @@ def heads_of(group: int, width: int) -> int:
 
 
 @triton.jit(do_not_specialize=["R", "share", "window"])
-def _share_kernel(
-    query, key, value, ring_key, ring_value, positions, mixed, statistics, R, share, window, scale,
+def _ring_kernel(
+    query, key, value, ring_key, ring_value, positions, mixed, statistics, arrivals, result,
+    query_gain, key_gain, angles, R, share, window, scale, query_eps, key_eps,
     query_b, query_n, key_b, key_n, value_b, value_n,
     H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    HEADS: tl.constexpr, PARTS: tl.constexpr,
+    HEADS: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Of HEADS heads, whose ring is that of PARTS programs: all of them write the same new token, none waits."""
     b, n, index = tl.program_id(2), tl.program_id(1), tl.program_id(0)
@@ -86,8 +96,9 @@ def _share_kernel(
     inside = column < H
     q = ()
     for i in tl.static_range(HEADS):
-        x = tl.load(query + b * query_b + (n * HEADS + i) * query_n + column, inside, 0.0)
-        q = q + (x.to(tl.float32) * (scale * LOG2E),)
+        vector = query + b * query_b + (n * HEADS + i) * query_n
+        x = _prepared(vector, query_gain, angles + b * H, query_eps, H, WIDTH, NORM, TURN)
+        q = q + (x * (scale * LOG2E),)
     head = (b * tl.num_programs(1) + n).to(tl.int64)
     ring_key += head // PARTS * R * H
     ring_value += head // PARTS * R * H
@@ -97,7 +108,8 @@ def _share_kernel(
         end = tl.minimum(end, here + 1)
     if (here >= begin) & (here < end):
         new = here.to(tl.int64) * H + column
-        tl.store(ring_key + new, tl.load(key + b * key_b + g * key_n + column, inside, 0.0), inside)
+        prepared = _prepared(key + b * key_b + g * key_n, key_gain, angles + b * H, key_eps, H, WIDTH, NORM, TURN)
+        tl.store(ring_key + new, prepared, inside)
         tl.store(ring_value + new, tl.load(value + b * value_b + g * value_n + column, inside, 0.0), inside)
         tl.debug_barrier()
     highest, total, out = (), (), ()
@@ -111,7 +123,7 @@ def _share_kernel(
         token = position - tl.where(back < 0, back + R, back)
         visible = (slot < end) & (token >= oldest)
         at = slot.to(tl.int64)[:, None] * H + column[None, :]
-        read = (slot < end)[:, None] & inside[None, :]
+        read = visible[:, None] & inside[None, :]
         k = tl.load(ring_key + at, read, 0.0)
         v = tl.load(ring_value + at, read, 0.0)
         highest, total, out = _look(q, k, v, visible, highest, total, out, HEADS)
@@ -122,6 +134,30 @@ def _share_kernel(
         tl.store(statistics + at * 2, most)
         tl.store(statistics + at * 2 + 1, tl.sum(total[i] * weight, 0))
         tl.store(mixed + at * H + column, tl.sum(out[i] * weight[:, None], 0), inside)
+    tl.debug_barrier()  # the stores of all threads come before the one that says so
+    if tl.atomic_add(arrivals + head, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(arrivals + head, 0)
+        for i in tl.static_range(HEADS):
+            _join(mixed, statistics, result, head * HEADS + i, tl.num_programs(0), H, WIDTH, SHARES, BLOCK)
+
+
+@triton.jit
+def _prepared(vector, gain, angles, eps, H: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr):
+    """A new query or key in float32, normed and turned: [WIDTH]."""
+    column = tl.arange(0, WIDTH)
+    inside = column < H
+    x = tl.load(vector + column, inside, 0.0).to(tl.float32)
+    if NORM:
+        norm = tl.rsqrt(tl.sum(x * x, 0) / H + eps)
+        x *= norm * tl.load(gain + column, inside, 0.0).to(tl.float32)
+    if TURN:
+        other = tl.load(vector + (column ^ 1), inside, 0.0).to(tl.float32)
+        if NORM:
+            other *= norm * tl.load(gain + (column ^ 1), inside, 0.0).to(tl.float32)
+        cos = tl.load(angles + column // 2 * 2, inside, 0.0)
+        sin = tl.load(angles + column // 2 * 2 + 1, inside, 0.0)
+        x = x * cos + tl.where(column % 2 == 0, -other, other) * sin
+    return x
 
 
 @triton.jit
@@ -139,14 +175,26 @@ def _look(q, k, v, visible, highest, total, out, HEADS: tl.constexpr):
     return new_highest, new_total, new_out
 
 
-@triton.jit(do_not_specialize=["shares"])
-def _join_kernel(mixed, statistics, out, shares, H: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr):
-    head = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    share, column = tl.arange(0, SHARES), tl.arange(0, WIDTH)
-    at = head * shares + share
-    highest = tl.load(statistics + at * 2, share < shares, -1e30)
-    weight = tl.exp2(highest - tl.max(highest, 0))
-    total = tl.sum(weight * tl.load(statistics + at * 2 + 1, share < shares, 0.0), 0)
-    present = (share < shares)[:, None] & (column < H)[None, :]
-    x = tl.load(mixed + at[:, None] * H + column[None, :], present, 0.0)
-    tl.store(out + head * H + column, tl.sum(x * weight[:, None], 0) / total, column < H)
+@triton.jit
+def _join(
+    mixed, statistics, result, head, shares,
+    H: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Puts the shares of a head together. They were written by other processors: no cache of this one may answer."""
+    column = tl.arange(0, WIDTH)
+    inside = column < H
+    every = tl.arange(0, SHARES)
+    at = (head * shares + every) * 2
+    peaks = tl.load(statistics + at, every < shares, -1e30, cache_modifier=".cg")
+    totals = tl.load(statistics + at + 1, every < shares, 0.0, cache_modifier=".cg")
+    highest = tl.max(peaks, 0)
+    total = tl.sum(tl.exp2(peaks - highest) * totals, 0)
+    out = tl.zeros([WIDTH], tl.float32)
+    for first in range(0, shares, BLOCK):
+        share = first + tl.arange(0, BLOCK)
+        row = head * shares + share
+        weight = tl.exp2(tl.load(statistics + row * 2, share < shares, -1e30, cache_modifier=".cg") - highest)
+        present = (share < shares)[:, None] & inside[None, :]
+        x = tl.load(mixed + row[:, None] * H + column[None, :], present, 0.0, cache_modifier=".cg")
+        out += tl.sum(x * weight[:, None], 0)
+    tl.store(result + head * H + column, out / total, inside)

@@ -5,6 +5,8 @@ explicit.py    the same with its first and second derivative written out: fewer,
 triton.py      the same, each derivative one pass; with what stands around the norms of a block in the same pass
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from longread.ops.fusible import fusible
@@ -12,6 +14,14 @@ from longread.ops.rms_norm.explicit import explicit_rms_norm
 
 WIDEST = 16_384
 """Longest row that one program holds."""
+
+
+class Gain(NamedTuple):
+    """What an RMS norm knows."""
+
+    weight: Tensor
+    """[D]"""
+    eps: float
 
 
 def rms_norm(

@@ -94,7 +94,7 @@ def _place(columns, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(a, GELU: tl.constexpr):
+def gate_sigmoid(a, GELU: tl.constexpr):
     """σ"""
     if GELU:
         a = TWICE_KAPPA * (a + CUBIC * a * a * a)
@@ -125,7 +125,7 @@ def _swiglu_forward(a_ptr, b_ptr, h_ptr, columns, blocks, a_stride, b_stride, BL
     row, column, inside, out = _place(columns, blocks, BLOCK)
     a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
     b = tl.load(b_ptr + row * b_stride + column, mask=inside).to(tl.float32)
-    tl.store(h_ptr + out, a * _sigmoid(a, GELU) * b, mask=inside)
+    tl.store(h_ptr + out, a * gate_sigmoid(a, GELU) * b, mask=inside)
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def _swiglu_backward(
     a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
     b = tl.load(b_ptr + row * b_stride + column, mask=inside).to(tl.float32)
     dh = tl.load(dh_ptr + row * dh_stride + column, mask=inside).to(tl.float32)
-    sigmoid = _sigmoid(a, GELU)
+    sigmoid = gate_sigmoid(a, GELU)
     slope = _slope(a, sigmoid, GELU)
     tl.store(da_ptr + out, slope * b * dh, mask=inside)
     tl.store(db_ptr + out, sigmoid * a * dh, mask=inside)
@@ -179,7 +179,7 @@ def _swiglu_second(
     dh = tl.load(dh_ptr + row * dh_stride + column, mask=inside).to(tl.float32)
     u = tl.load(u_ptr + row * u_stride + column, mask=inside).to(tl.float32)
     v = tl.load(v_ptr + row * v_stride + column, mask=inside).to(tl.float32)
-    sigmoid = _sigmoid(a, GELU)
+    sigmoid = gate_sigmoid(a, GELU)
     slope = _slope(a, sigmoid, GELU)
     bend = _bend(a, sigmoid, GELU)
     tl.store(a_hat_ptr + out, dh * (bend * b * u + slope * v), mask=inside)
