@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import importlib
 import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from longread.inner_loop import Decoder, begin, next_token_logits, places, read
 from longread.model import Past, Ring, Transformer
+from longread.ops import fusible
 from longread.ops.attention.reference import reference_attention
 from longread.ops.attention.ring import plain_ring_attention, ring_attention
 from longread.session import Session
@@ -147,6 +152,48 @@ def test_decoding_by_kernels_is_reading(changes: dict, interpreter: None, monkey
         expected = read(wide, expected, text[:, i : i + 1], inner=INNER).state
     torch.testing.assert_close(decoder.logits().double(), next_token_logits(wide, expected), rtol=1e-3, atol=1e-4)
     assert len(calls) >= 5 * model.config.num_blocks
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_kernels_are_compared_with_plain_pytorch_before_they_are_used(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    plain, passes = [False], list[bool]()
+
+    @contextlib.contextmanager
+    def without() -> Iterator[None]:
+        plain[0] = True
+        yield
+        plain[0] = False
+
+    def decode(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+        passes.append(plain[0])
+        *others, logits = model_decode(*args, **options)
+        return *others, logits if plain[0] or not wrong else logits.roll(1, -1)
+
+    model_decode = places.decode
+    monkeypatch.setattr(places, "can_capture", lambda device: True)
+    monkeypatch.setattr(places, "without_kernels", without)
+    monkeypatch.setattr(places, "decode", decode)
+    model, text = make(3, torch.float32), tokens(4, B=3)
+    decoder = Decoder(model, read(model, begin(model, 3), text[:, :2], inner=INNER).state, INNER)
+    for i in (2, 3):
+        decoder.read(text[:, i])
+    expected = next_token_logits(model, read(model, begin(model, 3), text, inner=INNER).state)
+    torch.testing.assert_close(decoder.logits(), expected, rtol=1e-4, atol=1e-4)
+    assert passes == [True, False, wrong, wrong]
+    assert [warning.category for warning in recwarn] == [places.KernelsRefused] * wrong
+
+
+def test_nothing_is_fused_where_kernels_are_unwanted() -> None:
+    there = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    before = fusible.fusible(there)
+    with fusible.without_kernels():
+        assert not fusible.fusible(there)
+        with fusible.without_kernels():
+            pass
+        assert not fusible.fusible(there)
+    assert fusible.fusible(there) == before
 
 
 def test_writers_of_one_model_take_turns() -> None:

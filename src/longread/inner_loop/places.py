@@ -9,7 +9,9 @@ token, and it may come back.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +19,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longread.inner_loop.graphs import CheckedGraphs, put_back_later
+from longread.inner_loop.graphs import CheckedGraphs, can_capture, put_back_later
 from longread.inner_loop.state import ReadingState, StateFacts
 from longread.inner_loop.step import from_matrices, matrices
 from longread.model import FastWeights, Past, Ring, Transformer, decode
+from longread.ops.fusible import without_kernels
 
 SPARE = 1024
 """Tokens for which attention without a window gets room, a power of 2, or about a 48th of what it holds."""
 TOLERANCE = 0.05
 """Difference of logits, as a share of their spread, above which a captured pass is not used."""
+
+KERNELS_OFF = {2: 0.1, 4: 0.01}
+"""By bytes of a number: L2 difference of logits from plain PyTorch's, as a share of their norm, above which kernels are
+not used. Sums in another order give up to 0.03 in bfloat16."""
+
+
+class KernelsRefused(UserWarning):
+    """Kernels of decoding compute something else than plain PyTorch; they are not used."""
 
 
 @dataclass
@@ -60,6 +71,7 @@ class Places:
             tolerance=TOLERANCE,
             warning="a captured pass gives logits {:.2g} off; decoding goes on without",
         )
+        self._kernels, self._compared = can_capture(device), set[int]()
         self._occupants: list[_Occupant | None] = [None] * lanes
         room = self._extra + 1  # a lane that nobody is in writes into the last column
         self._frequencies = model.frequencies()
@@ -198,10 +210,30 @@ class Places:
         self._make_room(max(occupant.position for occupant in present))
         self._tokens[:count].copy_(tokens)
         width = min(self.lanes, 1 << (count - 1).bit_length()) if self._graphs.usable else count
-        self._graphs.run(width, functools.partial(self._pass, width), kept=self._kept)
+        if self._kernels and width not in self._compared:
+            self._compare(width)
+        with contextlib.nullcontext() if self._kernels else without_kernels():
+            self._graphs.run(width, functools.partial(self._pass, width), kept=self._kept)
         for occupant in present:
             occupant.position += 1
             occupant.waiting += occupant.learn
+
+    def _compare(self, width: int) -> None:
+        """Does without kernels from now on if those of a pass of so many lanes are wrong on this device."""
+        self._compared.add(width)
+        undo = self._kept()
+        with without_kernels():
+            plain = self._pass(width).clone()
+        undo()
+        difference = self._pass(width) - plain
+        undo()
+        lanes = [lane for lane in range(width) if self._occupants[lane] is not None]
+        there = plain[lanes].isfinite()  # a padded vocabulary has infinities
+        size, off = (x[lanes].where(there, 0.0).norm().item() for x in (plain, difference))
+        if not off <= KERNELS_OFF.get(self._output.element_size(), 0.0) * size:
+            self._kernels = False
+            warning = f"kernels of decoding give logits {off / size:.2g} off; it goes on in plain PyTorch"
+            warnings.warn(warning, KernelsRefused, stacklevel=3)
 
     def _occupant(self, lane: int) -> _Occupant:
         occupant = self._occupants[lane]

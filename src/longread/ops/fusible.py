@@ -1,17 +1,37 @@
 """Where Triton kernels can answer."""
 
+import contextlib
 import functools
 import importlib.util
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_here = threading.local()
 
 
 def fusible(*tensors: Tensor) -> bool:
-    """Whether all tensors lie on a CUDA device in a type of at most 32 bits, and Triton is installed."""
-    return all(x.is_cuda and x.dtype in TYPES for x in tensors) and _triton_is_installed()
+    """Whether all tensors lie on a CUDA device in a type of at most 32 bits, and Triton is installed; not inside
+    `without_kernels`.
+    """
+    return (
+        not getattr(_here, "plain", False)
+        and all(x.is_cuda and x.dtype in TYPES for x in tensors)
+        and _triton_is_installed()
+    )
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Lets plain PyTorch answer in this thread, as what kernels are compared with."""
+    before, _here.plain = getattr(_here, "plain", False), True
+    try:
+        yield
+    finally:
+        _here.plain = before
 
 
 @functools.cache
