@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from tests.disk import Disk
 
 
 def pytest_configure() -> None:
+    settings.register_profile("untimed", deadline=None)  # a loaded machine is no fault
+    settings.load_profile("untimed")
     os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", WANDB_MODE="disabled")
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:  # in a shell's background, under nohup; what is ignored stays so

@@ -199,7 +199,11 @@ def test_a_run_that_is_stopped_while_it_diverges_goes_on_to_the_same_end(
     with warnings.catch_warnings(action="ignore"):
         result = train(EXPLODES, data, tmp_path / "run", on_step=interrupt)
     assert result.interrupted
-    assert (result.step, result.saved_step) == (stop, (rows[-1]["step"] - 12) // 5 * 5)
+    saved = 0  # a checkpoint that falls on bad weights waits for good ones
+    for row in rows[:stop]:
+        if "bad_steps" not in row and row["step"] // 5 > saved // 5:
+            saved = row["step"]
+    assert (result.step, result.saved_step) == (stop, saved)
     error, _ = halted(EXPLODES, data, tmp_path / "run", resume=True)
     assert str(error).replace(str(tmp_path / "run"), str(whole)) == str(expected)
     assert without_timing(rows_of(tmp_path / "run")) == without_timing(rows)

@@ -237,9 +237,8 @@ class _Reader:
             output, own = run.output.detach(), tuple(made.detach() for made in run.own)
         self.outputs += [output] if self.keep_outputs else []
         if targets.shape[1]:
-            scored = output[:, : targets.shape[1]]
-            self.nll.append(model.token_losses(scored, targets) if run is None else run.nll.detach())
-            self._look(scored)
+            self.nll.append(model.token_losses(output[:, : targets.shape[1]], targets))
+            self._look(output[:, : targets.shape[1]])
         self._move(
             **state.moved(hidden.shape[1]),
             upper_pasts=model.advance(state.upper_pasts, own, model.num_lower_attentions, extra=keep),
@@ -250,14 +249,14 @@ class _Reader:
     def _part(self, hidden: Tensor, following: Tensor, known: Tensor, known_mask: Tensor) -> None:
         """Some tokens of a mini-batch whose step must wait, the tokens that follow each, and the new targets."""
         state = self.state
-        waiting, targets = torch.cat((state.hidden, hidden), dim=1), torch.cat((state.targets, known), dim=1)
+        waiting = torch.cat((state.hidden, hidden), dim=1)
         # on a GPU memory is dearer than a second run
         whole = hidden.shape[1] == self.model.config.mini_batch_size and not hidden.is_cuda
         carry = Carry(state.fast, state.upper_pasts)
-        run = recorded(self.model, carry, waiting, targets, start=state.start) if whole else None
+        run = recorded(self.model, carry, waiting, start=state.start) if whole else None
         self._move(
             hidden=waiting,
-            targets=targets,
+            targets=torch.cat((state.targets, known), dim=1),
             targets_mask=torch.cat((state.targets_mask, known_mask), dim=1),
         )
         self._upper(hidden, following, keep=self.state.hidden.shape[1], run=run)
@@ -265,14 +264,14 @@ class _Reader:
     def _finish(self, target: Tensor, mask: Tensor) -> None:
         """The step on an unfinished mini-batch, whose last target has come."""
         state, M = self.state, self.state.hidden.shape[1]
-        carry = Carry(state.fast, tuple(past.before(M) for past in state.upper_pasts))
+        # its tokens' own keys and values are made again, with a graph, after those of the window before it
+        before = tuple(past.before(M) for past in state.upper_pasts)
         run = state.run
-        if run is None or not run.is_of(self.model, state.fast, state.hidden, state.targets):
-            # its tokens' own keys and values are made again, with a graph, after those of the window before it
-            run = recorded(self.model, carry, state.hidden, state.targets, start=state.start - M)
+        if run is not None and not run.is_of(self.model, state.fast, state.hidden):
+            run = None
         step = inner_step(
             self.model,
-            carry,
+            Carry(state.fast, before),
             state.hidden,
             torch.cat((state.targets, target), dim=1),
             torch.cat((state.targets_mask, mask), dim=1),
@@ -284,7 +283,7 @@ class _Reader:
             optimizer=optimizer_named(self.inner.optimizer),
             run=run,
         )
-        self._learned(step, carry.pasts)
+        self._learned(step, before)
 
     def _whole(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
         """A mini-batch that came with all its targets: scored and learned from in one pass."""

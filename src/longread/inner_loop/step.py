@@ -85,33 +85,29 @@ def step_norm_limit(model: Transformer) -> Tensor:
 
 
 class Recorded(NamedTuple):
-    """A mini-batch whose last target is still to come: run through `Transformer.upper` and scored so far, with a graph
-    that begins at `working`."""
+    """`Transformer.upper` over one mini-batch, with a graph that leads from `working` to `output`."""
 
     working: tuple[Tensor, ...]
     """The fast weights in the type of the products, in the order of `matrices`."""
     output: Tensor
     own: tuple[Past, ...]
-    nll: Tensor
-    """Of the targets so far, [B, M − 1]."""
     inputs: tuple[Tensor, ...]
-    """The hidden states, targets and fast weights that it was made of."""
+    """The hidden states and fast weights that it was made of."""
     version: int
     """How often the model's parameters had been changed in place."""
 
-    def is_of(self, model: Transformer, fast: FastWeights, hidden: Tensor, target_ids: Tensor) -> bool:
+    def is_of(self, model: Transformer, fast: FastWeights, hidden: Tensor) -> bool:
         """Whether these tensors are its inputs, and the model is still as it was."""
-        same = all(a is b for a, b in zip(self.inputs, (hidden, target_ids, *matrices(fast)), strict=True))
+        same = all(a is b for a, b in zip(self.inputs, (hidden, *matrices(fast)), strict=True))
         return same and self.version == _version(model)
 
 
-def recorded(model: Transformer, carry: Carry, hidden: Tensor, target_ids: Tensor, *, start: int | Tensor) -> Recorded:
-    """What can be done for an `inner_step` of order 0 before its last target has come. Args as there, but for that."""
+def recorded(model: Transformer, carry: Carry, hidden: Tensor, *, start: int | Tensor) -> Recorded:
+    """Runs a mini-batch whose targets are not all known yet, for an `inner_step` of order 0 to come. Args as there."""
     with torch.enable_grad():
         working = tuple(w.detach().requires_grad_().to(model.dtype) for w in matrices(carry.fast))
         output, own = model.upper(hidden, from_matrices(working), carry.pasts, start=start, order=1)
-        nll = model.token_losses(output[:, : target_ids.shape[1]], target_ids)
-    return Recorded(working, output, own, nll, (hidden, target_ids, *matrices(carry.fast)), _version(model))
+    return Recorded(working, output, own, (hidden, *matrices(carry.fast)), _version(model))
 
 
 def _version(model: Transformer) -> int:
@@ -152,10 +148,9 @@ def inner_gradient(
         if run is None:
             fast = from_matrices(working)
             output, own = model.upper(hidden, fast, pasts, start=start, order=max(1, order), group=group)
-            nll = model.token_losses(output, target_ids)
         else:
-            output, own, known = run.output, run.own, run.nll.shape[1]
-            nll = torch.cat((run.nll, model.token_losses(output[:, known:], target_ids[:, known:])), dim=1)
+            output, own = run.output, run.own
+        nll = model.token_losses(output, target_ids)
         loss = mini_batch_loss(nll, loss_mask)
         gradients = torch.autograd.grad(
             loss.sum(), working, create_graph=order == 2, retain_graph=order > 0 or run is not None
