@@ -154,9 +154,9 @@ def test_decoding_by_kernels_is_reading(changes: dict, interpreter: None, monkey
     assert len(calls) >= 5 * model.config.num_blocks
 
 
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("fault", ["", "wrong", "do not run"])
 def test_kernels_are_compared_with_plain_pytorch_before_they_are_used(
-    wrong: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    fault: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     plain, passes = [False], list[bool]()
 
@@ -168,8 +168,10 @@ def test_kernels_are_compared_with_plain_pytorch_before_they_are_used(
 
     def decode(*args: Any, **options: Any) -> tuple[Tensor, ...]:
         passes.append(plain[0])
+        if fault == "do not run" and not plain[0]:
+            raise RuntimeError("out of registers")
         *others, logits = model_decode(*args, **options)
-        return *others, logits if plain[0] or not wrong else logits.roll(1, -1)
+        return *others, logits.roll(1, -1) if fault and not plain[0] else logits
 
     model_decode = places.decode
     monkeypatch.setattr(places, "can_capture", lambda device: True)
@@ -181,8 +183,8 @@ def test_kernels_are_compared_with_plain_pytorch_before_they_are_used(
         decoder.read(text[:, i])
     expected = next_token_logits(model, read(model, begin(model, 3), text, inner=INNER).state)
     torch.testing.assert_close(decoder.logits(), expected, rtol=1e-4, atol=1e-4)
-    assert passes == [True, False, wrong, wrong]
-    assert [warning.category for warning in recwarn] == [places.KernelsRefused] * wrong
+    assert passes == [True, False, bool(fault), bool(fault)]
+    assert [warning.category for warning in recwarn] == [places.KernelsRefused] * bool(fault)
 
 
 def test_nothing_is_fused_where_kernels_are_unwanted() -> None:

@@ -225,15 +225,24 @@ class Places:
         with without_kernels():
             plain = self._pass(width).clone()
         undo()
-        difference = self._pass(width) - plain
-        undo()
+        try:
+            difference = self._pass(width) - plain
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a kernel that this device or compiler does not take
+            self._refuse_kernels(f"do not run ({error})")
+            return
+        finally:
+            undo()
         lanes = [lane for lane in range(width) if self._occupants[lane] is not None]
         there = plain[lanes].isfinite()  # a padded vocabulary has infinities
         size, off = (x[lanes].where(there, 0.0).norm().item() for x in (plain, difference))
         if not off <= KERNELS_OFF.get(self._output.element_size(), 0.0) * size:
-            self._kernels = False
-            warning = f"kernels of decoding give logits {off / size:.2g} off; it goes on in plain PyTorch"
-            warnings.warn(warning, KernelsRefused, stacklevel=3)
+            self._refuse_kernels(f"give logits {off / size:.2g} off")
+
+    def _refuse_kernels(self, reason: str) -> None:
+        self._kernels = False
+        warnings.warn(f"kernels of decoding {reason}; it goes on in plain PyTorch", KernelsRefused, stacklevel=4)
 
     def _occupant(self, lane: int) -> _Occupant:
         occupant = self._occupants[lane]
