@@ -238,7 +238,7 @@ class Places:
         there = plain[lanes].isfinite()  # a padded vocabulary has infinities
         size, off = (x[lanes].where(there, 0.0).norm().item() for x in (plain, difference))
         if not off <= KERNELS_OFF.get(self._output.element_size(), 0.0) * size:
-            self._refuse_kernels(f"give logits {off / size:.2g} off")
+            self._refuse_kernels(f"give logits {off:.2g} off, whose norm is {size:.2g}")
 
     def _refuse_kernels(self, reason: str) -> None:
         self._kernels = False
