@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from longread.engine import Engine
 from longread.engine.copies import Staging, beside, carried
-from longread.server.service import Service
-from longread.server.sessions.transfer import _Passing, _received
 from longread.session import Session
-from longread.tokenizer import ByteTokenizer
 from tests.test_engine_batches import INNER, after, assert_same, make, text
 
 CPU = torch.device("cpu")
@@ -77,31 +73,3 @@ def test_files_of_sessions_are_never_whole_in_memory(tmp_path: Path) -> None:
         assert peak(lambda: engine.export(sid)) < size / 8
         assert peak(lambda: engine.restore(path)) < size / 8
         assert Session.restore(engine.export(sid), engine.model).position == 18
-
-
-def test_uploads_and_downloads_pass_in_blocks(tmp_path: Path) -> None:
-    block, count = bytes(2**18), 64
-
-    class Upload:
-        async def stream(self) -> AsyncIterator[bytes]:
-            for _ in range(count):
-                yield block
-
-    sent = []
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(len(message.get("body", b"")))
-
-    async def both() -> None:
-        async with _received(service, cast("Any", Upload())) as path:
-            assert path.stat().st_size == count * len(block)
-            scope = {"type": "http", "method": "GET", "headers": []}
-            await _Passing(path)(scope, asyncio.Event().wait, send)
-
-    with Engine(make(), INNER) as engine:
-        service = Service(
-            engine, ByteTokenizer(), engine.model.config, "tiny", engine.fingerprint, "cpu", tmp_path / "passing"
-        )
-        service.tidy()
-        assert peak(lambda: asyncio.run(both())) < count * len(block) / 8
-    assert sum(sent) == count * len(block)
