@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_a_line_and_the_rest_goes_on(monkeypatch: pytest.Mo
 
 
 def test_full_attention_ends_where_its_cache_does() -> None:
-    outcome = run_cases([Case("prefill", "full", "toy", 1 << 20)], CPU, repeats=1)
+    outcome = run_cases([Case("decode", "full", "toy", 1 << 20)], CPU, repeats=1)
     assert outcome.failures[0][1] == "not measured, its cache ends at 131,072 tokens"
     assert not outcome.red
 

@@ -43,7 +43,7 @@ MOST_GPUS = 16
 LONGEST = 2**24
 """Tokens of a context, and of a training step."""
 LONGEST_CACHE = 131_072
-"""Tokens that full attention reads; beyond, its cache would not fit any more."""
+"""Tokens that full attention reads in all blocks at once; beyond, its cache would not fit any more."""
 _TOKENS_A_STEP = {"toy": 8192, "small": 8192, "125m": 32_768}
 """Of one training step; one sequence where it is not given, or is shorter than that."""
 _ON_A_GPU = {
@@ -113,8 +113,13 @@ class Case:
 
     @property
     def fits_cache(self) -> bool:
-        """False for full attention over more than its cache is meant to hold."""
-        return self.method != "full" or self.context <= LONGEST_CACHE
+        """False for full attention over more than its cache is meant to hold, where that has to be kept."""
+        return self.work == "prefill" or not self.is_beyond_cache
+
+    @property
+    def is_beyond_cache(self) -> bool:
+        """Whether it is full attention over more than its cache is meant to hold."""
+        return self.method == "full" and self.context > LONGEST_CACHE
 
     @property
     def config(self) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The time of reading a context: in constant memory, or for full attention in one pass."""
+"""The time of reading a context: in constant memory; for full attention in one pass, or by one block for all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from longread.bench.by_block import pass_block, read_by_block
 from longread.bench.cases import Case
 from longread.bench.gate import GateFailed, refusing_fallbacks, relative
 from longread.bench.machine import free_memory, peak_gib, precision_on, seconds
@@ -49,7 +50,8 @@ def measure_prefill(case: Case, device: torch.device, *, repeats: int, profile: 
     """Milliseconds per 1024 tokens of a context; the profile of a reading of at most `WARMING` tokens, if wanted.
 
     What learns reads one token more: it is the target of the last one, without which the last mini-batch would teach
-    nothing. A context of more than `WARMING` tokens is read once.
+    nothing. A context of more than `WARMING` tokens is read once. Full attention over more than its cache is meant to
+    hold passes one block, which counts for all of them; embedding and head are left out.
 
     Raises:
         GateFailed: the text is scored differently than mini-batch by mini-batch.
@@ -60,8 +62,11 @@ def measure_prefill(case: Case, device: torch.device, *, repeats: int, profile: 
     target = 1 if model.config.num_suffix_blocks else 0
     text = torch.randint(case.config.model.vocab_size, (1, case.context + target), device=device)
     work: Callable[[Tensor], object]
-    if case.method == "full":
-        work = lambda part: read_whole(model, part)  # noqa: E731 - one line says it
+    blocks = case.network.num_blocks if case.is_beyond_cache else None
+    if blocks:
+        work = lambda part: pass_block(model, model.prefix[0], model.embed(part))  # noqa: E731 - one line says it
+    elif case.method == "full":
+        work = lambda part: read_whole(model, part)  # noqa: E731
     else:
         work = lambda part: read(model, begin(model), part, inner=INNER)  # noqa: E731
     check_text(case, model, text[:, : COMPARED * model.config.mini_batch_size + 1])
@@ -70,9 +75,9 @@ def measure_prefill(case: Case, device: torch.device, *, repeats: int, profile: 
     with refusing_fallbacks():
         work(warming)
     times = [seconds(device, lambda: work(text)) for _ in range(repeats if case.context <= WARMING else 1)]
-    per_1k = [s * 1e3 / case.context * 1024 for s in times]
-    row = make_row(case, per_1k, peak_gib(device), device)
-    wall = row["value"] * warming.shape[1] / 1024
+    per_1k = [(blocks or 1) * s * 1e3 / case.context * 1024 for s in times]
+    row = make_row(case, per_1k, peak_gib(device), device, blocks=blocks)
+    wall = row["value"] * warming.shape[1] / 1024 / (blocks or 1)
     return row, profiled(device, lambda: work(warming), wall) if profile else None
 
 
@@ -85,7 +90,8 @@ def check_text(case: Case, model: Transformer, text: Tensor) -> None:
         nll.append(found.nll)
         state = found.state
     if case.method == "full":
-        difference = relative(read_whole(model, text)[0], next_token_logits(model, state))
+        at_once = read_by_block(model, text) if case.is_beyond_cache else read_whole(model, text)[0]
+        difference = relative(at_once, next_token_logits(model, state))
     else:
         with refusing_fallbacks():
             for _ in range(WORTH):  # from then on all of it is replayed

@@ -124,7 +124,8 @@ def _notes(work: str, outcome: Outcome) -> str:
     if work == "prefill":
         return (
             f"{floor} TTT-E2E and SWA score every token in constant memory, TTT-E2E reads one more, the last target; "
-            "full attention reads in one pass and gives the logits of the last."
+            "full attention reads in one pass and gives the logits of the last. Where its keys and values would not "
+            "fit, one block is timed over the whole context, and counted as often as there are blocks."
         )
     return (
         "Through `Session.generate`, inner steps included. × floor is the time over that of reading weights, fast "
@@ -137,7 +138,7 @@ def _table(work: str, rows: Sequence[Row], outcome: Outcome) -> str:
         ("size", lambda row: row["size"]),
         ("context", lambda row: f"{row['context']:,}"),
         ("sequences", lambda row: str(row["sequences"])),
-        ("method", lambda row: NAMES[row["method"]]),
+        ("method", _method),
         (f"{rows[0]['unit']}{' per 1K tokens' if work == 'prefill' else ''}", lambda row: f"{row['value']:,.6g}"),
         ("range", _spread),
         ("n", lambda row: str(row["n"])),
@@ -164,6 +165,10 @@ def _table(work: str, rows: Sequence[Row], outcome: Outcome) -> str:
     ordered = sorted(rows, key=lambda row: (row["context"], METHODS.index(row["method"])))
     ordered.sort(key=lambda row: [row["size"] for row in rows].index(row["size"]))
     return markdown_table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in ordered])
+
+
+def _method(row: Row) -> str:
+    return NAMES[row["method"]] + (f", one block × {row['blocks']}" if "blocks" in row else "")
 
 
 def _parallel_table(rows: Sequence[Row]) -> str:

@@ -46,11 +46,13 @@ def make_row(
     *,
     recompute: Schedule | None = None,
     parts: Mapping[str, float] | None = None,
+    blocks: int | None = None,
 ) -> Row:
     """The row of a case that was measured len(values) times: the median, and the range where there is one.
 
     A row of training says what it computed again (`recompute`), which the others have no word for; one of a fresh
-    process may name seconds beside its value (`parts`).
+    process may name seconds beside its value (`parts`); one that was taken of a single block says how many times that
+    was counted (`blocks`).
     """
     digits = _DIGITS.get(case.measure, _SECONDS)
     row = {
@@ -69,6 +71,8 @@ def make_row(
     }
     if parts is not None:
         row["parts"] = {name: round(value, _SECONDS) for name, value in parts.items()}
+    if blocks is not None:
+        row["blocks"] = blocks
     return row if recompute is None else row | {"recompute": recompute}
 
 

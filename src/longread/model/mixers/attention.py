@@ -90,12 +90,7 @@ class Attention(nn.Module):
         Returns:
             [B, T, D], and the tokens' own keys and values.
         """
-        normed = self.pre_norm(x)
-        query, key, value = (
-            layer(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
-        query, key = self.query_norm(query, rotary=rotary), self.key_norm(key, rotary=rotary)
+        query, key, value = self.heads(x, rotary)
         mixed = attention(
             query,
             key,
@@ -106,7 +101,20 @@ class Attention(nn.Module):
             gains=self._gains,
             soft_cap=self.soft_cap,
         )
-        return self.post_norm(self.output(mixed.transpose(1, 2).flatten(2)), residual=x), Past(key, value)
+        return self.joined(mixed, x), Past(key, value)
+
+    def heads(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, N, T, H], keys and values [B, G, T, H] of x [B, T, D], as `attention` takes them in."""
+        normed = self.pre_norm(x)
+        query, key, value = (
+            layer(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        return self.query_norm(query, rotary=rotary), self.key_norm(key, rotary=rotary), value
+
+    def joined(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """x [B, T, D] with the heads' results [B, N, T, H] added."""
+        return self.post_norm(self.output(mixed.transpose(1, 2).flatten(2)), residual=x)
 
     @property
     def _gains(self) -> tuple[Tensor, Tensor] | None:
