@@ -106,6 +106,12 @@ def test_the_python_of_the_readme_runs(block: str, reader: None, capsys: pytest.
     assert shown is None or capsys.readouterr().out == shown
 
 
+@pytest.mark.parametrize("block", blocks(ROOT / "docs" / "attention.md", "python"))
+def test_the_page_on_attention_checks_itself(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block, "attention.md", "exec"), {})
+    assert capsys.readouterr().out == shown_after(ROOT / "docs" / "attention.md", block)
+
+
 def test_the_readme_shows_what_reading_prints(reader: None, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = (block for block in blocks(README, "bash") if "longread read LICENSE" in block)
     assert main(["read", "LICENSE"]) == 0
