@@ -166,8 +166,8 @@ def test_a_large_penalty_silences_what_was_just_written() -> None:
         model.embedding.weight.zero_()  # all logits are 0 …
     session = Session(model, INNER, learn=False)
     session.read([1])
-    bounded = session.model.bounded
-    session.model.bounded = lambda logits: bounded(logits) + 5.0  # type: ignore[method-assign]
+    logits = session.model.logits
+    session.model.logits = lambda output: logits(output) + 5.0  # type: ignore[method-assign]
     written = list(session.generate(18, temperature=0, repetition_penalty=2.0))
     for i, token in enumerate(written):
         assert token not in [1, *written][max(0, i + 1 - 6) : i + 1]

@@ -275,12 +275,12 @@ class Places:
         here = slice(count)
         model, tokens, slot, start = self.model, self._tokens[here], self._slot[here], self._position[here]
         rings, fast = [_part(ring, here) for ring in self._rings], from_matrices([w[here] for w in self._working])
-        hidden, output, logits = decode(model, tokens, fast, rings, start=start, frequencies=self._frequencies)
+        hidden, output = decode(model, tokens, fast, rings, start=start, frequencies=self._frequencies)
         if self._extra:
             self._hidden[here].scatter_(1, slot[:, None, None].expand(-1, 1, hidden.shape[1]), hidden.unsqueeze(1))
             self._read[here].scatter_(1, slot[:, None], tokens[:, None])
         self._output[here].copy_(output)
-        self._logits[here].copy_(logits)
+        self._logits[here].copy_(model.logits(output))
         start += 1
         slot.add_(self._learning[here]).clamp_(max=self._extra)
         return self._logits[here]

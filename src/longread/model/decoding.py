@@ -26,7 +26,7 @@ def decode(
     *,
     start: Tensor,
     frequencies: Frequencies | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Reads a token of each sequence.
 
     Args:
@@ -37,8 +37,7 @@ def decode(
         frequencies: `model.frequencies()`, for who decodes many tokens.
 
     Returns:
-        the input of the lowest fast MLP (without any, of the final norm) and what the head turns into logits, [B, D],
-        and these, [B, V], float32 or wider.
+        the input of the lowest fast MLP (without any, of the final norm), and what the head turns into logits, [B, D].
     """
     stream, hidden, learning = Stream(model.embed(tokens)), None, iter(fast)
     rotary = model.rotary(start, stream.x.unsqueeze(1), frequencies)
@@ -50,9 +49,7 @@ def decode(
             hidden = stream.x if hidden is None else hidden
         stream = _transformed(block.static_mlp, stream)
     x = stream.sum()
-    output = model.final_norm(x)
-    wide = torch.promote_types(output.dtype, torch.float32)
-    return x if hidden is None else hidden, output, model.bounded(gemv(output, model.head_weight, dtype=wide))
+    return x if hidden is None else hidden, model.final_norm(x)
 
 
 def _attended(attention: Attention, stream: Stream, ring: Ring, rotary: Tensor | None, arrivals: Tensor) -> Stream:

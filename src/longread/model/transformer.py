@@ -25,6 +25,7 @@ from longread.model.mixers.recurrent import RecurrentMixer
 from longread.model.mixers.registry import RECURRENT
 from longread.ops.attention import KEPT_OPERATIONS
 from longread.ops.cross_entropy import capped, cross_entropy
+from longread.ops.gemv import gemv
 from longread.ops.linear import SharedWeight
 from longread.ops.rotary import Scaling, frequencies, rotation
 
@@ -293,11 +294,11 @@ class Transformer(nn.Module):
 
     def logits(self, output: Tensor) -> Tensor:
         """[..., V], float32 or wider, from `upper`'s output [..., D]."""
-        return self.bounded(output @ self.head_weight.to(output.dtype).t())
-
-    def bounded(self, logits: Tensor) -> Tensor:
-        """The products of the head [..., V] as logits: float32 or wider, within the soft cap, without padding."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        wide = torch.promote_types(output.dtype, torch.float32)
+        if output.dim() == 2 and not torch.is_grad_enabled():
+            logits = gemv(output, self.head_weight, dtype=wide)
+        else:
+            logits = (output @ self.head_weight.to(output.dtype).t()).to(wide)
         cap = self.config.logit_soft_cap
         logits = logits if cap is None else capped(logits, cap)
         if self.known_tokens is not None:

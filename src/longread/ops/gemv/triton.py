@@ -97,15 +97,15 @@ def _gemv(
     index = tl.program_id(0)
     weight, bias, size, first_out = weight_0 + b * batch_0, bias_0, size_0, 0
     if MATRICES > 1:
-        before = tl.cdiv(size_0, ROWS)
-        if index >= before:
+        programs = tl.cdiv(size_0, ROWS)
+        if index >= programs:
             weight, bias, size, first_out = weight_1 + b * batch_1, bias_1, size_1, size_0
-            index -= before
+            index -= programs
             if MATRICES > 2:
-                before = tl.cdiv(size_1, ROWS)
-                if index >= before:
+                programs = tl.cdiv(size_1, ROWS)
+                if index >= programs:
                     weight, bias, size, first_out = weight_2 + b * batch_2, bias_2, size_2, size_0 + size_1
-                    index -= before
+                    index -= programs
     row, column = index * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)[None, :]
     inside, there = column < D, row < size
     at = row.to(tl.int64)[:, None] * D + column
@@ -113,16 +113,20 @@ def _gemv(
     w = tl.load(weight + at, read, 0.0, eviction_policy="evict_first")
     if GATE:
         up = tl.load(weight_1 + b * batch_1 + at, read, 0.0, eviction_policy="evict_first")
+    if NORM_ADDED:
+        after = load_wide(gain_after, column, inside)
+    if NORM:
+        before = load_wide(gain_before, column, inside)
     v = load_wide(x, b * D + column, inside)
     if ADD:
         y = load_wide(added, b * D + column, inside)
         if NORM_ADDED:
-            y = y * tl.rsqrt(tl.sum(y * y, 1) / D + eps_after)[:, None] * load_wide(gain_after, column, inside)
+            y = y * tl.rsqrt(tl.sum(y * y, 1) / D + eps_after)[:, None] * after
         v += y
         if tl.program_id(0) == 0:
             tl.store(total + b * D + column, v, inside)
     if NORM:
-        v = v * tl.rsqrt(tl.sum(v * v, 1) / D + eps_before)[:, None] * load_wide(gain_before, column, inside)
+        v = v * tl.rsqrt(tl.sum(v * v, 1) / D + eps_before)[:, None] * before
     product = tl.sum(w.to(tl.float32) * v, 1)
     if BIAS:
         product += tl.load(bias + row, there, 0.0).to(tl.float32)
