@@ -134,18 +134,21 @@ ROWS = [
 ]
 
 
-def test_a_row_is_drawn_as_it_is_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_is_drawn_as_it_is_alone(dtype: torch.dtype) -> None:
     """To the last bit, whatever is drawn beside it: 50 rounds, in each of which all generators go on."""
     settings, cpu = [Sampling(**row) for row in ROWS], torch.device("cpu")
     together, alone = ([seeded(s.seed, cpu) if s.seed else torch.Generator() for s in settings] for _ in range(2))
     source = torch.Generator().manual_seed(0)
     for _ in range(50):
-        logits = 3 * torch.randn(len(ROWS), 97, generator=source)
+        logits = 3 * torch.randn(len(ROWS), 97, generator=source, dtype=dtype)
         recent = torch.randint(97, (len(ROWS), 12), generator=source).tolist()
         found = draw(logits, settings, recent, together)
         each = [draw(logits[i : i + 1], [s], [recent[i]], [alone[i]])[0] for i, s in enumerate(settings)]
         assert found == each
         assert [len(one.top) for one in found] == [s.logprobs for s in settings]
+        log_p = logits.log_softmax(1).tolist()
+        assert [one.logprob for one in found] == [row[one.id] for one, row in zip(found, log_p, strict=True)]
 
 
 def test_likeliest_tokens_and_chances_are_the_model_s() -> None:

@@ -137,7 +137,7 @@ class Lanes:
     def read(self, count: int) -> None:
         """Reads the drawn tokens of the first jobs; none may be due."""
         if isinstance(self._places, Places) and count:
-            self._places.read(torch.tensor([job.next for job in self.jobs[:count]], device=self.model.device))
+            self._places.read(torch.tensor([job.next for job in self.jobs[:count]]))
 
     def read_one(self, job: Job) -> None:
         """Reads the drawn token of one job, where lanes share nothing."""

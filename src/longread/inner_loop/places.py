@@ -204,11 +204,11 @@ class Places:
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> None:
-        """Reads one token of each of the first lanes, int64 [lanes]; none of them may be due."""
+        """Reads one token of each of the first lanes, int64 [lanes], on any device; none of them may be due."""
         count = len(tokens)
         present = [occupant for occupant in self._occupants[:count] if occupant is not None]
         self._make_room(max(occupant.position for occupant in present))
-        self._tokens[:count].copy_(tokens)
+        self._tokens[:count].copy_(tokens, non_blocking=True)
         width = min(self.lanes, 1 << (count - 1).bit_length()) if self._graphs.usable else count
         if self._kernels and width not in self._compared:
             self._compare(width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,16 +122,22 @@ def draw(
     logits: Tensor, settings: Sequence[Sampling], recent: Recent, generators: Sequence[torch.Generator]
 ) -> list[Drawn]:
     """What `choose` chooses, with the log-probabilities that are asked for."""
-    ids = choose(logits, settings, recent, generators)
-    log_sum = logits.logsumexp(-1, keepdim=True)
-    log_p = (logits.gather(-1, ids.unsqueeze(-1)) - log_sum).squeeze(-1)
+    ids = choose(logits, settings, recent, generators).unsqueeze(-1)
+    log_p = logits.log_softmax(-1)
     most = min(max(s.logprobs for s in settings), logits.shape[-1])
-    top_values, top_ids = (logits - log_sum).topk(most, dim=-1)
-    found = zip(ids.tolist(), log_p.tolist(), top_values.tolist(), top_ids.tolist(), settings, strict=True)
+    values, ranked = log_p.topk(most, dim=-1) if most else (log_p[:, :0], ids[:, :0])
+    found = _on_host(ids, log_p.gather(-1, ids), ranked, values)
     return [
-        Drawn(token_id, p, list(zip(ranked[: s.logprobs], values[: s.logprobs], strict=True)))
-        for token_id, p, values, ranked, s in found
+        Drawn(token_id, p, list(zip(top_ids[: s.logprobs], top[: s.logprobs], strict=True)))
+        for (token_id,), (p,), top_ids, top, s in zip(*found, settings, strict=True)
     ]
+
+
+def _on_host(*rows: Tensor) -> list[list[list[Any]]]:
+    """The numbers of several tensors [B, n] of any types; a GPU is waited for once."""
+    flat = [x.reshape(-1).view(torch.uint8) for x in rows]
+    parts = torch.cat(flat).cpu().split([len(x) for x in flat])
+    return [part.clone().view(x.dtype).view(x.shape).tolist() for part, x in zip(parts, rows, strict=True)]
 
 
 def probabilities(logits: Tensor, sampling: Sampling, recent: Recent) -> Tensor:
