@@ -80,10 +80,12 @@ def table_of_books(packed: Path, manifest: Path) -> str:
     known = {Path(row["file"]).name: row for row in map(json.loads, manifest.read_text(encoding="utf-8").splitlines())}
     columns = ("author", "title", "year", "source", "sha256")
     lines = ["\t".join(("split", *columns))]
+    trained = json.loads((packed / "train" / "index.json").read_text(encoding="utf-8"))["sources"]
     with tarfile.open(packed / "books.tar.xz") as tar:
-        for name in sorted(tar.getnames()):
-            row = known[Path(name).name]
-            lines.append("\t".join((Path(name).parent.name, *(str(row.get(column) or "") for column in columns))))
+        names = [("train", Path(name).name) for name in trained if name.startswith("books/")]
+        names += [("validation", Path(name).name) for name in tar.getnames()]
+    for split, name in sorted(names):
+        lines.append("\t".join((split, *(str(known[name].get(column) or "") for column in columns))))
     return "\n".join(lines) + "\n"
 
 

@@ -3,13 +3,14 @@
     python -m experiments.corpus pack --books books-train.tar.xz --validation books-validation.tar.xz --out packed
     python -m experiments.corpus unpack --packed packed --out work/data
 
-`pack` needs only a CPU: it trains a byte-level BPE on both kinds of text, gathers permissively licensed Python source
-from the Python that runs it, decides how held-out text is cut, and leaves archives. `unpack`
-makes from them
+`pack` needs only a CPU, and minutes of it: it gathers permissively licensed Python source from the Python that runs it,
+trains a byte-level BPE on both kinds of text, encodes what is trained on, decides how held-out text is cut, and leaves
+archives. With `--like models/longread-small` books and packages are those of that model, and so, with equal versions,
+is the tokenizer. `unpack` takes seconds and makes from them
 
     train/              training tokens: all books and all source, one data set for every method
     books-L/, code-L/   held-out text in stretches of L * 1024 tokens, L = 1 ... 64; the same text for every L <= 32
-    text/               the texts themselves
+    text/               the held-out texts themselves
 
 Held out are whole books of authors that no training book has, and, of the source, the standard library's modules in
 `HELD_OUT_MODULES` and the packages in `HELD_OUT_PACKAGES`. The same input gives the same bytes.
@@ -19,19 +20,24 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import csv
 import hashlib
 import importlib.metadata
 import io
 import json
 import lzma
+import os
 import re
+import shutil
 import sys
 import sysconfig
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from longread.data import prepare
+from longread.data import TokenDataset, prepare
+from longread.data.shards import INDEX
 from longread.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 KINDS = ("books", "code")
@@ -42,6 +48,10 @@ UNIT = 1024
 LENGTHS = (1, 2, 4, 8, 16, 32)
 LONG = 64
 """Of stretches of held-out text, in units."""
+SHARD_TOKENS = 1 << 23
+"""Small ones: several processes unpack them, and they can travel one by one."""
+OF_TOKENS = {"id": lzma.FILTER_LZMA2, "preset": 4, "lc": 0, "lp": 1, "pb": 1, "dict_size": 1 << 25}
+"""Compression of numbers of two bytes."""
 SLACK = 12
 """Tokens that a stretch has beyond its length: cutting and encoding again may lose one or two."""
 
@@ -82,29 +92,35 @@ def main() -> int:
     packing.add_argument("--out", type=Path, required=True)
     packing.add_argument("--book-bytes", type=int, default=10**12, help="of unpacked training text, at most")
     packing.add_argument("--code-bytes", type=int, default=10**12)
+    packing.add_argument("--like", type=Path, help="a model whose books and packages to take, and no others")
     packing.add_argument("--unit", type=int, default=UNIT, help="tokens of the shortest stretch (default 1024)")
     unpacking = commands.add_parser("unpack")
     unpacking.add_argument("--packed", type=Path, required=True)
     unpacking.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.command == "pack":
-        pack(options.books, options.validation, options.out, options.book_bytes, options.code_bytes)
+        pack(options.books, options.validation, options.out, options.book_bytes, options.code_bytes, options.like)
         cut(options.out, options.unit)
     else:
         unpack(options.packed, options.out)
     return 0
 
 
-def pack(books: list[Path], validation: Path, out: Path, book_bytes: int, code_bytes: int) -> None:
+def pack(
+    books: list[Path], validation: Path, out: Path, book_bytes: int, code_bytes: int, like: Path | None = None
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    train = first([text for path in books for text in texts_of(path)], book_bytes)
+    checksums, names = (None, None) if like is None else sources_of(like)
+    found = (text for path in books for text in texts_of(path))
+    train = first([t for t in found if checksums is None or hashlib.sha256(t[1]).hexdigest() in checksums], book_bytes)
     held_out = list(texts_of(validation))
-    code, held_out_code, packages = python_source(code_bytes)
+    code, held_out_code, packages = python_source(code_bytes, names)
     sample = [*evenly(train, SAMPLE["books"]), *evenly(code, SAMPLE["code"])]
     tokenizer = train_bpe((text.decode() for _, text in sample), VOCABULARY)
     tokenizer.save(out)
-    write_archive(out / "books.tar.xz", [("train", train), ("validation", held_out)])
-    write_archive(out / "code.tar.xz", [("train", code), ("validation", held_out_code)])
+    write_archive(out / "books.tar.xz", [("validation", held_out)])
+    write_archive(out / "code.tar.xz", [("validation", held_out_code)])
+    pack_tokens([train, code], tokenizer, out / "train")
     all_texts = {"books": train, "code": code, "books held out": held_out, "code held out": held_out_code}
     facts = {
         "tokenizer": tokenizer.fingerprint,
@@ -113,10 +129,48 @@ def pack(books: list[Path], validation: Path, out: Path, book_bytes: int, code_b
         "held_out": {"books": [name for name, _ in held_out], "code": [name for name, _ in held_out_code]},
         "bytes": {name: sum(len(text) for _, text in texts) for name, texts in all_texts.items()},
         "documents": {"books": len(train), "code": len(code)},
+        "tokens": json.loads((out / "train" / INDEX).read_text(encoding="utf-8"))["num_tokens"],
     }
     (out / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     print(json.dumps(facts["bytes"] | {"files": sizes}, indent=1))
+
+
+def sources_of(model: Path) -> tuple[set[str], set[str]]:
+    """Checksums of the books that a model of this corpus was trained on, and the packages, by its list and its card."""
+    with (model / "books.tsv").open(encoding="utf-8", newline="") as file:
+        checksums = {row["sha256"] for row in csv.DictReader(file, delimiter="\t") if row["split"] == "train"}
+    card = (model / "README.md").read_text(encoding="utf-8")
+    _, _, packages = card.partition("parts of ")
+    return checksums, {"python", *re.findall(r"(\w+) \(", packages.partition("Held out")[0]), *HELD_OUT_PACKAGES}
+
+
+def pack_tokens(kinds: list[list[tuple[str, bytes]]], tokenizer: Tokenizer, out: Path) -> None:
+    """A data set of the texts in that order, its shards compressed: encoded here, where no GPU waits for it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        text = Path(temporary) / "text"
+        for kind, texts in zip(KINDS, kinds, strict=True):
+            (text / kind).mkdir(parents=True)
+            for name, content in texts:
+                (text / kind / name).write_bytes(content)
+        made = Path(temporary) / "train"
+        prepare([text / kind for kind in KINDS], made, tokenizer, shard_tokens=SHARD_TOKENS)
+        index = json.loads((made / INDEX).read_text(encoding="utf-8"))
+        index["sources"] = [Path(source).relative_to(text).as_posix() for source in index["sources"]]
+        (made / INDEX).write_text(json.dumps(index), encoding="ascii")
+        compress(made, out)
+
+
+def compress(dataset: Path, out: Path) -> None:
+    """A data set with each shard as an archive of its own, so that several processes undo it at once."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for path in sorted(path for path in dataset.iterdir() if path.is_file()):
+        if path.suffix == ".bin":
+            packed = lzma.compress(path.read_bytes(), filters=[OF_TOKENS])
+            (out / f"{path.name}.xz").write_bytes(packed)
+        else:
+            shutil.copyfile(path, out / path.name)
 
 
 def texts_of(archive: Path) -> Iterator[tuple[str, bytes]]:
@@ -152,8 +206,13 @@ def write_archive(path: Path, folders: list[tuple[str, list[tuple[str, bytes]]]]
                 tar.addfile(info, io.BytesIO(text))
 
 
-def python_source(limit: int) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]], dict[str, str]]:
-    """Training documents, held-out documents, and the packages they come from with their licences."""
+def python_source(
+    limit: int, names: set[str] | None = None
+) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]], dict[str, str]]:
+    """Training documents, held-out documents, and the packages they come from with their licences.
+
+    `names`: of these packages alone; the standard library is "python".
+    """
     library, site = (Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib"))
     found = [("python", library, "PSF-2.0")]
     for distribution in importlib.metadata.distributions():
@@ -165,7 +224,7 @@ def python_source(limit: int) -> tuple[list[tuple[str, bytes]], list[tuple[str, 
             (top, site / top, licence) for top in tops if (site / top).is_dir() and not top.startswith((".", "_"))
         ]
     train, held_out, packages = [], [], {}
-    for name, root, licence in sorted(found):
+    for name, root, licence in sorted(entry for entry in found if names is None or entry[0] in names):
         kept, apart = [], []
         for unit, text in units(root):
             apart_too = name in HELD_OUT_PACKAGES or (name == "python" and unit in HELD_OUT_MODULES)
@@ -275,12 +334,15 @@ def stretches(
 
 
 def unpack(packed: Path, out: Path) -> None:
-    """Everything that training and evaluation read; several processes, so that a machine of many cores is quick."""
+    """Everything that training and evaluation read; in many processes, so that no GPU waits long."""
     cuts = json.loads((packed / "cuts.json").read_text(encoding="utf-8"))
     text = out / "text"
-    with concurrent.futures.ProcessPoolExecutor(4) as pool:
+    with concurrent.futures.ProcessPoolExecutor(max(2, (os.cpu_count() or 1) // 2)) as pool:
+        shards = sorted((packed / "train").glob("*.xz"))
+        (out / "train").mkdir(parents=True, exist_ok=True)
+        unpacked = [pool.submit(decompress, shard, out / "train" / shard.stem) for shard in shards]
         list(pool.map(extract, [packed] * len(KINDS), KINDS, [text] * len(KINDS)))
-        made = [pool.submit(tokenize, [text / kind / "train" for kind in KINDS], out / "train", packed)]
+        made = []
         for kind in KINDS:
             files = sorted((text / kind / "validation").iterdir())
             held_out = [path.read_bytes() for path in files]
@@ -290,8 +352,15 @@ def unpack(packed: Path, out: Path) -> None:
                 source.write_text("".join(lines), encoding="utf-8")
                 if lines:
                     made.append(pool.submit(tokenize, [source], out / f"{kind}-{length}", packed))
-        for future in made:
+        for future in [*unpacked, *made]:
             print(*future.result())
+    for path in (packed / "train").glob("*.json"):
+        shutil.copyfile(path, out / "train" / path.name)
+    print("train", TokenDataset.open(out / "train").num_tokens)
+
+
+def decompress(packed: Path, out: Path) -> tuple[str, int]:
+    return out.name, out.write_bytes(lzma.decompress(packed.read_bytes()))
 
 
 def extract(packed: Path, kind: str, text: Path) -> None:

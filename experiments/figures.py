@@ -23,7 +23,7 @@ COLORS = {
 OTHERS = (4, 0, 2, 8, 3, 5, 1, 7)
 """Of lines that are not methods."""
 ALIASES = {"exact": "TTT-E2E", "static loss (TTT-naive)": "TTT-naive"}
-DASHED = ("frozen", "b = 16", "54 % more tokens", "35 % more tokens")
+DASHED = ("frozen", "b = 16", "54 % more tokens", "35 % more tokens", "35M")
 
 
 def panel(

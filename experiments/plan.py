@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+from experiments.equal import LENGTHS as EQUAL_LENGTHS, RUNS, EqualRun
+
 from longread.recipes import Method
 
 UNIT = 1024
@@ -31,10 +33,12 @@ LADDER = (2, 4, 8, 16, 32)
 BOXED = "box-32"
 """The job whose model goes into the box."""
 METHODS = ("e2e", "swa", "full", "hybrid", "naive", "gdn", "mamba2", "kvb")
-SPEEDS = dict.fromkeys(METHODS, 3.5e6) | {"e2e": 1.1e6, "kvb": 0.7e6, "mamba2": 1e6, "gdn": 1e6}
+SPEEDS = dict.fromkeys(METHODS, 3.5e6) | {"e2e": 1.6e6, "kvb": 0.7e6, "mamba2": 1e6, "gdn": 1e6}
 """Tokens a second of training at one unit on an H200; of the recurrences without kernels a guess."""
+DOUBLES = {"e2e": 16, "kvb": 16, "full": 6}
+"""Context length, in units, at which a token takes twice the time, about; of others 32."""
 WEIGHTS = {"e2e": 3, "kvb": 3, "mamba2": 3, "gdn": 3}
-"""Share of a GPU's room that a job takes, of memory mostly: up to 60 GiB; others take 1."""
+"""Share of a GPU's room that a job takes, of memory mostly: up to 60 GiB; others take 1, and larger models 1 more."""
 OVERHEAD = 20.0
 """Seconds of a job beside its training: start, capture, evaluation."""
 
@@ -57,10 +61,12 @@ class Job:
     tokens: int = 0
     context: int = 0
     experiment: str = ""
+    slowness: float = 1.0
+    """Seconds of a token, × those of the small model."""
 
     @property
     def weight(self) -> int:
-        return 1 if self.experiment == "toy" else WEIGHTS.get(self.method, 1)
+        return 1 if self.experiment == "toy" else WEIGHTS.get(self.method, 1) + (self.slowness > 1)
 
 
 @dataclass
@@ -97,7 +103,7 @@ class Plan:
         recipe = "small" if init is None else "small-extend"
         settings = [f"steps={steps}", f"optimizer.decay_steps={steps}", f"optimizer.warmup_steps={warmup}"]
         settings += [f"inner.warmup_steps={warmup}"] if init is None and "inner.warmup_steps=0" not in sets else []
-        settings += ["optimizer.initial_lr=0", f"name={name}", 'recompute="none"', *self.sets, *sets]
+        settings += ["optimizer.initial_lr=0", f"name={name}", 'recompute="none"', *sets, *self.sets]
         arguments = ["train", recipe, "--method", method, "--context-length", str(context * self.unit)]
         arguments += [
             "--data",
@@ -145,6 +151,7 @@ class Plan:
         contexts: Sequence[int] | None = None,
         kinds: Sequence[str] = ("books", "code"),
         experiment: str,
+        slowness: float = 1.0,
     ) -> str:
         """A job that trains a model and evaluates it, by default at the context it was trained at."""
         if method not in get_args(Method):
@@ -156,7 +163,7 @@ class Plan:
         commands += self.evaluations(name, [context] if contexts is None else contexts, kinds)
         tokens = steps * (64 if init is None else 128) * self.unit
         needs = () if init is None else (init,)
-        self.jobs.append(Job(name, tier, tuple(commands), needs, method, tokens, context, experiment))
+        self.jobs.append(Job(name, tier, tuple(commands), needs, method, tokens, context, experiment, slowness))
         return name
 
     def ladder(self, tier: int, method: str, seed: int = 0, lengths: Sequence[int] = LADDER) -> str:
@@ -194,6 +201,24 @@ class Plan:
             steps = round(EXTENSION_STEPS * share)
             self.model(
                 f"{name}-{length}", tier, method, length, steps, seed=seed, init=name, sets=sets, experiment="meta"
+            )
+
+    def equal(self, tier: int, run: EqualRun, seed: int) -> None:
+        """Pre-training and extensions of one of `experiments.equal`."""
+        base = f"{run.name}-s{seed}"
+        for length in (1, *EQUAL_LENGTHS):
+            extension = length > 1
+            self.model(
+                f"{base}-{length}" if extension else base,
+                tier,
+                run.method,
+                length,
+                round((EXTENSION_STEPS if extension else PRETRAINING_STEPS) * run.share(length * UNIT)),
+                seed=seed,
+                init=base if extension else None,
+                sets=run.settings(extension),
+                experiment="equal",
+                slowness=run.slowness,
             )
 
 
@@ -274,6 +299,11 @@ def jobs(plan: Plan) -> list[Job]:
     # a larger model that a small one can draft for
     plan.model("verifier", 6, "full", 1, VERIFIER_STEPS, sets=VERIFIER, experiment="speculative")
     plan.model("verifier-8", 6, "full", 8, EXTENSION_STEPS, init="verifier", sets=VERIFIER, experiment="speculative")
+
+    # exactly the operations of exact TTT-E2E, and a second size
+    for run in RUNS:
+        for seed in run.seeds:
+            plan.equal(6, run, seed)
 
     # a: the toy of Figure 2
     for name, (method, settings) in TOYS.items():
@@ -418,5 +448,5 @@ TOYS = {
 
 def estimated_seconds(job: Job) -> float:
     """Of a job that has a GPU for itself."""
-    learns = job.method in ("e2e", "kvb")
-    return OVERHEAD + job.tokens / SPEEDS[job.method] * (1.0 + job.context / (16 if learns else 32))
+    seconds = job.tokens / SPEEDS[job.method] * job.slowness
+    return OVERHEAD + seconds * (1.0 + (job.context - 1) / DOUBLES.get(job.method, 32))

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.plan import BOXED, Job, Plan, estimated_seconds, jobs
+from experiments.plan import BOXED, OVERHEAD, Job, Plan, estimated_seconds, jobs
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() without starting CUDA
 INTERRUPTED = 75
@@ -55,6 +55,9 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, help="default: all; 0: run on the CPU")
     parser.add_argument("--per-gpu", type=int, default=7, help="room on each GPU, of which a job takes its weight")
     parser.add_argument("--first-gpu", type=int, help="room on the first one, where the first job goes")
+    parser.add_argument(
+        "--first-gpu-after", type=float, default=0.0, help="leave the first one to others for so many seconds"
+    )
     parser.add_argument("--scale", type=float, help="of all numbers of steps (default 1)")
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="jobs, and what they need, in this order"
@@ -218,7 +221,8 @@ class Runner:
         left = self.deadline - time.monotonic()
         if left < SMALLEST_START:
             return False
-        return not self.options.last or estimated_seconds(job) * 1.3 < left
+        spent = float(self.state["jobs"].get(job.name, {}).get("seconds", 0.0))
+        return not self.options.last or max(OVERHEAD, estimated_seconds(job) - spent) * 1.3 < left
 
     def free_gpu(self, weight: int) -> int | None:
         """The GPU with the least work that has room for such a job; 0 without a GPU, for one job at a time."""
@@ -227,7 +231,9 @@ class Runner:
         taken = [sum(r.job.weight for r in self.running if r.gpu == gpu) for gpu in range(self.gpus)]
         room = [self.options.per_gpu] * self.gpus
         room[0] = self.options.first_gpu or room[0]
-        free = [gpu for gpu in range(self.gpus) if taken[gpu] + weight <= max(room[gpu], weight * (not taken[gpu]))]
+        first = int(self.gpus > 1 and time.monotonic() - self.started < self.options.first_gpu_after)
+        fits = [taken[gpu] + weight <= max(room[gpu], weight * (not taken[gpu])) for gpu in range(self.gpus)]
+        free = [gpu for gpu in range(first, self.gpus) if fits[gpu]]
         return min(free, key=lambda gpu: (taken[gpu], room[gpu], gpu)) if free else None
 
     def start(self, job: Job, gpu: int) -> None:

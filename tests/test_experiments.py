@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from experiments import corpus
+from experiments.equal import EXACT, RUNS, network
 from experiments.page import Table, as_stored, with_tables, write
-from experiments.pages import boxed, context, meta
+from experiments.pages import KINDS, boxed, context, equal, meta
 from experiments.pages.__main__ import CARD, HERE, OTHERS, PAGES, again
+from experiments.plan import Job, Plan, estimated_seconds, jobs
 from experiments.results import Results
+from experiments.run import Runner, Running
+
+from longread.cli.arguments import changed
+from longread.data import TokenDataset
+from longread.recipes import recipe
+from longread.tokenizer import train_bpe
 
 
 def test_every_table_is_what_its_figures_make_it() -> None:
@@ -150,3 +162,79 @@ def test_a_new_round_makes_a_page_whose_tables_can_be_made_again(module: Any, tm
     assert page.read_text(encoding="utf-8") != text
     kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert with_tables(page, module.tables(kept)) == text
+
+
+def test_steps_at_equal_operations_spend_what_exact_spends() -> None:
+    """At every context, the pre-training included, and with as many parameters, at both sizes."""
+    exact = {False: EXACT, True: next(run for run in RUNS if run.name == "large-e2e")}
+    spent = {large: {L: n for L, _, n in equal.training(run)} for large, run in exact.items()}
+    for run in RUNS:
+        parameters = network("e2e", run.large).num_parameters
+        assert network(run.method, run.large).num_parameters == pytest.approx(parameters, rel=1e-3)
+        if run.equal == "operations":
+            assert {L: n for L, _, n in equal.training(run)} == pytest.approx(spent[run.large], rel=1e-3)
+    assert network("e2e", True).num_parameters == pytest.approx(35e6, rel=0.02)
+    assert spent[True][1] / spent[False][1] == pytest.approx(4.54, abs=0.01)
+
+
+def test_the_plan_trains_those_steps_with_those_settings(tmp_path: Path) -> None:
+    found = {job.name: job for job in jobs(Plan(tmp_path, tmp_path))}
+    for run in RUNS:
+        for seed, (L, tokens, _) in itertools.product(run.seeds, equal.training(run)):
+            job = found[f"{run.name}-s{seed}" + (f"-{L}" if L > 1 else "")]
+            extension = tokens - (found[job.needs[0]].tokens if job.needs else 0)
+            assert (job.tokens, job.context, job.method) == (extension, L, run.method)
+            arguments = job.commands[0].arguments
+            sets = [value for name, value in itertools.pairwise(arguments) if name == "--set"]
+            assert set(run.settings(L > 1)) <= set(sets)
+            assert ("meta_gradient=first-order" in sets) == (run.meta_gradient == "first-order")
+            config = changed(recipe("small", run.method), sets)
+            assert dataclasses.replace(config.model, rope_base=5e5) == network(run.method, run.large)
+
+
+def test_a_corpus_unpacks_to_what_was_encoded(tmp_path: Path) -> None:
+    texts = [[(f"{kind}-{i}.txt", f"{kind} {i} of a few words. ".encode() * 50) for i in range(3)] for kind in KINDS]
+    tokenizer = train_bpe((text.decode() for kind in texts for _, text in kind), 300)
+    corpus.pack_tokens(texts, tokenizer, packed := tmp_path / "packed")
+    (made := tmp_path / "train").mkdir()
+    for path in packed.iterdir():
+        if path.suffix == ".xz":
+            corpus.decompress(path, made / path.stem)
+        else:
+            shutil.copyfile(path, made / path.name)
+    dataset = TokenDataset.open(made)
+    dataset.verify()
+    names = [name for kind in texts for name, _ in kind]
+    assert [Path(dataset.document_name(i)).name for i in range(dataset.num_documents)] == names
+    assert tokenizer.decode(dataset.document(4).tolist()).encode().endswith(texts[1][1][1])
+
+
+def test_a_corpus_like_that_of_the_boxed_model() -> None:
+    books, packages = corpus.sources_of(CARD.parent)
+    assert len(books) == 328
+    assert {"python", "click", "numcodecs", "yaml"} <= packages
+    assert len(packages) == 56
+
+
+def _runner(tmp_path: Path, **options: Any) -> Runner:
+    given = {"work": tmp_path, "out": tmp_path, "packed": tmp_path, "seconds": 1e5, "per_gpu": 7, "first_gpu": None}
+    runner = Runner(argparse.Namespace(**given | {"first_gpu_after": 0.0, "last": False} | options))
+    runner.gpus = 2
+    return runner
+
+
+def test_the_first_gpu_is_left_to_others_at_first(tmp_path: Path) -> None:
+    runner = _runner(tmp_path, first_gpu_after=1000.0)
+    assert (runner.free_gpu(3), runner.free_gpu(9)) == (1, 1)
+    runner.running.append(Running(Job("large", 0, ()), 1, 1, 0.0))
+    assert (runner.free_gpu(3), runner.free_gpu(7)) == (1, None)
+    runner.started -= 1000.0
+    assert runner.free_gpu(7) == 0
+
+
+def test_what_is_nearly_done_still_starts_at_the_end(tmp_path: Path) -> None:
+    job = Job("long", 0, (), tokens=10**9, context=1)
+    runner = _runner(tmp_path, seconds=25 + 1.2 * estimated_seconds(job), last=True)
+    assert not runner.fits(job)
+    runner.state["jobs"]["long"] = {"status": "interrupted", "seconds": 0.5 * estimated_seconds(job)}
+    assert runner.fits(job)

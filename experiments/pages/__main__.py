@@ -24,6 +24,7 @@ from experiments.pages import (
     decoding,
     demo,
     derivation,
+    equal,
     meta,
     needles,
     pretrained,
@@ -37,7 +38,7 @@ from experiments.results import Results
 HERE = Path(__file__).resolve().parents[1]
 README = HERE.parent / "README.md"
 CARD = HERE.parent / "models" / "longread-small" / "README.md"
-PAGES = (boxed, context, rates, meta, stability, ablations, derivation, toy, needles, decoding)
+PAGES = (boxed, context, rates, meta, equal, stability, ablations, derivation, toy, needles, decoding)
 OTHERS = (demo, pretrained, speculative)
 """Of other commands, each of which left several files of figures."""
 
