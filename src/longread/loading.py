@@ -14,6 +14,7 @@ import torch
 
 from longread.checkpoint import LoadedModel, find_tokenizer, load_model
 from longread.config import InnerConfig, UserError
+from longread.inner_loop import precompile_reading
 from longread.model import Transformer, find_device
 from longread.session import Session
 from longread.tokenizer import Tokenizer, load_tokenizer
@@ -92,6 +93,7 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
     """
     place, path = find_device(device), find_model(path_or_name)
     loaded = load_model(path, device=place, dtype=torch.bfloat16 if place.type == "cuda" else None)
+    precompile_reading(loaded.model, loaded.inner, learn=loaded.learns)
     tokenizer = tokenizer_of(loaded, path)
     if place.type == "cpu" and loaded.model.dtype.itemsize < 4:
         loaded.model.float()

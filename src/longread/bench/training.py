@@ -24,6 +24,7 @@ from longread.outer_loop import UPDATE_BYTES, Schedule, graph_bytes
 from longread.train.captured import CapturedGradient
 from longread.train.gradient import accumulate_gradient
 from longread.train.optimizer import gradient_norm, make_optimizer, update
+from longread.train.rehearsal import precompile_step
 from longread.train.stopping import not_finite_in
 
 NEARLY = 1.15
@@ -40,6 +41,7 @@ class TrainingStep:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._config, self._device, self._count = config, device, 0
+        precompile_step(dataclasses.replace(config, precision=precision_on(device)), device)
         with device:
             self._model = Transformer(config.model)
         initialize(self._model, seed=0)

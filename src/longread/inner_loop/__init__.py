@@ -11,12 +11,14 @@ drift.py     how far reading has moved the fast weights
 rescue.py    what is done when learning has broken a reader
 decoding.py  one token after the other, for writing
 lending.py   who has the places in which that is done
+rehearsal.py what of it a GPU compiles, ahead
 """
 
 from longread.inner_loop.decoding import Decoder
 from longread.inner_loop.drift import drift
 from longread.inner_loop.optimizers import InnerOptimizer, optimizer_named, register_inner_optimizer
 from longread.inner_loop.reading import Reading, begin, next_token_logits, read
+from longread.inner_loop.rehearsal import few_blocks, precompile_reading
 from longread.inner_loop.rescue import rescue
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import Carry, Scan, Step, inner_step, mini_batch_loss, scan
@@ -31,10 +33,12 @@ __all__ = [
     "Step",
     "begin",
     "drift",
+    "few_blocks",
     "inner_step",
     "mini_batch_loss",
     "next_token_logits",
     "optimizer_named",
+    "precompile_reading",
     "read",
     "register_inner_optimizer",
     "rescue",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+meta_stands_for_a_gpu = False
+"""True in a process that launches nothing and only asks which kernels would be launched (`precompile.py`)."""
 _here = threading.local()
 
 
@@ -19,9 +21,13 @@ def fusible(*tensors: Tensor) -> bool:
     """
     return (
         not getattr(_here, "plain", False)
-        and all(x.is_cuda and x.dtype in TYPES for x in tensors)
-        and _triton_is_installed()
+        and all(is_on_a_gpu(x) and x.dtype in TYPES for x in tensors)
+        and triton_is_installed()
     )
+
+
+def is_on_a_gpu(x: Tensor) -> bool:
+    return x.is_cuda or (meta_stands_for_a_gpu and x.is_meta)
 
 
 @contextlib.contextmanager
@@ -35,5 +41,6 @@ def without_kernels() -> Iterator[None]:
 
 
 @functools.cache
-def _triton_is_installed() -> bool:
+def triton_is_installed() -> bool:
+    """The CUDA builds of PyTorch for Linux bring it."""
     return importlib.util.find_spec("triton") is not None

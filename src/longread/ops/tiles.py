@@ -22,6 +22,8 @@ WARPS_PER_PROCESSOR = 16
 """Of a kernel whose programs walk over many tiles; enough loads in flight to keep the memory busy."""
 
 
+ROW_COUNTS = ["count", "middle", "inner"]
+"""Arguments of kernels: that they are multiples of 16 helps no load, and would compile a kernel twice."""
 Strides = tuple[int, ...]
 """Distances of the three merged dimensions, slowest first, in elements."""
 

@@ -65,6 +65,7 @@ from longread.train.outer_step import NotFinite, NothingLess, OuterStep, Row
 from longread.train.profiling import ProfiledSteps, profiling
 from longread.train.rank_log import rank_log
 from longread.train.recording import recording
+from longread.train.rehearsal import precompile_step
 from longread.train.result import TrainResult
 from longread.train.settling import out_of_memory, precision_of, settled, settled_before
 from longread.train.sharing import Share, divided
@@ -258,6 +259,7 @@ class _Run:
             whole=self.config.model,
             divided=self.rows.count,
         )
+        precompile_step(self.exact, self.device)
         found = None if newest is None else checkpoint.read_checkpoint(newest, self.world, self.rows)
         with self.world.together("going on from the checkpoint"):
             if found is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from longread.ops.overlap import overlaps
+from longread.ops.precompile import settle_names
 from longread.ops.rms_norm import Gain
 
 BLOCK = 16
@@ -206,3 +207,6 @@ def _join(
         x = tl.load(mixed + row[:, None] * H + column[None, :], present, 0.0, cache_modifier=".cg")
         out += tl.sum(x * weight[:, None], 0)
     tl.store(result + head * H + column, out / total, inside)
+
+
+settle_names(globals())

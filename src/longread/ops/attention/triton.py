@@ -31,7 +31,9 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from longread.ops import fusible
 from longread.ops.needed import needed_inputs
+from longread.ops.precompile import settle_names
 
 
 class Blocks(NamedTuple):
@@ -685,8 +687,7 @@ class _Problem(NamedTuple):
             )  # fmt: skip
 
 
-@library.custom_op("longread::attention", mutates_args=())
-def _attend(
+def _launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -710,6 +711,15 @@ def _attend(
             BOUNDED=bounded,
         )
     return o, lse
+
+
+_attend = library.custom_op("longread::attention", mutates_args=())(_launch_forward)
+
+
+@_attend.register_fake
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """On the meta device, where the launch may be asked for (`longread.ops.precompile`)."""
+    return _launch_forward(q, *others) if fusible.meta_stands_for_a_gpu else (_new(q), _row_of(q))
 
 
 class _Attention(torch.autograd.Function):
@@ -833,3 +843,6 @@ def triton_attention(
     problem = _Problem(T, P, window, query.shape[-1] ** -0.5)
     bounds = (None, None) if gains is None else tuple(gain.detach().contiguous() for gain in gains)
     return _Attention.apply(query, key, value, past_key, past_value, problem, bounds)
+
+
+settle_names(globals())

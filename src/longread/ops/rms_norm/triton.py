@@ -16,7 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from longread.ops.needed import needed_inputs
 from longread.ops.rotary.triton import rotate_pairs, table_of
-from longread.ops.tiles import FORWARD_ELEMENTS_PER_WARP, load_wide, partial_sums, row_offsets, rows_of, tile_of
+from longread.ops.tiles import (
+    FORWARD_ELEMENTS_PER_WARP,
+    ROW_COUNTS,
+    load_wide,
+    partial_sums,
+    row_offsets,
+    rows_of,
+    tile_of,
+)
 
 
 def triton_rms_norm(
@@ -123,7 +131,7 @@ class _NormGradient(torch.autograd.Function):
         return dx_hat, partial.sum(0).to(gain.dtype), dy_hat, None, None, None
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_COUNTS)
 def _norm_forward(
     x_ptr,
     table_ptr,
@@ -161,7 +169,7 @@ def _norm_forward(
     tl.store(y_ptr + row_offsets(rows, middle, inner, y_strides) + columns, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_COUNTS)
 def _norm_backward(
     x_ptr,
     table_ptr,
@@ -205,7 +213,7 @@ def _norm_backward(
         tl.store(partial_ptr + tl.program_id(0) * D + columns, tl.sum(dgain, axis=0, keep_dims=True), mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_COUNTS)
 def _norm_second(
     x_ptr,
     table_ptr,

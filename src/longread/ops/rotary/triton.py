@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longread.ops.tiles import load_wide, row_offsets, rows_of, tile_of
+from longread.ops.tiles import ROW_COUNTS, load_wide, row_offsets, rows_of, tile_of
 
 
 def triton_rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def rotate_pairs(x, table, BACK: tl.constexpr):
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (x.shape[0], x.shape[1]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_COUNTS)
 def _rotate(
     x_ptr,
     table_ptr,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longread.ops.precompile import settle_names
 from longread.ops.swiglu import explicit
 from longread.ops.swiglu.reference import Activation
 
@@ -120,7 +121,7 @@ def _bend(a, sigmoid, GELU: tl.constexpr):
     return sigmoid * (1 - sigmoid) * inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["blocks"])
 def _swiglu_forward(a_ptr, b_ptr, h_ptr, columns, blocks, a_stride, b_stride, BLOCK: tl.constexpr, GELU: tl.constexpr):
     row, column, inside, out = _place(columns, blocks, BLOCK)
     a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
@@ -128,7 +129,7 @@ def _swiglu_forward(a_ptr, b_ptr, h_ptr, columns, blocks, a_stride, b_stride, BL
     tl.store(h_ptr + out, a * gate_sigmoid(a, GELU) * b, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["blocks"])
 def _swiglu_backward(
     a_ptr,
     b_ptr,
@@ -153,7 +154,7 @@ def _swiglu_backward(
     tl.store(db_ptr + out, sigmoid * a * dh, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["blocks"])
 def _swiglu_second(
     a_ptr,
     b_ptr,
@@ -185,3 +186,6 @@ def _swiglu_second(
     tl.store(a_hat_ptr + out, dh * (bend * b * u + slope * v), mask=inside)
     tl.store(b_hat_ptr + out, dh * slope * u, mask=inside)
     tl.store(dh_hat_ptr + out, slope * b * u + sigmoid * a * v, mask=inside)
+
+
+settle_names(globals())
