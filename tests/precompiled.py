@@ -5,6 +5,7 @@ Functions that a rehearsal is named by must not be those of `__main__`, so it is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from triton.runtime.driver import driver
 
 from longread.config import InnerConfig, ModelConfig, RunConfig
 from longread.data import Batch
-from longread.inner_loop import rehearsal
+from longread.inner_loop import captured, graphs, rehearsal
 from longread.model import Transformer
 from longread.ops import fusible, precompile
 from longread.ops.swiglu import swiglu
@@ -24,6 +25,7 @@ from longread.recipes import recipe
 from longread.session import Session
 from longread.train import rehearsal as training
 from longread.train.gradient import accumulate_gradient
+from tests.fake_graphs import _Stream
 
 HOPPER = 90
 CONFIG = ModelConfig(
@@ -51,6 +53,11 @@ def nothing() -> None:
 
 
 def reading() -> None:
+    """As on a GPU, but that its graphs are runs."""
+    for name, stand_in in {"Stream": _Stream, "current_stream": _Stream, "stream": contextlib.nullcontext}.items():
+        setattr(torch.cuda, name, stand_in)
+    captured.can_capture = graphs.can_capture = lambda device: True
+    graphs.CheckedGraphs.run = lambda self, key, compute, **_: compute()  # type: ignore[method-assign]
     session = Session(Transformer(CONFIG).bfloat16().requires_grad_(False), InnerConfig())
     for _ in range(2):
         session.read(torch.randint(CONFIG.vocab_size, (5 * CONFIG.mini_batch_size + 1,)))

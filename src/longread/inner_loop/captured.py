@@ -141,6 +141,16 @@ class CapturedReader:
         refusals = [one.refused for one in taken if one.refused is not None]
         return after, nll, [one.grad_norm for one in taken], refusals
 
+    def rehearse(self, state: ReadingState) -> None:
+        """Computes once, plainly and on one stream, what graphs from `state` on are made of."""
+        for tokens in (self.M, self.stretch):
+            self._lower.load(state.lower_pasts, state.position, state.start)
+            if tokens > self.M and self._lower.missing:
+                continue  # a window is filled mini-batch by mini-batch
+            self._lower.run(tokens, 1, functools.partial(self._run_lower, tokens), replayed=False)
+        self._upper.load(state.upper_pasts, state.position, state.start)
+        self._upper.run(self.M, 1, self._run_upper, replayed=False)
+
     def _score(self, hidden: Tensor, targets: Tensor, mask: Tensor, runs: int) -> _Scored:
         """Of a mini-batch and as many targets as are known; the step on it is in the weights."""
         known = targets.shape[1]

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from longread.config import InnerConfig, ModelConfig
+from longread.inner_loop.captured import CapturedReader
 from longread.inner_loop.decoding import Decoder
-from longread.inner_loop.optimizers import optimizer_named
-from longread.inner_loop.reading import STRETCH, begin, read
-from longread.inner_loop.step import inner_gradient, matrices, step_norm_limit
-from longread.model import Transformer, undrawn
+from longread.inner_loop.reading import GPU_STRETCH, begin, read
+from longread.inner_loop.state import ReadingState
+from longread.model import Past, Transformer, undrawn
 from longread.ops.precompile import precompile
 
-_WHOLE = 3
-"""Mini-batches of the text that is read in all, so that windows have been empty and full."""
 _FEW_BLOCKS = 2
 """Of prefix and of suffix, where all are alike: they launch the same kernels."""
 
@@ -31,7 +29,7 @@ def precompile_reading(model: Transformer, inner: InnerConfig, *, learn: bool = 
 def rehearse_reading(
     model_config: dict[str, Any], inner_config: dict[str, Any], dtypes: list[str], learn: bool
 ) -> None:
-    """Reads a text from the beginning and in pieces, reads as a graph does, and writes some tokens.
+    """Reads as a graph does, reads pieces as they are left over, and writes some tokens.
 
     Args:
         model_config, inner_config: as `as_dict` gives them.
@@ -44,18 +42,35 @@ def rehearse_reading(
     model = undrawn(config).requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtypes[parameter.dim() == 1]))
-    window = max(config.window_of(i) or 0 for i in range(config.num_blocks))
-    text = torch.zeros(1, window + _WHOLE * config.mini_batch_size + 1, dtype=torch.long, device="meta")
-    state = begin(model)
+    tokens = torch.zeros(1, max(GPU_STRETCH, config.mini_batch_size) + 2, dtype=torch.long, device="meta")
     with torch.no_grad():
-        for part in (text, text[:, 1:], text[:, :7]):
-            state = read(model, state, part, inner=inner, learn=learn, guard=True).state
-        if learn and config.num_suffix_blocks:
-            _rehearse_captured(model, inner)
+        state = begin(model)
+        later = _after_a_window(model, state)
+        if learn and config.num_suffix_blocks and config.attention == "window":
+            reader = CapturedReader(model, 1, inner, guard=True)
+            reader.rehearse(state)
+            reader.rehearse(later)
+            tokens = tokens[:, : config.mini_batch_size + 2]
+        else:
+            read(model, state, tokens, inner=inner, learn=learn, guard=True)
+        state = read(model, later, tokens, inner=inner, learn=learn, guard=True).state
         writer = Decoder(model, state, inner, learn=learn)
         for _ in range(2):
             writer.logits()
-            writer.read(text[:, 0])
+            writer.read(tokens[:, 0])
+
+
+def _after_a_window(model: Transformer, state: ReadingState) -> ReadingState:
+    """A state whose windows are full."""
+    config, split = model.config, model.num_lower_attentions
+    pasts = [
+        Past(*(x.new_zeros(*x.shape[:2], config.window_of(i) or config.window_size, x.shape[3]) for x in past))
+        for i, past in enumerate((*state.lower_pasts, *state.upper_pasts))
+    ]
+    output = state.hidden.new_zeros(1, config.width)
+    position = max(past.key.shape[2] for past in pasts)
+    lower, upper = tuple(pasts[:split]), tuple(pasts[split:])
+    return dataclasses.replace(state, position=position, lower_pasts=lower, upper_pasts=upper, output=output)
 
 
 def few_blocks(config: ModelConfig) -> ModelConfig:
@@ -65,19 +80,3 @@ def few_blocks(config: ModelConfig) -> ModelConfig:
     suffix = min(config.num_suffix_blocks, _FEW_BLOCKS)
     prefix = min(config.num_prefix_blocks, _FEW_BLOCKS)
     return dataclasses.replace(config, num_blocks=prefix + suffix, num_suffix_blocks=suffix)
-
-
-def _rehearse_captured(model: Transformer, inner: InnerConfig) -> None:
-    """A mini-batch as `captured.py` reads it: weights are changed in place, and cast once."""
-    M, state = model.config.mini_batch_size, begin(model)
-    tokens = torch.zeros(1, max(STRETCH, M), dtype=torch.long, device="meta")
-    start = torch.zeros(1, dtype=torch.float64, device="meta")
-    hidden, _ = model.lower(tokens, state.lower_pasts, start=start)
-    fast = [torch.empty_like(w) for w in matrices(state.fast)]
-    working = [w.to(model.dtype).requires_grad_() for w in fast]
-    mask = torch.ones(1, M, dtype=torch.bool, device="meta")
-    found = inner_gradient(model, working, state.upper_pasts, hidden[:, :M], tokens[:, :M], mask, start=start, order=0)
-    limit = step_norm_limit(model)
-    working = [w.detach() for w in working]
-    step = optimizer_named(inner.optimizer).step_
-    step(fast, found.gradients, working, lr=inner.lr, clip=inner.clip, max_step_norm=limit)
