@@ -43,7 +43,7 @@ def launched(work: str, cache: Path, *, ahead: bool) -> dict[str, Any]:
     ("work", "count"),
     [
         ("gates", 3),
-        pytest.param("reading", 25, marks=pytest.mark.slow),
+        pytest.param("reading", 20, marks=pytest.mark.slow),
         pytest.param("step", 20, marks=pytest.mark.slow),
     ],
 )

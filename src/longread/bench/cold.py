@@ -16,6 +16,7 @@ from longread.bench.machine import free_memory, peak_gib, seconds
 from longread.bench.prefill import COMPARED, INNER, check_text, reading_model
 from longread.bench.process import empty_caches, in_a_process
 from longread.bench.rows import Row, make_row
+from longread.inner_loop import precompile_reading
 from longread.loading import find_model
 from longread.session import Session
 
@@ -44,7 +45,8 @@ def measure_first_read(case: Case, device: torch.device) -> Row:
     """Seconds of the first `case.context` tokens that a process reads, and of as many after them.
 
     First in a process that finds no compiled kernel, then in one that finds those on the disk. Before the clock starts
-    Python, PyTorch and the device are up and the weights drawn.
+    Python, PyTorch and the device are up, the weights drawn and, on a GPU, the compilation of kernels begun, as
+    `open_model` begins it.
 
     Raises:
         GateFailed: the text is scored differently than mini-batch by mini-batch.
@@ -61,6 +63,7 @@ def _first_read(case: Case, device_name: str) -> tuple[float, float, float | Non
     device = torch.device(device_name)
     free_memory(device)
     model = reading_model(case, device)
+    precompile_reading(model, INNER)
     text = torch.randint(case.network.vocab_size, (2 * case.context + 1,), device=device)
     session = Session(model, INNER)
     with refusing_fallbacks():

@@ -27,6 +27,7 @@ def fusible(*tensors: Tensor) -> bool:
 
 
 def is_on_a_gpu(x: Tensor) -> bool:
+    """Whether it is, or stands for one that is."""
     return x.is_cuda or (meta_stands_for_a_gpu and x.is_meta)
 
 
