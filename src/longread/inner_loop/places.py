@@ -71,7 +71,7 @@ class Places:
             tolerance=TOLERANCE,
             warning="a captured pass gives logits {:.2g} off; decoding goes on without",
         )
-        self._kernels, self._compared = can_capture(device), set[int]()
+        self._kernels, self._compared = True, set[int]()
         self._occupants: list[_Occupant | None] = [None] * lanes
         room = self._extra + 1  # a lane that nobody is in writes into the last column
         self._frequencies = model.frequencies()
@@ -210,7 +210,7 @@ class Places:
         self._make_room(max(occupant.position for occupant in present))
         self._tokens[:count].copy_(tokens, non_blocking=True)
         width = min(self.lanes, 1 << (count - 1).bit_length()) if self._graphs.usable else count
-        if self._kernels and width not in self._compared:
+        if self._kernels and width not in self._compared and can_capture(self._output.device):
             self._compare(width)
         with contextlib.nullcontext() if self._kernels else without_kernels():
             self._graphs.run(width, functools.partial(self._pass, width), kept=self._kept)

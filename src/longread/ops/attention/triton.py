@@ -31,7 +31,6 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from longread.ops import fusible
 from longread.ops.needed import needed_inputs
 from longread.ops.precompile import settle_names
 
@@ -713,13 +712,14 @@ def _launch_forward(
     return o, lse
 
 
-_attend = library.custom_op("longread::attention", mutates_args=())(_launch_forward)
-
-
-@_attend.register_fake
-def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """On the meta device, where the launch may be asked for (`longread.ops.precompile`)."""
-    return _launch_forward(q, *others) if fusible.meta_stands_for_a_gpu else (_new(q), _row_of(q))
+# without the wrappers of `library.custom_op`, which import PyTorch's compiler when it is first called: seconds
+_LIBRARY = library.Library("longread", "DEF")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, int window, float scale,"
+    " Tensor? query_gain, Tensor? key_gain) -> (Tensor, Tensor)"
+)
+_LIBRARY.impl("attention", _launch_forward, "CompositeExplicitAutograd")
+_attend = torch.ops.longread.attention.default
 
 
 class _Attention(torch.autograd.Function):
