@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from longread.ops import precompile
+from longread.ops import compiling, precompile
 from tests import precompiled
 
 triton = pytest.importorskip("triton")
@@ -22,12 +26,12 @@ ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda")
 
 
-def launched(work: str, cache: Path, *, ahead: bool) -> dict[str, Any]:
-    """What a process of its own found compiled for Hopper, and what not."""
+def told(call: str, cache: Path) -> dict[str, Any]:
+    """What a call of a function in `tests.precompiled` prints, in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT / "src"), "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-c", f"from tests.precompiled import launches; launches({work!r}, {ahead})"],
+        [sys.executable, "-c", f"from tests import precompiled; precompiled.{call}"],
         capture_output=True,
         text=True,
         env=environment,
@@ -43,19 +47,22 @@ def launched(work: str, cache: Path, *, ahead: bool) -> dict[str, Any]:
     ("work", "count"),
     [
         ("gates", 3),
-        pytest.param("reading", 20, marks=pytest.mark.slow),
+        pytest.param("reading", 29, marks=pytest.mark.slow),
         pytest.param("step", 20, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_launched_was_compiled_ahead(work: str, count: int, tmp_path: Path) -> None:
-    """On memory that is really there, in another order, in another process; a launch has waited until all was there."""
-    cache = tmp_path / "new" / "cache"
-    found = launched(work, cache, ahead=True)
+    """On memory that is really there, in another order, in another process."""
+    found = told(f"launches({work!r}, ahead=True)", tmp_path / "new" / "cache")
     assert found["compiled"] == []
     assert len(found["cached"]) >= count
-    assert not found["waits"]
-    (done,) = cache.glob("longread-*")
-    assert done.read_bytes() == b""
+
+
+def test_neither_reading_nor_a_step_imports_pytorchs_compiler(tmp_path: Path) -> None:
+    """Which takes seconds."""
+    found = told("imports()", tmp_path)
+    assert all(count >= 20 for count in found["counts"])
+    assert not {"torch._dynamo", "torch._inductor", "sympy"}.intersection(found["modules"])
 
 
 class Ended:
@@ -76,6 +83,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(precompile, "FEWEST_PROCESSORS", 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     yield
     del triton.knobs.cache.manager_class
 
@@ -100,19 +109,27 @@ def test_a_process_that_cannot_be_started_is_done_without(monkeypatch: pytest.Mo
     assert triton.knobs.cache.manager_class is None
 
 
-@pytest.mark.usefixtures("gpu")
-def test_what_was_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Until what is compiled, or for which device, is another."""
-    begun: list[Any] = []
+@pytest.fixture
+def begun(gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """What is asked of the processes that are begun; they end at once."""
+    requests: list[dict[str, Any]] = []
+
+    class Request(io.StringIO):
+        def close(self) -> None:
+            requests.append(json.loads(self.getvalue()))
 
     def popen(command: Any, **options: Any) -> Any:
-        begun.append(command)
-        return SimpleNamespace(stdin=(tmp_path / "request").open("w"), kill=lambda: None, wait=lambda seconds: 0)
+        return SimpleNamespace(stdin=Request(), returncode=0, poll=lambda: 0, wait=lambda: 0)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
+    return requests
+
+
+def test_what_was_done_is_not_done_again(begun: list[dict[str, Any]]) -> None:
+    """Until what is compiled, or for which device, is another."""
     for capability in (90, 90, 100):
         precompile.begin(precompiled.gates, [8], capability)
-        Path(json.loads((tmp_path / "request").read_text())["done"]).touch()
+        Path(begun[-1]["done"]).touch()
     assert len(begun) == 2
     precompile.begin(precompiled.gates, [16], 90)
     assert not looked_for("a")
@@ -120,12 +137,30 @@ def test_what_was_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert len(begun) == 3
 
 
+def test_nothing_is_begun_where_nothing_would_be_gained(
+    begun: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    precompile.begin(precompiled.gates, [8], 90)
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    precompile.begin(precompiled.gates, [8], 90)
+    assert begun == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    with pytest.raises(OSError, match="no such program"):
+        precompile.begin(precompiled.gates, [8], 90)
+
+
 @pytest.fixture
 def process(gpu: None) -> Iterator[subprocess.Popen[str]]:
-    """One that leaves a kernel in the cache as it ends."""
+    """One that leaves a kernel in the cache and goes on; its standard input ends it."""
     place = Path(triton.runtime.cache.get_cache_manager("00").put("", "before")).with_name("after")
-    code = f"import time; time.sleep(0.2); open({str(place)!r}, 'w')"
-    with subprocess.Popen([sys.executable, "-S", "-c", code], text=True) as begun:
+    code = f"import sys, time; time.sleep(0.2); open({str(place)!r}, 'w'); sys.stdin.read()"
+    command = [sys.executable, "-S", "-c", code]
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, process_group=0) as begun:
         yield begun
         begun.kill()
 
@@ -133,24 +168,60 @@ def process(gpu: None) -> Iterator[subprocess.Popen[str]]:
 def test_a_kernel_that_is_not_there_is_waited_for(process: subprocess.Popen[str]) -> None:
     precompile.let_launches_wait_for(process)
     assert looked_for("before")
-    assert process.poll() is None
     assert looked_for("after")
-    assert process.poll() == 0
+    assert process.poll() is None  # what else it does is not waited for
+    process.communicate()
+    assert not looked_for("never")
     assert triton.knobs.cache.manager_class is None
 
 
 def test_nobody_waits_for_ever(process: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precompile, "LONGEST_WAIT", 0.0)
+    monkeypatch.setattr(precompile, "LONGEST", 0)
     precompile.let_launches_wait_for(process)
-    assert not looked_for("after")
-    assert process.wait() < 0
+    assert not looked_for("never")
+    assert process.poll() is None
+    assert triton.knobs.cache.manager_class is None
+
+
+def test_a_fork_does_not_wait_for_what_its_parent_began(process: subprocess.Popen[str]) -> None:
+    precompile.let_launches_wait_for(process)
+    if (child := os.fork()) == 0:
+        precompile._end(process, os.getppid())
+        os._exit(looked_for("never"))
+    assert os.waitpid(child, 0)[1] == 0
+    assert process.poll() is None
+    precompile._end(process, os.getpid())
+    assert process.wait() == -signal.SIGKILL
 
 
 def test_a_fork_that_fails_is_told(tmp_path: Path) -> None:
     def leave(name: str) -> Any:
         return lambda: (tmp_path / name).touch()
 
-    assert precompile.in_forks([leave("a"), leave("b"), leave("c")], 2)
+    def fail() -> None:
+        raise RuntimeError
+
+    forks = compiling.Forks(2, 60)
+    for task in [leave("a"), leave("b"), leave("c")]:
+        forks.do(task)
+    assert forks.all_well()
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
-    assert not precompile.in_forks([leave("d"), precompiled.nothing], 1)
+    forks.do(fail)
+    forks.do(leave("d"))
+    assert not forks.all_well()
     assert (tmp_path / "d").exists()
+    hanging = compiling.Forks(2, 1)
+    hanging.do(lambda: time.sleep(600))
+    assert not hanging.all_well()
+
+
+def test_a_module_that_is_spared_comes_when_it_is_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    spared = compiling._Unimported("colorsys", lambda: importlib.import_module("colorsys"), known=1)
+    monkeypatch.setitem(sys.modules, "colorsys", spared)
+    import colorsys
+
+    assert colorsys is spared
+    assert colorsys.known == 1  # type: ignore[attr-defined]
+    assert sys.modules["colorsys"] is spared
+    assert colorsys.rgb_to_yiq(0, 0, 0) == (0, 0, 0)
+    assert sys.modules["colorsys"] is not spared

@@ -54,6 +54,7 @@ def rehearse_reading(
         else:
             read(model, state, tokens, inner=inner, learn=learn, guard=True)
         state = read(model, later, tokens, inner=inner, learn=learn, guard=True).state
+        state = read(model, state, tokens[:, :1], inner=inner, learn=learn, guard=True).state
         writer = Decoder(model, state, inner, learn=learn)
         for _ in range(2):
             writer.logits()

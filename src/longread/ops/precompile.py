@@ -2,9 +2,9 @@
 
 Triton compiles a kernel when it is first launched, one after the other: half a minute of a process that meets an empty
 cache. `precompile` starts a process beside this one, which rehearses the work to come on tensors of the meta device:
-they have shapes, types and alignments, which is all that a kernel is compiled for, and no memory. It notes each launch
-instead of making it, and then compiles all that was noted on all processors, into Triton's cache on the disk. Whoever
-launches a kernel that is not there yet waits for that process.
+they have shapes, types and alignments, which is all that a kernel is compiled for, and no memory. Instead of launching
+a kernel it leaves it to a fork that compiles it into Triton's cache on the disk. Whoever launches a kernel that is not
+there yet waits until it is, or that process has ended.
 
 It only ever fills the cache: what is not rehearsed, or fails, is compiled at its launch as always.
 """
@@ -16,8 +16,11 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,14 +29,18 @@ import torch
 
 from longread.ops import fusible
 
-LONGEST_WAIT = 120.0
-"""Seconds that a launch waits; after them the process is ended, and the launch compiles for itself."""
+LONGEST = 30
+"""Seconds that the process and each of its forks have; after them every launch compiles for itself."""
+FEWEST_PROCESSORS = 4
+"""With less of them a rehearsal takes as long as what it saves."""
+LOOK_EVERY = 0.01
+"""Seconds."""
 _CHILD = """
 import json, sys
 request = json.load(sys.stdin)
 sys.path[:] = request["path"]
 from {module} import {function}
-from longread.ops.precompile import compile_noted
+from longread.ops.compiling import compile_noted
 compile_noted({function}, request)
 """
 logger = logging.getLogger(__name__)
@@ -62,16 +69,20 @@ def begin(rehearsal: Callable[..., None], arguments: list[Any], capability: int)
     """The same for GPUs of a compute capability, 90 for 9.0; raises what it meets."""
     from triton import knobs
 
-    function = rehearsal.__module__, rehearsal.__qualname__
-    done = Path(knobs.cache.dir) / f"longread-{_digest([function, arguments, capability])}"
-    if done.exists():
+    workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    function, cache = (rehearsal.__module__, rehearsal.__qualname__), Path(knobs.cache.dir)
+    done = cache / f"longread-{_digest([function, arguments, capability])}"
+    if workers < FEWEST_PROCESSORS or knobs.compilation.always_compile or done.exists():
         return
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cache.mkdir(parents=True, exist_ok=True)
+    if not os.access(cache, os.W_OK):
+        return
     request = {
         "path": sys.path,
         "arguments": arguments,
         "capability": capability,
-        "workers": max(1, len(os.sched_getaffinity(0)) // ranks),
+        "workers": workers,
+        "longest": LONGEST,
         "done": str(done),
     }
     process = subprocess.Popen(  # noqa: S603
@@ -81,11 +92,19 @@ def begin(rehearsal: Callable[..., None], arguments: list[Any], capability: int)
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         text=True,
+        process_group=0,  # with its forks
     )
     with process.stdin as stdin:  # type: ignore[union-attr]
         json.dump(request, stdin)
-    atexit.register(process.kill)
+    threading.Thread(target=process.wait, name="precompile", daemon=True).start()  # so that it leaves no zombie
+    atexit.register(_end, process, os.getpid())
     let_launches_wait_for(process)
+
+
+def _end(process: subprocess.Popen[str], owner: int) -> None:
+    if os.getpid() == owner and process.returncode is None:  # not in a fork of the owner
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _digest(facts: list[Any]) -> str:
@@ -98,27 +117,31 @@ def _digest(facts: list[Any]) -> str:
 
 
 def let_launches_wait_for(process: subprocess.Popen[str]) -> None:
-    """What Triton does not find in its cache before the process has ended it looks for once more then."""
+    """What Triton does not find in its cache it looks for until it is there, or the process has ended."""
     from triton import knobs
     from triton.runtime.cache import FileCacheManager
 
-    before = knobs.cache.manager_class
+    before, owner, latest = knobs.cache.manager_class, os.getpid(), time.monotonic() + LONGEST
 
     class WaitingCacheManager(before or FileCacheManager):  # type: ignore[misc, valid-type]
         def get_group(self, filename: str) -> Any:
-            return super().get_group(filename) or (wait() and super().get_group(filename))
+            return awaited(super().get_group, filename)
 
         def get_file(self, filename: str) -> Any:
-            return super().get_file(filename) or (wait() and super().get_file(filename))
+            return awaited(super().get_file, filename)
 
-    def wait() -> bool:
-        try:
-            process.wait(LONGEST_WAIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        if knobs.cache.manager_class is WaitingCacheManager:
-            knobs.cache.manager_class = before
-        return True
+    def awaited(look: Callable[[str], Any], filename: str) -> Any:
+        while not (found := look(filename)):
+            if ended():
+                if knobs.cache.manager_class is WaitingCacheManager:
+                    knobs.cache.manager_class = before
+                return look(filename)
+            time.sleep(LOOK_EVERY)
+        return found
+
+    def ended() -> bool:
+        # a fork of this process, where nobody waits for it, is not to wait either
+        return os.getpid() != owner or process.poll() is not None or time.monotonic() > latest
 
     knobs.cache.manager_class = WaitingCacheManager
 
@@ -134,96 +157,3 @@ def settle_names(module: dict[str, Any]) -> None:
     for function in list(module.values()):
         if isinstance(function, triton.JITFunction):
             _ = function.cache_key
-
-
-# The process beside it.
-
-
-def compile_noted(rehearsal: Callable[..., None], request: dict[str, Any]) -> None:
-    """Compiles the kernels of a rehearsal in as many forks as `request` says; notes there that it is done."""
-    from triton.runtime.cache import triton_key
-
-    noted = noted_launches(rehearsal, request["arguments"], request["capability"])
-    triton_key()  # hashes hundreds of megabytes, once for all forks
-    if in_forks([*noted, _build_driver], request["workers"]):
-        Path(request["done"]).touch()
-
-
-def noted_launches(rehearsal: Callable[..., None], arguments: list[Any], capability: int) -> list[Callable[[], None]]:
-    """What compiles each kernel that the rehearsal launches, those with most arguments, which take longest, first.
-
-    From here on this process launches no Triton kernel any more.
-    """
-    from triton import knobs
-    from triton.runtime.driver import driver
-
-    noted: dict[Any, tuple[int, Callable[[], None]]] = {}
-
-    def note(*, key, fn, **facts) -> bool:
-        def compiled(kernel=fn.jit_function, data=facts["compile"]["specialization_data"]) -> None:
-            knobs.runtime.jit_cache_hook = None
-            _build_launcher(kernel.preload(data))
-
-        noted.setdefault((fn.module, fn.name, key), (len(facts["compile"]["signature"]), compiled))
-        return True  # as if it had been compiled: then nothing is launched
-
-    driver.set_active(NoDevice(capability))
-    knobs.runtime.jit_cache_hook = note
-    fusible.meta_stands_for_a_gpu = True
-    with torch.autograd.set_multithreading_enabled(False):  # there are no threads for the meta device
-        rehearsal(*arguments)
-    return [compiled for _, compiled in sorted(noted.values(), key=lambda pair: -pair[0])]
-
-
-class NoDevice:
-    """What Triton asks its driver when it compiles, without a driver."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-
-def _build_launcher(kernel: Any) -> None:
-    """The C function that passes the arguments of a kernel on, which Triton builds at the first launch, by gcc."""
-    with contextlib.suppress(Exception):  # without the driver's library none can be linked
-        from triton.backends.nvidia.driver import CudaLauncher
-
-        CudaLauncher(kernel.src, kernel.metadata)
-
-
-def _build_driver() -> None:
-    with contextlib.suppress(Exception):
-        from triton.backends.nvidia.driver import CudaUtils
-
-        CudaUtils()
-
-
-def in_forks(tasks: list[Callable[[], None]], workers: int) -> bool:
-    """Does the tasks in their order, each worker the next one that is left; whether all went well."""
-    reading, writing = os.pipe()
-    os.write(writing, b"".join(index.to_bytes(2, "little") for index in range(len(tasks))))
-    os.close(writing)
-    children = []
-    for _ in range(min(workers, len(tasks))):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                while taken := os.read(reading, 2):
-                    tasks[int.from_bytes(taken, "little")]()
-                status = 0
-            finally:
-                os._exit(status)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]  # all are waited for, whatever the first says
-    return not any(statuses)
