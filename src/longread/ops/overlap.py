@@ -4,8 +4,9 @@ Such a kernel asks for what no kernel beside it writes, its weights, and waits o
 else. Each waits for the end of the one before, which waited itself: so all that came earlier has ended too.
 """
 
-import torch
 from torch import Tensor
+
+from longread.ops.fusible import capability, is_on_a_gpu
 
 OVERLAP = False
 """Whether kernels that can do it are launched so."""
@@ -13,4 +14,4 @@ OVERLAP = False
 
 def overlaps(x: Tensor) -> bool:
     """Whether kernels on the device of x are."""
-    return OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return OVERLAP and is_on_a_gpu(x) and capability(x) >= (9, 0)
