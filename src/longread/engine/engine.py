@@ -477,13 +477,14 @@ class Engine:
         with self._lock:
             if reader.lane is None:
                 return work()
-            done = self._scheduler.command(work)
+            done = self._scheduler.command(work, reader)
         return done.result()
 
     def _between_pieces(self, session_id: str, work: Callable[[], T], *, at_once: bool) -> T:
         """What `work` gives, with the lock held; between two pieces or tokens, if there are any and not `at_once`."""
         with self._lock:
-            if at_once or not self._members.find(session_id).jobs:
+            reader = self._members.find(session_id)
+            if at_once or not reader.jobs:
                 return work()
-            done = self._scheduler.command(work)
+            done = self._scheduler.command(work, reader)
         return done.result()

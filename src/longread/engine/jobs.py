@@ -44,6 +44,8 @@ class Jobs:
         self.tiers = Tiers(model, limits, self.lanes, self.mover, self.lock.run)
         self.shares, self.stopwatches = Shares(), Stopwatches()
         self.counts = dict.fromkeys(("tokens_read", "tokens_written", "steps", "rolled_back", "groups", "rounds"), 0)
+        self.paused: Sequence[Job] = ()
+        """Those whose text is being read and stands still for others: nothing else may happen to their sessions."""
         self.files: Persistence
         self._tickets = 0
 
@@ -112,7 +114,11 @@ class Jobs:
         others = [
             job
             for job in jobs
-            if job.ready and job.next is None and held[job.reader.owner] > fewer and job.served >= PATIENCE
+            if job not in self.paused
+            and job.ready
+            and job.next is None
+            and held[job.reader.owner] > fewer
+            and job.served >= PATIENCE
         ]
         if not others:
             return

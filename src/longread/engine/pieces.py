@@ -1,15 +1,16 @@
 """A piece of text, read by a group of sessions at once.
 
-It is short while somebody writes: one mini-batch, of as many sessions as the device reads in `HOLD` seconds. With
-nobody writing it is as long as pays. Where a batch must change no bit it is always as long, since how a text is cut
-changes the last bits too.
+It is as long as pays. On a CPU it stands still after each mini-batch's work, so that others can have a turn. On a GPU,
+whose graphs cannot, it is one mini-batch while somebody writes, but where a batch must change no bit: how a text is cut
+changes the last bits too. While somebody writes, a group is as many sessions as read a mini-batch in `HOLD` seconds.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from longread.inner_loop import Reading, ReadingState, captured, read, rescue
 from longread.inner_loop.batches import apart, together
 
 LONG, SHORT = 2048, 128
-"""Tokens of a text that are read at a time, with nobody who writes and beside others; or one mini-batch, if longer."""
+"""Tokens of a text that are read at a time, and where others wait for the end of that; or one mini-batch, if longer."""
 STRETCHES = 4
 """On a GPU: of so many for which the lower half of the network runs at once."""
 STEPS = 8
@@ -47,6 +48,10 @@ class _Read(NamedTuple):
     top: list[list[tuple[int, float]]]
 
 
+class _Unwanted(Exception):
+    """Nobody waits any more for what is being read."""
+
+
 class TextPieces:
     """Cuts texts, finds who can read together, and lets them read and books it."""
 
@@ -56,17 +61,19 @@ class TextPieces:
         on_gpu, work = jobs.model.device.type == "cuda", int(MOST_WORK / jobs.model.config.num_parameters)
         long = LONG if on_gpu else min(LONG, work)
         self.long, self.short = (self._M * min(STEPS, max(1, tokens // self._M)) for tokens in (long, SHORT))
-        """Tokens of a piece with nobody who writes, and beside others."""
-        if jobs.alone:  # on a GPU long enough for graphs
-            self.long = self.short = self.long if on_gpu else self.short
-        elif on_gpu:
+        """Tokens of a piece, and of one for whose end others wait."""
+        self.pauses = not on_gpu
+        """Whether a long piece stands still now and then."""
+        if on_gpu and not jobs.alone:
             self.long = max(self.long, STRETCHES * self._M * math.ceil(captured.STRETCH / self._M))
+        if jobs.alone:
+            self.short = self.long
         self._pace: float | None = None  # seconds a token, as read last
 
-    def ends_here(self, job: Job) -> bool:
-        """Whether a job can stop now: between two mini-batches, or where nothing is learned."""
+    def stops(self, job: Job) -> bool:
+        """Whether a job that reads is to stop, and can: between two mini-batches, or where nothing is learned."""
         state = job.reader.state
-        return state is None or state.hidden.shape[1] in (0, self._M)
+        return job.task.cancelled and not job.replay and (state is None or state.hidden.shape[1] in (0, self._M))
 
     def _tokens(self, job: Job, size: int) -> Sequence[int]:
         """What a job reads next: the drawn token, or as much as brings it to the end of a mini-batch, or `size`."""
@@ -95,34 +102,53 @@ class TextPieces:
         jobs = self._jobs
         if jobs.alone:
             return 1
-        most = GROUP
+        most = GROUP // max(1, tokens)
         if hurried and tokens >= self._M:  # until it has been seen how long one takes: one
-            most = min(most, int(HOLD / self._pace)) if self._pace else 1
-        return max(1, min(jobs.limits.max_batch, most // max(1, tokens)))
+            held = self._M if self.pauses else tokens
+            most = min(most, int(HOLD / self._pace) // held) if self._pace else 1
+        return max(1, min(jobs.limits.max_batch, most))
 
     def _key(self, job: Job, size: int) -> tuple[Any, ...]:
         return job.reader.shapes, len(self._tokens(job, size)), job.learns, job.logprobs if job.reads else 0
 
-    def read(self, group: list[Job], size: int) -> None:
-        """Reads the next tokens of jobs that are a group."""
-        jobs = self._jobs
+    def read(self, group: list[Job], size: int, between: Callable[[], None] | None = None) -> None:
+        """Reads the next tokens of jobs that are a group.
+
+        Args:
+            between: called whenever the piece stands still, with the lock held. Afterwards it is given up if nobody
+                wants it any more: then nothing of it has been read.
+        """
+        jobs, paused = self._jobs, 0.0
+
+        def pause(turn: Callable[[], None]) -> None:
+            nonlocal paused
+            stopped = time.perf_counter()
+            with jobs.lock:
+                turn()
+                if all(self.stops(job) for job in group):
+                    raise _Unwanted
+            paused += time.perf_counter() - stopped
+
         began = time.perf_counter()
         pieces = [list(self._tokens(job, size)) for job in group]
         before = [state_of(job.reader) for job in group]
+        pausing = None if between is None else functools.partial(pause, between)
         learn, top, scored = group[0].learns, group[0].logprobs if group[0].reads else 0, group[0].next is None
         for job in group:
             jobs.computing(job)
         try:
             with jobs.lock.released():
-                found = self._computed(before, pieces, learn=learn, top=top, may_rescue=scored)
+                found = self._computed(before, pieces, learn=learn, top=top, may_rescue=scored, pause=pausing)
+        except _Unwanted:
+            return
         except torch.OutOfMemoryError:
             if len(group) == 1:
                 raise
             half = len(group) // 2
             for part in (group[:half], group[half:]):
-                self.read(part, size)
+                self.read(part, size, between)
             return
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - paused
         if len(pieces[0]) >= self._M:
             self._pace = seconds / sum(map(len, pieces))
         jobs.counts["groups"] += 1
@@ -154,12 +180,19 @@ class TextPieces:
                 jobs.end_reading(job)
 
     def _computed(
-        self, before: list[ReadingState], pieces: list[list[int]], *, learn: bool, top: int, may_rescue: bool
+        self,
+        before: list[ReadingState],
+        pieces: list[list[int]],
+        *,
+        learn: bool,
+        top: int,
+        may_rescue: bool,
+        pause: Callable[[], None] | None,
     ) -> list[_Read]:
         """What comes of reading a piece from each of these states."""
         model, inner = self._jobs.model, self._jobs.inner
         tokens = torch.tensor(pieces, device=model.device)
-        found = read(model, together(before), tokens, inner=inner, learn=learn, guard=True, top=top)
+        found = read(model, together(before), tokens, inner=inner, learn=learn, guard=True, top=top, pause=pause)
         states = apart(found.state)
         nll, norms, refused = found.nll.tolist(), found.inner_grad_norm.tolist(), found.rolled_back.tolist()
         likeliest = tops(found) or [[] for _ in before]

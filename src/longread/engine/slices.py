@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
@@ -15,14 +16,18 @@ from longread.engine.reader import Job
 from longread.session.sampling import Drawn, Sampling, draw, seeded
 
 QUIET = 1.0
-"""Seconds without a writer after which pieces are long again: who writes a token at a time is still there."""
+"""Seconds without a writer after which all is as if nobody wrote: who asks for one token at a time is still there."""
 
 
 class Slices:
-    """Computes for jobs, with the lock let go; `Jobs` begins and ends them."""
+    """Computes for jobs, with the lock let go; `Jobs` begins and ends them.
 
-    def __init__(self, jobs: Jobs) -> None:
-        self._jobs, self._lanes, self._pieces = jobs, jobs.lanes, TextPieces(jobs)
+    Args:
+        turn: what others do while a long piece of text stands still.
+    """
+
+    def __init__(self, jobs: Jobs, turn: Callable[[], object]) -> None:
+        self._jobs, self._lanes, self._pieces, self._turn = jobs, jobs.lanes, TextPieces(jobs), turn
         self._short_first: defaultdict[str, bool] = defaultdict(lambda: True)
         self._wrote_at = -math.inf
 
@@ -148,14 +153,21 @@ class Slices:
             self._jobs.guarded([job], self._lanes.enter, job)
 
     def read(self, heads: list[Job]) -> bool:
-        """Reads a piece of text with a group of readers; says whether there was any."""
+        """Reads a piece of text with a group of readers; says whether there was any.
+
+        While another text stands still only a prompt, which somebody waits to see continued, and a short piece of it;
+        and not of an owner who has had more than those of that text.
+        """
         jobs = self._jobs
         readers = [job for job in heads if job.ready and job.reads and job.next is None]
         for job in readers:
-            if job.task.cancelled and not job.replay and self._pieces.ends_here(job):
+            if self._pieces.stops(job):
                 jobs.guarded([job], jobs.cancel_reading, job)
         readers = [job for job in readers if job.ready]
-        if not readers:
+        if jobs.paused:
+            had = min(jobs.shares.had(job.reader.owner) for job in jobs.paused)
+            readers = [job for job in readers if job.sampling is not None and jobs.shares.had(job.reader.owner) <= had]
+        if not readers or (jobs.paused and jobs.alone):  # there no piece is short
             return False
         owner = min(readers, key=lambda job: (jobs.shares.had(job.reader.owner), job.ticket)).reader.owner
         # every other time: a short text need not wait until all long ones of its owner have had a turn
@@ -170,11 +182,23 @@ class Slices:
         here = [job for job in readers if jobs.is_here(job)]
         if not here:
             return False
-        hurried = self._is_hurried(heads, here[0])
-        size = self._pieces.short if hurried else self._pieces.long
+        hurried = bool(jobs.paused) or self._is_hurried(heads, here[0])
+        size = self._pieces.short if jobs.paused or (hurried and not self._pieces.pauses) else self._pieces.long
         group = self._pieces.group(here, size, hurried=hurried)
         began = time.perf_counter()
-        jobs.guarded(group, self._pieces.read, group, size)
+
+        def between() -> None:
+            nonlocal began
+            self._charge(group, began)
+            jobs.paused = group
+            try:
+                self._turn()
+            finally:
+                jobs.paused = ()
+                began = time.perf_counter()
+
+        pausing = self._pieces.pauses and not jobs.paused
+        jobs.guarded(group, self._pieces.read, group, size, between if pausing else None)
         self._charge(group, began)
         for job in group:
             jobs.to_the_end(job)

@@ -4,6 +4,7 @@ optimizers.py  the rules of the inner step, and where another is registered
 step.py      the loss of a mini-batch, one step on it, the scan over mini-batches (paper Eq. 2 and 5)
 state.py     what is left of a text after it has been read
 reading.py   any text in any pieces: the same steps, taken as soon as their tokens have arrived
+pauses.py    where reading stands still, so that its caller can do something else
 captured.py  long stretches of it on a GPU, as replays of CUDA graphs
 strips.py    the keys and values that these see, and when it is worth to capture one
 graphs.py    how a CUDA graph is captured, checked, and done without

@@ -9,6 +9,7 @@ in pieces, or token by token the same computation.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
 from longread.inner_loop.optimizers import optimizer_named
+from longread.inner_loop.pauses import STEP, Pauses
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import Carry, Recorded, Step, inner_step, recorded, step_norm_limit
 from longread.model import Past, Transformer
@@ -87,6 +89,7 @@ def read(
     guard: bool = False,
     top: int = 0,
     outputs: bool = False,
+    pause: Callable[[], None] | None = None,
 ) -> Reading:
     """Reads n more tokens of each sequence.
 
@@ -100,8 +103,11 @@ def read(
             read without learning, and the state stays good. Decided on the device, which is not waited for.
         top: how many of the likeliest tokens to find in the place of each token; costs all logits.
         outputs: whether to keep the outputs of all tokens.
+        pause: called in between, after about a mini-batch's work each time (`Pauses`), where nothing is half done: it
+            may read and write with the same model. What it raises ends the reading, of which then nothing is left.
+            CUDA graphs do not pause.
     """
-    reader = _Reader(model, state, inner, guard, top, outputs)
+    reader = _Reader(model, state, inner, guard, top, outputs, Pauses(model, pause, learn=learn))
     if tokens.shape[1]:
         mask = torch.ones_like(tokens, dtype=torch.bool) if loss_mask is None else loss_mask
         reader.first(tokens[:, :1])
@@ -131,6 +137,7 @@ class _Reader:
     guard: bool
     top: int
     keep_outputs: bool
+    pauses: Pauses
     nll: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     refusals: list[Tensor] = field(default_factory=list)
@@ -224,15 +231,18 @@ class _Reader:
         self.state = dataclasses.replace(self.state, **changes)  # type: ignore[arg-type]
 
     def _lower(self, tokens: Tensor) -> Tensor:
-        hidden, own = self.model.lower(tokens, self.state.lower_pasts, start=self.state.start)
+        pause, start = self.pauses.in_lower(tokens.shape[1]), self.state.start
+        hidden, own = self.model.lower(tokens, self.state.lower_pasts, start=start, pause=pause)
         self._move(lower_pasts=self.model.advance(self.state.lower_pasts, own, 0))
         return hidden
 
     def _upper(self, hidden: Tensor, targets: Tensor, keep: int, run: Recorded | None = None) -> None:
         """Scores tokens with the weights as they are; the pasts keep the window and `keep` tokens more."""
-        state, model = self.state, self.model
+        state, model, pause = self.state, self.model, self.pauses.in_upper(hidden.shape[1])
         if run is None:
-            output, own = model.upper(hidden, state.fast, state.upper_pasts, start=state.start, order=0)
+            output, own = model.upper(hidden, state.fast, state.upper_pasts, start=state.start, order=0, pause=pause)
+            if pause is not None:
+                pause()
         else:
             output, own = run.output.detach(), tuple(made.detach() for made in run.own)
         self.outputs += [output] if self.keep_outputs else []
@@ -253,6 +263,8 @@ class _Reader:
         # on a GPU memory is dearer than a second run
         whole = hidden.shape[1] == self.model.config.mini_batch_size and not hidden.is_cuda
         carry = Carry(state.fast, state.upper_pasts)
+        if whole:
+            self.pauses.before_passes(1, hidden.shape[1])
         run = recorded(self.model, carry, waiting, start=state.start) if whole else None
         self._move(
             hidden=waiting,
@@ -264,6 +276,7 @@ class _Reader:
     def _finish(self, target: Tensor, mask: Tensor) -> None:
         """The step on an unfinished mini-batch, whose last target has come."""
         state, M = self.state, self.state.hidden.shape[1]
+        self.pauses.before_passes(STEP - 1, M)
         # its tokens' own keys and values are made again, with a graph, after those of the window before it
         before = tuple(past.before(M) for past in state.upper_pasts)
         run = state.run
@@ -288,6 +301,7 @@ class _Reader:
     def _whole(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
         """A mini-batch that came with all its targets: scored and learned from in one pass."""
         state = self.state
+        self.pauses.before_passes(STEP, hidden.shape[1])
         carry = Carry(state.fast, state.upper_pasts)
         step = inner_step(
             self.model,

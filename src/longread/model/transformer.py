@@ -212,6 +212,7 @@ class Transformer(nn.Module):
         start: int | Tensor,
         recompute: bool = False,
         keep_attention: bool = True,
+        pause: Callable[[], None] | None = None,
     ) -> tuple[Tensor, tuple[MixerPast, ...]]:
         """Everything that no fast weight touches, over tokens at positions start … start + T − 1.
 
@@ -221,6 +222,7 @@ class Transformer(nn.Module):
             start: a tensor [] where it changes under a CUDA graph; [B] where each sequence is somewhere else.
             recompute: for the gradient each block keeps only its input and attention's results; the rest runs again.
             keep_attention: without it, attention runs again too.
+            pause: called before each block; nothing is half done there, so the caller may do something else.
 
         Returns:
             hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and of each mixer what `advance`
@@ -231,6 +233,8 @@ class Transformer(nn.Module):
         rotary, left = self.rotary(start, x), iter(pasts)
         own: list[MixerPast] = []
         for block in (*self.prefix, *self.suffix[:1]):
+            if pause is not None:
+                pause()
             inputs = x, [next(left) for _ in block.mixers], rotary
             x, made = _perhaps_again(block.below, *inputs, again=recompute, keep_attention=keep_attention)
             own += [] if recompute else made
@@ -246,6 +250,7 @@ class Transformer(nn.Module):
         order: int,
         recompute: bool = False,
         group: ProcessGroup | None = None,
+        pause: Callable[[], None] | None = None,
     ) -> tuple[Tensor, tuple[Past, ...]]:
         """The suffix above its first attention, and the final norm, with the given fast weights.
 
@@ -254,7 +259,7 @@ class Transformer(nn.Module):
             fast: one `SwiGLU` for each suffix block; None: the parameters W_0 as they are, shared by all sequences.
             pasts: one for each attention above the lowest fast MLP.
             order: order of derivative that will be taken.
-            recompute: as in `lower`.
+            recompute, pause: as in `lower`.
             group: ranks that divide F among themselves and have all else alike; `fast` is then this rank's part.
 
         Returns:
@@ -262,6 +267,8 @@ class Transformer(nn.Module):
         """
         x, rotary, own = hidden, self.rotary(start, hidden), []
         for index, block in enumerate(self.suffix):
+            if pause is not None:
+                pause()
             past = pasts[index - 1] if index else None
             weights = None if fast is None else fast[index]
             x, made = _perhaps_again(block.above, x, past, weights, rotary, order, group, again=recompute)
