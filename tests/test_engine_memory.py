@@ -44,9 +44,9 @@ def test_a_writer_that_the_device_cannot_hold_twice_goes_to_the_host(
 
     read_group, tiers = TextPieces.read, set()
 
-    def reading(pieces: TextPieces, jobs: list[Job], size: int) -> None:
+    def reading(pieces: TextPieces, jobs: list[Job], *rest: Any) -> None:
         tiers.update(job.reader.tier for job in jobs)
-        read_group(pieces, jobs, size)
+        read_group(pieces, jobs, *rest)
 
     monkeypatch.setattr(Lanes, "state", short)
     monkeypatch.setattr(TextPieces, "read", reading)
