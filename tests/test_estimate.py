@@ -66,7 +66,8 @@ def test_of_training_too(capsys: pytest.CaptureFixture[str]) -> None:
     found = figures(capsys, "760m", *options, "--memory", "139")
     step = "a step of 1 × 131,072 tokens in bfloat16, recompute"
     assert float(found[f"{step} sqrt"].removesuffix(" GiB")) == pytest.approx(56.4, rel=0.1)
-    assert found["the first that fits into 139 GiB, a fifth left free"] == "sqrt"
+    assert found["the first that fits into 139 GiB, a fifth left free"] == "76-steps"
+    assert float(found[f"{step} 76-steps"].removesuffix(" GiB")) == pytest.approx(110.7, abs=0.1)
     less = figures(capsys, "760m", *options, "--memory", "40")
     assert less["the first that fits into 40 GiB, a fifth left free"] == "none of them"
     assert main(["estimate", "toy", "--train", "1", "--context-length", "1000"]) == 2

@@ -109,10 +109,10 @@ def products(config: ModelConfig, T: int, loss: str, trained: int | None = None,
 
 
 KINDS = {
-    "static": ("static", {}, ["none", "blocks"]),
-    "exact": ("end-to-end", {}, ["none", "blocks", "sqrt", "step", "all"]),
+    "static": ("static", {}, ["none", "2-blocks", "blocks"]),
+    "exact": ("end-to-end", {}, ["none", "1-blocks", "blocks", "1-steps", "sqrt", "step", "all"]),
     "first-order": ("end-to-end", {"meta_gradient": "first-order"}, ["none"]),
-    "truncated": ("end-to-end", {"truncate_after": 2}, ["sqrt", "step"]),
+    "truncated": ("end-to-end", {"truncate_after": 2}, ["1-steps", "sqrt", "step"]),
 }
 """Loss, options, and schedules that are not slow."""
 
@@ -135,11 +135,11 @@ SHAPES: list[tuple[dict[str, Any], int | None]] = [
             loss, options, schedule, id=f"{name}-{schedule}", marks=() if schedule in essential else pytest.mark.slow
         )
         for name, (loss, options, essential) in KINDS.items()
-        for schedule in ("none", "blocks", "sqrt", "step", "all")
+        for schedule in dict.fromkeys((*essential, "none", "blocks", "sqrt", "step", "all"))
     ],
 )
 def test_flops_of_training_are_those_that_run(loss: Any, options: Any, recompute: Any) -> None:
-    """Five mini-batches: segments of three and two."""
+    """Five mini-batches, of which "sqrt" keeps three."""
     for fields, trained in SHAPES:
         if loss == "end-to-end" and not fields["num_suffix_blocks"]:
             continue

@@ -137,19 +137,23 @@ def test_recomputation_changes_no_gradient(meta: dict) -> None:
     model = make(small())
     data = batch(model.config, T=28)
     found = {}
-    for schedule in ("none", "blocks", "sqrt", "step", "all"):
+    for schedule in ("none", "2-blocks", "blocks", "2-steps", "sqrt", "5-steps", "step", "all"):
         result = end_to_end_loss(model, *data, inner_lr=0.7, inner_clip=0.5, recompute=schedule, **meta)
         found[schedule] = gradients(model, result.loss)
-    for schedule in ("blocks", "sqrt", "step", "all"):
-        same(found[schedule], found["none"], 1e-12)
+    for expected in found.values():
+        same(found["none"], expected, 1e-12)
 
 
 @pytest.mark.parametrize(
     ("schedule", "truncate_after", "expected"),
     [
         ("blocks", 2, [(0, 2), (2, 4), (4, 6), (6, 7)]),
-        ("sqrt", None, [(0, 1), (1, 4), (4, 7), (1, 4), (0, 1)]),
-        ("sqrt", 2, [(0, 1), (1, 2), (2, 4), (4, 6), (6, 7), (4, 6), (2, 4), (1, 2), (0, 1)]),
+        ("1-blocks", None, [(0, 7)]),
+        ("2-steps", None, [(0, 2), (2, 7), (0, 2)]),
+        ("sqrt", None, [(0, 2), (2, 4), (4, 7), (2, 4), (0, 2)]),
+        ("5-steps", None, [(0, 1), (1, 3), (3, 5), (5, 7), (3, 5), (1, 3), (0, 1)]),
+        ("sqrt", 2, [(0, 2), (2, 4), (4, 6), (6, 7), (2, 4), (0, 2)]),
+        ("3-steps", 4, [(0, 3), (3, 4), (4, 7), (0, 3)]),
         ("step", None, [*((i, i + 1) for i in range(7)), *((i, i + 1) for i in range(5, -1, -1))]),
     ],
 )
@@ -343,6 +347,9 @@ def test_a_length_that_is_no_multiple_of_the_mini_batch_is_refused() -> None:
         ({"truncate_after": 0}, "truncate_after is 0; it must be at least 1, or None"),
         ({"truncate_after": -1}, "truncate_after is -1; it must be at least 1"),
         ({"recompute": "sqr"}, "recompute is 'sqr'; it must be one of auto, none, blocks"),
+        ({"recompute": "0-steps"}, "recompute is '0-steps'; it must be .*, N-blocks or N-steps$"),
+        ({"recompute": "5-steps"}, "recompute is '5-steps', but there are only 4 steps to compute again"),
+        ({"recompute": "4-blocks"}, "recompute is '4-blocks', but there are only 3 blocks to compute again"),
     ],
 )
 def test_a_slip_is_no_other_mathematics(options: dict[str, Any], reason: str) -> None:

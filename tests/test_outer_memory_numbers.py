@@ -59,24 +59,37 @@ def test_bytes_of_a_step(learning: int, attentions: int) -> None:
 
 
 def test_bytes_of_a_graph() -> None:
-    """10 mini-batches of 2 sequences: all of them, a root of their number, or one at a time; blocks once or again."""
+    """10 mini-batches of 2 sequences: all of them, a root of their number, or one at a time; blocks once or again.
+
+    Of a number, blocks beyond it are kept, and steps beyond it with a carry for each segment that is no longer.
+    """
     tokens, block, hidden = 2 * 40, 4 * (13 * D + 3 * F), 4 * D
     step, carry = 2 * M * (2 * (22 * D + 10 * F) + 16 * D + V) * 4 + 2 * FAST * 4, 2 * FAST * 4 + 2 * 2 * K * D * 4
     shape = {"batch_size": 2, "context_length": 40, "itemsize": 4, "kernels": True}
     again = tokens * (6 * hidden + block)  # inputs of three blocks and the results of their attention
     passing = 2 * 2 * M * V * 4
-    assert graph_bytes(small(), "end-to-end", **shape) == {
+    need = graph_bytes(small(), "end-to-end", **shape)
+    meant = {
         "none": 3 * tokens * block + 10 * step + passing,
+        "1-blocks": 2 * tokens * (hidden + block) + 10 * step + passing,
+        "2-blocks": tokens * (4 * hidden + block) + 10 * step + passing,
         "blocks": again + 10 * step + passing,
-        "sqrt": again + 4 * (step + carry) + passing,
+        "1-steps": again + 9 * step + 2 * carry + passing,
+        "5-steps": again + 5 * step + 2 * carry + passing,
+        "sqrt": again + 4 * step + 3 * carry + passing,
+        "7-steps": again + 3 * step + 4 * carry + passing,
         "step": again + step + 10 * carry + passing,
-        "all": tokens * (3 * hidden + block) + 4 * (step + carry) + passing,
+        "all": tokens * (3 * hidden + block) + 4 * step + 3 * carry + passing,
     }
+    assert {schedule: need[schedule] for schedule in meant} == meant
+    assert len(need) == 5 + 3 + 9
+    assert [need[name] for name in ("3-blocks", "6-steps", "9-steps")] == [need[n] for n in ("blocks", "sqrt", "step")]
     logits = 3 * tokens * V * 4  # of the whole sequence, before the first block runs again
-    assert graph_bytes(small(), "static", **shape) == {
-        "none": 4 * tokens * block + logits,
-        "blocks": tokens * 8 * hidden + max(tokens * block, logits),
-    }
+    need = graph_bytes(small(), "static", **shape)
+    assert need["none"] == 4 * tokens * block + logits
+    assert need["3-blocks"] == tokens * (6 * hidden + block) + logits
+    assert need["blocks"] == tokens * 8 * hidden + max(tokens * block, logits)
+    assert {need[schedule] for schedule in ("4-blocks", "1-steps", "9-steps", "all")} == {need["blocks"]}
 
 
 def test_bytes_of_logits() -> None:
@@ -140,12 +153,12 @@ def test_what_fits_exactly_misses_nothing() -> None:
     for budget, missing in ((need, 0), (need + 7, 0), (need - 0.5, 1), (need - 7, 7)):
         assert fit(config, itemsize=4, kernels=False, budget=budget).missing == missing
     need = graph_bytes(small(), "end-to-end", batch_size=1, context_length=16, itemsize=4, kernels=False)
-    assert fit(a_run(), itemsize=4, kernels=False, budget=need["none"] - 1) == Fit(1, "blocks", 0)
+    assert fit(a_run(), itemsize=4, kernels=False, budget=need["none"] - 1) == Fit(1, "1-blocks", 0)
 
 
 def test_four_fifths_of_what_is_free_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {"batch_size": 2, "context_length": 400, "itemsize": 4}
     need = graph_bytes(small(), "end-to-end", kernels=False, **shape)["none"]
-    for free, schedule in ((need * 1.25 + 1, "none"), (need * 1.25 - 2, "blocks")):
+    for free, schedule in ((need * 1.25 + 1, "none"), (need * 1.25 - 2, "1-blocks")):
         monkeypatch.setattr("longread.outer_loop.memory.free_bytes", lambda device, free=free: free)
         assert choose_recompute(small(), "end-to-end", device=CPU, **shape) == schedule

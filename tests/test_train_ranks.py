@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[RunConfig, Parallelism]] = {
     "shared": (SHORT, Parallelism()),
     "replicated": (SHORT, Parallelism(update="replicated")),
     "one sequence at a time": (change(SHORT, micro_batch_size=1), Parallelism()),
-    "computed again": (change(SHORT, recompute="sqrt"), Parallelism()),
+    "computed again": (change(SHORT, recompute="1-steps"), Parallelism()),
     "step by step": (change(SHORT, recompute="step"), Parallelism()),
     "first-order": (change(SHORT, meta_gradient="first-order"), Parallelism()),
     "truncated": (change(SHORT, truncate_after=2), Parallelism()),

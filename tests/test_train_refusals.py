@@ -226,7 +226,8 @@ def test_a_run_that_never_took_a_step_leaves_its_place_free(
 def test_what_does_not_fit_after_all_is_cut_further(
     tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Estimates may be too low. The run goes on with less at a time, and so does one that resumes it."""
+    """Estimates may be too low. The run goes on with less at a time, less by a tenth while there is, and so does one
+    that resumes it."""
     tried, real = [], training.accumulate_gradient
 
     def hungry(model: Transformer, config: RunConfig, *args: Any, **options: Any) -> Any:
@@ -238,7 +239,8 @@ def test_what_does_not_fit_after_all_is_cut_further(
     with monkeypatch.context() as small:
         small.setattr("longread.train.outer_step.accumulate_gradient", hungry)
         small.setattr(
-            "longread.train.settling.graph_bytes", lambda *_, **__: {"none": 4, "blocks": 3, "sqrt": 2, "step": 5}
+            "longread.train.settling.graph_bytes",
+            lambda *_, **__: {"none": 40, "1-blocks": 37, "blocks": 30, "1-steps": 28, "sqrt": 26, "step": 50},
         )
         train(CONFIG, data, tmp_path / "run")
     assert tried[:5] == [(4, "none"), (2, "none"), (1, "none"), (1, "blocks"), (1, "sqrt")]

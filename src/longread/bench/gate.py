@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from longread.bench.machine import precision_on
-from longread.config import InnerConfig, ModelConfig
+from longread.config import InnerConfig, ModelConfig, Recompute
 from longread.inner_loop import begin, read
 from longread.inner_loop.graphs import GraphRefused
 from longread.model import Transformer, initialize
-from longread.outer_loop import Schedule, end_to_end_loss, static_loss
+from longread.outer_loop import end_to_end_loss, static_loss
 
 FLOAT32_BOUND = 1e-4
 TIMES_REFERENCE = 2.0
@@ -59,7 +59,7 @@ def small_config(method: str, head_dim: int) -> ModelConfig:
 
 
 def gradients(
-    config: ModelConfig, device: str | torch.device, dtype: torch.dtype, recompute: Schedule = "none"
+    config: ModelConfig, device: str | torch.device, dtype: torch.dtype, recompute: Recompute = "none"
 ) -> list[Tensor]:
     """Every outer gradient of a small training step, on the CPU; bfloat16 is the type of the products only."""
     model = Transformer(config)
@@ -89,9 +89,8 @@ def check_gradients(method: str, head_dim: int, device: torch.device) -> GateRes
     """Each outer gradient of training with `method`, whatever is computed again, by relative L2 error."""
     config = small_config(method, head_dim)
     dtype = getattr(torch, precision_on(device))
-    schedules: tuple[Schedule, ...] = (
-        ("none", "blocks", "sqrt", "step", "all") if method == "e2e" else ("none", "blocks")
-    )
+    schedules = ["none", "1-blocks", "blocks"]
+    schedules += ["1-steps", "sqrt", "step", "all"] if method == "e2e" else []
     found = [gradient for schedule in schedules for gradient in gradients(config, device, dtype, schedule)]
     exact = gradients(config, "cpu", torch.float64) * len(schedules)
     plain = gradients(config, "cpu", dtype) * len(schedules) if dtype == torch.bfloat16 else None

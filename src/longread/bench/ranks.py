@@ -18,10 +18,9 @@ from torch import Tensor
 from longread.bench.cases import Case
 from longread.bench.gate import GateFailed, GateResult, judged, refusing_fallbacks, small_config
 from longread.bench.machine import free_memory, peak_gib, precision_on, seconds
-from longread.config import OptimizerConfig, Parallelism, RunConfig
+from longread.config import OptimizerConfig, Parallelism, Recompute, RunConfig
 from longread.data import Batch, Sampler
 from longread.model import Transformer, find_device
-from longread.outer_loop import Schedule
 from longread.parallel import ALONE, World, divide_state, joined
 from longread.train.beginning import new_model
 from longread.train.gradient import accumulate_gradient
@@ -42,7 +41,7 @@ class Steps(NamedTuple):
     peak_gib: float | None
     """Of the rank that took most."""
     micro_batch_size: int
-    recompute: Schedule
+    recompute: Recompute
 
 
 class RankMeasurement(NamedTuple):
@@ -144,7 +143,7 @@ def time_steps(config: RunConfig, device: torch.device, world: World, parallelis
     if peak is not None:
         (peak,) = world.agree(peak, at="the peaks of all")
     exact = step.exact
-    return Steps(list(slowest), peak, exact.micro_batch_size or exact.batch_size, cast("Schedule", exact.recompute))
+    return Steps(list(slowest), peak, exact.micro_batch_size or exact.batch_size, exact.recompute)
 
 
 def check_sum(case: Case, device: torch.device, world: World, parallelism: Parallelism) -> GateResult:

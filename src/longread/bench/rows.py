@@ -13,9 +13,8 @@ import torch
 from longread import record
 from longread.bench.cases import PARALLEL, UNITS, Case
 from longread.bench.machine import versions
-from longread.config import UserError
+from longread.config import Recompute, UserError
 from longread.files import atomic_files
-from longread.outer_loop import Schedule
 
 Row = dict[str, Any]
 KEYS = (
@@ -44,7 +43,7 @@ def make_row(
     peak_gib: float | None,
     device: torch.device,
     *,
-    recompute: Schedule | None = None,
+    recompute: Recompute | None = None,
     parts: Mapping[str, float] | None = None,
     blocks: int | None = None,
 ) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -17,10 +16,10 @@ from longread.bench.machine import free_memory, peak_gib, precision_on, seconds,
 from longread.bench.process import empty_caches, in_a_process
 from longread.bench.profile import profiled
 from longread.bench.rows import Row, make_row
-from longread.config import RunConfig
+from longread.config import Recompute, RunConfig
 from longread.data import Batch
-from longread.model import Transformer, initialize
-from longread.outer_loop import UPDATE_BYTES, Schedule, graph_bytes
+from longread.model import Transformer, initialize, is_out_of_memory
+from longread.outer_loop import UPDATE_BYTES, graph_bytes
 from longread.train.captured import CapturedGradient
 from longread.train.gradient import accumulate_gradient
 from longread.train.optimizer import gradient_norm, make_optimizer, update
@@ -29,6 +28,8 @@ from longread.train.stopping import not_finite_in
 
 NEARLY = 1.15
 """Times the memory of the device that an estimate may be, since estimates are off by so much."""
+LEANER = 0.95
+"""Times the memory of one schedule that the next one to be tried takes at most."""
 T = TypeVar("T")
 
 
@@ -74,8 +75,9 @@ class TrainingStep:
         self._count += 1
 
 
-def schedules(config: RunConfig, device: torch.device) -> list[Schedule]:
-    """Schedules of recomputation, in the order in which it is tried: all that fit by an estimate, or nearly."""
+def schedules(config: RunConfig, device: torch.device) -> list[Recompute]:
+    """Schedules of recomputation, in the order in which it is tried: of all that fit by an estimate, or nearly, the
+    first, and then each that takes less by so much that an attempt is worth its time."""
     need = graph_bytes(
         config.model,
         config.loss,
@@ -86,15 +88,23 @@ def schedules(config: RunConfig, device: torch.device) -> list[Schedule]:
     )
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     room -= (4 + UPDATE_BYTES) * config.model.num_parameters
-    fitting = [schedule for schedule, size in need.items() if size < NEARLY * room]
-    return fitting or [min(need, key=need.__getitem__)]
+    found: list[Recompute] = []
+    most = NEARLY * room
+    for schedule, size in need.items():
+        if size < most:
+            found.append(schedule)
+            most = LEANER * size
+    return found or [min(need, key=need.__getitem__)]
 
 
-def _first_that_fits(case: Case, device: torch.device, measure: Callable[[Schedule], T]) -> T:
+def _first_that_fits(case: Case, device: torch.device, measure: Callable[[Recompute], T]) -> T:
     *first, last = schedules(case.config, device)
     for schedule in first:
-        with contextlib.suppress(torch.OutOfMemoryError):
+        try:
             return measure(schedule)
+        except RuntimeError as error:  # of a capture that ran out of memory, too
+            if not is_out_of_memory(error):
+                raise
         free_memory(device)
     return measure(last)
 
@@ -109,7 +119,7 @@ def measure_training(
         torch.OutOfMemoryError: it does not fit, however much is computed again.
     """
 
-    def measure(schedule: Schedule) -> tuple[Row, str | None]:
+    def measure(schedule: Recompute) -> tuple[Row, str | None]:
         free_memory(device)
         step = TrainingStep(dataclasses.replace(case.config, recompute=schedule), device)
         with refusing_fallbacks():
@@ -131,19 +141,19 @@ def measure_first_step(case: Case, device: torch.device) -> Row:
     Before the clock starts, Python, PyTorch and the device are up, the weights drawn and the batch made.
     """
 
-    def measure(schedule: Schedule) -> Row:
+    def measure(schedule: Recompute) -> Row:
         return make_row(case, *_in_a_process(case, schedule, device), device, recompute=schedule)
 
     return _first_that_fits(case, device, measure)
 
 
-def _in_a_process(case: Case, recompute: Schedule, device: torch.device) -> tuple[list[float], float | None]:
+def _in_a_process(case: Case, recompute: Recompute, device: torch.device) -> tuple[list[float], float | None]:
     free_memory(device)
     with empty_caches():
         return in_a_process(_first_step, case, recompute, str(device))
 
 
-def _first_step(case: Case, recompute: Schedule, device_name: str) -> tuple[list[float], float | None]:
+def _first_step(case: Case, recompute: Recompute, device_name: str) -> tuple[list[float], float | None]:
     device = torch.device(device_name)
     free_memory(device)
     step = TrainingStep(dataclasses.replace(case.config, recompute=recompute), device)

@@ -147,8 +147,8 @@ def _dense_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
 
 
 def _training(config: ModelConfig, precision: str, context: int, options: argparse.Namespace) -> list[EstimateRow]:
-    """The memory of a training step with each schedule of recomputation, and which of them is the first to fit."""
-    from longread.config import UserError
+    """The memory of a training step with each schedule that has a name, and with the first of all that fits."""
+    from longread.config import SCHEDULES, UserError
     from longread.outer_loop import UPDATE_BYTES, activation_budget, graph_bytes, num_trained
 
     sequences, memory = options.train, options.memory
@@ -159,9 +159,10 @@ def _training(config: ModelConfig, precision: str, context: int, options: argpar
         raise UserError(f"--context-length is {context}; give a multiple of the mini-batch, {config.mini_batch_size}")
     parameters = 4 * config.num_parameters
     weights = parameters + UPDATE_BYTES * num_trained(config, blocks)
+    learns = config.num_suffix_blocks > 0
     need = graph_bytes(
         config,
-        "end-to-end" if config.num_suffix_blocks else "static",
+        "end-to-end" if learns else "static",
         batch_size=sequences,
         context_length=context,
         itemsize=2 if precision == "bfloat16" else 4,
@@ -170,14 +171,14 @@ def _training(config: ModelConfig, precision: str, context: int, options: argpar
     )
     updated = f"and gradients and AdamW of {blocks} blocks" if blocks else "gradients and AdamW"
     rows = [EstimateRow(f"parameters, {updated}, in float32", weights, "bytes")]
+    budget = -1.0 if memory is None else activation_budget(memory * 2**30 - parameters, config, blocks)
+    first = next((schedule for schedule, size in need.items() if size <= budget), None)
     for schedule, size in need.items():
-        step = f"a step of {sequences} × {context:,} tokens in {precision}, recompute {schedule}"
-        rows.append(EstimateRow(step, weights + size, "bytes"))
+        if schedule in (first, *SCHEDULES[: None if learns else 2]):
+            step = f"a step of {sequences} × {context:,} tokens in {precision}, recompute {schedule}"
+            rows.append(EstimateRow(step, weights + size, "bytes"))
     if memory is not None:
-        budget = activation_budget(memory * 2**30 - parameters, config, blocks)
-        fitting = [schedule for schedule, size in need.items() if size <= budget]
-        what = f"the first that fits into {memory:g} GiB, a fifth left free"
-        rows.append(EstimateRow(what, fitting[0] if fitting else None, "schedule"))
+        rows.append(EstimateRow(f"the first that fits into {memory:g} GiB, a fifth left free", first, "schedule"))
     return rows
 
 

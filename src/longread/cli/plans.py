@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from longread.cli.arguments import positive
-from longread.config import Recompute, Update
+from longread.config import Update
 
 if TYPE_CHECKING:
     from longread.config import RunConfig
@@ -71,8 +71,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--recompute",
-        choices=get_args(Recompute),
-        help="what is computed again (default auto, the first that fits)",
+        metavar="SCHEDULE",
+        help="computed again: none, blocks, N-blocks, N-steps, sqrt, step, all (default auto, the first that fits)",
     )
     parser.add_argument("--price", type=float, metavar="USD", help="of a GPU and hour: say what the run costs")
 

@@ -20,6 +20,7 @@ from longread.config.model import (
     MixerPlan,
     ModelConfig,
 )
+from longread.config.recompute import SCHEDULES, Recomputation, Recompute, recomputation
 from longread.config.rope import RopeScaling
 from longread.config.run import (
     INNER_OPTIMIZERS,
@@ -30,7 +31,6 @@ from longread.config.run import (
     OptimizerConfig,
     Parallelism,
     Precision,
-    Recompute,
     RunConfig,
     Update,
 )
@@ -39,6 +39,7 @@ __all__ = [
     "CONVOLUTION_WIDTH",
     "INNER_OPTIMIZERS",
     "REGISTERED_MIXERS",
+    "SCHEDULES",
     "AttentionPattern",
     "BadBatch",
     "BindingConfig",
@@ -54,10 +55,12 @@ __all__ = [
     "OptimizerConfig",
     "Parallelism",
     "Precision",
+    "Recomputation",
     "Recompute",
     "RopeScaling",
     "RunConfig",
     "TrainingHalted",
     "Update",
     "UserError",
+    "recomputation",
 ]

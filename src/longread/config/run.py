@@ -8,10 +8,10 @@ from typing import Literal
 
 from longread.config.checked import Checked, UserError
 from longread.config.model import ModelConfig
+from longread.config.recompute import Recompute, recomputation
 
 Loss = Literal["end-to-end", "static"]
 MetaGradient = Literal["exact", "first-order"]
-Recompute = Literal["auto", "none", "blocks", "sqrt", "step", "all"]
 Precision = Literal["auto", "float64", "float32", "bfloat16"]
 BadBatch = Literal["halt", "skip"]
 Update = Literal["shared", "replicated", "fully-sharded"]
@@ -118,7 +118,7 @@ class RunConfig(Checked):
     steps: int
     seed: int = 0
     recompute: Recompute = "auto"
-    """The schedule of recomputation in the backward pass, for want of memory (`longread.outer_loop`)."""
+    """What is computed again in the backward pass, for want of memory (`longread.outer_loop`)."""
     precision: Precision = "auto"
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
@@ -159,6 +159,8 @@ class RunConfig(Checked):
             raise UserError(
                 "loss end-to-end needs fast weights: set model.num_suffix_blocks to 1 or more, or use loss static"
             )
+        if self.recompute != "auto":
+            recomputation(self.recompute, self.model, self.loss, self.context_length)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,10 +25,9 @@ the same direction.
 
 from __future__ import annotations
 
-import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from longread.config import Loss, MetaGradient, ModelConfig, RunConfig
+from longread.config import Loss, MetaGradient, ModelConfig, Recompute, RunConfig, recomputation
 from longread.flops.network import (
     head_flops,
     lower_attentions,
@@ -37,8 +36,6 @@ from longread.flops.network import (
     score_flops,
     upper_attentions,
 )
-
-Recomputed = Literal["none", "blocks", "sqrt", "step", "all"]
 
 
 class TrainingFlops(NamedTuple):
@@ -63,12 +60,12 @@ def training_flops(config: ModelConfig, tokens: int, loss: Loss) -> float:
     return sequence_flops(config, tokens, loss).model / tokens
 
 
-def recomputed_flops(config: ModelConfig, tokens: int, loss: Loss, recompute: Recomputed) -> float:
+def recomputed_flops(config: ModelConfig, tokens: int, loss: Loss, recompute: Recompute) -> float:
     """Of one token of a training sequence of `tokens`, what is computed again besides."""
     return sequence_flops(config, tokens, loss, recompute).recomputed / tokens
 
 
-def step_flops(config: RunConfig, recompute: Recomputed) -> TrainingFlops | None:
+def step_flops(config: RunConfig, recompute: Recompute) -> TrainingFlops | None:
     """Of one step of a run, all its sequences together; None for networks whose mixers are not counted.
 
     Ranks that divide the fast MLPs compute the rest of a sequence alike; that counts once.
@@ -91,7 +88,7 @@ def sequence_flops(
     config: ModelConfig,
     tokens: int,
     loss: Loss,
-    recompute: Recomputed = "none",
+    recompute: Recompute = "none",
     *,
     meta_gradient: MetaGradient = "exact",
     truncate_after: int | None = None,
@@ -102,10 +99,10 @@ def sequence_flops(
     Only attention is counted among the mixers.
     """
     parts = _Parts(config, tokens, trained_blocks)
-    below = parts.below
-    again = 0.0 if recompute == "none" else parts.blocks_again
+    below, schedule = parts.below, recomputation(recompute, config, loss, tokens)
+    again = parts.blocks_again(schedule.blocks)
     if loss == "static":
-        again += 0.0 if recompute == "none" else parts.upper_blocks_again
+        again += parts.upper_blocks_again(schedule.blocks)
         return TrainingFlops(0.0, below + parts.plain(0, tokens), again)
     M = config.mini_batch_size
     count = tokens // M
@@ -115,17 +112,10 @@ def sequence_flops(
     outer = sum(parts.through(i, exact=exact[i]) for i in range(count - 1))
     last = parts.plain(tokens - M, tokens)
     outer -= sum(parts.of_constant_past(i) * (2 if i < count - 1 and exact[i] else 1) for i in range(cut, count, cut))
-    if recompute in ("sqrt", "step", "all"):
-        again += sum(parts.inner(i) for i in range(_last_segment(count, cut, recompute)))
-    if recompute == "all":
+    again += sum(parts.inner(i) for i in range(schedule.steps))
+    if schedule.attention:
         again += parts.scores_again
     return TrainingFlops(inner, below + outer + last, again)
-
-
-def _last_segment(count: int, cut: int, recompute: Recomputed) -> int:
-    """The mini-batch with which the last segment begins, the only one that does not run again."""
-    longest = 1 if recompute == "step" else math.ceil(math.sqrt(count))
-    return max(count - longest, (count - 1) // cut * cut)
 
 
 class _Parts:
@@ -200,11 +190,10 @@ class _Parts:
         first, last = index * self._M, (index + 1) * self._M
         return self._scores(first, last) - self._own_scores(first, last)
 
-    @property
-    def blocks_again(self) -> float:
-        """Blocks of `lower` that are trained, forward once more but for their scores."""
+    def blocks_again(self, blocks: int) -> float:
+        """The lowest so many blocks, those of `lower` that are trained, forward once more but for their scores."""
         config = self._config
-        trained = [block for block in lower_attentions(config) if block >= self._lowest]
+        trained = [block for block in lower_attentions(config) if self._lowest <= block < blocks]
         mlps = sum(block < config.num_prefix_blocks for block in trained)
         return self._tokens * (len(trained) * projection_flops(config) + mlps * mlp_flops(config))
 
@@ -214,11 +203,10 @@ class _Parts:
         config, T = self._config, self._tokens
         return sum(T * score_flops(config, block, T) for block in lower_attentions(config) if block >= self._lowest)
 
-    @property
-    def upper_blocks_again(self) -> float:
+    def upper_blocks_again(self, blocks: int) -> float:
         """The same of `upper`, which runs over the whole sequence with the static loss."""
         config = self._config
-        attentions = sum(block >= self._lowest for block in self._attentions)
-        mlps = sum(block >= self._lowest for block in range(config.num_prefix_blocks, config.num_blocks))
+        attentions = sum(self._lowest <= block < blocks for block in self._attentions)
+        mlps = sum(self._lowest <= block < blocks for block in range(config.num_prefix_blocks, config.num_blocks))
         both = mlp_flops(config) + mlp_flops(config, fast=True)
         return self._tokens * (attentions * projection_flops(config) + mlps * both)

@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         pasts: Sequence[MixerPast],
         *,
         start: int | Tensor,
-        recompute: bool = False,
+        recompute: int = 0,
         keep_attention: bool = True,
         pause: Callable[[], None] | None = None,
     ) -> tuple[Tensor, tuple[MixerPast, ...]]:
@@ -220,24 +220,25 @@ class Transformer(nn.Module):
             input_ids: int64 [B, T].
             pasts: one for each of the `num_lower_attentions` mixers.
             start: a tensor [] where it changes under a CUDA graph; [B] where each sequence is somewhere else.
-            recompute: for the gradient each block keeps only its input and attention's results; the rest runs again.
+            recompute: so many of the model's blocks, the lowest, keep for the gradient only input and attention's
+                results; the rest of them runs again.
             keep_attention: without it, attention runs again too.
             pause: called before each block; nothing is half done there, so the caller may do something else.
 
         Returns:
             hidden [B, T, D], the input of the lowest fast MLP (or of the final norm), and of each mixer what `advance`
-            needs: attention's own keys and values, a recurrence's state. With `recompute` nothing of the mixers: it
-            would be kept too.
+            needs: attention's own keys and values, a recurrence's state. Nothing of blocks that run again: it would be
+            kept too.
         """
         x = self.embed(input_ids)
         rotary, left = self.rotary(start, x), iter(pasts)
         own: list[MixerPast] = []
-        for block in (*self.prefix, *self.suffix[:1]):
+        for index, block in enumerate((*self.prefix, *self.suffix[:1])):
             if pause is not None:
                 pause()
-            inputs = x, [next(left) for _ in block.mixers], rotary
-            x, made = _perhaps_again(block.below, *inputs, again=recompute, keep_attention=keep_attention)
-            own += [] if recompute else made
+            inputs, again = (x, [next(left) for _ in block.mixers], rotary), index < recompute
+            x, made = _perhaps_again(block.below, *inputs, again=again, keep_attention=keep_attention)
+            own += [] if again else made
         return x, tuple(own)
 
     def upper(
@@ -248,7 +249,7 @@ class Transformer(nn.Module):
         *,
         start: int | Tensor,
         order: int,
-        recompute: bool = False,
+        recompute: int = 0,
         group: ProcessGroup | None = None,
         pause: Callable[[], None] | None = None,
     ) -> tuple[Tensor, tuple[Past, ...]]:
@@ -270,9 +271,9 @@ class Transformer(nn.Module):
             if pause is not None:
                 pause()
             past = pasts[index - 1] if index else None
-            weights = None if fast is None else fast[index]
-            x, made = _perhaps_again(block.above, x, past, weights, rotary, order, group, again=recompute)
-            own += [] if made is None or recompute else [made]
+            weights, again = None if fast is None else fast[index], len(self.prefix) + index < recompute
+            x, made = _perhaps_again(block.above, x, past, weights, rotary, order, group, again=again)
+            own += [] if made is None or again else [made]
         return self.final_norm(x), tuple(own)
 
     def rotary(self, start: int | Tensor, x: Tensor, frequencies: Frequencies | None = None) -> Rotary:

@@ -8,18 +8,17 @@ weight has touched is not cut: the first suffix attention looks back across.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from longread.config import Loss, MetaGradient, Recompute, UserError
+from longread.config import Loss, MetaGradient, Recomputation, Recompute, UserError, recomputation
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.step import Carry, Scan, from_matrices, matrices, mini_batch_loss, scan
 from longread.model import FastWeights, Transformer
-from longread.outer_loop.memory import Schedule, choose_recompute
-from longread.outer_loop.segments import run_again
+from longread.outer_loop.memory import choose_recompute
+from longread.outer_loop.segments import run_again, segment_ends
 from longread.parallel import is_divided
 
 
@@ -36,7 +35,7 @@ class OuterLoss(NamedTuple):
     """Norm of each inner gradient before clipping, [B, T / M − 1]; [B, 0] for the static loss."""
     output: Tensor | None = None
     """The input of `Transformer.logits`, [B, T, D], where asked for; differentiable as the loss is, unless
-    inner steps run again for the gradient (schedules "sqrt", "step" and "all"): then it is a constant."""
+    inner steps run again for the gradient: then it is a constant."""
 
 
 def mean_loss(losses: Tensor, loss_mask: Tensor) -> Tensor:
@@ -72,13 +71,13 @@ def static_loss(
     Args:
         input_ids, target_ids: int64 [B, T], T a multiple of M.
         loss_mask: bool [B, T], True where the target counts.
-        recompute: "none", or any other schedule, which is "blocks" here (see `longread.outer_loop`); "auto": what fits.
+        recompute: which activations are kept (see `longread.outer_loop`); all schedules give the same gradient.
         outputs: whether to keep the outputs of all tokens.
     """
     M = model.config.mini_batch_size
     _check_length(input_ids, M)
     _refuse_divided(model)
-    again = _settled(recompute, "static", model, input_ids) != "none"
+    again = _settled(recompute, "static", model, input_ids).blocks
     lower, upper = model.empty_pasts(input_ids.shape[0])
     hidden, _ = model.lower(input_ids, lower, start=0, recompute=again)
     output, _ = model.upper(hidden, None, upper, start=0, order=1, recompute=again)
@@ -130,9 +129,7 @@ def end_to_end_loss(
     if truncate_after is not None and truncate_after < 1:
         raise ValueError(f"truncate_after is {truncate_after}; it must be at least 1, or None")
     B, count = input_ids.shape[0], input_ids.shape[1] // M
-    schedule = _settled(recompute, "end-to-end", model, input_ids)
-    root = math.ceil(math.sqrt(count))
-    longest = {"sqrt": root, "step": 1, "all": root}.get(schedule, count)
+    again = _settled(recompute, "end-to-end", model, input_ids)
     horizon, group = truncate_after or count, model.state_group
 
     def run(first: int, last: int, hidden: Tensor, carry: Carry, order: int) -> Scan:
@@ -155,22 +152,19 @@ def end_to_end_loss(
         )
 
     lower_pasts, upper_pasts = model.empty_pasts(B)
-    hidden, _ = model.lower(
-        input_ids, lower_pasts, start=0, recompute=schedule != "none", keep_attention=schedule != "all"
-    )
+    hidden, _ = model.lower(input_ids, lower_pasts, start=0, recompute=again.blocks, keep_attention=not again.attention)
     initial = model.initial_fast_weights(B, group)
     carry = Carry(initial, upper_pasts)
     order = 2 if meta_gradient == "exact" else 1
     parameters = [p for p in model.upper_parameters() if p.requires_grad]
     parts: list[Scan] = []
     first = 0
-    while first < count:
+    for last in segment_ends(count, again.steps, horizon):
         if first and first % horizon == 0:
             carry = _cut(carry, initial)
-        last = min(count - (count - first - 1) // longest * longest, (first // horizon + 1) * horizon)
         part = hidden[:, first * M : last * M]
-        # The gradient of the last part is due first: its graph goes before another part runs again.
-        if schedule in ("none", "blocks") or last == count:
+        # The gradient of the last steps is due first: their graph goes before others run again.
+        if first >= again.steps:
             parts.append(run(first, last, part, carry, order))
         else:
             parts.append(run_again(functools.partial(run, first, last), order, parameters, part, carry))
@@ -182,15 +176,13 @@ def end_to_end_loss(
     return OuterLoss(mean_loss(losses, loss_mask), nll.detach(), losses.detach(), norms.detach(), output)
 
 
-def _settled(recompute: Recompute, loss: Loss, model: Transformer, input_ids: Tensor) -> Schedule:
-    if recompute not in get_args(Recompute):
-        raise ValueError(f"recompute is {recompute!r}; it must be one of {', '.join(get_args(Recompute))}")
-    if recompute != "auto":
-        return recompute
+def _settled(recompute: Recompute, loss: Loss, model: Transformer, input_ids: Tensor) -> Recomputation:
     B, T = input_ids.shape
-    return choose_recompute(
-        model.config, loss, batch_size=B, context_length=T, itemsize=model.dtype.itemsize, device=model.device
-    )
+    if recompute == "auto":
+        recompute = choose_recompute(
+            model.config, loss, batch_size=B, context_length=T, itemsize=model.dtype.itemsize, device=model.device
+        )
+    return recomputation(recompute, model.config, loss, T)
 
 
 def _check_length(input_ids: Tensor, mini_batch_size: int) -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
-from longread.config import REGISTERED_MIXERS, Loss, ModelConfig, RunConfig
+from longread.config import (
+    REGISTERED_MIXERS,
+    SCHEDULES,
+    Loss,
+    ModelConfig,
+    Recomputation,
+    Recompute,
+    RunConfig,
+    recomputation,
+)
 from longread.model import free_bytes
 from longread.ops.cross_entropy.chunked import CHUNK
-
-Schedule = Literal["none", "blocks", "sqrt", "step", "all"]
-"""In the order of extra work; explained in `longread.outer_loop`."""
 
 SHARE = 0.8
 """Of free memory that may be counted on."""
@@ -32,7 +39,7 @@ class Fit(NamedTuple):
 
     micro_batch_size: int
     """Sequences at a time."""
-    recompute: Schedule
+    recompute: Recompute
     missing: int
     """Bytes by which the graph of a micro-batch exceeds the budget; 0 if it fits."""
 
@@ -49,7 +56,7 @@ def fit(config: RunConfig, *, itemsize: int, kernels: bool, budget: float) -> Fi
     """
     whole = config.batch_size
     sizes = [config.micro_batch_size] if config.micro_batch_size else [n for n in range(whole, 0, -1) if whole % n == 0]
-    schedule: Schedule = "none" if config.recompute == "auto" else config.recompute
+    schedule = "none" if config.recompute == "auto" else config.recompute
     for size in sizes:
         need = graph_bytes(
             config.model,
@@ -60,11 +67,11 @@ def fit(config: RunConfig, *, itemsize: int, kernels: bool, budget: float) -> Fi
             kernels=kernels,
             trained_blocks=config.trained_blocks,
         )
-        if need[_of_loss(config.loss, schedule)] <= budget:
+        if need[schedule] <= budget:
             return Fit(size, schedule, 0)
     if config.recompute == "auto":
         schedule = _first(need, budget)
-    return Fit(size, schedule, max(0, math.ceil(need[_of_loss(config.loss, schedule)] - budget)))
+    return Fit(size, schedule, max(0, math.ceil(need[schedule] - budget)))
 
 
 def activation_budget(free: float, model: ModelConfig, trained_blocks: int | None = None, *, divided: int = 1) -> float:
@@ -94,13 +101,8 @@ def num_trained(model: ModelConfig, trained_blocks: int | None) -> int:
     return model.num_parameters - rest.num_parameters + model.width
 
 
-def _first(need: dict[Schedule, int], budget: float) -> Schedule:
+def _first(need: dict[Recompute, int], budget: float) -> Recompute:
     return next((schedule for schedule, size in need.items() if size <= budget), min(need, key=need.__getitem__))
-
-
-def _of_loss(loss: Loss, schedule: Schedule) -> Schedule:
-    """The static loss knows but two."""
-    return "blocks" if loss == "static" and schedule != "none" else schedule
 
 
 def choose_recompute(
@@ -112,7 +114,7 @@ def choose_recompute(
     itemsize: int,
     device: torch.device,
     budget: float | None = None,
-) -> Schedule:
+) -> Recompute:
     """The schedule that recomputes least among those that fit, or the leanest if none does.
 
     Args:
@@ -139,8 +141,8 @@ def graph_bytes(
     itemsize: int,
     kernels: bool,
     trained_blocks: int | None = None,
-) -> dict[Schedule, int]:
-    """Bytes of activations that a loss keeps for its gradient, for each schedule it has, in the order of extra work.
+) -> dict[Recompute, int]:
+    """Bytes of activations that a loss keeps for its gradient, for each schedule, in the order of extra work.
 
     Args:
         kernels: whether our kernels for NVIDIA GPUs answer, which keep less than PyTorch's.
@@ -148,29 +150,40 @@ def graph_bytes(
     """
     tokens, count = batch_size * context_length, context_length // config.mini_batch_size
     static, L = loss == "static", config.num_blocks
-    trained = L if trained_blocks is None else trained_blocks
-    lowest = L - trained
-    whole = range(lowest, L) if static else range(lowest, config.num_prefix_blocks + 1)  # over the whole sequence
-    depth = len(whole)
+    lowest = L - (L if trained_blocks is None else trained_blocks)
+    whole = range(lowest, L if static else config.num_prefix_blocks + 1)  # over the whole sequence
     block = tokens * block_bytes(config, context_length, itemsize, kernels=kernels)
-    attention = sum("attention" in config.mixers_of(i) for i in whole)
-    inputs, results = depth * config.width, attention * config.num_heads * config.head_dim
-    kept, running = depth * block, min(1, depth) * block
-    bare = tokens * (inputs + results) * itemsize
-    if static:
-        head = sum(head_bytes(config, tokens, itemsize, kernels=kernels))
-        return {"none": kept + head, "blocks": bare + max(running, head)}  # the head is done before a block runs
-    again = bare + running
+    head = sum(head_bytes(config, tokens, itemsize, kernels=kernels))
     _, passing = head_bytes(config, batch_size * config.mini_batch_size, itemsize, kernels=kernels)
     activations, carry = step_bytes(config, batch_size, itemsize, kernels=kernels)
-    root = math.ceil(math.sqrt(count))
-    return {
-        "none": kept + count * activations + passing,
-        "blocks": again + count * activations + passing,
-        "sqrt": again + root * (activations + carry) + passing,
-        "step": again + activations + count * carry + passing,
-        "all": again - tokens * results * itemsize + root * (activations + carry) + passing,
-    }
+
+    def size_of(again: Recomputation) -> int:
+        bare = [i for i in whole if i < again.blocks]
+        results = 0 if again.attention else sum("attention" in config.mixers_of(i) for i in bare)
+        numbers = len(bare) * config.width + results * config.num_heads * config.head_dim
+        kept, running = (len(whole) - len(bare)) * block, min(1, len(bare)) * block
+        size = tokens * numbers * itemsize
+        if static:
+            return size + max(kept + head, running)  # the head is done before a block runs again
+        steps = count - again.steps
+        carries = -(-count // steps) if again.steps else 0
+        return size + max(kept, running) + steps * activations + carries * carry + passing
+
+    schedules = _schedules(whole.stop, count)
+    return {schedule: size_of(recomputation(schedule, config, loss, context_length)) for schedule in schedules}
+
+
+def _schedules(blocks: int, count: int) -> Iterator[Recompute]:
+    """All there are for so many blocks over whole sequences and so many mini-batches; names before numbers."""
+    yield "none"
+    yield from (f"{number}-blocks" for number in range(1, blocks))
+    yield from ("blocks", f"{blocks}-blocks")
+    root = count - math.ceil(math.sqrt(count))
+    for number in range(1, count):
+        yield from ["sqrt"] * (number == root)
+        yield from ["step"] * (number == count - 1)
+        yield f"{number}-steps"
+    yield from SCHEDULES
 
 
 def block_bytes(config: ModelConfig, context_length: int, itemsize: int, *, kernels: bool) -> int:

@@ -15,6 +15,16 @@ from longread.model import Past
 from longread.model.transformer import RECOMPUTE
 
 
+def segment_ends(count: int, again: int, cut: int) -> list[int]:
+    """Where the segments of `count` steps end, of which the first `again` run again: there, and every `cut` steps.
+
+    Those that run again are few and of even length: none is longer than the rest, whose graph is gone by then.
+    """
+    pieces = -(-again // max(1, count - again))
+    ends = {again * (piece + 1) // pieces for piece in range(pieces)}
+    return sorted(ends | set(range(cut, count, cut)) | {count})
+
+
 def _flatten(carry: Carry) -> list[Tensor]:
     return [*matrices(carry.fast), *(x for past in carry.pasts for x in past)]
 

@@ -6,9 +6,8 @@ import math
 from functools import cache
 from typing import NamedTuple
 
-from longread.config import RunConfig, UserError
+from longread.config import Recompute, RunConfig, UserError
 from longread.flops import recomputed_flops, training_flops
-from longread.outer_loop import Schedule
 from longread.planning.gpus import GPUS, Gpu
 from longread.recipes import Method, recipe
 
@@ -28,7 +27,7 @@ class Measured(NamedTuple):
     context: int
     sequences: int
     tokens_per_s: float
-    recompute: Schedule
+    recompute: Recompute
 
 
 MEASURED_ON = GPUS["h200"]

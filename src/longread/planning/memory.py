@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from longread.config import ModelConfig, RunConfig, UserError
-from longread.outer_loop import Schedule, fit, graph_bytes, num_trained
+from longread.config import ModelConfig, Recompute, RunConfig, UserError
+from longread.outer_loop import fit, graph_bytes, num_trained
 from longread.outer_loop.memory import SHARE
 from longread.parallel.rows import BUCKET_BYTES
 from longread.planning.layout import Layout
@@ -49,7 +49,7 @@ class Load(NamedTuple):
     """The load of one GPU at a time, and the memory that it takes."""
 
     micro_batch_size: int
-    recompute: Schedule
+    recompute: Recompute
     memory: GpuMemory
     spare: bool
     """Whether as much stays free as `longread train` leaves."""
@@ -122,5 +122,7 @@ def load_of(config: RunConfig, layout: Layout, memory: float) -> Load:
         kernels=True,
         trained_blocks=config.trained_blocks,
     )
-    schedule = found.recompute if found.recompute in need else "blocks"  # the static loss has no other
+    schedule = found.recompute
+    if config.loss == "static" and schedule != "none" and not schedule.endswith("blocks"):
+        schedule = "blocks"  # as the static loss takes it
     return Load(found.micro_batch_size, schedule, state._replace(activations=need[schedule]), not found.missing)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from longread.config import RunConfig
+from longread.config import RunConfig, recomputation
 from longread.flops import recomputed_flops, training_flops
 from longread.outer_loop import num_trained
 from longread.parallel.rows import BUCKET_BYTES
@@ -100,11 +100,12 @@ def _summing(config: RunConfig, layout: Layout, gpu: Gpu, load: Load) -> float:
     Each step sums a norm besides, and the gradient of that.
     """
     P, model = layout.parallelism.state, config.model
-    steps = layout.share(config) * config.context_length // model.mini_batch_size / load.micro_batch_size
-    again = load.recompute in ("sqrt", "step", "all")
-    sums = (6 if again else 4) * model.num_suffix_blocks * steps
+    times = layout.share(config) / load.micro_batch_size
+    steps = times * config.context_length // model.mini_batch_size
+    again = times * recomputation(load.recompute, model, config.loss, config.context_length).steps
+    sums = (4 * steps + 2 * again) * model.num_suffix_blocks
     size = load.micro_batch_size * model.mini_batch_size * model.width * BYTES
-    norms = (3 if again else 2) * steps
+    norms = 2 * steps + again
     return 2 * (
         sums * collective_seconds(size, P, LINK_SHARE * gpu.link)
         + norms * collective_seconds(8, P, LINK_SHARE * gpu.link)

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
-from longread.config import ModelConfig, Precision, RunConfig, UserError
+from longread.config import ModelConfig, Precision, RunConfig, UserError, recomputation
 from longread.model import free_bytes
 from longread.outer_loop import activation_budget, fit, graph_bytes
 from longread.parallel import World
 from longread.train.agreement import ROUNDING
+
+LEANER = 0.9
+"""Times the memory that ran out is what is tried next: each attempt costs the time of a step or more."""
 
 
 def precision_of(config: RunConfig, device: torch.device) -> Precision:
@@ -89,16 +92,18 @@ def leaner(config: RunConfig, exact: RunConfig, device: torch.device) -> RunConf
         kernels=device.type == "cuda",
         trained_blocks=exact.trained_blocks,
     )
-    now = {str(schedule): size for schedule, size in need.items()}.get(exact.recompute, 0)
-    less = [schedule for schedule, size in need.items() if size < now]
-    return dataclasses.replace(exact, recompute=less[0]) if less else None
+    now, leanest = need[exact.recompute], min(need, key=need.__getitem__)
+    less = next((schedule for schedule, size in need.items() if size <= LEANER * now), leanest)
+    return dataclasses.replace(exact, recompute=less) if need[less] < now else None
 
 
 def out_of_memory(exact: RunConfig, step: int, kept: str) -> UserError:
     """The error of `step`, counted from 1, that did not fit; `kept` says what is left of the run."""
     size = exact.micro_batch_size or exact.batch_size
     remedies = [f"--set micro_batch_size={size // 2}"] if size > 1 else []
-    remedies += ["--set recompute=sqrt"] if exact.recompute in ("none", "blocks") else []
+    lean = recomputation("sqrt", exact.model, exact.loss, exact.context_length)
+    again = recomputation(exact.recompute, exact.model, exact.loss, exact.context_length)
+    remedies += ["--set recompute=sqrt"] if again < lean else []
     remedies += ["--only suffix"] if exact.trained_blocks is None else []
     return UserError(
         f"out of memory at step {step}: {size} sequences of {exact.context_length:,} tokens at a time with recompute "
