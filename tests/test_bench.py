@@ -108,10 +108,11 @@ def test_what_may_be_computed_again_is_what_may_fit(monkeypatch: pytest.MonkeyPa
         return training.schedules(Case("train", method, size, context).config, torch.device("cuda"))
 
     assert found("e2e", "3b", 8192)[0] == "none"
-    assert found("full", "760m", 32_768) == ["none", "blocks"]
-    assert found("full", "760m", 131_072) == ["blocks"]
-    assert found("e2e", "760m", 131_072)[0] == "sqrt"
-    assert found("e2e", "3b", 8192, gib=16) == ["all"]  # none fits: the leanest
+    assert found("full", "760m", 32_768)[:3] == ["none", "2-blocks", "4-blocks"]  # each attempt takes 5 % less
+    assert found("full", "760m", 32_768)[-1] == "blocks"
+    assert found("full", "760m", 131_072)[0] == "7-blocks"
+    assert found("e2e", "760m", 131_072)[:2] == ["42-steps", "48-steps"]
+    assert found("e2e", "3b", 8192, gib=16) == ["6-steps"]  # none fits: the leanest
 
 
 def make_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

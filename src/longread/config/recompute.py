@@ -13,7 +13,6 @@ from longread.config.checked import UserError
 
 if TYPE_CHECKING:
     from longread.config.model import ModelConfig
-    from longread.config.run import Loss
 
 Recompute = str
 """`auto`, a name of `SCHEDULES`, N-blocks or N-steps."""
@@ -35,8 +34,10 @@ class Recomputation(NamedTuple):
     """Those blocks keep their input alone: attention runs again too."""
 
 
-def recomputation(recompute: Recompute, model: ModelConfig, loss: Loss, tokens: int) -> Recomputation:
-    """The numbers of a schedule for sequences of `tokens`. The static loss takes any that has steps for "blocks".
+def recomputation(recompute: Recompute, model: ModelConfig, loss: str, tokens: int) -> Recomputation:
+    """The numbers of a schedule, with a `loss` of `RunConfig` and sequences of `tokens`.
+
+    The static loss takes any that has steps for "blocks".
 
     Raises `UserError` for no such schedule, and for one that counts more than there is.
     """
