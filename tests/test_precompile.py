@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from longread.config import OptimizerConfig, RunConfig
 from longread.ops import compiling, precompile
-from tests import precompiled
+from longread.train.rehearsal import rehearse_step
+from tests import precompiled, tiny
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
@@ -56,6 +58,15 @@ def test_what_is_launched_was_compiled_ahead(work: str, count: int, tmp_path: Pa
     found = told(f"launches({work!r}, ahead=True)", tmp_path / "new" / "cache")
     assert found["compiled"] == []
     assert len(found["cached"]) >= count
+
+
+@pytest.mark.parametrize("recompute", ["15-steps", "5-blocks"])
+def test_a_rehearsed_step_runs_again_what_it_has(recompute: str) -> None:
+    """It has fewer steps and blocks than the run."""
+    model = tiny.config(num_blocks=6)
+    shape = {"batch_size": 1, "context_length": 20 * model.mini_batch_size, "steps": 1}
+    config = RunConfig(name="r", model=model, optimizer=OptimizerConfig(lr=1.0), recompute=recompute, **shape)
+    rehearse_step(config.as_dict())
 
 
 def test_neither_reading_nor_a_step_imports_pytorchs_compiler(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import torch
@@ -40,5 +41,6 @@ def rehearse_step(run_config: dict[str, Any]) -> None:
     shape = config.micro_batch_size or config.batch_size, min(config.context_length, longest)
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
     batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool))
-    config = dataclasses.replace(config, batch_size=shape[0], micro_batch_size=None)
+    recompute = re.sub(r"\d+-blocks", "1-blocks", re.sub(r"\d+-steps", "sqrt", config.recompute))  # there are few here
+    config = dataclasses.replace(config, batch_size=shape[0], micro_batch_size=None, recompute=recompute)
     accumulate_gradient(model, config, batch, inner_lr=torch.zeros((), device="meta"))
