@@ -100,6 +100,7 @@ def test_an_older_run_that_had_not_settled_what_to_recompute_settles_it(
 
     with monkeypatch.context() as older:
         older.setattr("longread.train.settling.fit", lambda *args, **options: Fit(4, "auto", 0))
+        older.setattr("longread.train.outer_step.Throughput.fields", lambda *args: {"seconds": 1.0})
         train(change(loss="static"), data, tmp_path / "run")
     assert stored()["recompute"] == "auto"
     train(change(loss="static", steps=8), data, tmp_path / "run", resume=True)
