@@ -57,7 +57,7 @@ def text(n: int, seed: int = 0) -> list[int]:
 
 
 def after(model: Transformer, n: int, seed: int) -> ReadingState:
-    return read(model, begin(model), torch.tensor([text(n, seed)]), inner=INNER).state
+    return read(model, begin(model), torch.tensor([text(n, seed)], device=model.device), inner=INNER).state
 
 
 def assert_same(one: ReadingState, other: ReadingState) -> None:
