@@ -236,8 +236,13 @@ class Runner:
         free = [gpu for gpu in range(first, self.gpus) if fits[gpu]]
         return min(free, key=lambda gpu: (taken[gpu], room[gpu], gpu)) if free else None
 
+    def device(self, gpu: int) -> str:
+        """What CUDA calls that GPU of those that this process may see."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return visible.split(",")[gpu] if visible else str(gpu)
+
     def start(self, job: Job, gpu: int) -> None:
-        pid = self.launch(job.name, str(gpu) if self.gpus else "")
+        pid = self.launch(job.name, self.device(gpu) if self.gpus else "")
         self.running.append(Running(job, pid, gpu, time.monotonic()))
 
     def reap(self) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,7 +21,7 @@ from experiments.pages import KINDS, boxed, context, equal, meta
 from experiments.pages.__main__ import CARD, HERE, OTHERS, PAGES, again
 from experiments.plan import Job, Plan, estimated_seconds, jobs
 from experiments.results import Results
-from experiments.run import Runner, Running
+from experiments.run import Runner, Running, add
 
 from longread.cli.arguments import changed
 from longread.data import TokenDataset
@@ -146,6 +147,7 @@ def test_a_new_round_makes_a_page_whose_tables_can_be_made_again(module: Any, tm
         | {"judge-a": {"judge": {"judge": "b", "prompt_tokens": 8, "verdicts": [verdict]}}}
         | {"needle-a": {"needle": {"results": [{"model": "a", "reading": "static", "accuracy": accuracy}]}}},
         metrics=dict.fromkeys(module.NEEDS, norms),
+        runs={("e2e-s1", f"{kind}-1"): {1: 3.0} for kind in KINDS},
     )
     stored = as_stored(module.gather(found))
     tables = list(module.tables(stored))
@@ -162,6 +164,31 @@ def test_a_new_round_makes_a_page_whose_tables_can_be_made_again(module: Any, tm
     assert page.read_text(encoding="utf-8") != text
     kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert with_tables(page, module.tables(kept)) == text
+
+
+def test_of_two_archives_the_later_counts_and_the_page_says_how_far_it_moved(tmp_path: Path) -> None:
+    """A job that is in both; one that only the first has; and exact, of which what another page has counts."""
+    first = {("first-order-equal-s1", "books-1"): 3.5, ("first-order-equal-s1-32", "books-32"): 3.25}
+    archives = [first, {("first-order-equal-s1", "books-1"): 3.625, ("e2e-s1", "code-1"): 9.0}]
+    found = Results()
+    for number, losses in enumerate(archives):
+        found.load(_archive(tmp_path / f"{number}.tar.xz", losses))
+    figures = as_stored(equal.gather(found))
+    kept = _figures(meta.SLUG)["exact, code"][meta.READ]["1"]["1"]
+    assert equal.losses_of(figures, "first-order-equal", "books") == {1: {1: 3.625, 32: 3.25}}
+    assert equal.losses_of(figures, "e2e", "code")[1][1] == kept
+    assert equal.rows_again(figures) == [
+        ["first-order, seed 1", "+0.125", "", "", "", "", ""],
+        ["exact, seed 1", "", "", "", f"{9.0 - kept:+.3f}", "", ""],
+    ]
+
+
+def _archive(path: Path, losses: dict[tuple[str, str], float]) -> Path:
+    with tarfile.open(path, "w:xz") as tar:
+        for (name, what), loss in losses.items():
+            result = {"reading": "learning", "loss": {"nats_per_token": {"mean": loss}}}
+            add(tar, f"results/{name}/{what}.json", json.dumps({"results": [result]}).encode())
+    return path
 
 
 def test_steps_at_equal_operations_spend_what_exact_spends() -> None:
@@ -230,6 +257,19 @@ def test_the_first_gpu_is_left_to_others_at_first(tmp_path: Path) -> None:
     assert (runner.free_gpu(3), runner.free_gpu(7)) == (1, None)
     runner.started -= 1000.0
     assert runner.free_gpu(7) == 0
+
+
+def test_a_job_gets_a_gpu_among_those_that_may_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    runner = _runner(tmp_path)
+    monkeypatch.setattr(runner, "launch", lambda name, gpu: given.append(gpu) or 0)
+    for visible in (None, "6", "3,5", "GPU-1a,GPU-2b"):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        for gpu in range(2 if visible != "6" else 1):
+            runner.start(Job("any", 0, ()), gpu)
+    assert given == ["0", "1", "6", "3", "5", "GPU-1a", "GPU-2b"]
 
 
 def test_what_is_nearly_done_still_starts_at_the_end(tmp_path: Path) -> None:

@@ -77,12 +77,14 @@ def again() -> dict[Path, str]:
             tables[folder / "README.md"] = list(module.tables(results))
             if module is boxed:
                 tables[CARD] = list(module.tables(results))
-            if module in (boxed, context):
+            if module in (boxed, context, equal):
                 tables.setdefault(README, []).append(module.summary(results))
     for other in OTHERS:
         for folder in HERE.glob(f"*_{other.SLUG}"):
             files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
             tables[folder / "README.md"] = list(other.tables(files))
+            if other is pretrained:
+                tables.setdefault(README, []).append(pretrained.summary(files))
     return {page: with_tables(page, made) for page, made in tables.items()}
 
 

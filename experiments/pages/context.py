@@ -132,7 +132,6 @@ def by_index(results: Data, kind: str) -> Table:
 def summary(results: Data) -> Table:
     """Mean and range over seeds on books: for who only looks at one table."""
     shown = {NAMES[m]: results["loss, books"][m] for m in ("e2e", "swa", "full")}
-    shown |= {name.replace("first-order", "first-order TTT-E2E"): results[f"loss, books, {name}"] for name in LONGER}
     rows = []
     for name, rows_by_seed in shown.items():
         columns = whole(stored(rows_by_seed))[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 from experiments.equal import EXACT, LENGTHS, RUNS, EqualRun, network
 from experiments.figures import panel
 from experiments.page import Data, Plot, Table, as_stored, number
-from experiments.pages import KINDS, TITLES, meta, unit_of
+from experiments.pages import KINDS, TITLES, job, meta, unit_of
 from experiments.pages.meta import FROZEN, READ
-from experiments.pages.seeds import BySeed, by_seed, line, minus, spread, stored
+from experiments.pages.seeds import BySeed, by_seed, minus, spread, stored
 from experiments.plan import EXTENSION_STEPS, PRETRAINING_STEPS, UNIT
 from experiments.results import Results
+
+from longread.evaluate import Line
 
 SLUG = "equal-operations"
 HEADING = """# Exactly equal operations, at two sizes
@@ -43,7 +47,7 @@ INTERPOLATED = {
     ("first-order-equal", "swa-equal"): ("meta-first-order", "swa"),
 }
 """The same pairs as the page of meta-gradients names them."""
-AGAIN = "exact, seed 1, trained again"
+AGAIN = "trained again"
 
 
 def gather(found: Results) -> dict[str, Any]:
@@ -59,8 +63,7 @@ def gather(found: Results) -> dict[str, Any]:
         for pair, names in INTERPOLATED.items():
             losses = (meta.at_operations_of(before, name, "e2e", kind) for name in names)
             results[f"{named(pair)}, interpolated, {kind}"] = minus(*losses)
-        again = {str(L): found.loss("e2e-s1" + (f"-{L}" if L > 1 else ""), f"{kind}-{L}") for L in COLUMNS}
-        results[f"{AGAIN}, {kind}"] = {L: loss for L, loss in again.items() if loss is not None}
+        results[f"{AGAIN}, {kind}"] = trained_again(found, stored(before[f"exact, {kind}"][READ]), kind)
     for run in (EXACT, *RUNS):
         results[f"{NAMES[run.name]}, training"] = {
             "parameters": network(run.method, run.large).num_parameters,
@@ -78,12 +81,10 @@ def tables(results: Data) -> Iterator[Table]:
             before = stored(results[f"{named(pair)}, interpolated, {kind}"])
             rows.append([f"{named(pair)}, as interpolated before", *cells(before)])
         rows += [[named(pair), *cells(difference(results, pair, kind))] for pair in LARGE_PAIRS]
-        yield Table(f"{kind.capitalize()}, at equal operations and seeds: mean (range; number of seeds):", HEAD, rows)
-        yield Table(
-            f"{kind.capitalize()}, 35M at equal tokens: difference (number of seeds):",
-            HEAD,
-            [[named(pair), *cells(difference(results, pair, kind))] for pair in EQUAL_TOKENS],
-        )
+        caption = f"{kind.capitalize()}, at equal operations and seeds: mean (range; number of seeds):"
+        yield Table(caption, HEAD, measured(rows))
+        rows = [[named(pair), *cells(difference(results, pair, kind))] for pair in EQUAL_TOKENS]
+        yield Table(f"{kind.capitalize()}, 35M at equal tokens: difference (number of seeds):", HEAD, measured(rows))
     yield Table(
         "Every run, learning / frozen:",
         ["", *(f"{kind} {L}K" for kind in KINDS for L in COLUMNS)],
@@ -93,9 +94,23 @@ def tables(results: Data) -> Iterator[Table]:
     yield Table(
         "Training, tokens and operations up to the end of each:",
         ["", "parameters", *spent, "× exact"],
-        [row_of_training(results, name) for name in NAMES],
+        [row_of_training(results, name) for name in NAMES if rows_of_losses(results, name)],
     )
-    yield Table(f"{AGAIN[0].upper()}{AGAIN[1:]}, minus the run it is compared with:", HEAD, rows_again(results))
+    yield Table(
+        "Trained again, the loss minus that of the first time:",
+        ["", *(f"{kind} {L}K" for kind in KINDS for L in COLUMNS)],
+        rows_again(results),
+    )
+
+
+def summary(results: Data) -> Table:
+    """On books: for who only looks at one table."""
+    rows = []
+    for size, pairs in (("7M", PAIRS), ("35M", LARGE_PAIRS)):
+        for name, pair in zip(("SWA", "first-order TTT-E2E"), pairs, strict=False):
+            rows.append([f"{name}, {size}", *cells(difference(results, pair, "books"))])
+    caption = "Loss on books minus that of exact TTT-E2E at its operations: mean (range; number of seeds):"
+    return Table(caption, HEAD, measured(rows))
 
 
 def plots(found: Results) -> Iterator[Plot]:
@@ -104,7 +119,7 @@ def plots(found: Results) -> Iterator[Plot]:
     for kind in KINDS:
         lines = []
         for a, b in (*PAIRS[:2], *LARGE_PAIRS[:2]):
-            lines.append(line(NAMES[a], difference(results, (a, b), kind)))
+            lines.append(mean_by_length(NAMES[a], difference(results, (a, b), kind)))
         ticks = [L * UNIT for L in COLUMNS]
         title = f"{TITLES[kind]}: loss minus exact's at equal operations"
         charts.append(panel(title, lines, unit_of(kind), "context length, tokens", zero="exact", ticks=ticks))
@@ -122,10 +137,40 @@ def training(run: EqualRun) -> Iterator[tuple[int, int, float]]:
         yield L, base + tokens, spent + tokens * run.operations(L * UNIT)
 
 
+def trained_again(found: Results, exact: BySeed, kind: str) -> dict[str, dict[int, float]]:
+    """Run -> context length -> by how much the loss of the last training is above that of the first.
+
+    Of `exact` the first training, which another page has, is what counts here; of all others the last one.
+    """
+    rows: dict[str, dict[int, float]] = {}
+    for run in (EXACT, *RUNS):
+        for seed, L in itertools.product(run.seeds, COLUMNS):
+            losses = list(found.runs.get((job(run.name, seed, L), f"{kind}-{L}"), {}).values())
+            if run is EXACT and L in exact.get(seed, {}):
+                losses.insert(0, exact[seed][L])
+            if len(losses) > 1:
+                rows.setdefault(f"{NAMES[run.name]}, seed {seed}", {})[L] = losses[-1] - losses[0]
+    return rows
+
+
+def mean_by_length(name: str, rows: BySeed) -> Line:
+    """Over the seeds that there are at each length, with their range: differences of equal seeds."""
+    columns = [(L, [row[L] for row in rows.values() if L in row]) for L in COLUMNS]
+    columns = [(L, values) for L, values in columns if values]
+    ranges = [(min(values), max(values)) for _, values in columns]
+    several = any(len(values) > 1 for _, values in columns)
+    return Line(name, [(L * UNIT, statistics.mean(values)) for L, values in columns], ranges if several else None)
+
+
 def figures_of(slug: str) -> Any:
     """The kept figures of another page."""
     (folder,) = Path(__file__).resolve().parents[1].glob(f"*_{slug}")
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def measured(rows: Sequence[list[str]]) -> list[list[str]]:
+    """Those of which something was."""
+    return [row for row in rows if any(row[1:])]
 
 
 def named(pair: Sequence[str]) -> str:
@@ -172,9 +217,12 @@ def row_of_training(results: Data, name: str) -> list[str]:
 
 
 def rows_again(results: Data) -> list[list[str]]:
-    rows = []
-    for kind in KINDS:
-        again, first = results[f"{AGAIN}, {kind}"], losses_of(results, "e2e", kind).get(1, {})
-        differences = {L: again[str(L)] - first[L] for L in COLUMNS if str(L) in again and L in first}
-        rows.append([kind, *cells({1: differences})])
-    return rows
+    by_kind = {kind: results[f"{AGAIN}, {kind}"] for kind in KINDS}
+    names = dict.fromkeys(name for rows in by_kind.values() for name in rows)
+    return [
+        [name] + [signed(by_kind[kind].get(name, {}).get(str(L))) for kind in KINDS for L in COLUMNS] for name in names
+    ]
+
+
+def signed(difference: float | None) -> str:
+    return "" if difference is None else f"{difference:+.3f}".replace("-", "−")

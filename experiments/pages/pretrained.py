@@ -24,6 +24,8 @@ POSITIONS = {
 """Columns, and the bins of tokens that each is the mean of."""
 LEARNERS = ("reader", "reader, seed 1", "first-order", "first-order, equal time", "reader, 15 blocks, 57.7M tokens")
 
+SUMMARY = ("full-attention twin", "SWA twin", "reader", "first-order, equal time", "SWA twin, 57.7M tokens")
+
 
 def tables(files: Data) -> Iterator[Table]:
     runs = files["results"]["runs"]
@@ -41,6 +43,18 @@ def tables(files: Data) -> Iterator[Table]:
         gains.append([name, *(f"{gain:+.3f}".replace("-", "−") for gain in gained), _tokens(runs[name])])
     yield Table("What reading adds, frozen less learning:", head, gains)
     yield Table("Speed of training, 8 × 8192 tokens a step, on one H200:", _SPEED, list(_speeds(runs)))
+
+
+def summary(files: Data) -> Table:
+    """At every other octave, with what the training took: for who only looks at one table."""
+    positions, rows = list(POSITIONS)[1::2], []
+    for name in SUMMARY:
+        run = files["results"]["runs"][name]
+        reading = "learning" if "learning" in run["readings"] else "static"
+        losses = (number(loss_at(run["readings"][reading], of)) for of in positions)
+        rows.append([name, *losses, _tokens(run), f"{run['training']['seconds']:.0f}"])
+    caption = "Nats per token by position, seven held-out books read to 128K tokens:"
+    return Table(caption, ["", *positions, "trained on", "seconds"], rows)
 
 
 _SPEED = ["model", "tokens", "seconds", "tokens/s, median", "lowest – highest", "GiB at most", "learning", "frozen"]
