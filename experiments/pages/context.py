@@ -35,7 +35,6 @@ NEEDS = ("e2e-s0-32", "swa-s0-32", "full-s0-32")
 TICKS = [L * UNIT for L in LENGTHS]
 LONGER = {"SWA, 54 % more tokens": "swa-longer", "first-order, 35 % more tokens": "meta-first-order-longer"}
 """14 % and 12 % more operations than TTT-E2E."""
-SUMMARY_LENGTHS = (1, 8, 32)
 FORGOTTEN = "loss at 1K after minus before the extension"
 HEAD = ["", *(f"{L}K" for L in LENGTHS)]
 READINGS = {
@@ -127,22 +126,6 @@ def by_index(results: Data, kind: str) -> Table:
             for name, rows in bins.items()
         ],
     )
-
-
-def summary(results: Data) -> Table:
-    """Mean and range over seeds on books: for who only looks at one table."""
-    shown = {NAMES[m]: results["loss, books"][m] for m in ("e2e", "swa", "full")}
-    rows = []
-    for name, rows_by_seed in shown.items():
-        columns = whole(stored(rows_by_seed))[1]
-        rows.append([name, *(mean_and_range(columns[L]) for L in SUMMARY_LENGTHS)])
-    return Table(
-        "Nats per token on books, mean of three seeds (range):", ["", *(f"{L}K" for L in SUMMARY_LENGTHS)], rows
-    )
-
-
-def mean_and_range(losses: Sequence[float]) -> str:
-    return f"{number(statistics.mean(losses))} ({number(min(losses))}–{number(max(losses))})"
 
 
 def plots(found: Results) -> Iterator[Plot]:
