@@ -60,7 +60,7 @@ def note_launches(
 
     driver.set_active(NoDevice(capability))
     knobs.runtime.jit_cache_hook = note
-    fusible.meta_stands_for = divmod(capability, 10)
+    fusible.meta_stands_for_a_gpu = True
     with torch.autograd.set_multithreading_enabled(False):  # there are no threads for the meta device
         rehearsal(*arguments)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-meta_stands_for: tuple[int, int] | None = None
-"""Compute capability of a GPU, in a process that only asks which kernels would be launched there (`compiling.py`)."""
+meta_stands_for_a_gpu = False
+"""True in a process that launches nothing and only asks which kernels would be launched (`compiling.py`)."""
 _here = threading.local()
 
 
@@ -28,12 +28,7 @@ def fusible(*tensors: Tensor) -> bool:
 
 def is_on_a_gpu(x: Tensor) -> bool:
     """Whether it is, or stands for one that is."""
-    return x.is_cuda or (meta_stands_for is not None and x.is_meta)
-
-
-def capability(x: Tensor) -> tuple[int, int]:
-    """The compute capability of the GPU that it is on."""
-    return torch.cuda.get_device_capability(x.device) if meta_stands_for is None else meta_stands_for
+    return x.is_cuda or (meta_stands_for_a_gpu and x.is_meta)
 
 
 @contextlib.contextmanager

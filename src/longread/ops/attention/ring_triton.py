@@ -14,9 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from longread.ops.overlap import overlaps
 from longread.ops.precompile import settle_names
 from longread.ops.rms_norm import Gain
 
@@ -62,7 +60,6 @@ def triton_ring_attention(
         arrivals = torch.zeros(B * N, device=query.device, dtype=torch.int32)
     angles = mixed if rotary is None else torch.view_as_real(rotary.to(torch.complex64)).reshape(B, H)
     query_norm, key_norm = norms or (Gain(query, 1.0), Gain(key, 1.0))  # not read
-    overlap = overlaps(out)
     if out.numel():
         _ring_kernel[(shares, N // heads, B)](
             query, key, value, *ring, position, mixed, statistics, arrivals, out,
@@ -71,7 +68,6 @@ def triton_ring_attention(
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
             H=H, WIDTH=width, BLOCK=BLOCK, STAGES=STAGES, HEADS=heads, PARTS=N // G // heads,
             NORM=norms is not None, TURN=rotary is not None, SHARES=triton.next_power_of_2(shares),
-            OVERLAP=overlap, launch_pdl=overlap,
             num_warps=WARPS if heads == 1 else max(WARPS, triton.next_power_of_2(triton.cdiv(heads * width, COLUMNS))),
         )  # fmt: skip
     return out.view(B, N, 1, H)
@@ -90,14 +86,10 @@ def _ring_kernel(
     query_b, query_n, key_b, key_n, value_b, value_n,
     H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     HEADS: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr, SHARES: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Of HEADS heads, whose ring is that of PARTS programs: all of them write the same new token, none waits."""
     b, n, index = tl.program_id(2), tl.program_id(1), tl.program_id(0)
     g = n // PARTS
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     position = tl.load(positions + b)
     here = (position % R).to(tl.int32)
     oldest = tl.maximum(position - window + 1, 0)

@@ -12,10 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from longread.ops.gemv.reference import Stream
-from longread.ops.overlap import overlaps
 from longread.ops.rms_norm import Gain
 from longread.ops.swiglu import Activation
 from longread.ops.swiglu.triton import gate_sigmoid
@@ -71,7 +69,6 @@ def _launch(
     three = [*weights, *[weights[0]] * (3 - len(weights))]
     missing = Gain(x, 1.0)
     after, before = stream.gain or missing, gain or missing
-    overlap = overlaps(x)
     _gemv[(sum(triton.cdiv(size, rows) for size in sizes), B)](
         x, added, after.weight, before.weight, total, out,
         *three,
@@ -82,7 +79,6 @@ def _launch(
         D=D, WIDTH=width, ROWS=rows, MATRICES=len(sizes),
         ADD=stream.added is not None, NORM_ADDED=stream.gain is not None, NORM=gain is not None,
         BIAS=biases is not None, GATE=gate is not None, GELU=gate == "gelu_tanh",
-        OVERLAP=overlap, launch_pdl=overlap,
         num_warps=min(MOST_WARPS, max(1, rows * width * together // ELEMENTS_PER_WARP)),
     )  # fmt: skip
 
@@ -94,11 +90,9 @@ def _gemv(
     size_0, size_1, size_2, batch_0, batch_1, batch_2, eps_after, eps_before,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr,
     ADD: tl.constexpr, NORM_ADDED: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, GATE: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr,
+    BIAS: tl.constexpr, GATE: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     """Of one sequence, ROWS rows of one of its matrices, or with a gate of both."""
-    if OVERLAP:
-        gdc_launch_dependents()
     b = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0)
     weight, bias, size, first_out = weight_0 + b * batch_0, bias_0, size_0, 0
@@ -123,8 +117,6 @@ def _gemv(
         after = load_wide(gain_after, column, inside)
     if NORM:
         before = load_wide(gain_before, column, inside)
-    if OVERLAP:
-        gdc_wait()
     v = load_wide(x, b * D + column, inside)
     if ADD:
         y = load_wide(added, b * D + column, inside)
