@@ -103,11 +103,13 @@ def test_the_definition(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "several vectors"])
-@pytest.mark.parametrize("programs", [1, 512])
-def test_the_kernel(case: str, programs: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few programs of many rows, and with many."""
+@pytest.mark.parametrize(("programs", "large"), [(1, 10**9), (512, 10**9), (1, 1), (512, 1)])
+def test_the_kernel(case: str, programs: int, large: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few programs of many rows, with many, and with few that go on to other rows."""
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "ELEMENTS", 512)
+    monkeypatch.setattr(kernels, "LARGE", large)
+    for name in ("ELEMENTS", "ELEMENTS_AT_A_TIME"):
+        monkeypatch.setattr(kernels, name, 512)
     stream, weights, options = given(case)
     expected = by_hand(exact(stream), exact(weights), **{name: exact(value) for name, value in options.items()})
     agree(kernels.triton_entered(stream, weights, **options), expected)
@@ -194,7 +196,7 @@ from longread.ops.attention import ring_triton
 from longread.ops.gemv import triton as gemv_triton
 
 FLOATS = ("eps", "scale", "query_eps", "key_eps")
-INTEGERS = ("size", "batch", "share", "window", "R", "query_", "key_", "value_")
+INTEGERS = ("size", "batch", "share", "window", "R", "query_", "key_", "value_", "tiles")
 POINTERS = ("query_gain", "key_gain")
 TYPES = {"positions": "*i64", "arrivals": "*i32", "mixed": "*fp32", "statistics": "*fp32", "angles": "*fp32"}
 
@@ -217,8 +219,10 @@ def compiled(kernel, warps, **fixed):
 
 
 flags = dict(MATRICES=3, ADD=True, NORM_ADDED=True, NORM=True, BIAS=False, GATE=False, GELU=False)
-ptx = compiled(gemv_triton._gemv, 8, D=2560, WIDTH=4096, ROWS=4, **flags)
-assert "evict_first.L2::cache_hint.v4.b32" in ptx  # 16 bytes a thread
+for warps, stages in ((8, 0), (4, 3)):
+    ptx = compiled(gemv_triton._gemv, warps, D=2560, WIDTH=4096, ROWS=4, STAGES=stages, **flags)
+    # the first rows are asked for 16 bytes a thread, others while those before are on their way
+    assert "evict_first.L2::cache_hint.v4.b32" in ptx and ("cp.async" in ptx) == (stages > 0)
 flags = dict(HEADS=1, PARTS=1, NORM=True, TURN=True, SHARES=32)
 ptx = compiled(ring_triton._ring_kernel, 2, H=80, WIDTH=128, BLOCK=16, STAGES=3, **flags)
 assert "atom.global.gpu.acq_rel.add" in ptx and "cp.async" in ptx

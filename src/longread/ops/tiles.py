@@ -105,9 +105,13 @@ def partial_sums(rows: Rows, tile: Tile) -> Tensor:
     like = rows.tensors[0]
     if not rows.total:
         return like.new_zeros(1, like.shape[-1], dtype=torch.float32)
-    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 2
-    programs = min(rows.grid(tile)[0], processors * max(1, WARPS_PER_PROCESSOR // tile.warps))
+    programs = min(rows.grid(tile)[0], processors(like) * max(1, WARPS_PER_PROCESSOR // tile.warps))
     return like.new_empty(programs, like.shape[-1], dtype=torch.float32)
+
+
+def processors(x: Tensor) -> int:
+    """How many the device of x has; 2 in the interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
 @triton.jit
