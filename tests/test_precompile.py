@@ -49,7 +49,7 @@ def told(call: str, cache: Path) -> dict[str, Any]:
     ("work", "count"),
     [
         ("gates", 3),
-        pytest.param("reading", 25, marks=pytest.mark.slow),
+        pytest.param("reading", 27, marks=pytest.mark.slow),
         pytest.param("step", 20, marks=pytest.mark.slow),
     ],
 )

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from longread.config import UserError
-from longread.session import Sampling, Session
+from longread.ops.likeliest import likeliest
+from longread.session import Sampling, Session, sampling
 from longread.session.sampling import choose, derived_seed, draw, probabilities, seeded
 from tests.tiny import INNER, M, make, text
 
@@ -149,6 +150,15 @@ def test_a_row_is_drawn_as_it_is_alone(dtype: torch.dtype) -> None:
         assert [len(one.top) for one in found] == [s.logprobs for s in settings]
         log_p = logits.log_softmax(1).tolist()
         assert [one.logprob for one in found] == [row[one.id] for one, row in zip(found, log_p, strict=True)]
+
+
+def test_the_last_bits_of_a_kernel_are_there_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "likeliest", lambda x: (likeliest(x)[0], likeliest(x)[1] + 2**-20))
+    logits, greedy = torch.randn(3, 97, generator=torch.Generator().manual_seed(0)), Sampling(temperature=0)
+    settings, generators = [Sampling(), greedy, Sampling(temperature=0, logprobs=1)], [torch.Generator()] * 3
+    (alone,) = draw(logits[1:2], [greedy], [[]], generators[:1])
+    assert draw(logits, settings, [[]] * 3, generators)[1] == alone
+    assert alone.logprob != logits[1].log_softmax(0).max().item()
 
 
 def test_likeliest_tokens_and_chances_are_the_model_s() -> None:

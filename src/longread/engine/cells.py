@@ -67,6 +67,10 @@ class Cells:
         """Of the next token of the first `count` lanes, [count, V]."""
         return torch.cat([cell.logits(1) for cell in self._cells[:count]])
 
+    def likeliest(self, count: int) -> list[tuple[int, float]]:
+        """The likeliest next token of each of the first `count` lanes, and its log-probability."""
+        return [found for cell in self._cells[:count] for found in cell.likeliest(1)]
+
     def read_one(self, lane: int, token: int) -> None:
         """Reads one token in a lane; it may not be due."""
         self._cells[lane].read(torch.tensor([token], device=self._model.device))

@@ -129,10 +129,16 @@ class Lanes:
         return self._places is not None and job.reader.lane is not None and self._places.due(job.reader.lane)
 
     def logits(self) -> torch.Tensor:
-        """Of the next tokens of all jobs, [jobs, V]. This and `read` and `read_one` are called with the lock let go."""
+        """Of the next tokens of all jobs, [jobs, V]. This and what follows is called with the lock let go."""
         if self._places is None:
             raise LookupError("nobody is in a lane")
         return self._places.logits(len(self.jobs))
+
+    def likeliest(self, count: int) -> list[tuple[int, float]]:
+        """The likeliest next token of each of the first jobs, and its log-probability."""
+        if self._places is None:
+            raise LookupError("nobody is in a lane")
+        return self._places.likeliest(count)
 
     def read(self, count: int) -> None:
         """Reads the drawn tokens of the first jobs; none may be due."""

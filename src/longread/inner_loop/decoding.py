@@ -25,6 +25,7 @@ from longread.inner_loop.places import Places
 from longread.inner_loop.reading import next_token_logits, read
 from longread.inner_loop.state import ReadingState, StateFacts
 from longread.model import Transformer
+from longread.ops.likeliest import likeliest
 
 
 @dataclass(eq=False)
@@ -104,8 +105,18 @@ class Decoder:
         return logits
 
     @torch.no_grad()
+    def likeliest(self) -> list[tuple[int, float]]:
+        """The likeliest next token of every sequence, and its log-probability."""
+        if self._has_places and all(text.last_logits is None for text in self.texts):
+            return self._places().likeliest(self._lanes)
+        ids, log_p = likeliest(self.logits())
+        return list(zip(ids.tolist(), log_p.tolist(), strict=True))
+
+    @torch.no_grad()
     def read(self, tokens: Tensor) -> None:
-        """Reads one more token of each sequence, int64 [B]; those of texts that have left are not looked at."""
+        """Reads one more token of each sequence, int64 [B], on any device; those of texts that have left are not
+        looked at.
+        """
         going = [text for text in self.texts if text.last_logits is None]
         if not self._has_places:
             for text, state in zip(going, self._stepped(going, [_of(text) for text in going], tokens), strict=True):
@@ -130,7 +141,7 @@ class Decoder:
             alike.setdefault(shapes_of(state), []).append(i)
         after = list(states)
         for group in alike.values():
-            own = torch.cat([tokens[texts[i].lanes] for i in group]).unsqueeze(1)
+            own = torch.cat([tokens[texts[i].lanes] for i in group]).unsqueeze(1).to(self.model.device)
             state = together([states[i] for i in group])
             found = read(self.model, state, own, inner=self.inner, learn=self.learn, guard=True)
             found_states = [found.state] if len(group) == 1 else apart(found.state)

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from longread.inner_loop.graphs import CheckedGraphs, can_capture, put_back_later
+from longread.inner_loop.likeliest_tokens import LikeliestTokens
 from longread.inner_loop.state import ReadingState, StateFacts
 from longread.inner_loop.step import from_matrices, matrices
 from longread.model import FastWeights, Past, Ring, Transformer, decode
-from longread.ops.fusible import without_kernels
+from longread.ops.fusible import is_on_a_gpu, without_kernels
+from longread.ops.likeliest import likeliest
 
 SPARE = 1024
 """Tokens for which attention without a window gets room, a power of 2, or about a 48th of what it holds."""
@@ -33,6 +35,8 @@ TOLERANCE = 0.05
 KERNELS_OFF = {2: 0.1, 4: 0.01}
 """By bytes of a number: L2 difference of logits from plain PyTorch's, as a share of their norm, above which kernels are
 not used. Sums in another order give up to 0.03 in bfloat16."""
+LOG_P_OFF = 1e-4
+"""Difference of log-probabilities above which they are not used either, in nats and as a share; ids must be equal."""
 
 
 class KernelsRefused(UserWarning):
@@ -84,6 +88,7 @@ class Places:
         self._counts = torch.zeros(lanes, room, dtype=torch.bool, device=device)
         self._output = torch.zeros(lanes, config.width, device=device, dtype=dtype)
         self._logits = model.logits(self._output)
+        self._likeliest = LikeliestTokens(self._logits)
         initial = matrices(model.initial_fast_weights(lanes))
         self._working = [torch.empty(w.shape, device=device, dtype=dtype) for w in initial]
         self._rings: list[Ring] = []
@@ -106,6 +111,14 @@ class Places:
     def logits(self, count: int) -> Tensor:
         """Of the next token of the first `count` lanes, [count, V], float32 or wider; later calls overwrite them."""
         return self._logits[:count]
+
+    def likeliest(self, count: int) -> list[tuple[int, float]]:
+        """The likeliest next token of each of the first `count` lanes, and its log-probability.
+
+        On a GPU a pass finds them, and only its end is waited for.
+        """
+        with self._trusted():
+            return self._likeliest.wait(self._logits[:count])
 
     def due(self, lane: int) -> bool:
         """Whether the sequence's mini-batch is complete: it must leave before its next token is read."""
@@ -139,6 +152,7 @@ class Places:
         self._position[here] = state.position
         self._output[here].copy_(state.output)
         self._logits[here].copy_(self.model.logits(self._output[here]))
+        self._likeliest.forget()
         self._occupants[lane] = _Occupant(state.position, m, learn, fast)
 
     def take(self, lane: int, count: int = 1, device: torch.device | None = None) -> ReadingState:
@@ -187,6 +201,7 @@ class Places:
         for x in (self._position, self._slot, self._learning):
             x[lane] = x[origin]
         self._occupants[lane], self._occupants[origin] = self._occupants[origin], None
+        self._likeliest.forget()
 
     def grow(self, lanes: int) -> None:
         """Adds empty lanes. Tensor by tensor, so it takes little more memory than there is afterwards."""
@@ -200,6 +215,7 @@ class Places:
             self._rings[i] = Ring(key, _longer(self._rings[i].value, lanes), self._position)
         self._occupants += [None] * (lanes - self.lanes)
         self.lanes = lanes
+        self._likeliest = LikeliestTokens(self._logits)
         self._graphs.clear()
 
     @torch.no_grad()
@@ -212,8 +228,11 @@ class Places:
         width = min(self.lanes, 1 << (count - 1).bit_length()) if self._graphs.usable else count
         if self._kernels and width not in self._compared and can_capture(self._output.device):
             self._compare(width)
-        with contextlib.nullcontext() if self._kernels else without_kernels():
+        with self._trusted():
             self._graphs.run(width, functools.partial(self._pass, width), kept=self._kept)
+        self._likeliest.forget()
+        if can_capture(self._output.device):
+            self._likeliest.send(count)
         for occupant in present:
             occupant.position += 1
             occupant.waiting += occupant.learn
@@ -227,6 +246,9 @@ class Places:
         undo()
         try:
             difference = self._pass(width) - plain
+            with without_kernels():
+                expected = likeliest(self._logits[:width])
+            found = self._likeliest.find(self._logits[:width])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a kernel that this device or compiler does not take
@@ -239,6 +261,11 @@ class Places:
         size, off = (x[lanes].where(there, 0.0).norm().item() for x in (plain, difference))
         if not off <= KERNELS_OFF.get(self._output.element_size(), 0.0) * size:
             self._refuse_kernels(f"give logits {off:.2g} off, whose norm is {size:.2g}")
+        elif not all(map(_close, found, expected)):
+            self._refuse_kernels("find other tokens likeliest")
+
+    def _trusted(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._kernels else without_kernels()
 
     def _refuse_kernels(self, reason: str) -> None:
         self._kernels = False
@@ -283,6 +310,8 @@ class Places:
         self._logits[here].copy_(model.logits(output))
         start += 1
         slot.add_(self._learning[here]).clamp_(max=self._extra)
+        if is_on_a_gpu(self._logits):
+            self._likeliest.find(self._logits[here])
         return self._logits[here]
 
     def _make_room(self, position: int, *, anew: bool = False) -> None:
@@ -337,6 +366,11 @@ def _longer(x: Tensor, lanes: int) -> Tensor:
     longer = x.new_zeros(lanes, *x.shape[1:])
     longer[: len(x)] = x
     return longer
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Of ids and log-probabilities."""
+    return torch.allclose(found, expected, rtol=LOG_P_OFF * found.is_floating_point(), atol=LOG_P_OFF, equal_nan=True)
 
 
 def _part(ring: Ring, lanes: slice) -> Ring:

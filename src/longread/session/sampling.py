@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longread.config import UserError
+from longread.ops.likeliest import likeliest
 
 Recent = Sequence[Sequence[int]] | Tensor
 """Of each row the tokens that a penalty is about, in any order: token ids, or int64 [B, n]."""
@@ -42,6 +43,11 @@ class Sampling:
     """Ends before one of these, which is neither given nor read."""
     logprobs: int = 0
     """How many of the likeliest tokens to report beside each token."""
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether all it asks for is what the model itself finds likeliest."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and not self.logprobs
 
     def __post_init__(self) -> None:  # comparisons are written so that NaN is refused
         if self.max_tokens < 0:
@@ -122,11 +128,18 @@ def draw(
     logits: Tensor, settings: Sequence[Sampling], recent: Recent, generators: Sequence[torch.Generator]
 ) -> list[Drawn]:
     """What `choose` chooses, with the log-probabilities that are asked for."""
+    plain = [s.takes_likeliest for s in settings]
+    if all(plain):
+        found = _on_host(*(x.unsqueeze(-1) for x in likeliest(logits)))
+        return [Drawn(token_id, p, []) for (token_id,), (p,) in zip(*found, strict=True)]
     ids = choose(logits, settings, recent, generators).unsqueeze(-1)
     log_p = logits.log_softmax(-1)
+    own = log_p.gather(-1, ids)
+    if any(plain):  # their last bits are what they are without the others
+        own = torch.where(torch.tensor(plain, device=own.device).unsqueeze(-1), likeliest(logits)[1].unsqueeze(-1), own)
     most = min(max(s.logprobs for s in settings), logits.shape[-1])
     values, ranked = log_p.topk(most, dim=-1) if most else (log_p[:, :0], ids[:, :0])
-    found = _on_host(ids, log_p.gather(-1, ids), ranked, values)
+    found = _on_host(ids, own, ranked, values)
     return [
         Drawn(token_id, p, list(zip(top_ids[: s.logprobs], top[: s.logprobs], strict=True)))
         for (token_id,), (p,), top_ids, top, s in zip(*found, settings, strict=True)

@@ -297,8 +297,12 @@ class Session:
         try:
             for _ in range(sampling.max_tokens):
                 decoder = self._decoding()
-                chosen = choose(decoder.logits(), [sampling], [self._recent], [generator])
-                token = int(chosen)
+                if sampling.takes_likeliest:
+                    ((token, _),) = decoder.likeliest()
+                    chosen = torch.tensor([token])
+                else:
+                    chosen = choose(decoder.logits(), [sampling], [self._recent], [generator])
+                    token = int(chosen)
                 if token in sampling.stop_ids:
                     return
                 decoder.read(chosen)

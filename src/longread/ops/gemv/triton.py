@@ -73,6 +73,7 @@ def _launch(
     while rows > 1 and B * sum(triton.cdiv(size, rows) for size in sizes) < PROGRAMS:
         rows //= 2
     tiles = sum(triton.cdiv(size, rows) for size in sizes)
+    most_warps = MOST_LOOPING_WARPS if large else MOST_WARPS
     programs = triton.cdiv(tiles, triton.cdiv(tiles * B, RESIDENT * processors(x))) if large else tiles
     # what is absent is stood for by what the kernel then does not read there
     three = [*weights, *[weights[0]] * (3 - len(weights))]
@@ -89,7 +90,7 @@ def _launch(
         ADD=stream.added is not None, NORM_ADDED=stream.gain is not None, NORM=gain is not None,
         BIAS=biases is not None, GATE=gate is not None, GELU=gate == "gelu_tanh",
         STAGES=STAGES if large else 0,
-        num_warps=min(MOST_LOOPING_WARPS if large else MOST_WARPS, max(1, rows * width * together // ELEMENTS_PER_WARP)),
+        num_warps=min(most_warps, max(1, rows * width * together // ELEMENTS_PER_WARP)),
     )  # fmt: skip
 
 
