@@ -11,7 +11,8 @@ import pytest
 
 from longread.config import InnerConfig, UserError
 from longread.engine import Busy, Engine, Finished, Limits, Progress, Sampling, Token, UnknownSession, WrongPosition
-from longread.engine.lanes import largest_session
+from longread.engine.lanes import Lanes, largest_session
+from longread.engine.task import Task
 from longread.session import Session
 from tests.test_engine_batches import INNER, K, M, V, make, text
 
@@ -490,3 +491,44 @@ def test_window_of_recent_tokens(engine: Engine) -> None:
     session.read(text(30))
     alone = session.generate(3 * K, seed=1, repetition_penalty=1.7)
     assert write(engine, sid, 3 * K, repetition_penalty=1.7) == list(alone)
+
+
+@pytest.mark.parametrize("launches", [False, True], ids=["computes", "launches"])
+def test_clients_are_told_before_a_token_is_read_but_by_a_device_that_computes_meanwhile(
+    launches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the token whose reading fails, before that is said."""
+    done: list[str] = []
+
+    def read(lanes: Lanes, count: int) -> None:
+        done.append("read")
+        if len(done) == 5:
+            raise RuntimeError("lost")
+
+    def emit(task: Task, event: object) -> None:
+        if isinstance(event, Token):
+            done.append("told")
+
+    monkeypatch.setattr(Lanes, "read", read)
+    monkeypatch.setattr(Task, "_emit", emit)
+    with Engine(make(), INNER, limits=Limits(batch_invariant=False)) as engine:
+        engine._scheduler._slices._launches = launches
+        sid = engine.create().id
+        engine.append(sid, text(M + 1)).result()
+        task = engine.generate(sid, Sampling(max_tokens=3 if launches else 2, temperature=0))
+        if launches:
+            with pytest.raises(RuntimeError, match="lost"):
+                task.result()
+        else:
+            task.result()
+    assert done == (["read", "told"] * 3 if launches else ["told", "read"] * 2)
+
+
+def test_nothing_comes_after_the_outcome() -> None:
+    task, heard = Task(), []
+    task.subscribe(heard.append)
+    task._finish("end")
+    task._emit("late")
+    assert heard == ["end"]
+    assert task.result() == "end"
+    assert list(task) == []

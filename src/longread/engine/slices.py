@@ -30,6 +30,8 @@ class Slices:
         self._jobs, self._lanes, self._pieces, self._turn = jobs, jobs.lanes, TextPieces(jobs), turn
         self._short_first: defaultdict[str, bool] = defaultdict(lambda: True)
         self._wrote_at = -math.inf
+        self._launches = jobs.model.device.type == "cuda"
+        """Whether a device computes by itself what it is given: clients are told meanwhile."""
 
     def write(self, heads: list[Job]) -> bool:
         """Draws and reads the next token of all that write and whose inner step is not due; says whether any does."""
@@ -65,13 +67,30 @@ class Slices:
     def _round(self, loose: list[Job]) -> None:
         jobs, lanes = self._jobs, self._lanes
         drawing = [job for job in (*lanes.jobs, *loose) if job.next is None]
+        news: list[tuple[Job, Token]] = []
         for job, drawn in zip(drawing, self._drawn(drawing), strict=True):
             if drawn.id in sampling_of(job).stop_ids:
                 jobs.end_writing(job, "stop")
                 continue
             job.next = drawn.id
             jobs.computing(job, wrote=True)
-            job.task._emit(Token(drawn.id, drawn.logprob, drawn.top, job.reader.position + 1))
+            news.append((job, Token(drawn.id, drawn.logprob, drawn.top, job.reader.position + 1)))
+        try:
+            if not self._launches:
+                self._tell(news)
+            self._read_drawn()
+        finally:
+            self._tell(news)
+
+    def _tell(self, news: list[tuple[Job, Token]]) -> None:
+        """Tells clients what was not told yet."""
+        while news:
+            job, token = news.pop(0)
+            job.task._emit(token)
+
+    def _read_drawn(self) -> None:
+        """Reads the drawn tokens of all in lanes whose inner step is not due."""
+        jobs, lanes = self._jobs, self._lanes
         others = [job for job in lanes.jobs if job.next is not None and not lanes.due(job)]
         if jobs.alone:
             for job in others:

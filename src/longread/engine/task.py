@@ -19,7 +19,8 @@ class Task:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed, self._ended = threading.Condition(lock), threading.Condition(lock)
         self._events: deque[Any] = deque()
         self._subscribers: list[Callback] = []
         self._outcome: Any = None
@@ -41,7 +42,7 @@ class Task:
     def result(self, timeout: float | None = None) -> Any:
         """Waits for the result. Raises what went wrong, or `TimeoutError` after `timeout` seconds."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._done, timeout):
+            if not self._ended.wait_for(lambda: self._done, timeout):
                 raise TimeoutError(f"the task is not finished after {timeout} seconds")
         if isinstance(self._outcome, BaseException):
             raise self._outcome
@@ -70,6 +71,8 @@ class Task:
 
     def _emit(self, event: Any) -> None:
         with self._changed:
+            if self._done:
+                return
             if not self._subscribers:
                 self._events.append(event)
                 self._changed.notify_all()
@@ -82,6 +85,7 @@ class Task:
                 return
             self._outcome, self._done = outcome, True
             self._changed.notify_all()
+            self._ended.notify_all()
             for callback in list(self._subscribers):
                 self._tell(callback, outcome)
 
