@@ -21,8 +21,8 @@ from longread.ops.tiles import load_wide, processors
 
 ELEMENTS, MOST_WARPS = 32_768, 8
 """Of matrices in a program: enough bytes on their way to keep the memory busy."""
-PROGRAMS = 512
-"""A smaller matrix is divided among so many programs at least, a few for each processor."""
+PROGRAMS = 2048
+"""A smaller matrix is divided among so many programs at least, sixteen for each processor of an H200."""
 LARGE = 32_000_000
 """Bytes of matrices from which programs go on to other rows. With less, loops are too short to gain by it."""
 ELEMENTS_AT_A_TIME, MOST_LOOPING_WARPS, STAGES = 16_384, 4, 3
