@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -238,6 +238,35 @@ def test_clipped_sgd(clip: float | None, dtype: torch.dtype) -> None:
     expected = step(reference_clipped_sgd, wide(weights), wide(gradients), lr=0.7, clip=clip)
     for lr in (0.7, torch.tensor(0.7, device=DEVICE)):
         agree(step(fused, weights, gradients, lr=lr, clip=clip), expected, 1e-6 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("used", ["weights", "casts", "both", "one of each"])
+def test_clipped_sgd_and_cast(clip: float | None, used: str) -> None:
+    """The casts are those of the new weights, and what comes back for either of them counts."""
+    weights = [draw(4, 5).expand(3, 4, 5), draw(3, 70, 61, seed=7)]
+    gradients = [draw(3, 4, 5, seed=2, dtype=torch.bfloat16), draw(3, 70, 61, seed=8, dtype=torch.bfloat16)]
+
+    def total(new: Sequence[Tensor], casts: Sequence[Tensor]) -> Tensor:
+        chosen = {"weights": new, "casts": casts, "both": (*new, *casts), "one of each": (new[0], casts[1])}[used]
+        return sum((w.double() * draw(*w.shape, seed=5 + i)).sum() for i, w in enumerate(chosen))
+
+    fused = kernels("clipped_sgd").triton_clipped_sgd_and_cast
+    new, casts, norm = fused(weights, gradients, torch.bfloat16, lr=0.7, clip=clip)
+    assert all(torch.equal(cast, w.bfloat16()) for cast, w in zip(casts, new, strict=True))
+    exact, exact_gradients = wide(weights), wide(gradients)
+    expected, expected_norm = reference_clipped_sgd(exact, exact_gradients, lr=0.7, clip=clip)
+    agree([*new, norm], [*expected, expected_norm], 1e-6)
+    agree(
+        [*torch.autograd.grad(total(new, casts), weights + gradients)],
+        [*torch.autograd.grad(total(expected, expected), exact + exact_gradients)],
+        0.01,
+    )
+    held = [g.detach() for g in gradients]  # a step that is held constant
+    new, casts, _ = fused(weights, held, torch.bfloat16, lr=0.7, clip=clip)
+    (found,) = torch.autograd.grad(total(new, casts), weights[1:])
+    (wanted,) = torch.autograd.grad(total(exact, exact), exact[1:])
+    agree([found], [wanted], 0.01)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

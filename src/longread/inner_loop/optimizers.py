@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longread.config import INNER_OPTIMIZERS, UserError
-from longread.ops.clipped_sgd import clipped_sgd, clipped_sgd_
+from longread.ops.clipped_sgd import clipped_sgd, clipped_sgd_, clipped_sgd_and_cast
 
 
 class Rule(Protocol):
@@ -37,6 +37,8 @@ class Update(NamedTuple):
     refused: Tensor | None
     """Which sequences the guard kept from the step, bool [B]; None: those that `ops.clipped_sgd.refused` finds by their
     norms, or there is no guard."""
+    working: tuple[Tensor, ...] | None = None
+    """The weights in the type of the products, where that was asked for and cost no pass of its own."""
 
 
 class InnerOptimizer:
@@ -54,8 +56,9 @@ class InnerOptimizer:
         clip: float | None,
         max_step_norm: Tensor | None = None,
         group: ProcessGroup | None = None,
+        working: torch.dtype | None = None,
     ) -> Update:
-        """Args as in `clipped_sgd`. Raises `ValueError` if the rule gives other shapes or types than it was given, and
+        """Args as in `clipped_sgd`; `working` is the type of the products, where they come next. Raises `ValueError` if the rule gives other shapes or types than it was given, and
         `UserError` for a `group`: only clipped SGD takes norms over ranks."""
         if group is not None:
             raise UserError(
@@ -109,7 +112,11 @@ class _ClippedSGD(InnerOptimizer):
         clip: float | None,
         max_step_norm: Tensor | None = None,
         group: ProcessGroup | None = None,
+        working: torch.dtype | None = None,
     ) -> Update:
+        if working not in (None, weights[0].dtype) and max_step_norm is None:
+            new, copies, norm = clipped_sgd_and_cast(weights, gradients, working, lr=lr, clip=clip, group=group)
+            return Update(new, norm, None, copies)
         return Update(
             *clipped_sgd(weights, gradients, lr=lr, clip=clip, max_step_norm=max_step_norm, group=group), None
         )

@@ -25,6 +25,8 @@ class Carry(NamedTuple):
 
     fast: FastWeights
     pasts: tuple[Past, ...]
+    working: tuple[Tensor, ...] | None = None
+    """The fast weights in the type of the products, in the order of `matrices`, where a step has just made them."""
 
 
 class Step(NamedTuple):
@@ -43,6 +45,8 @@ class Step(NamedTuple):
     """Of `Transformer.upper`, [B, M, D]."""
     refused: Tensor | None
     """As in `Update`."""
+    working: tuple[Tensor, ...] | None
+    """As in `Carry`."""
 
 
 class Scan(NamedTuple):
@@ -176,6 +180,7 @@ def inner_step(
     optimizer: InnerOptimizer = CLIPPED_SGD,
     group: ProcessGroup | None = None,
     run: Recorded | None = None,
+    cast: bool = False,
 ) -> Step:
     """Scores one mini-batch with the weights of `carry`, then takes one step on it.
 
@@ -190,21 +195,34 @@ def inner_step(
         max_step_norm: guards the step at order 0 (see `step_norm_limit`).
         group: as in `Transformer.upper`.
         run: what `recorded` made of the same mini-batch and carry, at order 0. It may serve again.
+        cast: whether another mini-batch follows, and wants the new weights in the type of the products too.
     """
     weights = matrices(carry.fast)
     weights = [w if order and w.requires_grad else w.detach().requires_grad_() for w in weights]
-    with torch.enable_grad():
-        # the gradient is taken where the products are, in their type; the step keeps the precision of the weights
-        working = [w.to(model.dtype) for w in weights] if run is None else run.working
+    # the gradient is taken where the products are, in their type; the step keeps the precision of the weights
+    working: Sequence[Tensor]
+    if run is not None:
+        working = run.working
+    elif carry.working is not None:
+        working = [w if order and w.requires_grad else w.detach().requires_grad_() for w in carry.working]
+    else:
+        with torch.enable_grad():
+            working = [w.to(model.dtype) for w in weights]
     found = inner_gradient(
         model, working, carry.pasts, hidden, target_ids, loss_mask, start=start, order=order, group=group, run=run
     )
     if order == 0:
         weights = [w.detach() for w in weights]
-    new, norm, refused = optimizer.step(
-        weights, found.gradients, lr=lr, clip=clip, max_step_norm=max_step_norm, group=group
+    new, norm, refused, copies = optimizer.step(
+        weights,
+        found.gradients,
+        lr=lr,
+        clip=clip,
+        max_step_norm=max_step_norm,
+        group=group,
+        working=model.dtype if cast else None,
     )
-    return Step(from_matrices(new), found.own, found.nll, found.loss, norm, found.output, refused)
+    return Step(from_matrices(new), found.own, found.nll, found.loss, norm, found.output, refused, copies)
 
 
 def scan(
@@ -240,7 +258,8 @@ def scan(
         for i, (*inputs, counts) in enumerate(parts):
             if i == count - 1 and not last_step:
                 first, last = start + i * M, min(order, 1)
-                output, _ = model.upper(inputs[0], carry.fast, carry.pasts, start=first, order=last, group=group)
+                fast = carry.fast if carry.working is None else from_matrices(carry.working)
+                output, _ = model.upper(inputs[0], fast, carry.pasts, start=first, order=last, group=group)
                 nll.append(model.token_losses(output, inputs[1]))
                 loss.append(mini_batch_loss(nll[-1], counts))
             else:
@@ -255,8 +274,10 @@ def scan(
                         order=order,
                         optimizer=optimizer,
                         group=group,
+                        cast=i < count - 1,
                     )
-                carry = Carry(step.fast, model.advance(carry.pasts, step.own, model.num_lower_attentions))
+                pasts = model.advance(carry.pasts, step.own, model.num_lower_attentions)
+                carry = Carry(step.fast, pasts, step.working)
                 nll.append(step.nll)
                 output = step.output
                 loss.append(step.loss if outer_mask is None else mini_batch_loss(step.nll, counts))

@@ -7,13 +7,14 @@ triton.py      the same in as few passes over memory as there can be
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longread.ops.clipped_sgd.explicit import explicit_clipped_sgd, refused
-from longread.ops.fusible import fusible
+from longread.ops.fusible import TYPES, fusible
 
-__all__ = ["clipped_sgd", "clipped_sgd_", "refused"]
+__all__ = ["clipped_sgd", "clipped_sgd_", "clipped_sgd_and_cast", "refused"]
 
 
 def clipped_sgd(
@@ -43,6 +44,28 @@ def clipped_sgd(
 
         return triton_clipped_sgd(weights, gradients, lr=lr, clip=clip, max_step_norm=max_step_norm, group=group)
     return explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, max_step_norm=max_step_norm, group=group)
+
+
+def clipped_sgd_and_cast(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    lr: float | Tensor,
+    clip: float | None,
+    group: ProcessGroup | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """The same step, and the new weights once more in another type, that of the products; differentiable in both.
+
+    Returns:
+        The new weights, the same in `dtype`, and the norms before clipping, [B].
+    """
+    if fusible(*weights, *gradients) and dtype in TYPES:
+        from longread.ops.clipped_sgd.triton import triton_clipped_sgd_and_cast
+
+        return triton_clipped_sgd_and_cast(weights, gradients, dtype, lr=lr, clip=clip, group=group)
+    new, norm = explicit_clipped_sgd(weights, gradients, lr=lr, clip=clip, group=group)
+    return new, tuple(w.to(dtype) for w in new), norm
 
 
 def clipped_sgd_(

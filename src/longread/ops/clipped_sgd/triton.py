@@ -3,6 +3,9 @@
     forward    read g: ‖g‖²        read W and g, write W' (in place: over W, and once more in the type of products)
     backward   read g, λ: ⟨g, λ⟩   read g and λ, write the adjoint of g; g is left out where nothing was clipped
 
+Where the step gave the weights in the type of the products too, λ comes in two parts, and the last pass writes their
+sum, which is the adjoint of the old weights.
+
 Sums are made of one partial sum for each program, added in a fixed order; ranks add partial sum to partial sum. Weights
 may be one matrix shared by all sequences (stride 0 between them); gradients may be float32 or half precision, and are
 kept as they came.
@@ -10,6 +13,7 @@ kept as they came.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -37,8 +41,22 @@ def triton_clipped_sgd(
     group: ProcessGroup | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The contract of `longread.ops.clipped_sgd.clipped_sgd`."""
-    *stepped, norm = _Step.apply(lr, clip, max_step_norm, group, *weights, *gradients)
+    *stepped, norm = _Step.apply(lr, clip, max_step_norm, group, None, *weights, *gradients)
     return tuple(stepped), norm
+
+
+def triton_clipped_sgd_and_cast(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    lr: float | Tensor,
+    clip: float | None,
+    group: ProcessGroup | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """The contract of `longread.ops.clipped_sgd.clipped_sgd_and_cast`."""
+    *both, norm = _Step.apply(lr, clip, None, group, dtype, *weights, *gradients)
+    return tuple(both[: len(weights)]), tuple(both[len(weights) :]), norm
 
 
 def _by_sequence(x: Tensor) -> Tensor:
@@ -117,31 +135,46 @@ class _Step(torch.autograd.Function):
         clip: float | None,
         max_step_norm: Tensor | None,
         group: ProcessGroup | None,
+        dtype: torch.dtype | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
+        """The new weights, the same in `dtype` if it is given, and the norm."""
         count = len(tensors) // 2
         weights, gradients = tensors[:count], [_by_sequence(g) for g in tensors[count:]]
         norm, step = _norm_and_step(gradients, lr, clip, max_step_norm, group)
         stepped = [torch.empty(w.shape, device=w.device, dtype=w.dtype) for w in weights]
-        for weight, gradient, out in zip(weights, gradients, stepped, strict=True):
-            _update(weight, gradient, step, out, None, guarded=max_step_norm is not None)
+        copies = [] if dtype is None else [torch.empty_like(w, dtype=dtype) for w in stepped]
+        for weight, gradient, out, copy in zip_longest(weights, gradients, stepped, copies):
+            _update(weight, gradient, step, out, copy, guarded=max_step_norm is not None)
         ctx.save_for_backward(norm, step, *gradients)
         ctx.clip, ctx.group = clip, group
         ctx.mark_non_differentiable(norm)
-        return *stepped, norm
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [w.shape for w in stepped]
+        return *stepped, *copies, norm
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *adjoints: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *adjoints: Tensor | None) -> tuple[Any, ...]:
         norm, step, *gradients = ctx.saved_tensors
-        to_weights = adjoints[:-1]  # the last one belongs to the norm
-        if not any(ctx.needs_input_grad[4 + len(gradients) :]):
-            return None, None, None, None, *to_weights, *[None] * len(gradients)
-        flat = [_by_sequence(adjoint) for adjoint in to_weights]
+        count, constants = len(gradients), (None,) * 5
+        parts = list(zip_longest(adjoints[:count], adjoints[count:-1]))  # the last one belongs to the norm
+        if not any(ctx.needs_input_grad[5 + count :]):
+            return *constants, *(_wide(*part) for part in parts), *[None] * count
+        if all(wide is None and narrow is None for wide, narrow in parts):
+            return *constants, *[None] * (2 * count)
+        parts = [
+            (_wide(wide, narrow), None) if wide is None or narrow is None else (wide, narrow) for wide, narrow in parts
+        ]
+        wide = [
+            _by_sequence(norm.new_zeros(shape) if x is None else x)
+            for (x, _), shape in zip(parts, ctx.shapes, strict=True)
+        ]
+        narrow = [None if x is None else _by_sequence(x) for _, x in parts]
         radial = torch.empty_like(norm)
         clip = float("inf") if ctx.clip is None else ctx.clip
         if len(norm):
-            dots = None if ctx.clip is None else summed(_dots(gradients, flat, norm, clip), ctx.group)
+            dots = None if ctx.clip is None else summed(_dots(gradients, wide, norm, clip, narrow), ctx.group)
             _sgd_radial[(len(norm),)](
                 norm if dots is None else dots,
                 norm,
@@ -151,50 +184,70 @@ class _Step(torch.autograd.Function):
                 clip,
                 SUM_BLOCK=SUM_BLOCK,
             )
-        to_gradients = []
-        for gradient, adjoint, shape in zip(gradients, flat, (x.shape for x in to_weights), strict=True):
+        to_weights, to_gradients = [], []
+        for gradient, adjoint, second, shape in zip(gradients, wide, narrow, ctx.shapes, strict=True):
             out = torch.empty(shape, device=gradient.device, dtype=gradient.dtype)
+            total = None if second is None else torch.empty(shape, device=adjoint.device, dtype=adjoint.dtype)
             if gradient.numel():
                 _sgd_pull_back[_grid(gradient)](
                     gradient,
                     adjoint,
+                    second,
                     out,
+                    total,
                     norm,
                     step,
                     radial,
                     gradient.shape[1],
                     gradient.stride(0),
                     adjoint.stride(0),
+                    0 if second is None else second.stride(0),
                     clip,
                     BLOCK=BLOCK,
                     num_warps=WARPS,
                 )
             to_gradients.append(out)
-        return None, None, None, None, *to_weights, *to_gradients
+            to_weights.append(adjoint.view(shape) if total is None else total)
+        return *constants, *to_weights, *to_gradients
+
+
+def _wide(wide: Tensor | None, narrow: Tensor | None) -> Tensor | None:
+    """The sum of two adjoints of a weight, in the type of the weight, which is float32."""
+    if narrow is None:
+        return wide
+    return narrow.float() if wide is None else wide + narrow
 
 
 def _grid(flat: Tensor) -> tuple[int, int]:
     return triton.cdiv(flat.shape[1], BLOCK), flat.shape[0]
 
 
-def _dots(left: Sequence[Tensor], right: Sequence[Tensor], norm: Tensor | None, clip: float) -> Tensor:
-    """Partial sums of ⟨left, right⟩ for each sequence, over all tensors: [B, parts].
+def _dots(
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    norm: Tensor | None,
+    clip: float,
+    second: Sequence[Tensor | None] = (),
+) -> Tensor:
+    """Partial sums of ⟨left, right + second⟩ for each sequence, over all tensors: [B, parts].
 
     With `norm`, only for the sequences whose norm is greater than `clip`; the others get zeros.
     """
     batch_size = len(left[0])
     parts = [max(1, min(triton.cdiv(x.shape[1], BLOCK), PROGRAMS // max(1, batch_size))) for x in left]
     partial = torch.empty(batch_size, sum(parts), device=left[0].device, dtype=torch.float32)
-    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+    for i, (a, b, more) in enumerate(zip_longest(left, right, second)):
         if batch_size:
             _sgd_dot[(parts[i], batch_size)](
                 a,
                 b,
+                more,
                 partial if norm is None else norm,
                 partial,
                 a.shape[1],
                 a.stride(0),
                 b.stride(0),
+                0 if more is None else more.stride(0),
                 sum(parts),
                 sum(parts[:i]),
                 clip,
@@ -210,11 +263,13 @@ def _dots(left: Sequence[Tensor], right: Sequence[Tensor], norm: Tensor | None, 
 def _sgd_dot(
     a_ptr,
     b_ptr,
+    more_ptr,
     norm_ptr,
     partial_ptr,
     size,
     a_stride,
     b_stride,
+    more_stride,
     num_partial,
     first_partial,
     clip,
@@ -236,7 +291,10 @@ def _sgd_dot(
         if SQUARE:
             total += a * a
         else:
-            total += a * tl.load(b_ptr + place, mask=place < size, other=0.0).to(tl.float32)
+            b = tl.load(b_ptr + place, mask=place < size, other=0.0).to(tl.float32)
+            if more_ptr is not None:
+                b += tl.load(more_ptr + sequence * more_stride + place, mask=place < size, other=0.0).to(tl.float32)
+            total += a * b
     tl.store(partial_ptr + sequence * num_partial + first_partial + tl.program_id(0), tl.sum(total, axis=0))
 
 
@@ -320,13 +378,16 @@ def _sgd_radial(dots_ptr, norm_ptr, step_ptr, radial_ptr, num_partial, clip, SUM
 def _sgd_pull_back(
     gradient_ptr,
     adjoint_ptr,
+    second_ptr,
     out_ptr,
+    total_ptr,
     norm_ptr,
     step_ptr,
     radial_ptr,
     size,
     gradient_stride,
     adjoint_stride,
+    second_stride,
     clip,
     BLOCK: tl.constexpr,
 ):
@@ -334,6 +395,9 @@ def _sgd_pull_back(
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     adjoint = tl.load(adjoint_ptr + sequence * adjoint_stride + place, mask=inside).to(tl.float32)
+    if second_ptr is not None:
+        adjoint += tl.load(second_ptr + sequence * second_stride + place, mask=inside).to(tl.float32)
+        tl.store(total_ptr + sequence * size + place, adjoint, mask=inside)
     out = -tl.load(step_ptr + sequence) * adjoint
     # a masked load of nothing is no traffic
     num_read = tl.where(tl.load(norm_ptr + sequence) > clip, size, 0)
