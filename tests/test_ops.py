@@ -20,7 +20,7 @@ from longread.ops.cross_entropy import chunked, cross_entropy
 from longread.ops.cross_entropy.reference import reference_cross_entropy
 from longread.ops.fast_mlp import fast_mlp
 from longread.ops.fast_mlp.reference import reference_fast_mlp
-from longread.ops.linear import SharedWeight
+from longread.ops.linear import SharedWeight, linear
 from longread.ops.needed import needed_inputs
 from longread.ops.rms_norm import rms_norm
 from longread.ops.rms_norm.reference import reference_rms_norm
@@ -349,6 +349,43 @@ def test_a_shared_weight_and_its_bias_under_an_inner_step(frozen: str | None) ->
         after = product(x @ (fast - 0.3 * inner)).sin()
         results.append([out, inner, after, *torch.autograd.grad(out + after.sum(), given)])
     agree(*results)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_with_a_wider_weight_at_both_orders(biased: bool) -> None:
+    """The type of x is float32 and that of the weight float64, so that one cannot be told from the other's product."""
+    x, weight, bias = draw(2, 4, 3, dtype=torch.float32), draw(5, 3, seed=1), draw(5, seed=2) if biased else None
+    given = [x, weight] if bias is None else [x, weight, bias]
+    plain = lambda x, w, b: torch.nn.functional.linear(x.double(), w, b)  # noqa: E731
+    results = []
+    for product in (linear, plain):
+        out = product(x, weight, bias).sin().sum()
+        first = torch.autograd.grad(out, given, create_graph=True)
+        assert [g.dtype for g in first] == [g.dtype for g in given]
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first) + out, given)])
+        results[-1] += torch.autograd.grad(product(x, weight, bias).sin().sum(), given)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_several_weights_shared_as_one(biased: bool) -> None:
+    weights, biases = [draw(5, 3), draw(2, 3, seed=4)], [draw(5, seed=5), draw(2, seed=6)] if biased else []
+    x, results = draw(2, 4, 3, seed=1), []
+    for shared in (True, False):
+        one = SharedWeight(weights, D64, biases or None)
+        out = torch.zeros((), dtype=D64)
+        for scale in (1.0, -0.5):
+            if shared:
+                first, second = one(x * scale).split([5, 2], dim=-1)
+            else:
+                pairs = zip(weights, biases or [None, None], strict=True)
+                first, second = (torch.nn.functional.linear(x * scale, *pair) for pair in pairs)
+            out = out + first.sin().sum() + (second * first[..., :2]).sum()
+        (inner,) = torch.autograd.grad(out, [x], create_graph=True)
+        total = (inner * draw(*inner.shape, seed=3).detach()).sum() + out
+        results.append(torch.autograd.grad(total, [*weights, *biases, x]))
+    agree(list(results[0]), list(results[1]))
 
 
 def test_a_shared_weight_refuses_to_have_its_gradient_recorded() -> None:

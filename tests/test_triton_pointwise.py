@@ -148,6 +148,14 @@ def test_swiglu_of_the_halves_of_one_product() -> None:
     check(lambda x: gate(x.mT, x.mT), lambda x: reference_swiglu(x.mT, x.mT), [draw(2, 3, 10)])
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 14), (2, 4098)], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate_of_halves(activation: Activation, shape: tuple[int, ...]) -> None:
+    gate = kernels("swiglu").triton_swiglu_of_halves
+    inputs = [(2 * draw(*shape)).detach().requires_grad_()]
+    check(lambda x: gate(x, activation), lambda x: reference_swiglu(*x.chunk(2, -1), activation), inputs)
+
+
 def test_rotate_at_any_order() -> None:
     rotate = kernels("rotary").triton_rotate
     x = draw(2, 5, 3, 12)

@@ -58,8 +58,9 @@ class InnerOptimizer:
         group: ProcessGroup | None = None,
         working: torch.dtype | None = None,
     ) -> Update:
-        """Args as in `clipped_sgd`; `working` is the type of the products, where they come next. Raises `ValueError` if the rule gives other shapes or types than it was given, and
-        `UserError` for a `group`: only clipped SGD takes norms over ranks."""
+        """Args as in `clipped_sgd`; `working` is the type of the products, where such come next. Raises `ValueError` if
+        the rule gives other shapes or types than it was given, and `UserError` for a `group`: only clipped SGD takes
+        norms over ranks."""
         if group is not None:
             raise UserError(
                 f"the inner optimizer {self.rule} cannot be divided among {group.size()} ranks; use inner.optimizer "

@@ -5,15 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from longread.config import Gate
 from longread.ops.collective import part
 from longread.ops.fast_mlp import fast_mlp
-from longread.ops.linear import SharedWeight
+from longread.ops.linear import SharedWeight, linear
 from longread.ops.rms_norm import rms_norm
 from longread.ops.rotary import rotate
-from longread.ops.swiglu import swiglu
+from longread.ops.swiglu import swiglu, swiglu_of_halves
 
 
 class Linear(nn.Module):
@@ -28,12 +27,13 @@ class Linear(nn.Module):
         self.undecayed = ("bias",) if bias else ()
         """For the outer optimizer."""
         self.shared: SharedWeight | None = None
-        """Set while many products with this weight share a cast and a gradient (`Transformer.sharing_weights`)."""
+        """Set while many products with this weight share a cast and a gradient (`Transformer.sharing_weights`); of
+        layers that are one then (`MLP.stacks`), the first has it for all."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None:
             return self.shared(x)
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return "{1} → {0}".format(*self.weight.shape) + ("" if self.bias is None else ", with bias")
@@ -89,10 +89,19 @@ class MLP(nn.Module):
         """x: [B, T, D], `weights` as in `SwiGLU`, with a `group` this rank's part of them; returns [B, T, D]."""
         normed = self.pre_norm(x)
         if weights is None:
-            out = self.down(swiglu(self.gate(normed), self.up(normed), activation=self.activation))
+            if self.gate.shared is None:
+                hidden = swiglu(self.gate(normed), self.up(normed), activation=self.activation)
+            else:
+                hidden = swiglu_of_halves(self.gate.shared(normed), activation=self.activation)
+            out = self.down(hidden)
         else:
             out = fast_mlp(normed, *weights, activation=self.activation, group=group)
         return self.post_norm(out, residual=x)
+
+    @property
+    def stacks(self) -> tuple[tuple[Linear, ...], ...]:
+        """Its layers; those that multiply the same vectors together."""
+        return (self.gate, self.up), (self.down,)
 
     def initial_weights(self, batch_size: int, group: ProcessGroup | None = None) -> SwiGLU:
         """W_0 for every sequence: views of the parameters, or float32 copies of half-precision ones.

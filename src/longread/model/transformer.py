@@ -176,18 +176,20 @@ class Transformer(nn.Module):
     @contextlib.contextmanager
     def sharing_weights(self) -> Iterator[None]:
         """While many mini-batches pass through `upper` and `token_losses`: each slow matrix is cast only once."""
-        modules: list[nn.Module] = [block.static_mlp for block in self.suffix]
+        modules: list[MLP | Attention] = [block.static_mlp for block in self.suffix]
         modules += [block.attention for block in self.suffix[1:]]
-        layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Linear)]
-        for layer in layers:
-            layer.shared = SharedWeight(layer.weight, self.dtype, layer.bias)
+        stacks = [stack for module in modules for stack in module.stacks]
+        for stack in stacks:
+            weights, biased = [layer.weight for layer in stack], any(layer.bias is not None for layer in stack)
+            biases = [w.new_zeros(len(w)) if b is None else b for w, b in ((x.weight, x.bias) for x in stack)]
+            stack[0].shared = SharedWeight(weights, self.dtype, biases if biased else None)
         object.__setattr__(self, "_shared_head", self.head_weight.to(self.dtype))  # never a parameter of its own
         try:
             yield
         finally:
             self._shared_head = None
-            for layer in layers:
-                layer.shared = None
+            for first, *_ in stacks:
+                first.shared = None
 
     def initial_fast_weights(self, batch_size: int, group: ProcessGroup | None = None) -> FastWeights:
         """W_0 for every sequence of a batch, as views of the parameters; with a `group` this rank's part of it."""

@@ -106,15 +106,23 @@ class Attention(nn.Module):
     def heads(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, T, H], keys and values [B, G, T, H] of x [B, T, D], as `attention` takes them in."""
         normed = self.pre_norm(x)
-        query, key, value = (
-            layer(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in self._products(normed))
         return self.query_norm(query, rotary=rotary), self.key_norm(key, rotary=rotary), value
 
     def joined(self, mixed: Tensor, x: Tensor) -> Tensor:
         """x [B, T, D] with the heads' results [B, N, T, H] added."""
         return self.post_norm(self.output(mixed.transpose(1, 2).flatten(2)), residual=x)
+
+    def _products(self, normed: Tensor) -> tuple[Tensor, ...]:
+        layers, shared = self.stacks[0], self.query.shared
+        if shared is None:
+            return tuple(layer(normed) for layer in layers)
+        return shared(normed).split([len(layer.weight) for layer in layers], dim=-1)
+
+    @property
+    def stacks(self) -> tuple[tuple[Linear, ...], ...]:
+        """Its layers; those that multiply the same vectors together."""
+        return (self.query, self.key, self.value), (self.output,)
 
     @property
     def _gains(self) -> tuple[Tensor, Tensor] | None:

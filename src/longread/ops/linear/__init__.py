@@ -1,11 +1,14 @@
-"""Matrix products with a weight that is used many times before its gradient is due.
+"""Matrix products in the type of x with weights of a wider type, and with one that is used many times.
 
 The scan over mini-batches multiplies with the same slow weights at every step, twice where the step is
 differentiated. Left to autograd, each use casts the weight and adds its own gradient to a running sum. Here the weight
 is cast once, every use leaves a pair of factors, and one long product makes the gradient (order 2). A bias takes no
 part in the gradient of x, so only the uses themselves leave something for it: a row, summed in float32.
+
+Weights that meet the same x can be one: a mini-batch is short, and one wide product fills a GPU better than three.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +16,46 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longread.ops.needed import needed_inputs
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias for x [..., in], in its type: [..., out]; differentiable twice.
+
+    The gradient of a weight [out, in] of another type is made in that type, not rounded to that of x before.
+    """
+    if weight.dtype != x.dtype and weight.requires_grad and torch.is_grad_enabled():
+        return _Product.apply(x, weight, bias)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight, cast)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.nn.functional.linear(x, cast, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, cast = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = (*needed_inputs(ctx), False)[:3]
+        recorded = torch.is_grad_enabled()
+        dx = dweight = dbias = None
+        if needs_x:
+            dx = dy @ (weight.to(x.dtype) if recorded else cast)
+        if needs_weight:
+            dweight = _weight_gradient(_flat(x), _flat(dy), weight.dtype, recorded=recorded)
+        if needs_bias:
+            dbias = _flat(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+        return dx, dweight, dbias
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype, *, recorded: bool = False) -> Tensor:
+    """dyᵀ x in the given type, [out, in]."""
+    if dtype != x.dtype and x.is_cuda and not recorded:  # PyTorch has no derivative of this
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return torch.mm(dy.t(), x).to(dtype)
 
 
 class _Left(NamedTuple):
@@ -28,49 +71,81 @@ class SharedWeight:
     """A weight [out, in] in the type of the products; multiply with it as often as needed in one graph.
 
     Args:
-        bias: [out], added to every product.
+        weight: or several [out, in] with one `in`, which become one, the first on top.
+        bias: [out], added to every product; one for each weight.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor | Sequence[Tensor],
+        dtype: torch.dtype,
+        bias: Tensor | Sequence[Tensor] | None = None,
+    ) -> None:
+        weights, biases = _several(weight), _several(bias)
         self._left = _Left([], [])
-        self._cast, self._bias = _Share.apply(weight, bias, dtype, self._left)
+        self._cast, self._bias = _Share.apply(dtype, self._left, len(weights), *weights, *biases)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x Wᵀ + bias for x [..., in] of the type given above: [..., out]."""
         return _SharedProduct.apply(x, self._cast, self._bias, self._left)
 
 
+def _several(x: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    if x is None:
+        return ()
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
 class _Share(torch.autograd.Function):
-    """The casts of weight and bias. All uses run before this backward does, and hand it gradients only by `_Left`."""
+    """The casts of weights and biases, each as one. All uses run before this backward does, and hand it gradients only
+    by `_Left`."""
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, left: _Left
+        ctx: Any, dtype: torch.dtype, left: _Left, count: int, *tensors: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.left, ctx.dtypes = left, (weight.dtype, None if bias is None else bias.dtype)
+        weights, biases = tensors[:count], tensors[count:]
+        ctx.left, ctx.dtypes = left, (weights[0].dtype, biases[0].dtype if biases else None)
+        ctx.heights = [len(weight) for weight in weights]
         ctx.set_materialize_grads(False)
-        return _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+        return _cast(weights, dtype), _cast(biases, dtype) if biases else None
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, unused: Tensor | None, unused_bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, unused: Tensor | None, unused_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = _Share._gradients(ctx, unused, unused_bias)
+        has_bias = ctx.dtypes[1] is not None
+        parts = [
+            part
+            for whole in gradients[: 1 + has_bias]
+            for part in ([None] * len(ctx.heights) if whole is None else whole.split(ctx.heights))
+        ]
+        return None, None, None, *parts
+
+    @staticmethod
+    def _gradients(ctx: Any, unused: Tensor | None, unused_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Of weight and bias, each as one."""
         pairs, sums = ctx.left
         dtype, bias_dtype = ctx.dtypes
         if not pairs:
-            return unused, unused_bias, None, None
+            return unused, unused_bias
         x, dy = (torch.cat(factors) if len(factors) > 1 else factors[0] for factors in zip(*pairs, strict=True))
         pairs.clear()
         dbias = torch.stack(sums).sum(0).to(bias_dtype) if sums else None
         sums.clear()
-        if dtype != x.dtype and x.is_cuda:
-            return torch.mm(dy.t(), x, out_dtype=dtype), dbias, None, None
-        return torch.mm(dy.t(), x).to(dtype), dbias, None, None
+        return _weight_gradient(x, dy, dtype), dbias
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.dtype != dtype else x.view_as(x)
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One on top of the other, in the given type."""
+    first, *others = tensors
+    if not others:
+        return first.to(dtype) if first.dtype != dtype else first.view_as(first)
+    heights = [len(x) for x in tensors]
+    whole = first.new_empty(sum(heights), *first.shape[1:], dtype=dtype)
+    for place, x in zip(whole.split(heights), tensors, strict=True):
+        place.copy_(x)
+    return whole
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from longread.ops.fusible import fusible
 from longread.ops.swiglu.explicit import explicit_swiglu
 from longread.ops.swiglu.reference import Activation
 
-__all__ = ["Activation", "swiglu"]
+__all__ = ["Activation", "swiglu", "swiglu_of_halves"]
 
 
 def swiglu(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
@@ -26,4 +26,14 @@ def swiglu(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
         from longread.ops.swiglu.triton import triton_swiglu
 
         return triton_swiglu(gate, up, activation)
+    return explicit_swiglu(gate, up, activation)
+
+
+def swiglu_of_halves(both: Tensor, activation: Activation = "silu") -> Tensor:
+    """The same of one tensor [..., 2F], which holds the gate and then what it gates: [..., F]."""
+    if fusible(both):
+        from longread.ops.swiglu.triton import triton_swiglu_of_halves
+
+        return triton_swiglu_of_halves(both, activation)
+    gate, up = both.chunk(2, dim=-1)
     return explicit_swiglu(gate, up, activation)

@@ -1,6 +1,7 @@
 """The gate on a GPU: each derivative one pass in float32, with the formulas of explicit.py.
 
-Inputs may be rows with gaps between them, such as the two halves of one product; outputs are contiguous.
+Inputs may be rows with gaps between them, such as the two halves of one product. So may the first two outputs, the
+adjoints of such halves; others are contiguous.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -25,15 +26,24 @@ def triton_swiglu(gate: Tensor, up: Tensor, activation: Activation = "silu") -> 
     return _Gate.apply(gate, up, activation)
 
 
-def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: int, activation: Activation) -> tuple[Tensor, ...]:
-    """Runs an elementwise kernel over inputs of one shape; returns its new outputs."""
+def triton_swiglu_of_halves(both: Tensor, activation: Activation = "silu") -> Tensor:
+    """The contract of `longread.ops.swiglu.swiglu_of_halves`."""
+    return _GateOfHalves.apply(both, activation)
+
+
+def _launch(
+    kernel: Any, inputs: tuple[Tensor, ...], outputs: int, activation: Activation, *, given: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
+    """Runs an elementwise kernel over inputs of one shape; returns its outputs, new but for the first `given` ones."""
     shape = inputs[0].shape
-    made = tuple(torch.empty(shape, device=inputs[0].device, dtype=inputs[0].dtype) for _ in range(outputs))
+    new = (torch.empty(shape, device=inputs[0].device, dtype=inputs[0].dtype) for _ in range(outputs - len(given)))
+    made = (*given, *new)
     if not inputs[0].numel():
         return made
     matrices = [_as_matrix(x) for x in inputs]
     count, columns = matrices[0].shape
-    if all(x.is_contiguous() for x in matrices):
+    distance = given[0].stride(-2) if given else columns
+    if distance == columns and all(x.is_contiguous() for x in matrices):
         matrices = [x.view(1, -1) for x in matrices]
         count, columns = 1, count * columns
     blocks = triton.cdiv(columns, BLOCK)
@@ -43,6 +53,7 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: int, activation: A
         columns,
         blocks,
         *(x.stride(0) for x in matrices),
+        *((distance,) if outputs > 1 else ()),
         BLOCK=BLOCK,
         GELU=activation == "gelu_tanh",
         num_warps=WARPS,
@@ -84,6 +95,43 @@ class _GateGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, u: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
         return *_launch(_swiglu_second, (*ctx.saved_tensors, u, v), 3, ctx.activation), None
+
+
+class _GateOfHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(both)
+        ctx.activation = activation
+        return _launch(_swiglu_forward, _halves(both), 1, activation)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
+        return _GateGradientOfHalves.apply(*ctx.saved_tensors, dh, ctx.activation), None
+
+
+class _GateGradientOfHalves(torch.autograd.Function):
+    """(a and b, dh) -> da and db"""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, dh: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(both, dh)
+        ctx.activation = activation
+        out = torch.empty(both.shape, device=both.device, dtype=both.dtype)
+        _launch(_swiglu_backward, (*_halves(both), dh), 2, activation, given=_halves(out))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None]:
+        both, dh = ctx.saved_tensors
+        out = torch.empty(both.shape, device=both.device, dtype=both.dtype)
+        inputs = *_halves(both), dh, *_halves(u)
+        *_, dh_hat = _launch(_swiglu_second, inputs, 3, ctx.activation, given=_halves(out))
+        return out, dh_hat, None
+
+
+def _halves(both: Tensor) -> tuple[Tensor, ...]:
+    return both.chunk(2, dim=-1)
 
 
 @triton.jit
@@ -141,10 +189,12 @@ def _swiglu_backward(
     a_stride,
     b_stride,
     dh_stride,
+    pair_stride,
     BLOCK: tl.constexpr,
     GELU: tl.constexpr,
 ):
-    row, column, inside, out = _place(columns, blocks, BLOCK)
+    row, column, inside, _ = _place(columns, blocks, BLOCK)
+    out = row * pair_stride + column
     a = tl.load(a_ptr + row * a_stride + column, mask=inside).to(tl.float32)
     b = tl.load(b_ptr + row * b_stride + column, mask=inside).to(tl.float32)
     dh = tl.load(dh_ptr + row * dh_stride + column, mask=inside).to(tl.float32)
@@ -171,6 +221,7 @@ def _swiglu_second(
     dh_stride,
     u_stride,
     v_stride,
+    pair_stride,
     BLOCK: tl.constexpr,
     GELU: tl.constexpr,
 ):
@@ -183,8 +234,9 @@ def _swiglu_second(
     sigmoid = gate_sigmoid(a, GELU)
     slope = _slope(a, sigmoid, GELU)
     bend = _bend(a, sigmoid, GELU)
-    tl.store(a_hat_ptr + out, dh * (bend * b * u + slope * v), mask=inside)
-    tl.store(b_hat_ptr + out, dh * slope * u, mask=inside)
+    pair = row * pair_stride + column
+    tl.store(a_hat_ptr + pair, dh * (bend * b * u + slope * v), mask=inside)
+    tl.store(b_hat_ptr + pair, dh * slope * u, mask=inside)
     tl.store(dh_hat_ptr + out, slope * b * u + sigmoid * a * v, mask=inside)
 
 
