@@ -34,7 +34,7 @@ def triton_swiglu_of_halves(both: Tensor, activation: Activation = "silu") -> Te
 def _launch(
     kernel: Any, inputs: tuple[Tensor, ...], outputs: int, activation: Activation, *, given: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, ...]:
-    """Runs an elementwise kernel over inputs of one shape; returns its outputs, new but for the first `given` ones."""
+    """Runs an elementwise kernel over inputs of one shape; returns its outputs, new but for the two halves `given`."""
     shape = inputs[0].shape
     new = (torch.empty(shape, device=inputs[0].device, dtype=inputs[0].dtype) for _ in range(outputs - len(given)))
     made = (*given, *new)
@@ -42,8 +42,8 @@ def _launch(
         return made
     matrices = [_as_matrix(x) for x in inputs]
     count, columns = matrices[0].shape
-    distance = given[0].stride(-2) if given else columns
-    if distance == columns and all(x.is_contiguous() for x in matrices):
+    distance = 2 * columns if given else columns
+    if not given and all(x.is_contiguous() for x in matrices):
         matrices = [x.view(1, -1) for x in matrices]
         count, columns = 1, count * columns
     blocks = triton.cdiv(columns, BLOCK)
