@@ -1,5 +1,6 @@
 """Linear, RMSNorm and SwiGLU over float32 parameters; products run in the type of their input."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Linear(nn.Module):
         """For the outer optimizer."""
         self.shared: SharedWeight | None = None
         """Set while many products with this weight share a cast and a gradient (`Transformer.sharing_weights`); of
-        layers that are one then (`MLP.stacks`), the first has it for all."""
+        layers that are one then, the first has it for all (`shared_as_one`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None:
@@ -37,6 +38,11 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return "{1} → {0}".format(*self.weight.shape) + ("" if self.bias is None else ", with bias")
+
+
+def shared_as_one(layers: Sequence[Linear]) -> SharedWeight | None:
+    """What multiplies with all of the layers, one on top of the other, where they are one now."""
+    return layers[0].shared if layers[-1].shared is None else None
 
 
 class RMSNorm(nn.Module):
@@ -89,10 +95,11 @@ class MLP(nn.Module):
         """x: [B, T, D], `weights` as in `SwiGLU`, with a `group` this rank's part of them; returns [B, T, D]."""
         normed = self.pre_norm(x)
         if weights is None:
-            if self.gate.shared is None:
+            both = shared_as_one(self.stacks[0])
+            if both is None:
                 hidden = swiglu(self.gate(normed), self.up(normed), activation=self.activation)
             else:
-                hidden = swiglu_of_halves(self.gate.shared(normed), activation=self.activation)
+                hidden = swiglu_of_halves(both(normed), activation=self.activation)
             out = self.down(hidden)
         else:
             out = fast_mlp(normed, *weights, activation=self.activation, group=group)

@@ -162,6 +162,11 @@ class Transformer(nn.Module):
         return self.compute_dtype or self.embedding.weight.dtype
 
     @property
+    def casts(self) -> bool:
+        """Whether products run in another type than the parameters have."""
+        return self.dtype != self.embedding.weight.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
@@ -175,10 +180,15 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def sharing_weights(self) -> Iterator[None]:
-        """While many mini-batches pass through `upper` and `token_losses`: each slow matrix is cast only once."""
+        """While many mini-batches pass through `upper` and `token_losses`: each slow matrix is cast only once.
+
+        Layers that multiply the same vectors are cast into one, which would be a copy where there is no cast.
+        """
         modules: list[MLP | Attention] = [block.static_mlp for block in self.suffix]
         modules += [block.attention for block in self.suffix[1:]]
         stacks = [stack for module in modules for stack in module.stacks]
+        if not self.casts:
+            stacks = [(layer,) for stack in stacks for layer in stack]
         for stack in stacks:
             weights, biased = [layer.weight for layer in stack], any(layer.bias is not None for layer in stack)
             biases = [w.new_zeros(len(w)) if b is None else b for w, b in ((x.weight, x.bias) for x in stack)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longread.config import ModelConfig
-from longread.model.layers import Linear, NoNorm, RMSNorm
+from longread.model.layers import Linear, NoNorm, RMSNorm, shared_as_one
 from longread.ops.attention import attention
 
 
@@ -114,10 +114,11 @@ class Attention(nn.Module):
         return self.post_norm(self.output(mixed.transpose(1, 2).flatten(2)), residual=x)
 
     def _products(self, normed: Tensor) -> tuple[Tensor, ...]:
-        layers, shared = self.stacks[0], self.query.shared
-        if shared is None:
+        layers = self.stacks[0]
+        together = shared_as_one(layers)
+        if together is None:
             return tuple(layer(normed) for layer in layers)
-        return shared(normed).split([len(layer.weight) for layer in layers], dim=-1)
+        return together(normed).split([len(layer.weight) for layer in layers], dim=-1)
 
     @property
     def stacks(self) -> tuple[tuple[Linear, ...], ...]:

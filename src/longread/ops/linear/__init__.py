@@ -24,11 +24,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     The gradient of a weight [out, in] of another type is made in that type, not rounded to that of x before.
     """
     if weight.dtype != x.dtype and weight.requires_grad and torch.is_grad_enabled():
-        return _Product.apply(x, weight, bias)
+        return _WiderProduct.apply(x, weight, bias)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-class _Product(torch.autograd.Function):
+class _WiderProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         cast = weight.to(x.dtype)
