@@ -206,27 +206,6 @@ def test_cross_entropy_differentiated_once() -> None:
 
 
 @pytest.mark.usefixtures("logits_bytes")
-def test_cross_entropy_with_a_shared_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All calls add to one gradient, those of the first order, of the second and of plain PyTorch."""
-    unit = importlib.import_module("longread.ops.cross_entropy")
-    targets = torch.tensor([0, 36, 3, 9, 9], device=DEVICE)
-    inputs = [draw(5, 6), draw(5, 6, seed=2), draw(37, 6, seed=9)]
-    results = []
-    for fused, (x, z, weight) in ((True, inputs), (False, wide(inputs))):
-        head = unit.SharedHead(weight, weight.dtype) if fused else weight
-        nll = unit.cross_entropy if fused else reference_cross_entropy
-        monkeypatch.setattr(unit, "fusible", lambda *tensors: True)
-        (inner,) = torch.autograd.grad(nll(x, head, targets).sum(), [x], create_graph=True)
-        total = (nll(z - 0.3 * inner, head, targets) * draw(5, seed=3)).sum() + nll(x, head, targets).square().sum()
-        monkeypatch.setattr(unit, "fusible", lambda *tensors: False)
-        total = total + nll(z, head, targets).sum()
-        results.append(torch.autograd.grad(total, [x, z, weight]))
-        if fused:
-            assert not head.total
-    agree(*(list(result) for result in results), 1e-5)
-
-
-@pytest.mark.usefixtures("logits_bytes")
 def test_cross_entropy_in_bfloat16() -> None:
     """As exact as products in bfloat16 allow, also where the target is improbable and all logits share a part."""
     nll = kernels("cross_entropy").triton_cross_entropy

@@ -24,7 +24,7 @@ from longread.model.mixers.attention import Attention, Past
 from longread.model.mixers.recurrent import RecurrentMixer
 from longread.model.mixers.registry import RECURRENT
 from longread.ops.attention import KEPT_OPERATIONS
-from longread.ops.cross_entropy import SharedHead, capped, cross_entropy
+from longread.ops.cross_entropy import capped, cross_entropy
 from longread.ops.gemv import gemv
 from longread.ops.linear import SharedWeight
 from longread.ops.rotary import Scaling, frequencies, rotation
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         """Ranks that read the same sequences in the end-to-end loss, and divide the fast MLPs' hidden units there."""
         self.known_tokens: int | None = None
         """Ids from here on are padding of the vocabulary, and never likely; None: all are tokens."""
-        self._shared_head: SharedHead | None = None
+        self._shared_head: Tensor | None = None
         self._ropes = {config.rope_of(index) for index in range(config.num_blocks)}
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
@@ -193,7 +193,7 @@ class Transformer(nn.Module):
             weights, biased = [layer.weight for layer in stack], any(layer.bias is not None for layer in stack)
             biases = [w.new_zeros(len(w)) if b is None else b for w, b in ((x.weight, x.bias) for x in stack)]
             stack[0].shared = SharedWeight(weights, self.dtype, biases if biased else None)
-        self._shared_head = SharedHead(self.head_weight, self.dtype)
+        object.__setattr__(self, "_shared_head", self.head_weight.to(self.dtype))  # never a parameter of its own
         try:
             yield
         finally:

@@ -34,11 +34,11 @@ BLOCK, WARPS = 4096, 8
 WIDTH_BLOCK = 1024
 
 
-def triton_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, total: list[Tensor] | None = None) -> Tensor:
-    """The contract of `longread.ops.cross_entropy.cross_entropy`; `total` is that of a shared head."""
+def triton_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The contract of `longread.ops.cross_entropy.cross_entropy`."""
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     learns = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    nll, _ = _NLL.apply(flat, head.to(hidden.dtype).contiguous(), targets.reshape(-1).contiguous(), learns, total)
+    nll, _ = _NLL.apply(flat, head.to(hidden.dtype).contiguous(), targets.reshape(-1).contiguous(), learns)
     return nll.view(targets.shape)
 
 
@@ -56,9 +56,7 @@ class _NLL(torch.autograd.Function):
     """(h [T, D], head [V, D]) -> (nll [T], slope [T, D]), both float32; no slope where nothing will be learned."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, head: Tensor, targets: Tensor, learns: bool, total: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, h: Tensor, head: Tensor, targets: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
         count = h.shape[0]
         nll, log_sum, p_target = (torch.empty(count, device=h.device, dtype=torch.float32) for _ in range(3))
         slope = torch.empty_like(h, dtype=torch.float32) if learns else None
@@ -73,38 +71,29 @@ class _NLL(torch.autograd.Function):
         if learns:
             ctx.save_for_backward(h, head, targets, log_sum, p_target, slope, kept)
             ctx.set_materialize_grads(False)
-            ctx.total = total
         return nll, slope
 
     @staticmethod
-    def backward(ctx: Any, w: Tensor | None, a: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, w: Tensor | None, a: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
         h, head, targets, log_sum, p_target, slope, kept = ctx.saved_tensors
         needs = needed_inputs(ctx)[:2]
         if torch.is_grad_enabled():  # this gradient will be differentiated again
             if a is not None:
                 raise RuntimeError("the fused cross-entropy has no third derivative")
             if w is None:
-                return None, None, None, None, None
+                return None, None, None, None
             if needs[1]:
-                return *NLLGradient.apply(h, head, w, targets, log_sum, needs, None), None, None, None
-            return _ScaledSlope.apply(slope, w, h.dtype), None, None, None, None
-        if w is None:
-            if a is None:
-                return None, None, None, None, None
-            w = torch.zeros_like(log_sum)
-        before = ctx.total.pop() if needs[1] and ctx.total else None
-        dh: Tensor | None
-        dhead: Tensor | None
+                return *NLLGradient.apply(h, head, w, targets, log_sum, needs, None), None, None
+            return _ScaledSlope.apply(slope, w, h.dtype), None, None, None
         if a is not None:
-            w, a = w.contiguous(), a.to(h.dtype).contiguous()
-            dh, dhead = _second_order(h, head, targets, log_sum, p_target, slope, kept, w, a, needs[1], before)
-        else:
-            dh = _scaled(slope, w, h.dtype) if needs[0] else None
-            dhead = _head_gradient(h, head, targets, log_sum, kept, w, before) if needs[1] else None
-        if dhead is not None and ctx.total is not None:
-            ctx.total.append(dhead)
-            dhead = None
-        return dh, dhead, None, None, None
+            w = torch.zeros_like(log_sum) if w is None else w.contiguous()
+            a = a.to(h.dtype).contiguous()
+            return *_second_order(h, head, targets, log_sum, p_target, slope, kept, w, a, needs[1]), None, None
+        if w is None:
+            return None, None, None, None
+        dh = _scaled(slope, w, h.dtype) if needs[0] else None
+        dhead = _head_gradient(h, head, targets, log_sum, kept, w) if needs[1] else None
+        return dh, dhead, None, None
 
 
 def _losses(
@@ -168,25 +157,12 @@ def _residuals(h: Tensor, head: Tensor, targets: Tensor, log_sum: Tensor) -> Ite
         yield part, logits
 
 
-def _plus(before: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right, added to what there was before, in place."""
-    return left.t() @ right if before is None else before.addmm_(left.t(), right)
-
-
-def _head_gradient(
-    h: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    log_sum: Tensor,
-    kept: Tensor | None,
-    w: Tensor,
-    before: Tensor | None,
-) -> Tensor:
-    """dzᵀ h, with w moved from dz to h, and what there was before"""
+def _head_gradient(h: Tensor, head: Tensor, targets: Tensor, log_sum: Tensor, kept: Tensor | None, w: Tensor) -> Tensor:
+    """dzᵀ h, with w moved from dz to h"""
     weighted = _scaled(h, w, h.dtype)
     if kept is not None:
-        return _plus(before, kept, weighted)
-    dhead = torch.zeros_like(head) if before is None else before
+        return kept.t() @ weighted
+    dhead = torch.zeros_like(head)
     for part, residuals in _residuals(h, head, targets, log_sum):
         dhead.addmm_(residuals.t(), weighted[part])
     return dhead
@@ -203,9 +179,8 @@ def _second_order(
     w: Tensor,
     a: Tensor,
     with_head: bool,
-    before: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(ĥ, Ê) as at the top of this file; Ê with what there was before."""
+    """(ĥ, Ê) as at the top of this file."""
     mean_tangent = torch.empty_like(log_sum)
     if len(h):
         width = min(WIDTH_BLOCK, triton.next_power_of_2(h.shape[1]))
@@ -215,8 +190,8 @@ def _second_order(
     if kept is not None:
         z_hat = a @ head.t()
         _adjoints(kept, z_hat, targets, None, p_target, w, mean_tangent)
-        return z_hat @ head, _plus(_plus(before, z_hat, h), kept, a) if with_head else None
-    h_hat, head_hat = torch.empty_like(h), torch.zeros_like(head) if with_head and before is None else before
+        return z_hat @ head, (z_hat.t() @ h).addmm_(kept.t(), a) if with_head else None
+    h_hat, head_hat = torch.empty_like(h), torch.zeros_like(head) if with_head else None
     for part in _chunks(h.shape[0], 2 * head.shape[0] * head.itemsize):
         both = torch.cat((h[part], a[part])) @ head.t()
         residuals, z_hat = both.chunk(2)
