@@ -231,6 +231,16 @@ def test_a_flipped_bit_costs_at_most_its_session(kept: Path, tmp_path: Path, nam
         check_damaged(kept, tmp_path, name, flip)
 
 
+def test_names_of_tables_that_are_no_text_cost_at_most_their_session(kept: Path, tmp_path: Path) -> None:
+    """SQLite quotes them in its messages."""
+
+    def spoil(content: bytearray) -> None:
+        at = content.index(b"CREATE TABLE")
+        content[at - 16 : at + 12] = bytes([0x98]) * 28
+
+    check_damaged(kept, tmp_path, "session.db", spoil)
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["session.db", "session.db-wal"]), st.integers(0, 2**20), st.binary(min_size=1, max_size=600))
 def test_what_is_written_over_costs_at_most_its_session(

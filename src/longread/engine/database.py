@@ -29,6 +29,8 @@ from longread.engine.events import Event
 from longread.engine.log_check import is_damaged
 from longread.files import atomic_files, make_durable, writing
 
+_UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
+"""What is raised about a damaged database: messages of SQLite quote it, and need be no text then."""
 MOST_LOG_BYTES = 2**20
 """Of a write-ahead log, after which its pages go into the database; a longer one takes longer to read at a start."""
 _TABLES = """
@@ -99,7 +101,7 @@ class Database:
         with self._lock:
             try:
                 _read(self._opened(), found)
-            except sqlite3.Error as error:
+            except _UNREADABLE as error:
                 found.damage = f"{self.path} is damaged: {error}"
         if found.damage is not None:
             raise UserError(found.damage)
@@ -123,7 +125,7 @@ class Database:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
-            except sqlite3.Error as error:
+            except _UNREADABLE as error:
                 self._after, self.last = numbers
                 self._take_back(before)
                 full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
@@ -136,7 +138,7 @@ class Database:
         """Puts into the database what the log holds, which was durable before."""
         try:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.Error:
+        except _UNREADABLE:
             self.close()  # it is tried again before anything else is written
 
     def _opened(self) -> sqlite3.Connection:
@@ -199,7 +201,7 @@ def read_database(path: Path) -> tuple[Database, Contents]:
             after = _read(connection, found)
     except OSError as error:
         found.damage = f"{path} cannot be read: {error.strerror}"
-    except sqlite3.Error as error:
+    except _UNREADABLE as error:
         if getattr(error, "sqlite_errorcode", None) in _NOT_DAMAGE:
             raise UserError(f"cannot read {path}: {error}; close other programs, or free some space") from None
         found.damage = f"{path} is damaged: {error}"
