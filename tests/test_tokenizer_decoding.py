@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import tokenizers
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from longread.tokenizer import ByteTokenizer, HuggingFaceTokenizer, StreamDecoder, Tokenizer, decoded
@@ -36,13 +36,15 @@ def test_pieces_are_the_text_of_all_ids(kind: str, seed: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**32))
+@example(seed=32768)  # for some kinds, a run of bytes that is cut: with its last character all of it becomes unreadable
 def test_what_goes_on_is_what_the_whole_would_have_there(kind: str, seed: int) -> None:
+    """Unless the whole would have something else before, as nobody could know who had only that."""
     draw, tokenizer = Random(seed), tokenizer_of(kind)
     ids = tokenizer.encode(hard_text(draw, draw.randrange(200)))[:300]
     place = draw.randrange(len(ids) + 1)
-    before = tokenizer.decode(ids[:place])
-    if "\N{REPLACEMENT CHARACTER}" not in before:
-        assert before + "".join(pieces(tokenizer, ids[place:], before=ids[:place])) == tokenizer.decode(ids)
+    before, whole = tokenizer.decode(ids[:place]), tokenizer.decode(ids)
+    if "\N{REPLACEMENT CHARACTER}" not in before and whole.startswith(before):
+        assert before + "".join(pieces(tokenizer, ids[place:], before=ids[:place])) == whole
 
 
 @given(st.binary(max_size=40))
