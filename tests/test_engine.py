@@ -11,8 +11,7 @@ import pytest
 
 from longread.config import InnerConfig, UserError
 from longread.engine import Busy, Engine, Finished, Limits, Progress, Sampling, Token, UnknownSession, WrongPosition
-from longread.engine.lanes import Lanes, largest_session
-from longread.engine.task import Task
+from longread.engine.lanes import largest_session
 from longread.session import Session
 from tests.test_engine_batches import INNER, K, M, V, make, text
 
@@ -293,31 +292,6 @@ def test_wrong_tokens_are_refused_before_anything_is_read(engine: Engine) -> Non
     assert engine.info(sid).position == 0
 
 
-def test_subscribers_hear_everything_and_may_fail(engine: Engine) -> None:
-    sid = engine.create().id
-    read(engine, sid, text(5))
-    heard: list[Any] = []
-    finished = threading.Event()
-
-    def listen(event: Any) -> None:
-        heard.append(event)
-        if isinstance(event, Finished):
-            finished.set()
-
-    def fail(event: Any) -> None:
-        raise RuntimeError("the client is gone")
-
-    task = engine.generate(sid, Sampling(max_tokens=5, seed=0))
-    task.subscribe(fail)
-    task.subscribe(listen)
-    assert finished.wait(10)
-    late: list[Any] = []
-    task.subscribe(late.append)
-    assert late == [task.result()]
-    assert heard[-1] == task.result()
-    assert engine.info(sid).position == 10
-
-
 def test_limits_say_when_to_come_back() -> None:
     with Engine(make(), INNER, limits=Limits(max_sessions=2, max_waiting=1)) as engine:
         ids = [engine.create().id for _ in range(2)]
@@ -491,44 +465,3 @@ def test_window_of_recent_tokens(engine: Engine) -> None:
     session.read(text(30))
     alone = session.generate(3 * K, seed=1, repetition_penalty=1.7)
     assert write(engine, sid, 3 * K, repetition_penalty=1.7) == list(alone)
-
-
-@pytest.mark.parametrize("launches", [False, True], ids=["computes", "launches"])
-def test_clients_are_told_before_a_token_is_read_but_by_a_device_that_computes_meanwhile(
-    launches: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also of the token whose reading fails, before that is said."""
-    done: list[str] = []
-
-    def read(lanes: Lanes, count: int) -> None:
-        done.append("read")
-        if len(done) == 5:
-            raise RuntimeError("lost")
-
-    def emit(task: Task, event: object) -> None:
-        if isinstance(event, Token):
-            done.append("told")
-
-    monkeypatch.setattr(Lanes, "read", read)
-    monkeypatch.setattr(Task, "_emit", emit)
-    with Engine(make(), INNER, limits=Limits(batch_invariant=False)) as engine:
-        engine._scheduler._slices._launches = launches
-        sid = engine.create().id
-        engine.append(sid, text(M + 1)).result()
-        task = engine.generate(sid, Sampling(max_tokens=3 if launches else 2, temperature=0))
-        if launches:
-            with pytest.raises(RuntimeError, match="lost"):
-                task.result()
-        else:
-            task.result()
-    assert done == (["read", "told"] * 3 if launches else ["told", "read"] * 2)
-
-
-def test_nothing_comes_after_the_outcome() -> None:
-    task, heard = Task(), []
-    task.subscribe(heard.append)
-    task._finish("end")
-    task._emit("late")
-    assert heard == ["end"]
-    assert task.result() == "end"
-    assert list(task) == []
