@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longread import checkpoint
-from longread.config import InnerConfig
+from longread.config import InnerConfig, UserError
 from tests.test_checkpoint import equal, make_model
 
 OTHERS = {
@@ -80,3 +80,9 @@ def test_a_model_that_does_not_learn_is_named_so(tmp_path: Path) -> None:
     assert fields["model"]["seq_modeling_block"] == "self_attention"
     assert fields["training"]["train_mode"] == "pretrain"
     assert fields["training"]["optimizer_inner"]["clip_gradient"] == 2.5
+
+
+def test_an_inner_loss_with_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"inner\.surprise 0\.5 has no name in the official layout; export"):
+        checkpoint.export_official(tmp_path, make_model(), InnerConfig(surprise=0.5))
+    assert not list(tmp_path.iterdir())

@@ -128,12 +128,16 @@ def import_official(directory: str | Path) -> tuple[Transformer, InnerConfig]:
 
 
 def export_official(directory: str | Path, model: Transformer, inner: InnerConfig) -> None:
-    """Writes `model` in the official layout. Raises `UserError` for mixers and patterns that layout cannot name."""
+    """Writes `model` in the official layout. Raises `UserError` for what that layout cannot name."""
     directory, config = Path(directory), model.config
     if config.mixer != "attention":
         raise UserError(f"mixer {config.mixer} has no name in the official layout; export a model of attention only")
     if config.attention == "hybrid":
         raise UserError("attention hybrid has no name in the official layout; export a window or full model")
+    if inner.surprise:
+        raise UserError(
+            f"inner.surprise {inner.surprise:g} has no name in the official layout; export a model trained with 0"
+        )
     fields = {
         "model": {
             "vocab_size": config.vocab_size,

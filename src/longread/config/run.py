@@ -35,9 +35,12 @@ class InnerConfig(Checked):
     """Outer steps over which the rate climbs from `warmup_from` to `lr`; 0: constant."""
     optimizer: str = field(default="sgd", metadata={"later": True})
     """The rule of the step: "sgd", or a registered one."""
+    surprise: float = field(default=0.0, metadata={"later": True})
+    """Exponent α: a target counts in the inner loss in proportion to its NLL to the power of α, so that what the model
+    failed to predict steps harder; 0: all count alike, as in the paper."""
 
     def _check(self) -> None:
-        self._at_least(0, "lr", "warmup_from", "warmup_steps")
+        self._at_least(0, "lr", "warmup_from", "warmup_steps", "surprise")
         if self.optimizer not in INNER_OPTIMIZERS:
             raise UserError(
                 f"inner.optimizer is {self.optimizer!r}; it must be one of {', '.join(sorted(INNER_OPTIMIZERS))}, or "

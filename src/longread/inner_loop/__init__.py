@@ -22,7 +22,7 @@ from longread.inner_loop.reading import Reading, begin, next_token_logits, read
 from longread.inner_loop.rehearsal import few_blocks, precompile_reading
 from longread.inner_loop.rescue import rescue
 from longread.inner_loop.state import ReadingState
-from longread.inner_loop.step import Carry, Scan, Step, inner_step, mini_batch_loss, scan
+from longread.inner_loop.step import Carry, Scan, Step, inner_step, mini_batch_loss, scan, surprise_weights
 
 __all__ = [
     "Carry",
@@ -44,4 +44,5 @@ __all__ = [
     "register_inner_optimizer",
     "rescue",
     "scan",
+    "surprise_weights",
 ]

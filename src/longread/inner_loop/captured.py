@@ -196,7 +196,15 @@ class CapturedReader:
         strips, optimizer = self._upper, optimizer_named(self.inner.optimizer)
         working = [w.detach().requires_grad_() for w in self._working]
         step = inner_gradient(
-            self.model, working, strips.pasts(), self._hidden, self._targets, self._mask, start=strips.position, order=0
+            self.model,
+            working,
+            strips.pasts(),
+            self._hidden,
+            self._targets,
+            self._mask,
+            start=strips.position,
+            order=0,
+            surprise=self.inner.surprise,
         )
         strips.append(step.own)
         strips.position += self.M

@@ -292,6 +292,7 @@ class _Reader:
             lr=self.inner.lr,
             clip=self.inner.clip,
             order=0,
+            surprise=self.inner.surprise,
             max_step_norm=self.max_step_norm,
             optimizer=optimizer_named(self.inner.optimizer),
             run=run,
@@ -313,6 +314,7 @@ class _Reader:
             lr=self.inner.lr,
             clip=self.inner.clip,
             order=0,
+            surprise=self.inner.surprise,
             max_step_norm=self.max_step_norm,
             optimizer=optimizer_named(self.inner.optimizer),
         )

@@ -38,7 +38,7 @@ class Step(NamedTuple):
     nll: Tensor
     """−log p of each target, [B, M]."""
     loss: Tensor
-    """Mean over the unmasked targets, [B]."""
+    """Mean over the unmasked targets, [B]; that of the step is weighted where `surprise` says so."""
     grad_norm: Tensor
     """Norm of each sequence's gradient before clipping, [B]."""
     output: Tensor
@@ -66,6 +66,16 @@ class Scan(NamedTuple):
 def mini_batch_loss(nll: Tensor, loss_mask: Tensor) -> Tensor:
     """Mean of nll [..., M] over the targets that count; 0 where none does. Returns [...]."""
     return (nll * loss_mask).sum(-1) / loss_mask.sum(-1).clamp(min=1e-10)
+
+
+def surprise_weights(nll: Tensor, loss_mask: Tensor, exponent: float) -> Tensor:
+    """What each target weighs in the inner loss: nll^α, held constant, with a mean of 1 over the targets that count.
+
+    Where no target cost anything all weigh 0. Returns [..., M] for nll and mask [..., M].
+    """
+    weights = nll.detach().clamp(min=0) ** exponent * loss_mask
+    mean = mini_batch_loss(weights, loss_mask).unsqueeze(-1)
+    return weights / mean.clamp(min=torch.finfo(mean.dtype).tiny)
 
 
 def matrices(fast: FastWeights) -> list[Tensor]:
@@ -139,6 +149,7 @@ def inner_gradient(
     *,
     start: int | Tensor,
     order: int,
+    surprise: float = 0.0,
     group: ProcessGroup | None = None,
     run: Recorded | None = None,
 ) -> InnerGradient:
@@ -156,8 +167,9 @@ def inner_gradient(
             output, own = run.output, run.own
         nll = model.token_losses(output, target_ids)
         loss = mini_batch_loss(nll, loss_mask)
+        learned = mini_batch_loss(nll * surprise_weights(nll, loss_mask, surprise), loss_mask) if surprise else loss
         gradients = torch.autograd.grad(
-            loss.sum(), working, create_graph=order == 2, retain_graph=order > 0 or run is not None
+            learned.sum(), working, create_graph=order == 2, retain_graph=order > 0 or run is not None
         )
     if order == 0:
         output, nll, loss = output.detach(), nll.detach(), loss.detach()
@@ -176,6 +188,7 @@ def inner_step(
     lr: float | Tensor,
     clip: float | None,
     order: int,
+    surprise: float = 0.0,
     max_step_norm: Tensor | None = None,
     optimizer: InnerOptimizer = CLIPPED_SGD,
     group: ProcessGroup | None = None,
@@ -192,6 +205,7 @@ def inner_step(
         start: position of the first token.
         lr, clip: of the step; of SGD rate, and largest norm per sequence (None: no clipping).
         order: 0, 1 or 2, as explained at the top of this file.
+        surprise: exponent of `surprise_weights`, constants at every order; 0: all targets weigh the same.
         max_step_norm: guards the step at order 0 (see `step_norm_limit`).
         group: as in `Transformer.upper`.
         run: what `recorded` made of the same mini-batch and carry, at order 0. It may serve again.
@@ -209,7 +223,17 @@ def inner_step(
         with torch.enable_grad():
             working = [w.to(model.dtype) for w in weights]
     found = inner_gradient(
-        model, working, carry.pasts, hidden, target_ids, loss_mask, start=start, order=order, group=group, run=run
+        model,
+        working,
+        carry.pasts,
+        hidden,
+        target_ids,
+        loss_mask,
+        start=start,
+        order=order,
+        surprise=surprise,
+        group=group,
+        run=run,
     )
     if order == 0:
         weights = [w.detach() for w in weights]
@@ -236,6 +260,7 @@ def scan(
     lr: float | Tensor,
     clip: float | None,
     order: int,
+    surprise: float = 0.0,
     last_step: bool = True,
     optimizer: InnerOptimizer = CLIPPED_SGD,
     outer_mask: Tensor | None = None,
@@ -272,6 +297,7 @@ def scan(
                         lr=lr,
                         clip=clip,
                         order=order,
+                        surprise=surprise,
                         optimizer=optimizer,
                         group=group,
                         cast=i < count - 1,

@@ -96,6 +96,7 @@ def end_to_end_loss(
     inner_lr: float | Tensor,
     inner_clip: float | None,
     inner_optimizer: str = "sgd",
+    inner_surprise: float = 0.0,
     meta_gradient: MetaGradient = "exact",
     truncate_after: int | None = None,
     recompute: Recompute = "auto",
@@ -114,6 +115,8 @@ def end_to_end_loss(
         inner_lr: rate; a tensor [] where it changes under a CUDA graph.
         inner_clip: largest gradient norm of one sequence; None: no clipping.
         inner_optimizer: rule of the steps, as `InnerConfig.optimizer` names it.
+        inner_surprise: exponent of `InnerConfig.surprise`. The weights of targets are constants for the outer gradient
+            too, and the outer loss has none.
         meta_gradient: "exact", or "first-order", which holds each inner gradient constant.
         truncate_after: cut the chain of steps every so many steps; None: never.
         recompute: which activations are kept (see `longread.outer_loop`); all schedules give the same gradient.
@@ -144,6 +147,7 @@ def end_to_end_loss(
             lr=inner_lr,
             clip=inner_clip,
             order=order,
+            surprise=inner_surprise,
             last_step=last < count,
             optimizer=optimizer_named(inner_optimizer),
             outer_mask=None if inner_mask is None else loss_mask[:, part],

@@ -103,6 +103,7 @@ def outer_loss(model: Transformer, config: RunConfig, batch: Batch, inner_lr: fl
         inner_lr=inner_lr,
         inner_clip=config.inner.clip,
         inner_optimizer=config.inner.optimizer,
+        inner_surprise=config.inner.surprise,
         meta_gradient=config.meta_gradient,
         truncate_after=config.truncate_after,
         recompute=config.recompute,

@@ -87,6 +87,7 @@ def outer_loss(
         inner_lr=rate,
         inner_clip=inner.clip,
         inner_optimizer=inner.optimizer,
+        inner_surprise=inner.surprise,
         recompute=recompute,
         inner_mask=rows.read,
         outputs=outputs,
