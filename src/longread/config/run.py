@@ -18,6 +18,8 @@ Update = Literal["shared", "replicated", "fully-sharded"]
 
 INNER_OPTIMIZERS = {"sgd"}
 """Names of the rules of the inner step; `longread.register_inner_optimizer` adds to them."""
+MOST_RECALL = 0.5
+"""Of `RunConfig.recall`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,13 +140,19 @@ class RunConfig(Checked):
     trained_blocks: int | None = field(default=None, metadata={"later": True})
     """Train only the last so many blocks and the final norm, and leave all else as it is; None: train everything."""
 
+    recall: float = field(default=0.0, metadata={"later": True})
+    """Share of the tokens of training sequences that are facts, and questions about them further on
+    (`longread.data.recall`); at most 0.5."""
+
     def _check(self) -> None:
         self._at_least(1, "context_length", "batch_size", "micro_batch_size", "steps", "truncate_after")
         self._at_least(1, "evaluate_every", "checkpoint_every", "max_bad_steps", "trained_blocks")
         self._at_least(1, "keep_checkpoints", "milestone_every")
-        self._at_least(0, "seed")
+        self._at_least(0, "seed", "recall")
         if self.seed >= 2**63:
             raise UserError(f"seed is {self.seed}; it must be below 2^63")
+        if self.recall > MOST_RECALL:
+            raise UserError(f"recall is {self.recall}; it must be at most {MOST_RECALL}, as a share of the tokens")
         M = self.model.mini_batch_size
         if self.context_length % M:
             lower = self.context_length // M * M

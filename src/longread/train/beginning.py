@@ -1,4 +1,4 @@
-"""The beginning of a run: its network, new weights or those of another model, and a tokenizer.
+"""The beginning of a run: its network, new weights or those of another model, its batches, and a tokenizer.
 
 How a text is read may differ (window, mini-batch, attention, rotary base): it shapes no weight. And a run without fast
 weights may begin with a model that has some, so that a pretrained network's SWA and full-attention twins begin alike.
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from longread.checkpoint import LoadedModel, find_tokenizer, load_model
 from longread.config import ModelConfig, Precision, RunConfig, UserError
+from longread.data import RecallSampler, Sampler, TokenDataset
 from longread.files import atomic_files
 from longread.model import Transformer, initialize, undrawn
 from longread.recipes import without_fast_weights
+from longread.tokenizer import load_tokenizer
 from longread.train.agreement import differences
 from longread.train.optimizer import freeze_below
 
@@ -48,6 +50,18 @@ def new_model(config: RunConfig, precision: Precision, device: torch.device, *, 
         model.compute_dtype = torch.bfloat16
     model.to(torch.float64 if precision == "float64" else torch.float32)
     return model.to(device) if drawn else model.to_empty(device=device)
+
+
+def training_sampler(config: RunConfig, data: TokenDataset) -> Sampler:
+    """The batches of a run. Raises `UserError` for facts to recall in data without a tokenizer to spell them."""
+    sizes = config.context_length, config.batch_size, config.seed
+    if not config.recall:
+        return Sampler(data, *sizes)
+    if data.tokenizer_path is None:
+        raise UserError(
+            f"recall is {config.recall}, but {data.directory} has no tokenizer to write facts with; prepare it with one"
+        )
+    return RecallSampler(data, *sizes, share=config.recall, tokenizer=load_tokenizer(data.tokenizer_path))
 
 
 def fill_first_weights(

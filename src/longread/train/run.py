@@ -56,6 +56,7 @@ from longread.train.beginning import (
     copy_tokenizer,
     fill_first_weights,
     new_model,
+    training_sampler,
 )
 from longread.train.card import origin_of, write_card
 from longread.train.divergence import SAID_AFTER, DivergenceWatch
@@ -199,7 +200,7 @@ class _Run:
             if validation.tokenizer_fingerprint != data.tokenizer_fingerprint:
                 raise UserError("the validation data has another tokenizer than the data; prepare both with one")
             self.validation_sampler = Sampler(validation, config.context_length, config.batch_size, _VALIDATION_SEED)
-        self.sampler = Sampler(data, config.context_length, config.batch_size, config.seed)
+        self.sampler = training_sampler(config, data)
         self.log = record.MetricsLog(out / METRICS_FILE)
         self.step = self.saved_step = 0
         self.tokens = 0
