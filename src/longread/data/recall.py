@@ -152,7 +152,8 @@ class RecallSampler(Sampler):
 
     def _pairs(self, draw: random.Random, length: int) -> list[tuple[list[int], list[int]]]:
         """Facts and questions, encoded, of `share` of `length` tokens in the mean; each key once."""
-        wanted, pairs, keys = self.share * length, [], set[str]()
+        wanted, keys = self.share * length, set[str]()
+        pairs: list[tuple[list[int], list[int]]] = []
         while wanted > 0 and len(pairs) < MOST_FACTS:
             fact = draw_fact(draw)
             if fact.key in keys:
