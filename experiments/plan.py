@@ -45,7 +45,7 @@ OVERHEAD = 20.0
 
 @dataclass(frozen=True)
 class Command:
-    """Arguments of `longread`; `makes` exists once it is done."""
+    """Arguments of `longread`, or `-m MODULE` and those of its `main`; `makes` exists once it is done."""
 
     arguments: tuple[str, ...]
     makes: Path
@@ -67,6 +67,12 @@ class Job:
     @property
     def weight(self) -> int:
         return 1 if self.experiment == "toy" else WEIGHTS.get(self.method, 1) + (self.slowness > 1)
+
+    @property
+    def estimated_seconds(self) -> float:
+        """With a GPU for itself."""
+        seconds = self.tokens / SPEEDS[self.method] * self.slowness
+        return OVERHEAD + seconds * (1.0 + (self.context - 1) / DOUBLES.get(self.method, 32))
 
 
 @dataclass
@@ -444,9 +450,3 @@ TOYS = {
     "e2e-16": ("e2e", ("model.mlp_hidden=1024", "model.num_suffix_blocks=1", "model.mini_batch_size=16")),
     "e2e-1": ("e2e", ("model.mlp_hidden=1024", "model.num_suffix_blocks=1", "model.mini_batch_size=1")),
 }
-
-
-def estimated_seconds(job: Job) -> float:
-    """Of a job that has a GPU for itself."""
-    seconds = job.tokens / SPEEDS[job.method] * job.slowness
-    return OVERHEAD + seconds * (1.0 + (job.context - 1) / DOUBLES.get(job.method, 32))

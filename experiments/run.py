@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import importlib
 import io
 import json
 import os
@@ -26,9 +27,9 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from experiments.plan import BOXED, OVERHEAD, Job, Plan, estimated_seconds, jobs
+from experiments.plan import BOXED, OVERHEAD, Job, Plan, jobs
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() without starting CUDA
 INTERRUPTED = 75
@@ -82,6 +83,10 @@ class Running:
 
 @dataclass
 class Runner:
+    module: ClassVar[str] = "experiments.run"
+    """What a process that cannot be forked runs."""
+    facts: ClassVar[tuple[str, ...]] = ("corpus.json", "tokenizer.json", "tokenizer_config.json")
+    """Files of PACKED that the results take along."""
     options: argparse.Namespace
     started: float = field(default_factory=time.monotonic)
 
@@ -133,14 +138,17 @@ class Runner:
     def work_of(self, name: str) -> int:
         """What the process of that name does: "data", "pack" or a job."""
         if name == "data":
-            from experiments.corpus import unpack
-
-            unpack(self.packed, self.work / "data")
+            self.unpack()
             (self.work / "data" / "ready").touch()
             return 0
         if name == "pack":
             return self.pack()
         return execute(next(job for job in self.planned(float(self.state["scale"])) if job.name == name))
+
+    def unpack(self) -> None:
+        from experiments.corpus import unpack
+
+        unpack(self.packed, self.work / "data")
 
     def launch(self, name: str, gpu: str) -> int:
         """Starts the process of that name with that GPU alone and its output in logs/NAME.log; returns its id."""
@@ -156,7 +164,7 @@ class Runner:
             os.dup2(descriptor, 2)
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
             if not self.forks:
-                os.execv(sys.executable, [sys.executable, "-m", "experiments.run", *sys.argv[1:], "--child", name])  # noqa: S606
+                os.execv(sys.executable, [sys.executable, "-m", self.module, *sys.argv[1:], "--child", name])  # noqa: S606
             status = self.work_of(name)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
@@ -174,15 +182,15 @@ class Runner:
         self.save_state()
         return float(self.state["scale"])
 
-    def planned(self, scale: float) -> list[Job]:
-        rehearse = self.options.rehearse
+    def all_jobs(self, scale: float) -> list[Job]:
         data = self.work / "data"
-        plan = (
-            Plan(data, self.work, REHEARSAL_UNIT, scale, REHEARSAL, 4)
-            if rehearse
-            else Plan(data, self.work, 1024, scale)
-        )
-        found = jobs(plan)
+        if self.options.rehearse:
+            return jobs(Plan(data, self.work, REHEARSAL_UNIT, scale, REHEARSAL, 4))
+        return jobs(Plan(data, self.work, 1024, scale))
+
+    def planned(self, scale: float) -> list[Job]:
+        """Those of `--only`, in its order, and what they need."""
+        found = self.all_jobs(scale)
         by_name = {job.name: job for job in found}
         rank: dict[str, int] = {}
         for i, pattern in enumerate(self.options.only):
@@ -222,7 +230,7 @@ class Runner:
         if left < SMALLEST_START:
             return False
         spent = float(self.state["jobs"].get(job.name, {}).get("seconds", 0.0))
-        return not self.options.last or max(OVERHEAD, estimated_seconds(job) - spent) * 1.3 < left
+        return not self.options.last or max(OVERHEAD, job.estimated_seconds - spent) * 1.3 < left
 
     def free_gpu(self, weight: int) -> int | None:
         """The GPU with the least work that has room for such a job; 0 without a GPU, for one job at a time."""
@@ -279,7 +287,7 @@ class Runner:
             "code": code,
             "gpu": gpu,
             "seconds": round(before + seconds, 1),
-            "estimated": round(estimated_seconds(job), 1),
+            "estimated": round(job.estimated_seconds, 1),
             "experiment": job.experiment,
             "method": job.method,
             "tokens": job.tokens,
@@ -328,7 +336,7 @@ class Runner:
         with tarfile.open(temporary, "w:xz", preset=2) as tar:
             for path in kept:
                 add(tar, str(path.relative_to(self.work)), path.read_bytes())
-            for name in ("corpus.json", "tokenizer.json", "tokenizer_config.json"):
+            for name in self.facts:
                 add(tar, name, (self.packed / name).read_bytes())
             for run in sorted((self.work / "runs").glob("*")):
                 if (run / "metrics.jsonl").is_file():
@@ -342,7 +350,7 @@ class Runner:
     def print_plan(self, jobs_: list[Job]) -> None:
         total = 0.0
         for job in jobs_:
-            seconds = estimated_seconds(job)
+            seconds = job.estimated_seconds
             total += seconds
             needs = f"  after {', '.join(job.needs)}" if job.needs else ""
             print(f"{job.tier} {job.name:24s} {job.tokens / 1e6:7.1f}M tokens {seconds:6.0f} s{needs}")
@@ -374,10 +382,13 @@ def execute(job: Job) -> int:
     for command in job.commands:
         if command.makes.exists():
             continue
-        command.makes.parent.mkdir(parents=True, exist_ok=True) if command.arguments[0] != "train" else None
-        print("longread", *command.arguments, flush=True)
+        first, *rest = command.arguments
+        if first != "train":  # a directory that a command makes must not be there
+            place = command.makes.parent
+            (place.parent if first in ("convert", "prepare") else place).mkdir(parents=True, exist_ok=True)
+        print("python" if first == "-m" else "longread", *command.arguments, flush=True)
         started = time.monotonic()
-        status = longread(command.arguments)
+        status = importlib.import_module(rest[0]).main(rest[1:]) if first == "-m" else longread(command.arguments)
         print(f"-> {status} after {time.monotonic() - started:.1f} s", flush=True)
         if status == 128 + signal.SIGTERM:
             return INTERRUPTED

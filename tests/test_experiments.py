@@ -19,7 +19,7 @@ from experiments.equal import EXACT, RUNS, network
 from experiments.page import Table, as_stored, with_tables, write
 from experiments.pages import KINDS, boxed, context, equal, meta
 from experiments.pages.__main__ import CARD, HERE, OTHERS, PAGES, again
-from experiments.plan import Job, Plan, estimated_seconds, jobs
+from experiments.plan import Job, Plan, jobs
 from experiments.results import Results
 from experiments.run import Runner, Running, add
 
@@ -274,7 +274,7 @@ def test_a_job_gets_a_gpu_among_those_that_may_be_seen(tmp_path: Path, monkeypat
 
 def test_what_is_nearly_done_still_starts_at_the_end(tmp_path: Path) -> None:
     job = Job("long", 0, (), tokens=10**9, context=1)
-    runner = _runner(tmp_path, seconds=25 + 1.2 * estimated_seconds(job), last=True)
+    runner = _runner(tmp_path, seconds=25 + 1.2 * job.estimated_seconds, last=True)
     assert not runner.fits(job)
-    runner.state["jobs"]["long"] = {"status": "interrupted", "seconds": 0.5 * estimated_seconds(job)}
+    runner.state["jobs"]["long"] = {"status": "interrupted", "seconds": 0.5 * job.estimated_seconds}
     assert runner.fits(job)
