@@ -49,8 +49,8 @@ COMMAND_LINE = {
     "evaluate": "MODEL --data --encoding --errors --keep-line-ends --markup "
     "--documents --max-tokens --min-tokens --lengths --indices --window --full --mini-batch "
     "--batch-size --no-control --health --learn --json --quiet --force --plots --report --device",
-    "needle": "MODEL --variants --contexts --depths --samples --seed --haystack --encoding --errors --keep-line-ends "
-    "--markup --repeat-haystack --max-tokens "
+    "needle": "MODEL --variants --contexts --depths --probe --samples --seed --haystack --encoding --errors "
+    "--keep-line-ends --markup --repeat-haystack --max-tokens "
     "--batch-size --no-control --learn --json --quiet --force --plots --report --device",
     "judge": "MODEL --judge --data --encoding --errors --keep-line-ends --markup "
     "--context --documents --temperature --top-p --repetition-penalty --seed --bins "

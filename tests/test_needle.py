@@ -21,6 +21,7 @@ from longread.evaluate import (
     continue_texts,
     essays,
     make_samples,
+    mcnemar,
     needle,
     needle_figures,
     noise,
@@ -87,6 +88,26 @@ def test_prompts_are_exact(number: int, name: str) -> None:
     assert max(starts[0.0]) <= head + 5
     assert all(abs(start - T / 2) < 160 for start in starts[0.5])
     assert min(starts[1.0]) > max(starts[0.5])
+
+
+@pytest.mark.parametrize("number", VARIANTS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_verbatim_probe_repeats_the_needle_up_to_its_value(number: int, name: str) -> None:
+    """The keys and values of the question, so that the two can be compared prompt by prompt."""
+    tokenizer, variant = TOKENIZERS[name], VARIANTS[number]
+    haystack = noise(tokenizer, 700) if number == 1 else essays([ESSAY], tokenizer, 700)
+    asked = make_samples(tokenizer, variant, haystack, 700, [0.0, 0.5], 3, seed=3)
+    for sample, question in zip(
+        make_samples(tokenizer, variant, haystack, 700, [0.0, 0.5], 3, seed=3, probe="verbatim"), asked, strict=True
+    ):
+        assert (sample.key, sample.value, sample.depth) == (question.key, question.value, question.depth)
+        assert (sample.probe, question.probe) == ("verbatim", "question")
+        assert sample.context_length == 700
+        text = tokenizer.decode(sample.tokens)
+        repeated = f"One of the special magic {variant.value}s for {sample.key} is:"
+        assert text.endswith(("\n" if number == 1 else " ") + repeated)
+        assert text.count(f"{repeated} {sample.value}.") == text.count(sample.value) == 1
+        assert "What is the special magic" not in text
 
 
 def test_a_sample_does_not_depend_on_its_neighbours() -> None:
@@ -210,6 +231,27 @@ def test_wilson_intervals(found: int, n: int, low: float, high: float) -> None:
     assert wilson(0, 0) is None
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [
+        ("", "", 1.0),
+        ("1100", "1100", 1.0),
+        ("1111110", "0000001", 2 * (1 + 7) / 2**7),  # 6 against 1
+        ("0000001", "1111110", 2 * (1 + 7) / 2**7),
+        ("10", "01", 1.0),
+        ("1" * 10 + "0" * 50, "0" * 60, 2 / 2**10),
+        ("1" * 10 + "01" * 20, "0" * 10 + "01" * 20, 2 / 2**10),  # what both have or lack says nothing
+    ],
+)
+def test_mcnemar_counts_the_prompts_on_which_two_differ(first: str, second: str, p: float) -> None:
+    assert mcnemar([x == "1" for x in first], [x == "1" for x in second]) == pytest.approx(p)
+
+
+def test_mcnemar_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        mcnemar([True, False], [True])
+
+
 def trained_to_copy(window: int, monkeypatch: pytest.MonkeyPatch) -> Transformer:
     """A model whose decoder is replaced by one that repeats the needle's value when it lies within the window."""
     reader = model(vocab_size=300, window=window)
@@ -329,6 +371,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "essay.txt").write_text(ESSAY)
     command = ["needle", learning, static, "--variants", 1, 3, "--haystack", tmp_path / "essay.txt", "--contexts", 512]
     command += ["--depths", 0, 1, "--samples", 2, "--max-tokens", 5, "--json", tmp_path / "n.json"]
+    command += ["--probe", "verbatim"]
     command += ["--plots", tmp_path / "plots", "--report", tmp_path / "n.html", "--device", "cpu"]
     assert main([str(a) for a in command]) == 0
     out = capsys.readouterr().out
@@ -344,6 +387,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
     assert [len(r["trials"]) for r in figures["results"]] == [8, 8, 8]
     assert figures["results"][0]["accuracy"][0]["all"]["n"] == 4
+    assert {trial["probe"] for result in figures["results"] for trial in result["trials"]} == {"verbatim"}
+    assert "ends with the needle's own words up to its value" in " ".join(out.split())
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"s_niah_1.png", "s_niah_3.png"}
     page = (tmp_path / "n.html").read_text()
     assert "a context counts each model&#x27;s own tokens" in page

@@ -62,6 +62,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="where the needle lies, 0 (first) to 1 (last) (default 0 0.25 0.5 0.75 1)",
     )
+    parser.add_argument(
+        "--probe",
+        choices=("question", "verbatim"),
+        default="question",
+        help="how a prompt ends: the question (default), or the needle's own words up to its value",
+    )
     parser.add_argument("--samples", type=positive, default=10, metavar="N", help="prompts for each depth (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default 0)")
     parser.add_argument("--haystack", nargs="+", default=[], metavar="PATH", help="texts for variants 2 and 3")
@@ -155,7 +161,7 @@ def _prompts(options: argparse.Namespace, tokenizers: Sequence[Tokenizer]) -> di
     depths, variants = sorted(set(options.depths)), [VARIANTS[number] for number in sorted(set(options.variants))]
     places = list(itertools.product(variants, sorted(set(options.contexts))))
     for tokenizer, (variant, context) in itertools.product(tokenizers, places):
-        check_context(tokenizer, variant, context, depths, options.samples, options.seed)
+        check_context(tokenizer, variant, context, depths, options.samples, options.seed, options.probe)
     prompts = {}
     for tokenizer in tokenizers:
         haystacks = _haystacks(options, tokenizer)
@@ -163,7 +169,14 @@ def _prompts(options: argparse.Namespace, tokenizers: Sequence[Tokenizer]) -> di
             sample
             for variant, context in places
             for sample in make_samples(
-                tokenizer, variant, haystacks[variant.haystack], context, depths, options.samples, options.seed
+                tokenizer,
+                variant,
+                haystacks[variant.haystack],
+                context,
+                depths,
+                options.samples,
+                options.seed,
+                options.probe,
             )
         ]
     return prompts

@@ -26,7 +26,7 @@ from longread.evaluate.decoding import (
     write,
 )
 from longread.evaluate.drawing import draw, short
-from longread.evaluate.estimate import Estimate, ratio, wilson
+from longread.evaluate.estimate import Estimate, mcnemar, ratio, wilson
 from longread.evaluate.figures import Chart, Figures, Grid, Line
 from longread.evaluate.haystack import VARIANTS, Haystack, Sample, Variant, check_context, essays, make_samples, noise
 from longread.evaluate.health import Divergence, Health, InnerSteps, settle
@@ -94,6 +94,7 @@ __all__ = [
     "is_hugging_face",
     "make_samples",
     "markdown_table",
+    "mcnemar",
     "measure",
     "needle_figures",
     "noise",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -66,6 +67,20 @@ def wilson(successes: int, n: int) -> Estimate | None:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return Estimate(p, max(0.0, min(p, centre - reach)), min(1.0, max(p, centre + reach)), n)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """The p-value, two-sided and exact, that two readers of the same prompts are right equally often (McNemar, 1947).
+
+    Only prompts on which they differ count: under the null hypothesis either is right on half of those.
+
+    Raises `ValueError` unless the trials are pairs.
+    """
+    pairs = list(zip(first, second, strict=True))
+    ahead = sum(a and not b for a, b in pairs)
+    n = sum(bool(a) != bool(b) for a, b in pairs)
+    tail = sum(math.comb(n, k) for k in range(min(ahead, n - ahead) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 def student_quantile(freedom: int) -> float:

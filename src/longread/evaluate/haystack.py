@@ -36,6 +36,8 @@ QUESTION = (
     "\nWhat is the special magic {kind} for {key} mentioned in the provided text? "
     "The special magic {kind} for {key} mentioned in the provided text is"
 )
+Probe = Literal["question", "verbatim"]
+"""How a prompt ends: with the question as asked, or with the needle's own words up to its value."""
 ADJECTIVES = (
     "amber ample brisk calm clever coral crisp dusty eager early fabled faint gentle glossy golden hollow humble "
     "icy jolly keen lively lunar mellow misty modest narrow nimble odd olive pale patient plain polite proud "
@@ -94,6 +96,7 @@ class Sample:
     tokens: np.ndarray
     needle_start: int
     needle_end: int
+    probe: Probe = "question"
 
     @property
     def context_length(self) -> int:
@@ -154,8 +157,12 @@ def make_samples(
     depths: Sequence[float],
     per_depth: int,
     seed: int,
+    probe: Probe = "question",
 ) -> list[Sample]:
     """`per_depth` prompts of exactly `context_length` tokens for each depth (0: needle first, 1: needle last).
+
+    Probe "verbatim" tells storage from addressing: after the haystack come the needle's own words up to the value, so
+    that what was stored is met by what it was stored with. Keys and values are those of the question.
 
     A sample depends on its own variant, length, depth, number and `seed`, not on what else is asked for.
 
@@ -163,17 +170,23 @@ def make_samples(
         UserError: instruction, needle and question alone are longer than the context.
     """
     return [
-        _sample(tokenizer, variant, haystack, context_length, depth, draw)
+        _sample(tokenizer, variant, haystack, context_length, depth, draw, probe)
         for depth, draw in _draws(variant, context_length, depths, per_depth, seed)
     ]
 
 
 def check_context(
-    tokenizer: Tokenizer, variant: Variant, context_length: int, depths: Sequence[float], per_depth: int, seed: int
+    tokenizer: Tokenizer,
+    variant: Variant,
+    context_length: int,
+    depths: Sequence[float],
+    per_depth: int,
+    seed: int,
+    probe: Probe = "question",
 ) -> None:
     """Raises the `UserError` of `make_samples` with the same arguments, before there is a haystack."""
     for _, draw in _draws(variant, context_length, depths, per_depth, seed):
-        _parts(tokenizer, variant, context_length, draw)
+        _parts(tokenizer, variant, context_length, draw, probe)
 
 
 def _draws(
@@ -196,7 +209,9 @@ class _PromptParts(NamedTuple):
     room: int
 
 
-def _parts(tokenizer: Tokenizer, variant: Variant, context_length: int, draw: random.Random) -> _PromptParts:
+def _parts(
+    tokenizer: Tokenizer, variant: Variant, context_length: int, draw: random.Random, probe: Probe
+) -> _PromptParts:
     key = f"{draw.choice(ADJECTIVES.split())}-{draw.choice(NOUNS.split())}"
     if variant.value == "number":
         value = str(draw.randint(10**6, 10**7 - 1))
@@ -207,7 +222,8 @@ def _parts(tokenizer: Tokenizer, variant: Variant, context_length: int, draw: ra
     head = tokenizer.encode(INSTRUCTION.format(**words) + ("" if variant.haystack == "noise" else "\n"))
     head = tokenizer.beginning + head
     needle, _ = tokenizer.encode_inside(between + NEEDLE.format(**words))
-    question, _ = tokenizer.encode_inside(QUESTION.format(**words))
+    asked = QUESTION if probe == "question" else between + NEEDLE.partition(" {value}")[0]
+    question, _ = tokenizer.encode_inside(asked.format(**words))
     room = context_length - len(head) - len(needle) - len(question)
     if room < 0:
         raise UserError(
@@ -218,16 +234,22 @@ def _parts(tokenizer: Tokenizer, variant: Variant, context_length: int, draw: ra
 
 
 def _sample(
-    tokenizer: Tokenizer, variant: Variant, haystack: Haystack, context_length: int, depth: float, draw: random.Random
+    tokenizer: Tokenizer,
+    variant: Variant,
+    haystack: Haystack,
+    context_length: int,
+    depth: float,
+    draw: random.Random,
+    probe: Probe,
 ) -> Sample:
-    key, value, head, needle, question, room = _parts(tokenizer, variant, context_length, draw)
+    key, value, head, needle, question, room = _parts(tokenizer, variant, context_length, draw, probe)
     starts = haystack.gaps[haystack.gaps <= len(haystack.tokens) - room]
     first = int(draw.choice(starts.tolist())) if haystack.varied else 0
     place = _place(haystack.gaps - first, room, depth)
     hay = haystack.tokens[first : first + room].tolist()
     start = len(head) + place
     tokens = np.array([*head, *hay[:place], *needle, *hay[place:], *question], dtype=np.int64)
-    return Sample(variant, depth, key, value, tokens, start, start + len(needle))
+    return Sample(variant, depth, key, value, tokens, start, start + len(needle), probe)
 
 
 def _place(gaps: np.ndarray, room: int, depth: float) -> int:

@@ -22,7 +22,7 @@ from longread.config import InnerConfig
 from longread.evaluate.continuation import continue_texts
 from longread.evaluate.estimate import Estimate, ratio, wilson
 from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_line
-from longread.evaluate.haystack import VARIANTS, Sample
+from longread.evaluate.haystack import VARIANTS, Probe, Sample
 from longread.evaluate.summary import finite
 from longread.model import Transformer
 from longread.session import Sampling
@@ -53,6 +53,7 @@ class NeedleTrial:
     found: bool
     diverged_at: int | None
     """Tokens read when the model's logits were no longer finite."""
+    probe: Probe = "question"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +233,8 @@ def _remarks(searches: Sequence[Search]) -> list[str]:
         if (lost := [t.diverged_at for t in search.trials if t.diverged_at is not None])
     ]
     windows = dict.fromkeys(f"{search.window:,} ({search.model})" for search in searches)
+    if any(trial.probe == "verbatim" for search in searches for trial in search.trials):
+        notes.append("No question: each prompt ends with the needle's own words up to its value.")
     return [
         *notes,
         f"Inside the window: the whole needle is among the last K tokens of the prompt, K = {', '.join(windows)}.",
@@ -259,6 +262,7 @@ def _trial(sample: Sample, answer: str, value_nats: float, window: int, diverged
         value_nats=value_nats,
         found=diverged is None and _found(sample, answer),
         diverged_at=diverged,
+        probe=sample.probe,
     )
 
 
