@@ -11,9 +11,8 @@ jobs.py         a piece of work from its acceptance to its end
 members.py      who is there, who may come, and who is just coming
 lock.py         the lock over all records
 reader.py       what is known of a session, and of a piece of work for it
-lanes.py        sessions that write, a token of all of them at a time
+lanes.py        sessions that write, a token of all of them at a time, or one by one where a batch must change no bit
 capacity.py     how many that can be, before there is an engine
-cells.py        the same one by one, where a batch must change no bit
 tiers.py        who is on the device, in the host's memory or on the disk
 copies.py       states on their way between a GPU and the host's memory
 persistence.py  what lets sessions survive: events and snapshots, written in threads of their own

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from longread.engine.cells import Cells
 from longread.engine.lock import RecordsLock
 from longread.engine.reader import Job, Tier
 from longread.inner_loop import ReadingState
@@ -30,7 +30,7 @@ class Lanes:
         self.possible = model.config.mixer == "attention"
         """Whether this model decodes in lanes; one with recurrent mixers is read token by token instead."""
         self.jobs: list[Job] = []
-        self._places: Places | Cells | None = None
+        self._places: Places | SeparatePlaces | None = None
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +55,9 @@ class Lanes:
         """Makes or adds empty lanes."""
         with self._lock.released():
             if self._places is None:
-                self._places = Cells(self.model, lanes) if self._apart else Places(self.model, lanes, learn=True)
+                self._places = (
+                    SeparatePlaces(self.model, lanes) if self._apart else Places(self.model, lanes, learn=True)
+                )
             else:
                 self._places.grow(lanes)
 
@@ -128,7 +130,7 @@ class Lanes:
         """Whether the next token of a job asks for an inner step first."""
         return self._places is not None and job.reader.lane is not None and self._places.due(job.reader.lane)
 
-    def logits(self) -> torch.Tensor:
+    def logits(self) -> Tensor:
         """Of the next tokens of all jobs, [jobs, V]. This and what follows is called with the lock let go."""
         if self._places is None:
             raise LookupError("nobody is in a lane")
@@ -147,7 +149,7 @@ class Lanes:
 
     def read_one(self, job: Job) -> None:
         """Reads the drawn token of one job, where lanes share nothing."""
-        if not isinstance(self._places, Cells) or job.reader.lane is None or job.next is None:
+        if not isinstance(self._places, SeparatePlaces) or job.reader.lane is None or job.next is None:
             raise LookupError(f"session {job.reader.id} is in no lane of its own")
         self._places.read_one(job.reader.lane, job.next)
 
@@ -162,6 +164,73 @@ class Lanes:
         for job in jobs:
             job.reader.lane = None
         return jobs
+
+
+class SeparatePlaces:
+    """What `Places` is, with places of its own for each lane: what a sequence gives in one is bit for bit what it gives
+    alone.
+
+    Products over several rows sum in another order than those over one, and attention over more slots than needed does
+    too.
+    """
+
+    def __init__(self, model: Transformer, lanes: int) -> None:
+        self._model = model
+        self._each: list[Places] = []
+        self._learning: list[bool] = []
+        self.grow(lanes)
+
+    @property
+    def lanes(self) -> int:
+        """How many there are, empty ones included."""
+        return len(self._each)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all lanes."""
+        return sum(places.nbytes for places in self._each)
+
+    def grow(self, lanes: int) -> None:
+        """Adds empty lanes, up to so many."""
+        more = lanes - self.lanes
+        self._each += [Places(self._model, 1, learn=True) for _ in range(more)]
+        self._learning += [True] * more
+
+    def put(self, lane: int, state: ReadingState, *, learn: bool) -> None:
+        """Lets the sequence of `state`, which has read something, go on in a lane."""
+        if learn != self._learning[lane]:  # one that does not learn looks back less far
+            self._each[lane], self._learning[lane] = Places(self._model, 1, learn=learn), learn
+        self._each[lane].put(0, state, learn=learn)
+
+    def take(self, lane: int, device: torch.device | None = None) -> ReadingState:
+        """The state, as a value, of the sequence in a lane, on another device if one is given."""
+        return self._each[lane].take(0, device=device)
+
+    def leave(self, lane: int) -> None:
+        """Makes a lane empty."""
+        self._each[lane].leave(0)
+
+    def move(self, origin: int, lane: int) -> None:
+        """Moves a sequence into an empty lane."""
+        places, learning = self._each, self._learning
+        places[origin], places[lane] = places[lane], places[origin]
+        learning[origin], learning[lane] = learning[lane], learning[origin]
+
+    def due(self, lane: int) -> bool:
+        """Whether the sequence must leave before its next token is read."""
+        return self._each[lane].due(0)
+
+    def logits(self, count: int) -> Tensor:
+        """Of the next token of the first `count` lanes, [count, V]."""
+        return torch.cat([places.logits(1) for places in self._each[:count]])
+
+    def likeliest(self, count: int) -> list[tuple[int, float]]:
+        """The likeliest next token of each of the first `count` lanes, and its log-probability."""
+        return [found for places in self._each[:count] for found in places.likeliest(1)]
+
+    def read_one(self, lane: int, token: int) -> None:
+        """Reads one token in a lane; it may not be due."""
+        self._each[lane].read(torch.tensor([token], device=self._model.device))
 
 
 def largest_session(model: Transformer) -> int:
