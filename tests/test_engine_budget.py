@@ -10,7 +10,7 @@ import torch
 
 from longread.config import UserError
 from longread.engine import Busy, Engine, Limits, largest_session, persistence, tiers
-from longread.engine.reader import KEPT_ANSWERS, KEPT_LOSSES
+from longread.engine.records import KEPT_ANSWERS, KEPT_LOSSES
 from longread.session import Session
 from tests.forked import Forked
 from tests.test_engine import read, write

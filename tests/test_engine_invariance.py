@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.engine import Engine, Limits, Sampling, largest_session, pieces, slices
+from longread.engine import Engine, Limits, Sampling, largest_session, pieces, scheduler
 from longread.engine.pieces import STEPS
 from longread.inner_loop import places, read
 from longread.inner_loop.places import Places
@@ -127,7 +127,7 @@ def test_who_is_computed_with_whom(
         monkeypatch.setattr(owner, method, watching)
 
     watched("group", pieces, "together", len)
-    watched("draw", slices, "draw", lambda logits, *rest: len(logits))
+    watched("draw", scheduler, "draw", lambda logits, *rest: len(logits))
     watched("lanes", Places, "_pass", lambda self, count: count)
     if mixer != "window":  # in lanes the head is part of the pass
         watched("head", model, "logits", len)

@@ -15,10 +15,8 @@ import torch
 from longread.config import UserError
 from longread.engine import Busy, Engine, Limits, Sampling, persistence
 from longread.engine.lanes import Lanes
-from longread.engine.lock import RecordsLock
 from longread.engine.pieces import TextPieces
-from longread.engine.reader import Job, Reader
-from longread.engine.task import Task
+from longread.engine.records import Job, Reader, RecordsLock, Task
 from longread.inner_loop.places import Places
 from longread.session import Session
 from tests.test_engine import read, write

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from longread.engine import Busy, Engine, Limits, Progress, Sampling, Token, pieces, slices
+from longread.engine import Busy, Engine, Limits, Progress, Sampling, Token, pieces, scheduler
 from longread.engine.lanes import Lanes
 from longread.inner_loop import reading
 from longread.session import Session
@@ -146,7 +146,7 @@ def test_what_fails_in_a_pause_does_not_harm_the_text(
             with pytest.raises(Busy, match="no memory left"):
                 engine.generate(writer, ENDLESS).result(120)
         with monkeypatch.context() as patch:
-            patch.setattr(slices.Slices, "write", full)  # an error that belongs to nobody
+            patch.setattr(scheduler.Slices, "write", full)  # an error that belongs to nobody
             with pytest.raises(torch.OutOfMemoryError):
                 engine.generate(writer, ENDLESS).result(120)
         assert len(write(engine, writer)) == 10

@@ -23,11 +23,10 @@ from longread.engine import (
     Token,
     largest_session,
     pieces,
-    slices,
+    scheduler,
 )
-from longread.engine.lock import RecordsLock
-from longread.engine.reader import Reader
-from longread.engine.shares import Shares
+from longread.engine.jobs import Shares
+from longread.engine.records import Reader, RecordsLock
 from longread.engine.store import Store
 from longread.engine.tiers import leaving
 from longread.session import Session
@@ -206,7 +205,7 @@ def test_pieces_that_cannot_stand_still_are_short_while_somebody_writes(
 ) -> None:
     """One mini-batch, whoever reads; long ones come back when the writer has gone."""
     monkeypatch.setattr(pieces, "SHORT", M)
-    monkeypatch.setattr(slices, "QUIET", 0.0)
+    monkeypatch.setattr(scheduler, "QUIET", 0.0)
     with Engine(make().to(device), INNER, limits=Limits(batch_invariant=apart)) as engine:
         writer, *readers = (engine.create().id for _ in range(3))
         engine.append(writer, text(9)).result(120)
@@ -245,7 +244,7 @@ class Clock:
             return read(model, state, tokens, **options)
 
         patch.setattr(pieces, "read", reading)
-        patch.setattr(slices.time, "perf_counter", lambda: self.now)
+        patch.setattr(scheduler.time, "perf_counter", lambda: self.now)
 
 
 def test_owners_share_the_device_and_not_their_sessions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from longread.engine import Engine, Finished, Limits, Sampling, Token
 from longread.engine.lanes import Lanes
-from longread.engine.task import Task
+from longread.engine.records import Task
 from tests.test_engine_batches import INNER, M, make, text
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from longread.engine import Engine, Sampling
-from longread.engine.timings import BOUNDS, Stopwatches
+from longread.engine.interface import BOUNDS
+from longread.engine.jobs import Stopwatches
 from tests.test_engine_batches import INNER, M, make, text
 from tests.test_engine_files import crash, opened
 

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 
 from longread.engine import Limits, largest_session
 from longread.engine.pieces import STEPS
-from longread.engine.reader import KEPT_ANSWERS
+from longread.engine.records import KEPT_ANSWERS
 from longread.session import Session
 from tests.server import ALICE, BOB, BOS, INNER, M, bearer, events, make_model, serving
 

@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from longread.config import UserError
-from longread.engine import Busy, pieces, slices
+from longread.engine import Busy, pieces, scheduler
 from longread.server import ServerLimits, running
 from longread.server.service import Work
 from tests.held import Held
@@ -203,7 +203,7 @@ def test_a_continuation_that_ended_early_says_what_stays(
     with serving(tmp_path) as client, ThreadPoolExecutor(1) as pool:
         one = session(client, TEXT)
         with monkeypatch.context() as patch:
-            patch.setattr(slices, "draw", held := Held(slices.draw, call=5))
+            patch.setattr(scheduler, "draw", held := Held(scheduler.draw, call=5))
             sent = in_background(pool, client, f"/v1/sessions/{one}/generate", json={"max_tokens": 50, "seed": 1})
             assert held.entered.wait(60)
             if end is None:
@@ -231,7 +231,7 @@ def test_a_completion_that_ended_early_is_no_answer(tmp_path: Path, monkeypatch:
     with serving(tmp_path) as client, ThreadPoolExecutor(1) as pool:
         ask = {"prompt": "x"} if kind == "completions" else {"messages": [{"role": "user", "content": "x"}]}
         body = {"model": "tiny", **ask, "max_tokens": 50, "stream": True}
-        monkeypatch.setattr(slices, "draw", held := Held(slices.draw, call=5))
+        monkeypatch.setattr(scheduler, "draw", held := Held(scheduler.draw, call=5))
         sent = in_background(pool, client, f"/v1/{kind}", json=body)
         assert held.entered.wait(60)
         at_the_end_of_its_time(client)

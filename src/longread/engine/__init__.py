@@ -1,16 +1,12 @@
 """Many sessions on one device: they read and write at once, and none can tell.
 
 engine.py       what any thread may call
-interface.py    limits, facts, events and errors
-task.py         work under way: events, result, cancelling
-scheduler.py    the thread that computes: who comes next
-slices.py       what it computes at a time
+interface.py    limits, facts, events, times and errors
+records.py      what is known of sessions and of the work for them, and the lock over it
+scheduler.py    the thread that computes: who comes next, and what is computed at a time
 pieces.py       a piece of text, read by a group of sessions
-shares.py       how owners share the device
-jobs.py         a piece of work from its acceptance to its end
+jobs.py         a piece of work from its acceptance to its end; shares of owners, times of clients
 members.py      who is there, who may come, and who is just coming
-lock.py         the lock over all records
-reader.py       what is known of a session, and of a piece of work for it
 lanes.py        sessions that write, a token of all of them at a time, or one by one where a batch must change no bit
 capacity.py     how many that can be, before there is an engine
 tiers.py        who is on the device, in the host's memory or on the disk
@@ -25,7 +21,6 @@ recovery.py     what is found at the start, and what is lost
 journals.py     sessions as they were kept before there were databases
 remote.py       session files on a shared storage
 curve.py        mean losses of a session, by position
-timings.py      how long clients wait, as histograms
 """
 
 from longread.engine.capacity import Capacity, SessionBytes, capacity, session_sizes
@@ -41,6 +36,7 @@ from longread.engine.interface import (
     Progress,
     Quota,
     SessionInfo,
+    TimeCounts,
     Token,
     TooLarge,
     TopTokens,
@@ -48,9 +44,8 @@ from longread.engine.interface import (
     WrongPosition,
 )
 from longread.engine.lanes import largest_session
-from longread.engine.task import Task
+from longread.engine.records import Task
 from longread.engine.tiers import least_device_bytes
-from longread.engine.timings import TimeCounts
 from longread.session.sampling import Sampling
 
 __all__ = [

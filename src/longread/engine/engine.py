@@ -17,17 +17,15 @@ from typing import Any, TypeVar
 
 from longread.config import InnerConfig, UserError
 from longread.engine.curve import Curve
-from longread.engine.interface import Limits, Lost, Quota, SessionInfo
+from longread.engine.interface import Limits, Lost, Quota, SessionInfo, TimeCounts
 from longread.engine.jobs import Jobs
 from longread.engine.lanes import HOST
 from longread.engine.members import Members, closing, unknown
 from longread.engine.persistence import Persistence, recovered
-from longread.engine.reader import Job, Reader, digest_of
+from longread.engine.records import Job, Reader, Task, digest_of
 from longread.engine.remote import copy_in, copy_out, is_remote
 from longread.engine.scheduler import Scheduler
 from longread.engine.store import Store
-from longread.engine.task import Task
-from longread.engine.timings import TimeCounts
 from longread.model import Transformer, fingerprint_of
 from longread.session import Sampling, Session
 
@@ -416,7 +414,7 @@ class Engine:
 
         `waiting`: from a task's acceptance to the first computing for it. `first_token`: from its acceptance to its
         first written token, a prompt's reading included. `next_token`: between two tokens of one task. The buckets end
-        at `longread.engine.timings.BOUNDS`; counts are not cumulative, and only grow.
+        at `longread.engine.interface.BOUNDS`; counts are not cumulative, and only grow.
         """
         with self._lock:
             return self._jobs.stopwatches.read()

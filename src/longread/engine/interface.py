@@ -8,6 +8,8 @@ from longread.config import UserError
 
 TopTokens = list[tuple[int, float]]
 """The likeliest tokens of one place and their log-probabilities, likeliest first."""
+BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Of `TimeCounts`, in seconds: the upper ends of all buckets but the last, which has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,22 @@ class Lost:
     restored: int
     """Tokens of these that it still has; 0 where nothing is left and the session is gone."""
     reason: str
+
+
+@dataclass(frozen=True)
+class TimeCounts:
+    """How often something took how long, since the engine started."""
+
+    counts: tuple[int, ...]
+    """Of each bucket alone (not cumulative): seconds at most `BOUNDS[i]` and above the bound before; one more for what
+    took longer than all."""
+    seconds: float
+    """Of all together."""
+
+    @property
+    def count(self) -> int:
+        """How often, however long."""
+        return sum(self.counts)
 
 
 class Busy(UserError):

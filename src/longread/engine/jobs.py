@@ -3,29 +3,24 @@ leaves a lane let it go for a moment, for the thread that computes."""
 
 from __future__ import annotations
 
+import bisect
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from longread.config import InnerConfig, UserError
-from longread.engine.interface import Appended, Busy, Finished, Limits, WrongPosition
+from longread.engine.interface import BOUNDS, Appended, Busy, Finished, Limits, TimeCounts, WrongPosition
 from longread.engine.lanes import Lanes
-from longread.engine.lock import RecordsLock
 from longread.engine.persistence import Persistence
-from longread.engine.reader import KEPT_LOSSES, Answer, Job, Reader
-from longread.engine.shares import Shares
+from longread.engine.records import KEPT_LOSSES, Answer, Job, Reader, RecordsLock
 from longread.engine.tiers import Tiers
-from longread.engine.timings import Stopwatches
 from longread.inner_loop import begin, drift
 from longread.model import Transformer
 
-PATIENCE = 8
-"""TextPieces, or mini-batches of written tokens, after which a job may have to stand back for another owner's."""
 LOG = logging.getLogger(__name__)
 
 
@@ -100,33 +95,6 @@ class Jobs:
         else:
             job.ready = True
         job.settle()
-
-    def make_way(self, waiting: Job, *, lane: bool = False) -> None:
-        """Where an owner with fewer jobs on the device waits, one of the owner with most of them stands back: so nobody
-        has to wait for the end of somebody else's text. Not before it has been served for a while.
-
-        Args:
-            lane: it waits for a lane only, and so do those that stand back.
-        """
-        jobs = [job for job in (self.lanes.jobs if lane else self.heads) if job.admitted]
-        held = Counter(job.reader.owner for job in jobs)
-        fewer = held[waiting.reader.owner]
-        others = [
-            job
-            for job in jobs
-            if job not in self.paused
-            and job.ready
-            and job.next is None
-            and held[job.reader.owner] > fewer
-            and job.served >= PATIENCE
-        ]
-        if not others:
-            return
-        job = max(others, key=lambda job: (held[job.reader.owner], job.served))
-        if job.reader.lane is not None:
-            self.guarded([job], self.lanes.leave, job)
-        job.admitted, job.served = lane, 0.0
-        self.to_the_end(job)
 
     def is_here(self, job: Job) -> bool:
         """Whether the job's session is on the device or in a lane; if not, it may be on its way."""
@@ -284,3 +252,47 @@ class Jobs:
         with self.lock.released():
             measured = drift(self.model, state.fast).item()
         reader.drift, reader.drift_steps = measured, steps
+
+
+class Shares:
+    """Seconds of the device that each owner has had. Time away is no credit: who comes back begins with the least that
+    any owner has who has work under way.
+    """
+
+    def __init__(self) -> None:
+        self._had: dict[str, float] = {}
+
+    def had(self, owner: str) -> float:
+        """The smaller, the sooner it is an owner's turn."""
+        return self._had.get(owner, 0.0)
+
+    def come(self, owner: str, others: Collection[str]) -> None:
+        """An owner begins to have work; `others` have some already."""
+        self._had = {other: self.had(other) for other in (*others, owner)}
+        if owner not in others:
+            self._had[owner] = max(self._had[owner], min(map(self.had, others), default=0.0))
+
+    def charge(self, owners: Sequence[str], seconds: float) -> None:
+        """The device has worked so long for all of these, a part each; who had several parts is named as often."""
+        for owner in owners:
+            self._had[owner] = self.had(owner) + seconds / len(owners)
+
+
+class Stopwatches:
+    """What is counted: `waiting`, from a task's acceptance to the first computing for it; `first_token`, from its
+    acceptance to its first written token; `next_token`, from one written token to the next of the same task.
+    """
+
+    def __init__(self) -> None:
+        names = ("waiting", "first_token", "next_token")
+        self._counts = {name: [0] * (len(BOUNDS) + 1) for name in names}
+        self._seconds = dict.fromkeys(names, 0.0)
+
+    def note(self, name: str, seconds: float) -> None:
+        """Counts one; for one thread at a time."""
+        self._counts[name][bisect.bisect_left(BOUNDS, seconds)] += 1
+        self._seconds[name] += seconds
+
+    def read(self) -> dict[str, TimeCounts]:
+        """All of them now."""
+        return {name: TimeCounts(tuple(counts), self._seconds[name]) for name, counts in self._counts.items()}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longread.engine.lock import RecordsLock
-from longread.engine.reader import Job, Tier
+from longread.engine.records import Job, RecordsLock, Tier
 from longread.inner_loop import ReadingState
 from longread.inner_loop.batches import compact
 from longread.inner_loop.places import Places

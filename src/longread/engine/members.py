@@ -11,7 +11,7 @@ from longread.config import UserError
 from longread.engine.interface import Busy, Limits, OverQuota, Quota, UnknownSession
 from longread.engine.jobs import Jobs
 from longread.engine.persistence import Persistence
-from longread.engine.reader import Reader
+from longread.engine.records import Reader
 from longread.inner_loop import begin
 
 

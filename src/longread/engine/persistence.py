@@ -20,11 +20,10 @@ from longread.engine.curve import Curve
 from longread.engine.events import Event, consistent, replayed
 from longread.engine.interface import Busy
 from longread.engine.lanes import HOST, Lanes
-from longread.engine.reader import Job, Reader, Tier
+from longread.engine.records import Job, Reader, Task, Tier
 from longread.engine.recovery import Recovered
 from longread.engine.snapshots import Saved
 from longread.engine.store import Begun, Store
-from longread.engine.task import Task
 from longread.files import atomic_files, make_private, writing
 from longread.inner_loop import ReadingState, begin
 from longread.model import Transformer

@@ -17,7 +17,7 @@ import torch
 
 from longread.engine.interface import Progress
 from longread.engine.jobs import Jobs
-from longread.engine.reader import Job, Reader
+from longread.engine.records import Job, Reader
 from longread.inner_loop import Reading, ReadingState, captured, read, rescue
 from longread.inner_loop.batches import apart, together
 

@@ -12,7 +12,7 @@ from typing import Any
 from longread.config import UserError
 from longread.engine.curve import Curve
 from longread.engine.interface import Appended
-from longread.engine.reader import Answer
+from longread.engine.records import Answer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from longread.config import UserError
 from longread.engine.copies import beside, carried
 from longread.engine.interface import Limits
 from longread.engine.lanes import HOST, Lanes, largest_session
-from longread.engine.reader import Reader
+from longread.engine.records import Reader
 from longread.inner_loop import ReadingState
 from longread.model import Transformer, free_bytes
 

@@ -1,12 +1,15 @@
-"""What an engine knows of one session, and of one piece of work for it."""
+"""What an engine knows of its sessions and of the work that it has accepted for them, and the lock over all of it."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
+import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,7 +18,6 @@ import torch
 
 from longread.engine.curve import Curve
 from longread.engine.interface import Appended, SessionInfo
-from longread.engine.task import Task
 from longread.inner_loop import ReadingState
 from longread.inner_loop.batches import shapes_of
 from longread.session.sampling import Sampling
@@ -26,6 +28,138 @@ KEPT_ANSWERS = 4
 """Appends of a session that are answered a second time without being read a second time: the newest."""
 KEPT_LOSSES = 4096
 """Most tokens of an append whose losses are kept for that."""
+
+Callback = Callable[[Any], None]
+LOG = logging.getLogger(__name__)
+
+
+class RecordsLock:
+    """The lock over all records, for bookkeeping: the thread that computes holds it but for when it computes. It can be
+    waited on.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.RLock())
+
+    def __enter__(self) -> None:
+        self._changed.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._changed.release()
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Lets others in while something is computed. For whoever holds it once."""
+        self._changed.release()
+        try:
+            yield
+        finally:
+            self._changed.acquire()
+
+    def notify(self) -> None:
+        """Wakes whoever waits: something has changed."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits for a change, with the lock held before and after."""
+        self._changed.wait(seconds)
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Does a piece of bookkeeping in the thread that calls, which something else has made necessary."""
+        with self._changed:
+            try:
+                work()
+            except Exception:
+                LOG.exception("a piece of the engine's bookkeeping failed")
+            self._changed.notify_all()
+
+
+class Task:
+    """One append, generation or score under way.
+
+    Events go to whoever asks: to all subscribers if there are any, else they wait for the iterator. The last thing a
+    subscriber is given is the outcome: the result, or the exception.
+    """
+
+    def __init__(self) -> None:
+        lock = threading.RLock()
+        self._changed, self._ended = threading.Condition(lock), threading.Condition(lock)
+        self._events: deque[Any] = deque()
+        self._subscribers: list[Callback] = []
+        self._outcome: Any = None
+        self._done = False
+        self.cancelled = False
+        """Whether somebody has asked it to stop."""
+        self._wake: Callable[[], None] = lambda: None
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result, or an error."""
+        return self._done
+
+    def cancel(self) -> None:
+        """Asks it to stop: a text being read at the end of the mini-batch, a text being written after this token."""
+        self.cancelled = True
+        self._wake()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Waits for the result. Raises what went wrong, or `TimeoutError` after `timeout` seconds."""
+        with self._changed:
+            if not self._ended.wait_for(lambda: self._done, timeout):
+                raise TimeoutError(f"the task is not finished after {timeout} seconds")
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+    def __iter__(self) -> Iterator[Any]:
+        """Events, in order, until there is an outcome; `result` gives it, and raises what went wrong."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._events or self._done)
+                if not self._events:
+                    return
+                event = self._events.popleft()
+            yield event
+
+    def subscribe(self, callback: Callback) -> None:
+        """Calls `callback` with every event, and then with the outcome; in the engine's thread, so it must not wait."""
+        with self._changed:
+            waiting = list(self._events)
+            self._events.clear()
+            if self._done:
+                waiting.append(self._outcome)
+            self._subscribers.append(callback)
+            for event in waiting:
+                self._tell(callback, event)
+
+    def _emit(self, event: Any) -> None:
+        with self._changed:
+            if self._done:
+                return
+            if not self._subscribers:
+                self._events.append(event)
+                self._changed.notify_all()
+            for callback in list(self._subscribers):
+                self._tell(callback, event)
+
+    def _finish(self, outcome: Any) -> None:
+        with self._changed:
+            if self._done:
+                return
+            self._outcome, self._done = outcome, True
+            self._changed.notify_all()
+            self._ended.notify_all()
+            for callback in list(self._subscribers):
+                self._tell(callback, outcome)
+
+    def _tell(self, callback: Callback, event: Any) -> None:
+        """A subscriber that fails, because its connection is gone say, hears no more; the engine goes on."""
+        try:
+            callback(event)
+        except Exception:
+            with contextlib.suppress(ValueError):
+                self._subscribers.remove(callback)
 
 
 @dataclass
@@ -150,7 +284,7 @@ class Job:
     admitted: bool = False
     """Whether it may have its session on the device now."""
     served: float = 0.0
-    """TextPieces read, or mini-batches written, since it was admitted or has been in its lane."""
+    """Pieces of text read, or mini-batches written, since it was admitted or has been in its lane."""
     started: bool = False
     ready: bool = False
     """Its tokens are in the database, or need not be."""
