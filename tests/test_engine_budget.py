@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longread.config import UserError
-from longread.engine import Busy, Engine, Limits, largest_session, persistence, tiers
+from longread.engine import Busy, Engine, Limits, largest_session, memory, persistence
 from longread.engine.records import KEPT_ANSWERS, KEPT_LOSSES
 from longread.session import Session
 from tests.forked import Forked
@@ -23,7 +23,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def sessions(count: float) -> int:
         size = int(count * largest_session(make()))
-        monkeypatch.setattr(tiers, "free_bytes", lambda device: size if device == torch.device("cpu") else None)
+        monkeypatch.setattr(memory, "free_bytes", lambda device: size if device == torch.device("cpu") else None)
         return size
 
     return sessions
@@ -47,7 +47,7 @@ def test_the_budget_is_a_share_of_what_is_free(
     model = make()
     size = largest_session(model)
     given = Limits(**{name: n and n * size for name, n in (("device_bytes", device), ("host_bytes", host))})
-    assert [n / size for n in tiers.budget(model, given)] == pytest.approx(expected, abs=0.01)
+    assert [n / size for n in memory.budget(model, given)] == pytest.approx(expected, abs=0.01)
 
 
 def test_a_machine_that_is_nearly_full_holds_one_session(free: Any) -> None:
@@ -109,7 +109,7 @@ def test_a_full_disk_loses_no_session_and_refuses_new_ones(
         tries.append(session.position)
         raise UserError("cannot write: no space left on device")
 
-    monkeypatch.setattr(tiers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(memory.time, "monotonic", lambda: now[0])
     with Engine(model, INNER, directory=tmp_path) as engine:
         ids = [engine.create().id for _ in range(12)]
         settled(engine)
@@ -123,7 +123,7 @@ def test_a_full_disk_loses_no_session_and_refuses_new_ones(
                 engine.create()
             for i, sid in enumerate(ids):
                 read(engine, sid, text(M, 100 + i))
-        now[0] += tiers.REFUSED_SECONDS
+        now[0] += memory.REFUSED_SECONDS
         engine.create()
         settled(engine)
         assert engine.stats()["sessions_disk"] >= 5
@@ -149,7 +149,7 @@ def read_in_turn(directory: Path) -> None:
     """Prints the size of a session, and by how much the process grows while it reads for sixty."""
     model = make(torch.float32, width=64, mlp_hidden=1024)
     size = largest_session(model)
-    tiers.free_bytes = lambda device: 10 * size
+    memory.free_bytes = lambda device: 10 * size
     with Engine(model, INNER, directory=directory) as engine:
         ids = [engine.create().id for _ in range(60)]
         for sid in ids[:8]:

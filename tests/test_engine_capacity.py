@@ -10,8 +10,8 @@ import torch
 
 from longread.engine import Engine, Limits, Sampling, Token, capacity, session_sizes
 from longread.engine.lanes import Lanes
+from longread.engine.memory import SHARE
 from longread.engine.records import Job
-from longread.engine.tiers import SHARE
 from longread.inner_loop import begin, read
 from longread.inner_loop.places import Places, place_nbytes
 from longread.model import Transformer

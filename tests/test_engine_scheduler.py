@@ -26,9 +26,9 @@ from longread.engine import (
     scheduler,
 )
 from longread.engine.jobs import Shares
+from longread.engine.memory import leaving
 from longread.engine.records import Reader, RecordsLock
 from longread.engine.store import Store
-from longread.engine.tiers import leaving
 from longread.session import Session
 from tests.held import Held
 from tests.test_engine import write

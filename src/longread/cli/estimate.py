@@ -99,8 +99,7 @@ def _rows(options: argparse.Namespace) -> tuple[list[EstimateRow], dict[str, obj
 def _sessions(config: ModelConfig, precision: str, context: int, memory: float | None) -> list[EstimateRow]:
     """The memory of a session at rest and while it writes and, of a device's memory, how many of them fit."""
     from longread.engine import capacity, session_sizes
-    from longread.engine.capacity import MOST_TOGETHER
-    from longread.engine.tiers import SHARE
+    from longread.engine.memory import MOST_TOGETHER, SHARE
 
     model = _on_no_device(config, precision)
     item = model.dtype.itemsize

@@ -8,8 +8,7 @@ pieces.py       a piece of text, read by a group of sessions
 jobs.py         a piece of work from its acceptance to its end; shares of owners, times of clients
 members.py      who is there, who may come, and who is just coming
 lanes.py        sessions that write, a token of all of them at a time, or one by one where a batch must change no bit
-capacity.py     how many that can be, before there is an engine
-tiers.py        who is on the device, in the host's memory or on the disk
+memory.py       who is on the device, in the host's memory or on the disk, and how many fit
 copies.py       states on their way between a GPU and the host's memory
 persistence.py  what lets sessions survive: events and snapshots, written in threads of their own
 store.py        the directory: a database and a snapshot for each session
@@ -23,7 +22,6 @@ remote.py       session files on a shared storage
 curve.py        mean losses of a session, by position
 """
 
-from longread.engine.capacity import Capacity, SessionBytes, capacity, session_sizes
 from longread.engine.curve import Curve
 from longread.engine.engine import Engine
 from longread.engine.interface import (
@@ -44,8 +42,8 @@ from longread.engine.interface import (
     WrongPosition,
 )
 from longread.engine.lanes import largest_session
+from longread.engine.memory import Capacity, SessionBytes, capacity, least_device_bytes, session_sizes
 from longread.engine.records import Task
-from longread.engine.tiers import least_device_bytes
 from longread.session.sampling import Sampling
 
 __all__ = [

@@ -15,9 +15,9 @@ import torch
 from longread.config import InnerConfig, UserError
 from longread.engine.interface import BOUNDS, Appended, Busy, Finished, Limits, TimeCounts, WrongPosition
 from longread.engine.lanes import Lanes
+from longread.engine.memory import Tiers
 from longread.engine.persistence import Persistence
 from longread.engine.records import KEPT_LOSSES, Answer, Job, Reader, RecordsLock
-from longread.engine.tiers import Tiers
 from longread.inner_loop import begin, drift
 from longread.model import Transformer
 

@@ -1,4 +1,5 @@
-"""Where sessions are: with the model, in the host's memory, or on the disk.
+"""Where sessions are: with the model, in the host's memory, or on the disk; and how many fit, also before there is an
+engine.
 
 Where there is no room, one of the owner who holds most moves down, the least recently used of its own: nobody loses a
 place to another's thousandth session. Moves take long, so they are made by a thread of their own, from one value to
@@ -11,20 +12,23 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from longread.config import UserError
 from longread.engine.copies import beside, carried
 from longread.engine.interface import Limits
-from longread.engine.lanes import HOST, Lanes, largest_session
+from longread.engine.lanes import HOST, Lanes, fast_nbytes, largest_session
 from longread.engine.records import Reader
 from longread.inner_loop import ReadingState
+from longread.inner_loop.places import place_nbytes
 from longread.model import Transformer, free_bytes
 
 SHARE = 0.7
 """Of free memory that sessions may take where no limit is given; the rest is for computing, and for copies."""
+MOST_TOGETHER = Limits().max_batch
+"""Sessions that are computed together, however much memory there is."""
 REFUSED_SECONDS = 30.0
 """After a disk has taken no session until it is tried again."""
 
@@ -239,3 +243,52 @@ def leaving(readers: Collection[Reader]) -> Iterator[Reader]:
             if not waiting[owner]:
                 del waiting[owner]
             yield reader
+
+
+class SessionBytes(NamedTuple):
+    """Of one session, in bytes, when it has read much."""
+
+    resting: int
+    """Its state."""
+    place: int
+    """What it is copied into when it writes; 0 for a model that writes without lanes."""
+    beside: int
+    """Of its state, what it keeps beside its place: fast weights in their own precision."""
+
+    @property
+    def writing(self) -> int:
+        """Once it has entered its place."""
+        return self.place + self.beside if self.place else self.resting
+
+
+class Capacity(NamedTuple):
+    """What fits on a device, and how much of it sessions may take."""
+
+    budget: int
+    resting: int
+    writing: int
+
+
+def session_sizes(model: Transformer, position: int) -> SessionBytes:
+    """Sizes of a session after `position` tokens, which count where attention has no window. `model` may be on no
+    device."""
+    config, itemsize = model.config, model.dtype.itemsize
+    endless = sum(config.window_of(i) is None for i in range(config.num_blocks))
+    resting = largest_session(model) + 2 * endless * position * config.kv_width * itemsize
+    if config.mixer != "attention":
+        return SessionBytes(resting, 0, 0)
+    return SessionBytes(resting, place_nbytes(model, position), fast_nbytes(model))
+
+
+def capacity(free: int, session: SessionBytes) -> Capacity:
+    """What fits into `free` bytes beside the parameters, with the default limits.
+
+    Sessions take a share; the rest is for computing: workspace, graphs, activations of texts that are read. The last
+    session to write must lie beside the place that it enters, and the others be in theirs (`Tiers.make_lane`).
+    """
+    budget = max(0, int(SHARE * free))
+    resting = budget // session.resting
+    if not session.place:
+        return Capacity(budget, resting, min(resting, MOST_TOGETHER))
+    left = budget - session.resting - session.place
+    return Capacity(budget, resting, 0 if left < 0 else min(1 + left // session.writing, MOST_TOGETHER))
