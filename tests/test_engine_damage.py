@@ -17,9 +17,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from longread.config import UserError
 from longread.engine import Engine
 from longread.engine.curve import Curve
-from longread.engine.events import consistent, furthest, replayed
 from longread.engine.interface import Lost
-from longread.engine.recovery import Recovered
+from longread.engine.recovery import Recovered, consistent, furthest, replayed
 from longread.engine.snapshots import Saved
 from longread.engine.store import Store
 from longread.files import read_tensors, write_safetensors, write_tensors_atomically

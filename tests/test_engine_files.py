@@ -31,7 +31,7 @@ def opened(directory: Path, **changes: Any) -> Engine:
 
 def crash(engine: Engine) -> None:
     """Leaves the engine as a killed process would leave it: nothing is saved, and no thread writes any more."""
-    engine._members.closed = True
+    engine._jobs.closed = True
     engine._scheduler.command(engine._jobs.readers.clear).result()
     engine._scheduler.stop()
     engine._scheduler.join()

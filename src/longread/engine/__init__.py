@@ -14,11 +14,8 @@ persistence.py  what lets sessions survive: events and snapshots, written in thr
 store.py        the directory: a database and a snapshot for each session
 database.py     a session's database: checked rows, durable when they are written
 log_check.py    whether SQLite's write-ahead log is damaged
-events.py       what has happened to a session since its snapshot
-snapshots.py    a session's snapshots, and what they hold beside the session
-recovery.py     what is found at the start, and what is lost
-journals.py     sessions as they were kept before there were databases
-remote.py       session files on a shared storage
+snapshots.py    session files: snapshots, what they hold beside the session, copies on a shared storage
+recovery.py     what is found at the start, also as it was kept before there were databases, and what is lost
 curve.py        mean losses of a session, by position
 """
 

@@ -3,6 +3,11 @@
     session   one row: whose it is and what its snapshot holds; `after` is the newest event of those that it holds
     event     a row for each event after that, numbered without a gap
 
+An event is what has happened to a session since its snapshot: where, which tokens, and how they were read.
+
+    {"at": 9, "tokens": [5, 7], "learn": true}   tokens read at a position; with "wrote" if the session wrote them
+    {"cut": 10}                                  what was read from that position on is taken back
+
 A row is JSON with a CRC-32. A commit is one fsync of the write-ahead log (journal_mode=WAL, synchronous=FULL). When
 SQLite opens a log, it leaves out what is damaged and does not say so. So a log here never has frames of an older one
 behind its own, and what was left out is looked at: whole frames without a commit were being written when the process
@@ -25,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from longread.config import UserError
-from longread.engine.events import Event
 from longread.engine.log_check import is_damaged
 from longread.files import atomic_files, make_durable, writing
 
+Event = dict[str, Any]
 _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
 """What is raised about a damaged database: messages of SQLite quote it, and need be no text then."""
 MOST_LOG_BYTES = 2**20

@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 from longread.config import InnerConfig, UserError
 from longread.engine.curve import Curve
 from longread.engine.interface import Limits, Lost, Quota, SessionInfo, TimeCounts
-from longread.engine.jobs import Jobs
+from longread.engine.jobs import Jobs, closing
 from longread.engine.lanes import HOST
-from longread.engine.members import Members, closing, unknown
+from longread.engine.members import Members, unknown
 from longread.engine.persistence import Persistence, recovered
 from longread.engine.records import Job, Reader, Task, digest_of
-from longread.engine.remote import copy_in, copy_out, is_remote
 from longread.engine.scheduler import Scheduler
+from longread.engine.snapshots import copy_in, copy_out, is_remote
 from longread.engine.store import Store
 from longread.model import Transformer, fingerprint_of
 from longread.session import Sampling, Session
@@ -282,7 +282,7 @@ class Engine:
             key: makes the same append known without a position.
             wrote: the session, or a fork of it, wrote these tokens itself; their losses are not kept.
         """
-        self._members.check_tokens(tokens)
+        self._jobs.check_tokens(tokens)
         tokens = list(tokens)
         digest = None if expected_position is None and key is None else digest_of(tokens)
         return self._submit(
@@ -311,7 +311,7 @@ class Engine:
             id: None: as if nothing had been read before, learning or not as `learn` says, for `owner`.
             logprobs: how many of the likeliest tokens to report in the place of each (`Progress.top`).
         """
-        self._members.check_tokens(tokens)
+        self._jobs.check_tokens(tokens)
         tokens = list(tokens)
         return self._passing(
             session_id,
@@ -338,7 +338,7 @@ class Engine:
             learn: while reading and writing; None: as the session does, and without one: yes.
             owner: whose share of the device it takes, without a session.
         """
-        self._members.check_tokens(tokens)
+        self._jobs.check_tokens(tokens)
         if not len(tokens) and session_id is None:
             raise UserError("the prompt is empty; give at least one token")
         n, tokens = sampling.logprobs, list(tokens)
@@ -349,7 +349,7 @@ class Engine:
     def _submit(self, session_id: str, make: Callable[[Task, Reader], Job]) -> Task:
         task = Task()
         with self._lock:
-            self._members.check_waiting()
+            self._jobs.check_waiting()
             self._jobs.submit(make(task, self._members.find(session_id)))
         return task
 
@@ -358,15 +358,15 @@ class Engine:
     ) -> Task:
         task = Task()
         with self._lock:
-            self._members.check_waiting()
+            self._jobs.check_waiting()
             if session_id is None:
-                self._pass(make(task, self._members.bare(owner, "", learn is not False)))
+                self._pass(make(task, self._jobs.bare(owner, "", learn is not False)))
                 return task
             origin = self._members.find(session_id)
 
         def start() -> None:
             learns = origin.learn if learn is None else learn
-            self._pass(make(task, self._members.twin(origin, self._members.bare(origin.owner, "", learns))))
+            self._pass(make(task, self._members.twin(origin, self._jobs.bare(origin.owner, "", learns))))
 
         def begin() -> None:
             self._members.find(session_id)
@@ -402,7 +402,7 @@ class Engine:
                 "bytes_device": used["device"],
                 "bytes_host": used["host"],
                 "bytes_disk": 0 if store is None else store.nbytes,
-                "tasks": self._members.tasks,
+                "tasks": self._jobs.tasks,
                 "writing": len(jobs.lanes.jobs),
                 "restoring": self.restoring,
                 "lost": len(self.lost),
@@ -426,9 +426,9 @@ class Engine:
             TimeoutError: it has not ended after `timeout` seconds; what has been acknowledged is durable all the same.
         """
         with self._lock:
-            if self._members.closed:
+            if self._jobs.closed:
                 return
-            self._members.closed = True
+            self._jobs.closed = True
             stopped = self._scheduler.command(self._stop)
         late = f"the engine is still busy after {timeout} seconds"
         until = None if timeout is None else time.monotonic() + timeout

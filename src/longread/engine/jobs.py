@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import bisect
 import logging
+import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -41,6 +43,8 @@ class Jobs:
         self.counts = dict.fromkeys(("tokens_read", "tokens_written", "steps", "rolled_back", "groups", "rounds"), 0)
         self.paused: Sequence[Job] = ()
         """Those whose text is being read and stands still for others: nothing else may happen to their sessions."""
+        self.closed = False
+        """Whether nobody may come in any more."""
         self.files: Persistence
         self._tickets = 0
 
@@ -48,6 +52,31 @@ class Jobs:
     def heads(self) -> list[Job]:
         """What each session that has work does now, or next."""
         return [reader.jobs[0] for reader in list(self.readers.values()) if reader.jobs]
+
+    @property
+    def tasks(self) -> int:
+        """Under way or waiting."""
+        return sum(not job.replay for reader in self.readers.values() for job in reader.jobs)
+
+    def bare(self, owner: str, label: str, learn: bool) -> Reader:
+        """A reader that has read nothing and is nowhere yet."""
+        window = self.model.config.window_size
+        return Reader(secrets.token_hex(16), owner, label, learn, deque(maxlen=window))
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raises `UserError` for the first that is not in the vocabulary; for any thread."""
+        V = self.model.config.vocab_size
+        if len(tokens) and not (min(tokens) >= 0 and max(tokens) < V):
+            wrong = next(token for token in tokens if not 0 <= token < V)
+            raise UserError(f"token id {wrong} is not in the vocabulary of {V}; use the model's tokenizer")
+
+    def check_waiting(self) -> None:
+        """Raises `Busy` where there are as many tasks as there may be."""
+        if self.closed:
+            raise closing()
+        most, now = self.limits.max_waiting, self.tasks
+        if most is not None and now >= most:
+            raise Busy(f"{now} tasks are under way or waiting, of at most {most}; try again later")
 
     def submit(self, job: Job) -> None:
         """Queues a job behind the others of its session."""
@@ -252,6 +281,11 @@ class Jobs:
         with self.lock.released():
             measured = drift(self.model, state.fast).item()
         reader.drift, reader.drift_steps = measured, steps
+
+
+def closing() -> Busy:
+    """What to say at the end."""
+    return Busy("the engine is closing; try again when it is back", retry_after=10.0)
 
 
 class Shares:

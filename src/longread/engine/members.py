@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from longread.config import UserError
 from longread.engine.interface import Busy, Limits, OverQuota, Quota, UnknownSession
-from longread.engine.jobs import Jobs
+from longread.engine.jobs import Jobs, closing
 from longread.engine.persistence import Persistence
 from longread.engine.records import Reader
 from longread.inner_loop import begin
@@ -23,18 +21,11 @@ class Members:
         self._lock = jobs.lock
         self._coming: set[Reader] = set()
         self._nothing = begin(jobs.model)  # a value, which all share that have read nothing
-        self.closed = False
-        """Whether nobody may come in any more."""
 
     @property
     def present(self) -> list[Reader]:
         """All sessions; not the forks that live as long as a task."""
         return [reader for reader in list(self._jobs.readers.values()) if not reader.deleted]
-
-    @property
-    def tasks(self) -> int:
-        """Under way or waiting."""
-        return sum(not job.replay for reader in self._jobs.readers.values() for job in reader.jobs)
 
     def find(self, session_id: str, owner: str | None = None) -> Reader:
         """A session by its id; `owner` None: whoever it belongs to."""
@@ -46,15 +37,10 @@ class Members:
     def when_restored(self, session_id: str) -> Reader:
         """The same once its events have been read again; waits for that, with the lock let go meanwhile."""
         while (reader := self.find(session_id)).restoring:
-            if self.closed:
+            if self._jobs.closed:
                 raise closing()
             self._lock.wait()
         return reader
-
-    def bare(self, owner: str, label: str, learn: bool) -> Reader:
-        """A reader that has read nothing and is nowhere yet."""
-        window = self._jobs.model.config.window_size
-        return Reader(secrets.token_hex(16), owner, label, learn, deque(maxlen=window))
 
     @contextlib.contextmanager
     def joining(self, owner: str, label: str, learn: bool, quota: Quota | None) -> Iterator[Reader]:
@@ -66,7 +52,7 @@ class Members:
             self._check_room()
             if quota is not None:
                 self._check_quota(owner, quota)
-            reader = self.bare(owner, label, learn)
+            reader = self._jobs.bare(owner, label, learn)
             reader.rest(self._nothing)
             self._coming.add(reader)
         try:
@@ -83,7 +69,7 @@ class Members:
     def _check_room(self) -> None:
         """Raises `Busy` where there is no room for one more."""
         limits, count = self._limits, len(self.present) + len(self._coming)
-        if self.closed:
+        if self._jobs.closed:
             raise closing()
         if limits.max_sessions is not None and count >= limits.max_sessions:
             most = limits.max_sessions
@@ -134,27 +120,7 @@ class Members:
         if self._keeping.store is not None:
             self._keeping.store.give_up(reader.id, reader.owner, position, reason)
 
-    def check_waiting(self) -> None:
-        """Raises `Busy` where there are as many tasks as there may be."""
-        if self.closed:
-            raise closing()
-        most, now = self._limits.max_waiting, self.tasks
-        if most is not None and now >= most:
-            raise Busy(f"{now} tasks are under way or waiting, of at most {most}; try again later")
-
-    def check_tokens(self, tokens: Sequence[int]) -> None:
-        """Raises `UserError` for the first that is not in the vocabulary; for any thread."""
-        V = self._jobs.model.config.vocab_size
-        if len(tokens) and not (min(tokens) >= 0 and max(tokens) < V):
-            wrong = next(token for token in tokens if not 0 <= token < V)
-            raise UserError(f"token id {wrong} is not in the vocabulary of {V}; use the model's tokenizer")
-
 
 def unknown(session_id: str) -> UnknownSession:
     """What to say of an id that nobody has."""
     return UnknownSession(f"there is no session {session_id!r}; list the sessions, or create one")
-
-
-def closing() -> Busy:
-    """What to say at the end."""
-    return Busy("the engine is closing; try again when it is back", retry_after=10.0)

@@ -17,11 +17,11 @@ from typing import Any
 from longread.config import InnerConfig, UserError
 from longread.engine.copies import beside, carried
 from longread.engine.curve import Curve
-from longread.engine.events import Event, consistent, replayed
+from longread.engine.database import Event
 from longread.engine.interface import Busy
 from longread.engine.lanes import HOST, Lanes
 from longread.engine.records import Job, Reader, Task, Tier
-from longread.engine.recovery import Recovered
+from longread.engine.recovery import Recovered, consistent, replayed
 from longread.engine.snapshots import Saved
 from longread.engine.store import Begun, Store
 from longread.files import atomic_files, make_private, writing

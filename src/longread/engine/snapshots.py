@@ -1,9 +1,12 @@
-"""Snapshots of a session: their files, and what they hold beside them."""
+"""Session files: snapshots of a session and what they hold beside it, and copies on a shared storage, at addresses like
+s3://bucket/session.safetensors.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,8 @@ from longread.config import UserError
 from longread.engine.curve import Curve
 from longread.engine.interface import Appended
 from longread.engine.records import Answer
+from longread.extras import install_command
+from longread.files import owner_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +79,39 @@ def check_whole(path: Path) -> None:
     ends = [int(end) for end in re.findall(rb'"data_offsets":\s*\[\d+,\s*(\d+)\]', text)]
     if size < 8 or len(text) < header or size != 8 + header + max(ends, default=0):
         raise UserError(f"{path} is truncated: {size} bytes are not all of it; restore it from a copy")
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether this is an address like s3://bucket/session.safetensors and no path of this machine."""
+    return "://" in str(path)
+
+
+def copy_out(path: Path, url: str) -> None:
+    """Copies a file to a shared storage. Raises `UserError` with the reason where it cannot be written."""
+    filesystem, there = _storage(url)
+    try:
+        filesystem.put_file(str(path), there)
+    except Exception as error:
+        raise UserError(f"cannot write {url}: {error}") from None
+
+
+def copy_in(url: str, path: Path) -> None:
+    """Copies a file from a shared storage. Raises `UserError` with the reason where it cannot be read."""
+    filesystem, there = _storage(url)
+    os.close(owner_only(path, os.O_WRONLY | os.O_CREAT))
+    try:
+        filesystem.get_file(there, str(path))
+    except Exception as error:
+        raise UserError(f"cannot read {url}: {error}") from None
+
+
+def _storage(url: str) -> tuple[Any, str]:
+    try:
+        import fsspec  # type: ignore[import-untyped]
+    except ImportError:
+        raise UserError(f"{url} needs fsspec; run {install_command('fsspec')}") from None
+    try:
+        filesystem, there = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url} cannot be used: {error}") from None
+    return filesystem, there

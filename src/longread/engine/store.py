@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from longread.config import UserError
-from longread.engine.database import Database, create_database, size_of
-from longread.engine.events import Event
+from longread.engine.database import Database, Event, create_database, size_of
 from longread.engine.interface import Lost
 from longread.engine.recovery import DATABASE, Recovered, recover, set_aside
 from longread.engine.snapshots import Saved, snapshot_path, snapshots_in
