@@ -23,6 +23,8 @@ class Results:
     corpus: dict[str, Any] = field(default_factory=dict)
     runs: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     """(job, evaluation) -> number of the archive -> loss: the same job may have run more than once."""
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of each run, as `RunConfig.as_dict` gives it."""
     archives: int = 0
 
     @property
@@ -43,6 +45,8 @@ class Results:
                     # A run that was cut off does not replace one that got further.
                     if len(content) and content[-1]["step"] >= self.steps(path.stem):
                         self.metrics[path.stem] = content
+                elif path.parts[0] == "runs":
+                    self.configs[path.stem] = content["config"]
                 elif path.name == "state.json":
                     self.state = content | {"jobs": self.state.get("jobs", {}) | content["jobs"]}
                 elif path.name == "corpus.json":

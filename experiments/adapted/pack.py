@@ -15,6 +15,7 @@ compressed, and the validation books. All of them in one folder are what `unpack
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import shutil
 import sys
@@ -89,14 +90,15 @@ def unpack(packed: Path, out: Path) -> None:
     with (out / "source.gguf").open("wb") as file:
         for part in parts:
             file.write(part.read_bytes())
-    for index in packed.glob(f"*/{INDEX}"):
-        place = out / index.parent.name
-        place.mkdir(exist_ok=True)
-        for path in index.parent.iterdir():
-            if path.suffix == ".xz":
-                decompress(path, place / path.stem)
-            else:
-                shutil.copyfile(path, place / path.name)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # lzma lets other threads run
+        for index in packed.glob(f"*/{INDEX}"):
+            place = out / index.parent.name
+            place.mkdir(exist_ok=True)
+            for path in index.parent.iterdir():
+                if path.suffix == ".xz":
+                    pool.submit(decompress, path, place / path.stem)
+                else:
+                    shutil.copyfile(path, place / path.name)
     with tarfile.open(packed / "books.tar.xz", "r:xz") as tar:
         tar.extractall(out, filter="data")
     tokenizer = load_tokenizer(out / "train")

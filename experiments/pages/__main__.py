@@ -19,6 +19,7 @@ from pathlib import Path
 from experiments.page import Table, as_stored, with_tables, write
 from experiments.pages import (
     ablations,
+    adapted,
     boxed,
     context,
     decoding,
@@ -38,7 +39,7 @@ from experiments.results import Results
 HERE = Path(__file__).resolve().parents[1]
 README = HERE.parent / "README.md"
 CARD = HERE.parent / "models" / "longread-small" / "README.md"
-PAGES = (boxed, context, rates, meta, equal, stability, ablations, derivation, toy, needles, decoding)
+PAGES = (boxed, context, rates, meta, equal, stability, ablations, derivation, toy, needles, decoding, adapted)
 OTHERS = (demo, pretrained, speculative)
 """Of other commands, each of which left several files of figures."""
 

@@ -1,0 +1,242 @@
+"""A pretrained model adapted first-order, its twins, one dial changed at a time, and a million tokens in one go."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from experiments.adapted import low_rank
+from experiments.figures import panel
+from experiments.page import Data, Plot, Table, number
+from experiments.results import Results
+
+from longread.config import RunConfig
+from longread.evaluate import Line
+from longread.flops import step_flops
+
+SLUG = "adapted"
+HEADING = """# Which recipe makes the best reader of a pretrained model in an hour?
+
+What came out, what was worse than before, and what would you give a user with one card?"""
+NEEDS = ("first-order", "swa")
+OCTAVES = {"0–1K": (0, 1), "1–2K": (1, 2), "2–4K": (2, 4), "4–8K": (4, 8), "8–16K": (8, 16), "16–32K": (16, 32)}
+LONG_OCTAVES = OCTAVES | {"32–64K": (32, 64), "64–128K": (64, 128)}
+MODELS = {
+    "full": "full-attention twin",
+    "swa": "SWA twin",
+    "swa-s1": "SWA twin, seed 1",
+    "swa-s2": "SWA twin, seed 2",
+    "first-order": "first-order",
+    "first-order-s1": "first-order, seed 1",
+    "first-order-s2": "first-order, seed 2",
+    "exact": "exact",
+    "suffix-15": "first-order, 15 blocks",
+}
+DIALS = {
+    "base": "base",
+    "suffix-4": "4 blocks learn",
+    "suffix-15": "15 blocks learn",
+    "suffix-30": "30 blocks learn",
+    "mini-batch-128": "mini-batch 128",
+    "mini-batch-512": "mini-batch 512",
+    "mini-batch-1024": "mini-batch 1024",
+    "window-512": "window 512",
+    "window-2048": "window 2048",
+    "window-4096": "window 4096",
+    "inner-lr-0.5": "inner rate 0.5",
+    "inner-lr-2": "inner rate 2",
+    "clip-0.25": "clip 0.25",
+    "clip-none": "no clip",
+    "fast-hidden-384": "fast MLPs of 384",
+    "fast-hidden-768": "fast MLPs of 768",
+    "low-rank-16": "steps of rank 16",
+    "low-rank-64": "steps of rank 64",
+}
+SESSION = "one session, at any length"
+"""MiB, by `longread estimate`."""
+PLOTTED = {
+    "full": "full attention",
+    "swa": "SWA",
+    "first-order": "first-order",
+    "exact": "exact",
+    "suffix-15": "15 blocks",
+}
+STRETCHES = 16
+READINGS = ("learning", "static", "frozen")
+
+
+def gather(found: Results) -> dict[str, Any]:
+    low_rank.register()
+    models = {name: _model(found, name) for name in MODELS}
+    trained = {name: _model(found, f"dial-{name}") for name in DIALS}
+    texts = {MODELS[name]: _long_text(found, f"long-{name}") for name in MODELS}
+    return {
+        "models": {MODELS[name]: model for name, model in models.items() if model},
+        "dials": {DIALS[name]: model for name, model in trained.items() if model},
+        "long text": {name: text for name, text in texts.items() if text},
+    }
+
+
+def _model(found: Results, job: str) -> dict[str, Any]:
+    """Losses by octave and reading, gains at 32K, size, operations and speed; empty if it was not evaluated."""
+    evaluations = [what for what in ("validation-128", "validation-32") if _evaluated(found, job, what)]
+    if not evaluations:
+        return {}
+    what, model = evaluations[0], {}
+    for reading in READINGS:
+        result = found.reading(job, what, reading)
+        if result:
+            rows = result["by_position"]
+            losses = {name: _mean(rows, *(1024 * edge for edge in of)) for name, of in LONG_OCTAVES.items()}
+            model[reading] = {name: loss for name, loss in losses.items() if loss is not None}
+            model[f"{reading}, tokens/s"] = _speed(result)
+    learning = found.reading(job, what, "learning") or {}
+    lengths = {row["context_length"]: row["gain_over_frozen"] for row in learning.get("by_context_length", [])}
+    model |= {"gain to 32K": lengths[32768]} if 32768 in lengths else {}
+    health = learning.get("health") or {}
+    model |= {key: health[key] for key in ("mean_gradient_norm", "clipped_share") if key in health}
+    sizes = found.evaluations.get(job, {}).get("size", {}).get("rows", [])
+    model |= {row["what"]: row["bytes"] / 2**20 for row in sizes if row["what"] == SESSION}
+    metrics = found.metrics.get(job, [])
+    if metrics:
+        speeds = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
+        model |= {"tokens": metrics[-1].get("tokens")}
+        model |= {"training, tokens/s": [statistics.median(speeds), min(speeds), max(speeds)]} if speeds else {}
+    if job in found.configs:
+        config = RunConfig.from_dict(found.configs[job])
+        flops = step_flops(config, "none")
+        if flops:
+            model["GFLOP a token"] = flops.model / (config.batch_size * config.context_length) / 1e9
+    return model
+
+
+def _evaluated(found: Results, job: str, what: str) -> bool:
+    return any(found.reading(job, what, reading) for reading in READINGS)
+
+
+def _long_text(found: Results, job: str) -> dict[str, Any]:
+    """Losses by sixteenth of one text, and how the steps of the inner loop went."""
+    text: dict[str, Any] = {}
+    for reading in ("learning", "frozen"):
+        result = found.reading(job, "joined", reading)
+        if result:
+            rows = result["curve"]
+            part = max(row["end"] for row in rows) / STRETCHES
+            ends = [round(part * i) for i in range(STRETCHES + 1)]
+            text[reading] = [_mean(rows, start, end) for start, end in pairwise(ends)]
+            text["tokens of a part"] = round(part)
+            text[f"{reading}, tokens/s"] = _speed(result)
+            text["diverged"] = text.get("diverged", 0) + len(result.get("diverged", []))
+            health = result.get("health") or {}
+            steps = ("start", "steps", "mean_gradient_norm", "largest_gradient_norm", "clipped_share")
+            if "by_position" in health:
+                text["steps"] = [{key: row[key] for key in steps} for row in health["by_position"]]
+                text["drift"] = health["drift"]
+    return text
+
+
+def _mean(rows: list[dict[str, Any]], start: int, end: int) -> float | None:
+    """Over positions start … end, if bins fill them."""
+    inside = [row for row in rows if row["start"] >= start and row["end"] <= end]
+    total = sum(row["end"] - row["start"] for row in inside)
+    if total < 0.99 * (end - start):
+        return None
+    return sum((row["end"] - row["start"]) * row["score"]["nats_per_token"]["mean"] for row in inside) / total
+
+
+def _speed(result: Mapping[str, Any]) -> float | None:
+    return result["tokens"] / result["seconds"] if result.get("seconds") else None
+
+
+def tables(results: Data) -> Iterator[Table]:
+    models, dials = results["models"], results["dials"]
+    octaves = [
+        name for name in LONG_OCTAVES if any(name in m.get("frozen", m.get("static", {})) for m in models.values())
+    ]
+    rows = [
+        [name if reading == "static" else f"{name}, {reading}", *(number(model[reading].get(at)) for at in octaves)]
+        for name, model in models.items()
+        for reading in READINGS
+        if reading in model
+    ]
+    yield Table("Nats per token, seven validation books, after 6.55M tokens of training:", ["", *octaves], rows)
+    learners = {name: model for name, model in models.items() if "learning" in model and "frozen" in model}
+    if learners:
+        rows = [[name, *(_gain(model, at) for at in octaves)] for name, model in learners.items()]
+        yield Table("What reading adds, frozen less learning:", ["", *octaves], rows)
+    if dials:
+        yield Table(_DIALS, _DIAL_HEAD, [_dial(name, model, dials) for name, model in dials.items()])
+    for name, text in results["long text"].items():
+        if {"learning", "frozen"} <= text.keys():
+            yield Table(f"{name}, one text of {_long(text)} tokens:", _LONG_HEAD, list(_parts(text)))
+        if "steps" in text:
+            yield Table(f"{name}, inner steps along that text:", _STEPS_HEAD, list(_steps(text)))
+
+
+_DIALS = "One dial changed, 3.28M tokens of training each, learning:"
+_DIAL_HEAD = ["", *OCTAVES, "less than base, 16–32K", "gain, 16–32K", "session, MiB", "operations of a token"]
+_LONG_HEAD = ["after tokens", "learning", "frozen", "gain"]
+_STEPS_HEAD = ["after tokens", "steps", "mean norm", "largest norm", "clipped", "drift at the end"]
+
+
+def _dial(name: str, model: Data, dials: Data) -> list[str]:
+    base, losses = dials.get("base", {}), model.get("learning", {})
+    ahead = ""
+    if name != "base" and "16–32K" in losses and "16–32K" in base.get("learning", {}):
+        ahead = _signed(base["learning"]["16–32K"] - losses["16–32K"])
+    size, flops = model.get(SESSION), model.get("GFLOP a token")
+    cost = f"{flops / base['GFLOP a token']:.2f}" if flops and "GFLOP a token" in base else ""
+    cells = [number(losses.get(at)) for at in OCTAVES]
+    return [name, *cells, ahead, _gain(model, "16–32K"), f"{size:.0f}" if size else "", cost]
+
+
+def _gain(model: Data, at: str) -> str:
+    learning, frozen = (model.get(reading, {}).get(at) for reading in ("learning", "frozen"))
+    return "" if learning is None or frozen is None else _signed(frozen - learning)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _long(text: Data) -> str:
+    return f"{text['tokens of a part'] * STRETCHES:,}"
+
+
+def _parts(text: Data) -> Iterator[list[str]]:
+    for i, (learning, frozen) in enumerate(zip(text["learning"], text["frozen"], strict=True)):
+        gain = "" if learning is None or frozen is None else _signed(frozen - learning)
+        yield [f"{i * text['tokens of a part']:,}", number(learning), number(frozen), gain]
+
+
+def _steps(text: Data) -> Iterator[list[str]]:
+    for row in text["steps"]:
+        drift = [value for position, value in text["drift"] if position <= 2 * row["start"]]
+        cells = [f"{row['start']:,}", f"{row['steps']:,}", f"{row['mean_gradient_norm']:.2f}"]
+        cells += [f"{row['largest_gradient_norm']:.2f}", f"{row['clipped_share']:.1%}"]
+        yield [*cells, f"{drift[-1]:.3f}" if drift else ""]
+
+
+def plots(found: Results) -> Iterator[Plot]:
+    results = gather(found)
+    centres = {name: 1024 * (start + end) / 2 for name, (start, end) in LONG_OCTAVES.items()}
+    lines = [
+        Line(label, [(centres[at], y) for at, y in model[reading].items()])
+        for name, label in PLOTTED.items()
+        if (model := results["models"].get(MODELS[name])) and (reading := next(r for r in READINGS if r in model))
+    ]
+    ticks = [1024 << i for i in range(8)]
+    charts = [panel("Loss by position", lines, "nats per token", ticks=ticks, limits=(None, 3.5))]
+    for name, text in results["long text"].items():
+        part = text["tokens of a part"]
+        parts = {
+            reading: [((i + 0.5) * part / 1e6, y) for i, y in enumerate(text[reading]) if y is not None]
+            for reading in ("learning", "frozen")
+            if reading in text
+        }
+        found_lines = [Line(reading, points) for reading, points in parts.items() if points]
+        if found_lines:
+            charts.append(panel(f"One text, {name}", found_lines, x="million tokens", log=False))
+    yield Plot("loss", "Loss by position of the models, and along one long text, learning and frozen", charts)
