@@ -52,6 +52,8 @@ COMMAND_LINE = {
     "needle": "MODEL --variants --contexts --depths --probe --samples --seed --haystack --encoding --errors "
     "--keep-line-ends --markup --repeat-haystack --max-tokens "
     "--batch-size --no-control --learn --json --quiet --force --plots --report --device",
+    "questions": "MODEL --data --encoding --errors --keep-line-ends --markup --contexts --documents --questions "
+    "--choices --seed --batch-size --no-control --learn --json --quiet --force --plots --report --device",
     "judge": "MODEL --judge --data --encoding --errors --keep-line-ends --markup "
     "--context --documents --temperature --top-p --repetition-penalty --seed --bins "
     "--batch-size --no-control --learn --json --quiet --force --plots --report --device",

@@ -2,8 +2,8 @@
 
 Heavy imports happen when a command runs, so that --help is instant.
 
-    longread demo | prepare | train | read | generate | evaluate | needle | judge | convert | bench | serve |
-             estimate | think
+    longread demo | prepare | train | read | generate | evaluate | needle | questions | judge | convert | bench |
+             serve | estimate | think
 
 Wrong input ends with one sentence on stderr and exit status 2.
 """
@@ -24,8 +24,8 @@ from longread.cli.arguments import settle_model
 from longread.config import UserError
 
 COMMANDS = (
-    *("demo", "prepare", "train", "read", "generate", "evaluate", "needle", "judge", "convert", "bench", "serve"),
-    *("estimate", "think"),
+    *("demo", "prepare", "train", "read", "generate", "evaluate", "needle", "questions", "judge", "convert"),
+    *("bench", "serve", "estimate", "think"),
 )
 
 

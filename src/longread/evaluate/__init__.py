@@ -3,6 +3,9 @@
 measure.py, summary.py, loss_figures.py     loss by position and by context length, learning against frozen
 health.py, health_figures.py                gradient norms, clipping and drift by position; divergence
 haystack.py, needle.py                      S-NIAH-1 to 3
+prose_facts.py, source_facts.py             what a text tells
+questions.py                                questions with answers to choose from
+answering.py                                answers to them after reading
 judges.py, decoding.py                      what a model writes, scored by another
 continuation.py                             many texts continued side by side
 
@@ -12,6 +15,14 @@ figures.py → drawing.py → svg.py, plots.py  charts laid out once, written as
 figures.py → report.py                      the page, with both
 """
 
+from longread.evaluate.answering import (
+    AnswerSheet,
+    AnswerTrial,
+    AskedText,
+    QuestionAnswering,
+    answer_figures,
+    answer_questions,
+)
 from longread.evaluate.continuation import BatchContinuation, continue_texts
 from longread.evaluate.decoding import (
     HUMAN,
@@ -37,6 +48,7 @@ from longread.evaluate.measure import Document, Measurement, check_vocabulary, i
 from longread.evaluate.needle import Accuracy, Needles, NeedleTrial, Search, accuracies, needle_figures, search
 from longread.evaluate.plots import check_plots_can_be_drawn, save_charts
 from longread.evaluate.positions import BytePositionLoss, PositionLoss, bin_edges
+from longread.evaluate.questions import Candidate, Question, make_questions
 from longread.evaluate.report import figures_page, html_page
 from longread.evaluate.summary import Evaluation, Result, default_lengths, summarize
 from longread.evaluate.svg import to_svg
@@ -46,8 +58,12 @@ __all__ = [
     "HUMAN",
     "VARIANTS",
     "Accuracy",
+    "AnswerSheet",
+    "AnswerTrial",
+    "AskedText",
     "BatchContinuation",
     "BytePositionLoss",
+    "Candidate",
     "Chart",
     "DecodingQuality",
     "Divergence",
@@ -68,12 +84,16 @@ __all__ = [
     "NeedleTrial",
     "Needles",
     "PositionLoss",
+    "Question",
+    "QuestionAnswering",
     "Result",
     "Sample",
     "Search",
     "Variant",
     "WrittenTexts",
     "accuracies",
+    "answer_figures",
+    "answer_questions",
     "bin_edges",
     "check_context",
     "check_judge",
@@ -92,6 +112,7 @@ __all__ = [
     "html_report",
     "in_common",
     "is_hugging_face",
+    "make_questions",
     "make_samples",
     "markdown_table",
     "mcnemar",
