@@ -140,7 +140,7 @@ def writing_speeds(
     speeds = []
     with Engine(model, INNER, limits=Limits(max_batch=sessions), fingerprint="benchmark") as engine:
         jobs, command = engine._jobs, engine._scheduler.command
-        command(lambda: jobs.lanes.grow(sessions)).result()
+        command(lambda: jobs.lanes.resize(sessions)).result()
         ids = [engine.create().id for _ in range(sessions)]
 
         def plant() -> None:

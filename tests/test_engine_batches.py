@@ -233,7 +233,7 @@ def test_lanes_on_a_gpu(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     places = Places(model, 2, learn=True)
     for i, n in enumerate(lengths):
         if i == places.lanes:
-            places.grow(2 * places.lanes)
+            places.resize(2 * places.lanes)
         begun = torch.tensor([texts[i][:n]], device="cuda")
         places.put(i, read(model, begin(model), begun, inner=INNER).state, learn=True)
     for step in range(40):

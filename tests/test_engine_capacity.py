@@ -10,8 +10,8 @@ import torch
 
 from longread.engine import Engine, Limits, Sampling, Token, capacity, session_sizes
 from longread.engine.lanes import Lanes
-from longread.engine.memory import SHARE
-from longread.engine.records import Job
+from longread.engine.memory import SHARE, Tiers
+from longread.engine.records import Job, Reader
 from longread.inner_loop import begin, read
 from longread.inner_loop.places import Places, place_nbytes
 from longread.model import Transformer
@@ -70,6 +70,56 @@ def test_an_engine_lets_as_many_write(most: int, monkeypatch: pytest.MonkeyPatch
         for task in tasks:
             task.cancel()
     assert max(together) == most
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_those_that_fit_write_together_again_and_again(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes that are empty between two turns never cost a session its place on the device."""
+    most, together, most_used, to_host = 5, [], [0], []
+    model, full = make(window_size=K).requires_grad_(False), threading.Event()
+    enter, leave, carry = Lanes.enter, Lanes.leave, Tiers._carry
+
+    def used() -> None:
+        most_used.append(engine._jobs.tiers.usage(engine._jobs.readers.values())["device"])
+
+    def entering(lanes: Lanes, job: Job) -> None:
+        enter(lanes, job)
+        used()
+        together.append(len(lanes.jobs))
+        if len(lanes.jobs) == most:
+            full.set()
+
+    def leaving(lanes: Lanes, job: Job, **options: bool) -> None:
+        to_host.append(any(options.values()))
+        leave(lanes, job, **options)
+        used()
+
+    def carrying(tiers: Tiers, reader: Reader, device: torch.device, tier: str) -> None:
+        to_host.append(tier == "host")
+        carry(tiers, reader, device, tier)
+
+    monkeypatch.setattr(Lanes, "enter", entering)
+    monkeypatch.setattr(Lanes, "leave", leaving)
+    monkeypatch.setattr(Tiers, "_carry", carrying)
+    size = session_sizes(model, 0)
+    room = size.resting + size.place + (most - 1) * size.writing
+    assert most * (size.resting + size.place) > room, "there is no room for all at rest beside as many empty lanes"
+    with Engine(model, INNER, limits=Limits(device_bytes=room, batch_invariant=apart)) as engine:
+        ids = [engine.create(learn=False).id for _ in range(most)]
+        for i, sid in enumerate(ids):
+            engine.append(sid, text(2 * K, i)).result(60)
+        for _ in range(3):
+            full.clear()
+            together.clear()
+            tasks = [engine.generate(sid, Sampling(max_tokens=100_000, temperature=0)) for sid in ids]
+            assert full.wait(60)
+            assert together == [1, 2, 3, 4, 5]
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                task.result(60)
+    assert not any(to_host)
+    assert max(most_used) <= room
 
 
 def test_what_has_no_lanes_is_counted_by_its_sessions() -> None:

@@ -64,7 +64,7 @@ def test_a_lane_that_cannot_be_moved_becomes_nobody_elses(monkeypatch: pytest.Mo
     lock = RecordsLock()
     lanes, jobs = Lanes(model, 2, lock), [Job(Task(), reader, ()) for reader in readers]
     with lock:
-        lanes.grow(2)
+        lanes.resize(2)
         for i, job in enumerate(jobs):
             job.reader.rest(after(model, 9, i))
             lanes.enter(job)

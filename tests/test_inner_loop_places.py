@@ -84,7 +84,7 @@ def test_more_lanes_keep_what_is_in_the_first(changes: dict) -> None:
         places.put(lane, state, learn=True)
     go_on(model, places, states, 1)
     logits = places.logits(2).clone()
-    places.grow(5)
+    places.resize(5)
     assert places.lanes == 5
     assert torch.equal(places.logits(5)[:2], logits)
     assert not places.logits(5)[2:].any()
@@ -100,6 +100,25 @@ def test_more_lanes_keep_what_is_in_the_first(changes: dict) -> None:
     go_on(model, places, states[:4], M)
     places.put(4, states[4], learn=True)
     assert_same(places.take(4), states[4])
+
+
+@each_kind
+def test_fewer_lanes_keep_what_is_in_the_first(changes: dict) -> None:
+    model = exact(**changes)
+    places, states = Places(model, 5, learn=True), [after(model, 2 * M + 1), after(model, 4 * M + 1, 1)]
+    for lane, state in enumerate(states):
+        places.put(lane, state, learn=True)
+    go_on(model, places, states, 1)
+    logits, one = places.logits(2).clone(), places.nbytes // 5
+    places.resize(2)
+    assert places.lanes == 2
+    assert places.nbytes == 2 * one
+    assert torch.equal(places.logits(5), logits)
+    go_on(model, places, states, M)
+    places.resize(3)
+    states.append(after(model, 3 * M + 2, 2))
+    places.put(2, states[2], learn=True)
+    go_on(model, places, states, 1)
 
 
 def test_an_empty_lane_is_no_reader() -> None:

@@ -142,7 +142,7 @@ def test_lanes_say_what_is_likeliest_there_now(passes_find: list[int]) -> None:
     lanes.read(torch.tensor(text(1, 2)))
     check(1, False)
     check(2, True)
-    lanes.grow(5)
+    lanes.resize(5)
     check(2, True)
 
 

@@ -242,7 +242,7 @@ class Jobs:
     def end_writing(self, job: Job, reason: str) -> None:
         """Ends a job that writes; its session leaves its lane."""
         if job.reader.lane is not None:
-            self.lanes.leave(job, to_host=not self.tiers.has_room(self.readers.values()))
+            self.lanes.leave(job, to_host=not self.tiers.has_room_to_leave(self.readers.values()))
         self.measure_drift(job.reader)
         self.close_writing(job, Finished(reason, job.reader.position))
 

@@ -50,15 +50,18 @@ class Lanes:
             return self._places.nbytes // self._places.lanes
         return largest_session(self.model) + self.model.config.vocab_size * 8
 
-    def grow(self, lanes: int) -> None:
-        """Makes or adds empty lanes."""
+    def resize(self, lanes: int) -> None:
+        """Makes or adds empty lanes, or gives the memory of the last back, which must be empty."""
+        if not lanes:
+            self._places = None
+            return
         with self._lock.released():
             if self._places is None:
                 self._places = (
                     SeparatePlaces(self.model, lanes) if self._apart else Places(self.model, lanes, learn=True)
                 )
             else:
-                self._places.grow(lanes)
+                self._places.resize(lanes)
 
     def enter(self, job: Job) -> None:
         """Moves a session, which has read something and is where the model is, into a lane."""
@@ -152,11 +155,6 @@ class Lanes:
             raise LookupError(f"session {job.reader.id} is in no lane of its own")
         self._places.read_one(job.reader.lane, job.next)
 
-    def clear(self) -> None:
-        """Gives the memory back; all must have left."""
-        if not self.jobs:
-            self._places = None
-
     def abandon(self) -> list[Job]:
         """Empties all lanes without looking at what is in them."""
         jobs, self.jobs, self._places = self.jobs, [], None
@@ -177,7 +175,7 @@ class SeparatePlaces:
         self._model = model
         self._each: list[Places] = []
         self._learning: list[bool] = []
-        self.grow(lanes)
+        self.resize(lanes)
 
     @property
     def lanes(self) -> int:
@@ -189,11 +187,11 @@ class SeparatePlaces:
         """Bytes of all lanes."""
         return sum(places.nbytes for places in self._each)
 
-    def grow(self, lanes: int) -> None:
-        """Adds empty lanes, up to so many."""
+    def resize(self, lanes: int) -> None:
+        """Adds empty lanes, or takes the last away, which must be empty."""
         more = lanes - self.lanes
-        self._each += [Places(self._model, 1, learn=True) for _ in range(more)]
-        self._learning += [True] * more
+        self._each = [*self._each, *(Places(self._model, 1, learn=True) for _ in range(more))][:lanes]
+        self._learning = [*self._learning, *[True] * more][:lanes]
 
     def put(self, lane: int, state: ReadingState, *, learn: bool) -> None:
         """Lets the sequence of `state`, which has read something, go on in a lane."""

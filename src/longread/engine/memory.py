@@ -100,11 +100,12 @@ class Tiers:
             return False
         if reader.tier == "device":
             return True
+        readers = list(readers)
         others = [other for other in readers if other is not reader]
         used = self.usage(others)
         if used["host"] > self.host_bytes and any(other.moving and other.tier == "host" for other in others):
             return False  # until the disk has taken them
-        too_much = used["device"] + self.largest - self.device_bytes
+        too_much = self._without_empty_lanes(readers, used["device"] + self.largest - self.device_bytes)
         if too_much > 0 and (self._relieve(others, too_much) or any(self._in_use(other) for other in others)):
             return False
         if reader.tier == "disk":
@@ -118,9 +119,11 @@ class Tiers:
         admitted = sum(reader.lane is None and any(job.admitted for job in reader.jobs) for reader in readers)
         return not admitted or self.lanes.nbytes + (admitted + 1) * self.largest <= self.device_bytes
 
-    def has_room(self, readers: Iterable[Reader]) -> bool:
-        """Whether one more session can lie on the device."""
-        return self.usage(readers)["device"] + self.largest <= self.device_bytes
+    def has_room_to_leave(self, readers: Iterable[Reader]) -> bool:
+        """Whether one of those that write can leave its lane and lie on the device; its fast weights do already."""
+        readers = list(readers)
+        used = self.usage(readers)["device"] + self.largest - fast_nbytes(self.model)
+        return self._without_empty_lanes(readers, used - self.device_bytes) <= 0
 
     @property
     def disk_refuses(self) -> bool:
@@ -139,7 +142,7 @@ class Tiers:
         for more in (max(1, min(count, lanes.most - count)), 1):
             too_much = used + more * lanes.lane_nbytes - self.device_bytes
             if too_much <= 0 or (count == 0 and more == 1 and not self._relieve(readers, too_much)):
-                lanes.grow(lanes.lanes + more)
+                lanes.resize(lanes.lanes + more)
                 return True
         self._relieve(readers, too_much)
         return False
@@ -148,8 +151,9 @@ class Tiers:
         """Moves down what is too much."""
         readers = list(readers)
         used = self.usage(readers)
-        if used["device"] > self.device_bytes:
-            self._relieve(readers, used["device"] - self.device_bytes)
+        too_much = self._without_empty_lanes(readers, used["device"] - self.device_bytes)
+        if too_much > 0:
+            self._relieve(readers, too_much)
         too_much = used["host"] - self.host_bytes
         if too_much <= 0:
             return
@@ -167,6 +171,22 @@ class Tiers:
     def _in_use(self, reader: Reader) -> bool:
         return reader.tier == "device" and (reader.moving or reader.lane is not None or bool(reader.jobs))
 
+    def _without_empty_lanes(self, readers: Iterable[Reader], too_much: int) -> int:
+        """The bytes that are still too much when the lanes that nobody is in or waits for have been given back for it.
+
+        Copying the others takes milliseconds; moving a session to the host and back takes seconds.
+        """
+        lanes = self.lanes
+        if too_much <= 0 or len(lanes.jobs) == lanes.lanes:
+            return too_much
+        loose = (reader for reader in readers if reader.lane is None)
+        needed = len(lanes.jobs) + sum(any(job.admitted and job.writes for job in reader.jobs) for reader in loose)
+        if needed < lanes.lanes:
+            before = lanes.nbytes
+            lanes.resize(needed)
+            too_much -= before - lanes.nbytes
+        return too_much
+
     def _relieve(self, readers: Iterable[Reader], too_much: int) -> bool:
         """Moves idle readers to the host, or those whose work has to wait; says whether any is on its way."""
         on_the_way = False
@@ -182,7 +202,7 @@ class Tiers:
             on_the_way = True
             too_much -= reader.nbytes
         if too_much > 0 and not self.lanes.jobs and self.lanes.nbytes:
-            self.lanes.clear()
+            self.lanes.resize(0)
             return True
         return on_the_way
 

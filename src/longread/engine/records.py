@@ -321,6 +321,11 @@ class Job:
         return self.done < len(self.tokens)
 
     @property
+    def writes(self) -> bool:
+        """Whether it writes, or will when it has read."""
+        return self.sampling is not None and not self.closing
+
+    @property
     def learns(self) -> bool:
         return self.reader.learn if self.learn is None else self.learn
 

@@ -203,17 +203,20 @@ class Places:
         self._occupants[lane], self._occupants[origin] = self._occupants[origin], None
         self._likeliest.forget()
 
-    def grow(self, lanes: int) -> None:
-        """Adds empty lanes. Tensor by tensor, so it takes little more memory than there is afterwards."""
+    def resize(self, lanes: int) -> None:
+        """Adds empty lanes, or takes the last away, which must be empty.
+
+        Tensor by tensor, so it takes little more memory than there is before or afterwards.
+        """
         for name in _PER_LANE:
-            setattr(self, name, _longer(getattr(self, name), lanes))
+            setattr(self, name, _resized(getattr(self, name), lanes))
         for i in range(len(self._working)):
-            self._working[i] = _longer(self._working[i], lanes)
+            self._working[i] = _resized(self._working[i], lanes)
         for i in range(len(self._rings)):
-            key = _longer(self._rings[i].key, lanes)
+            key = _resized(self._rings[i].key, lanes)
             self._rings[i] = Ring(key, self._rings[i].value, self._position)
-            self._rings[i] = Ring(key, _longer(self._rings[i].value, lanes), self._position)
-        self._occupants += [None] * (lanes - self.lanes)
+            self._rings[i] = Ring(key, _resized(self._rings[i].value, lanes), self._position)
+        self._occupants = [*self._occupants, *[None] * (lanes - self.lanes)][:lanes]
         self.lanes = lanes
         self._likeliest = LikeliestTokens(self._logits)
         self._graphs.clear()
@@ -362,10 +365,12 @@ def room(position: int) -> int:
 _PER_LANE = ("_tokens", "_position", "_slot", "_learning", "_hidden", "_read", "_counts", "_output", "_logits")
 
 
-def _longer(x: Tensor, lanes: int) -> Tensor:
-    longer = x.new_zeros(lanes, *x.shape[1:])
-    longer[: len(x)] = x
-    return longer
+def _resized(x: Tensor, lanes: int) -> Tensor:
+    if lanes < len(x):
+        return x[:lanes].clone()
+    resized = x.new_zeros(lanes, *x.shape[1:])
+    resized[: len(x)] = x
+    return resized
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
