@@ -11,8 +11,8 @@ from torch import Tensor
 from longread.config import InnerConfig, ModelConfig
 from longread.engine import Appended, Engine, Limits, Sampling, Token, largest_session
 from longread.inner_loop import ReadingState, begin, read
-from longread.inner_loop.batches import apart, shapes_of, together
 from longread.inner_loop.places import Places
+from longread.inner_loop.state import apart, shapes_of, together
 from longread.model import Transformer, initialize
 from longread.session import Session
 

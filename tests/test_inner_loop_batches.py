@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longread.inner_loop import ReadingState, begin, read
-from longread.inner_loop.batches import apart, compact, moved_to, shapes_of, together
+from longread.inner_loop.state import apart, compact, moved_to, shapes_of, together
 from longread.model import Transformer
 from tests.tiny import INNER, M, make, text
 

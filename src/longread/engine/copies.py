@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from longread.inner_loop import ReadingState
-from longread.inner_loop.batches import moved_to
 from longread.inner_loop.graphs import undisturbed
+from longread.inner_loop.state import moved_to
 
 PIECE = 2**24
 """Bytes of a piece; there are two."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from longread.engine.records import Job, RecordsLock, Tier
 from longread.inner_loop import ReadingState
-from longread.inner_loop.batches import compact
 from longread.inner_loop.places import Places
+from longread.inner_loop.state import compact
 from longread.model import Transformer
 
 HOST = torch.device("cpu")

@@ -19,7 +19,7 @@ from longread.engine.interface import Progress
 from longread.engine.jobs import Jobs
 from longread.engine.records import Job, Reader
 from longread.inner_loop import Reading, ReadingState, captured, read, rescue
-from longread.inner_loop.batches import apart, together
+from longread.inner_loop.state import apart, together
 
 LONG, SHORT = 2048, 128
 """Tokens of a text that are read at a time, and where others wait for the end of that; or one mini-batch, if longer."""

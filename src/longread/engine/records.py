@@ -19,7 +19,7 @@ import torch
 from longread.engine.curve import Curve
 from longread.engine.interface import Appended, SessionInfo
 from longread.inner_loop import ReadingState
-from longread.inner_loop.batches import shapes_of
+from longread.inner_loop.state import shapes_of
 from longread.session.sampling import Sampling
 
 Tier = Literal["device", "host", "disk"]

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop.batches import apart, shapes_of, together
 from longread.inner_loop.lending import Lent, lender_of
 from longread.inner_loop.places import Places
 from longread.inner_loop.reading import next_token_logits, read
-from longread.inner_loop.state import ReadingState, StateFacts
+from longread.inner_loop.state import ReadingState, StateFacts, apart, shapes_of, together
 from longread.model import Transformer
 from longread.ops.likeliest import likeliest
 

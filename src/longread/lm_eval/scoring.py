@@ -10,7 +10,7 @@ import torch
 
 from longread.config import InnerConfig
 from longread.inner_loop import ReadingState, begin, read, rescue
-from longread.inner_loop.batches import apart, together
+from longread.inner_loop.state import apart, together
 from longread.model import Transformer
 from longread.session.session import PIECE
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longread.config import UserError
 from longread.inner_loop import Reading, ReadingState, read, rescue
-from longread.inner_loop.batches import apart, shapes_of, together
+from longread.inner_loop.state import apart, shapes_of, together
 from longread.transformers.cache import Row, SessionCache
 
 PIECE = 65_536
