@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.inner_loop import Reading, ReadingState, begin, captured, read, strips
+from longread.inner_loop import Reading, ReadingState, begin, captured, read, reading, strips
 from longread.model import Transformer
 from tests.fake_graphs import fake_graphs
 from tests.tiny import BY_BLOCK, GROUPED, INNER, make, text
@@ -69,7 +69,7 @@ def test_every_place_and_past_is_read_as_without_graphs(
     n = 11 * M + 5
     tokens = torch.tensor([text(n, seed) for seed in range(2)], device=device)
     with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(captured, "can_capture", lambda device: False)
+        plain.setattr(reading, "can_capture", lambda device: False)
         expected = in_pieces(model, tokens, [n])
     close = {"rtol": 1e-9, "atol": 1e-11} if device == "cpu" else {"rtol": 1e-3, "atol": 5e-3}
     for worth, pieces in ((3, [n]), (1, [3, 5 * M, 6 * M + 2]), (1, [3 * M, 3 * M, 3 * M, 2 * M + 5])):

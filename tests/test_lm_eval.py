@@ -111,7 +111,7 @@ def test_a_reader_that_learning_has_broken_is_rescued_as_a_session_is(
     pairs = [(TEXT[i : i + 50] + ".", "abc") for i in range(3)]
     model = harness_model(directory, batch_size=batch_size)
     unharmed = model.loglikelihood(asked(pairs))
-    rule = sys.modules["longread.inner_loop.rescue"]
+    rule = sys.modules["longread.inner_loop.reading"]
     monkeypatch.setattr(rule, "MARGIN", -10.0)  # every reader counts as broken
     found = model.loglikelihood(asked(pairs))
     expected = [directly(opened, [256, *context.encode()], [*b"abc"]) for context, _ in pairs]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop.graphs import CheckedGraphs, can_capture
+from longread.inner_loop.graphs import CheckedGraphs
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import from_matrices, inner_gradient, matrices
@@ -246,10 +246,10 @@ _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bo
 def captured_reader(
     model: Transformer, state: ReadingState, inner: InnerConfig, *, guard: bool
 ) -> CapturedReader | None:
-    """A reader that can go on from `state`; None on a CPU, amid a mini-batch, where pasts are of odd lengths, and where
-    memory is short."""
+    """On a device with CUDA graphs a reader that can go on from `state`; None amid a mini-batch, where pasts are of odd
+    lengths, and where memory is short."""
     config, waiting = model.config, state.hidden.shape[1]
-    if not can_capture(model.device) or waiting not in (0, config.mini_batch_size):
+    if waiting not in (0, config.mini_batch_size):
         return None
     if (config.mixer, config.attention) != ("attention", "window"):
         return None

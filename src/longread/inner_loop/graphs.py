@@ -17,6 +17,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from longread.model import can_capture
+
 Result = TypeVar("Result")
 
 _ALONE = threading.RLock()
@@ -133,11 +135,6 @@ class CheckedGraphs(Generic[Result]):
         """The worst difference; numbers that are equally infinite, or none in both, do not differ."""
         same = (found == plain) | (found.isnan() & plain.isnan())
         return ((found - plain).abs() / self._scale(plain)).masked_fill(same, 0.0).max().item()
-
-
-def can_capture(device: torch.device) -> bool:
-    """Whether there are CUDA graphs."""
-    return device.type == "cuda"
 
 
 def put_back_later(*tensors: Tensor) -> Callable[[], None]:

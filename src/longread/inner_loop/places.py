@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longread.inner_loop.graphs import CheckedGraphs, can_capture, put_back_later
+from longread.inner_loop.graphs import CheckedGraphs, put_back_later
 from longread.inner_loop.likeliest_tokens import LikeliestTokens
 from longread.inner_loop.state import ReadingState, StateFacts
 from longread.inner_loop.step import from_matrices, matrices
-from longread.model import FastWeights, Past, Ring, Transformer, decode
+from longread.model import FastWeights, Past, Ring, Transformer, can_capture, decode
 from longread.ops.fusible import is_on_a_gpu, without_kernels
 from longread.ops.likeliest import likeliest
 

@@ -4,6 +4,12 @@ The step on mini-batch i needs the targets of its M tokens, and the last of thes
 mini-batch i + 1. So the step is taken only once that token has arrived; until then the mini-batch is unfinished
 and its tokens are scored, and new ones predicted, with the weights before the step. This makes reading at once,
 in pieces, or token by token the same computation.
+
+A long reading can stand still for a moment (`_Pauses`), so that whoever called it can do something else.
+
+A guard refuses steps that are no numbers or far too long. Many short steps can still lead where the reader predicts
+worse than one that knows nothing. Whether learning or the text is to blame shows by reading the same tokens frozen
+(`rescue`): a strange text is strange to every reader, and nothing is lost by having learned from it.
 """
 
 import dataclasses
@@ -19,20 +25,23 @@ from torch import Tensor
 from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
 from longread.inner_loop.optimizers import optimizer_named
-from longread.inner_loop.pauses import STEP, Pauses
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import Carry, Recorded, Step, inner_step, recorded, step_norm_limit
-from longread.model import Past, Transformer
+from longread.model import Past, Transformer, can_capture
 from longread.ops.clipped_sgd import refused
 
 STRETCH = 2048
 """Tokens for which the lower half of the network runs at once, about: larger is faster, smaller is leaner."""
 GPU_STRETCH = 8192
 """The same on a GPU where nothing is learned: fewer kernels to launch."""
-
-
 LOGITS_AT_A_TIME = 256
 """Tokens of a sequence whose logits exist together, where the likeliest are asked for."""
+STEP = 3
+"""A mini-batch with its step is so many passes of the upper half: one forward, and backward twice as much."""
+FEWEST = 32
+"""Tokens on which a verdict over learning can rest, or a mini-batch if that is shorter."""
+MARGIN = 1.0
+"""Nats per token by which a frozen reader must be better."""
 
 
 class Reading(NamedTuple):
@@ -103,28 +112,93 @@ def read(
             read without learning, and the state stays good. Decided on the device, which is not waited for.
         top: how many of the likeliest tokens to find in the place of each token; costs all logits.
         outputs: whether to keep the outputs of all tokens.
-        pause: called in between, after about a mini-batch's work each time (`Pauses`), where nothing is half done: it
+        pause: called in between, after about a mini-batch's work each time (`_Pauses`), where nothing is half done: it
             may read and write with the same model. What it raises ends the reading, of which then nothing is left.
             CUDA graphs do not pause.
     """
-    reader = _Reader(model, state, inner, guard, top, outputs, Pauses(model, pause, learn=learn))
-    if tokens.shape[1]:
-        mask = torch.ones_like(tokens, dtype=torch.bool) if loss_mask is None else loss_mask
-        reader.first(tokens[:, :1])
-        if learn and model.config.num_suffix_blocks:
-            reader.learn(tokens, mask)
-        else:
-            reader.skim(tokens)
-    empty = model.token_losses(state.hidden[:, :0], tokens[:, :0])
-    norms = torch.stack(reader.norms, dim=1) if reader.norms else empty
-    return Reading(
-        reader.state,
-        torch.cat(reader.nll, dim=1) if reader.nll else empty,
-        norms,
-        reader.refused(norms),
-        (torch.cat(reader.top_log_p, dim=1), torch.cat(reader.top_ids, dim=1)) if reader.top_ids else None,
-        torch.cat(reader.outputs, dim=1) if reader.outputs else None,
-    )
+    pauses = _Pauses(model, pause, learn=learn)
+    return _Reader(model, state, inner, pauses, guard, top, outputs).result(tokens, learn, loss_mask)
+
+
+@torch.no_grad()
+def read_guarded(
+    model: Transformer, state: ReadingState, tokens: Tensor, *, inner: InnerConfig, learn: bool = True
+) -> Reading:
+    """`read` of one text, int64 [1, n], that learning cannot break: with a guard, and with `rescue` where many steps
+    have led astray; then all steps of this reading count as rolled back."""
+    pauses = _Pauses(model, None, learn=learn)
+    found = _Reader(model, state, inner, pauses, guard=True).result(tokens, learn)
+    rescued = rescue(model, state, tokens, found, inner=inner) if learn else None
+    if rescued is None:
+        return found
+    return found._replace(state=rescued, rolled_back=torch.ones_like(found.rolled_back))
+
+
+def rescue(
+    model: Transformer, before: ReadingState, tokens: Tensor, reading: Reading, *, inner: InnerConfig
+) -> ReadingState | None:
+    """A state to go on with where learning has broken the reader of one text; None where it has not.
+
+    It is looked for only when the newest tokens, at most a mini-batch, cost more than ln V + `MARGIN` each. Then the
+    tokens are read again without learning, with the weights before them and, if these are broken too, with W_0.
+
+    Args:
+        before: the state that `tokens`, int64 [1, n], were read from; `reading` is what came of it.
+    """
+    newest = min(tokens.shape[1], model.config.mini_batch_size)
+    if newest < min(FEWEST, model.config.mini_batch_size) or not model.config.num_suffix_blocks:
+        return None
+    learned = _mean_nll(reading.nll, newest)
+    if learned <= math.log(model.config.vocab_size) + MARGIN:
+        return None
+    for fast in (before.fast, begin(model).fast):
+        frozen = read(model, dataclasses.replace(before, fast=fast), tokens, inner=inner, learn=False)
+        cost = _mean_nll(frozen.nll, newest)
+        if math.isfinite(cost) and not cost >= learned - MARGIN:
+            return frozen.state
+    return None
+
+
+def _mean_nll(nll: Tensor, newest: int) -> float:
+    """Of the newest tokens; the first token of a text has no loss."""
+    nll = nll[0, -newest:]
+    return (nll[1:] if nll[0].isnan() else nll).mean().item()
+
+
+class _Pauses:
+    """Calls `pause` whenever a mini-batch's work has been done since it was called last, and more is to come.
+
+    Work is parameters times tokens of a sequence, not time: so a reading always pauses in the same places.
+    """
+
+    def __init__(self, model: Transformer, pause: Callable[[], None] | None, *, learn: bool) -> None:
+        self._pause = pause
+        if pause is None:
+            return
+        self._done = 0.0
+        self._upper = sum(p.numel() for p in model.upper_parameters()) + model.config.num_fast_weights
+        self._lower = sum(p.numel() for block in model.prefix for p in block.parameters())
+        self._lower_parts, self._upper_parts = len(model.prefix) + len(model.suffix[:1]), len(model.suffix) + 1
+        self._most = model.config.mini_batch_size * (self._lower + self._upper * (STEP if learn else 1))
+
+    def in_lower(self, tokens: int) -> Callable[[], None] | None:
+        """What `Transformer.lower` calls before each of its blocks."""
+        return functools.partial(self._before, self._lower * tokens / self._lower_parts) if self._pause else None
+
+    def in_upper(self, tokens: int) -> Callable[[], None] | None:
+        """What `Transformer.upper` calls before each of its blocks; to be called once more before the head."""
+        return functools.partial(self._before, self._upper * tokens / self._upper_parts) if self._pause else None
+
+    def before_passes(self, passes: int, tokens: int) -> None:
+        """Before all of the upper half and the head, so many times."""
+        if self._pause:
+            self._before(self._upper * passes * tokens)
+
+    def _before(self, work: float) -> None:
+        if self._pause is not None and self._done >= self._most:
+            self._done %= self._most
+            self._pause()
+        self._done += work
 
 
 @dataclass
@@ -134,10 +208,10 @@ class _Reader:
     model: Transformer
     state: ReadingState
     inner: InnerConfig
-    guard: bool
-    top: int
-    keep_outputs: bool
-    pauses: Pauses
+    pauses: _Pauses
+    guard: bool = False
+    top: int = 0
+    keep_outputs: bool = False
     nll: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     refusals: list[Tensor] = field(default_factory=list)
@@ -146,7 +220,26 @@ class _Reader:
     top_ids: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
-    def first(self, token: Tensor) -> None:
+    def result(self, tokens: Tensor, learn: bool, loss_mask: Tensor | None = None) -> Reading:
+        """Reads the tokens [B, n]; once only."""
+        if tokens.shape[1]:
+            self._first(tokens[:, :1])
+            if learn and self.model.config.num_suffix_blocks:
+                self._learn(tokens, torch.ones_like(tokens, dtype=torch.bool) if loss_mask is None else loss_mask)
+            else:
+                self._skim(tokens)
+        empty = self.model.token_losses(self.state.hidden[:, :0], tokens[:, :0])
+        norms = torch.stack(self.norms, dim=1) if self.norms else empty
+        return Reading(
+            self.state,
+            torch.cat(self.nll, dim=1) if self.nll else empty,
+            norms,
+            self._refused(norms),
+            (torch.cat(self.top_log_p, dim=1), torch.cat(self.top_ids, dim=1)) if self.top_ids else None,
+            torch.cat(self.outputs, dim=1) if self.outputs else None,
+        )
+
+    def _first(self, token: Tensor) -> None:
         """Scores the first token [B, 1], which the state before predicts, if there is one."""
         output = self.state.output.unsqueeze(1)
         if output.shape[2]:
@@ -173,7 +266,7 @@ class _Reader:
         """The limit of a guarded step; made only where one is taken."""
         return step_norm_limit(self.model) if self.guard else None
 
-    def refused(self, norms: Tensor) -> Tensor:
+    def _refused(self, norms: Tensor) -> Tensor:
         """Which of the steps with these norms were not taken."""
         if not norms.numel() or self.max_step_norm is None:
             return torch.zeros_like(norms, dtype=torch.bool)
@@ -181,7 +274,7 @@ class _Reader:
             return torch.stack(self.refusals, dim=1)
         return refused(norms, lr=self.inner.lr, clip=self.inner.clip, max_step_norm=self.max_step_norm)
 
-    def learn(self, tokens: Tensor, mask: Tensor) -> None:
+    def _learn(self, tokens: Tensor, mask: Tensor) -> None:
         M, n = self.model.config.mini_batch_size, tokens.shape[1]
         stretch = M * max(1, STRETCH // M)
         done = 0
@@ -208,7 +301,8 @@ class _Reader:
 
     def _replay(self, tokens: Tensor, mask: Tensor) -> int:
         """Reads the mini-batches that the tokens fill as CUDA graphs, if they can be; returns the tokens read."""
-        possible = tokens.shape[1] >= self.model.config.mini_batch_size and not self.top and not self.keep_outputs
+        possible = can_capture(self.model.device) and tokens.shape[1] >= self.model.config.mini_batch_size
+        possible = possible and not self.top and not self.keep_outputs
         reader = captured_reader(self.model, self.state, self.inner, guard=self.guard) if possible else None
         if reader is None:
             return 0
@@ -218,7 +312,7 @@ class _Reader:
             kept += new
         return self.state.position - before
 
-    def skim(self, tokens: Tensor) -> None:
+    def _skim(self, tokens: Tensor) -> None:
         """Reads without learning: no mini-batches, only stretches."""
         empty = self.state.hidden[:, :0]
         self._move(hidden=empty, targets=self.state.targets[:, :0], targets_mask=self.state.targets_mask[:, :0])
@@ -282,13 +376,40 @@ class _Reader:
         run = state.run
         if run is not None and not run.is_of(self.model, state.fast, state.hidden):
             run = None
+        targets = torch.cat((state.targets, target), dim=1)
+        counted = torch.cat((state.targets_mask, mask), dim=1)
+        self._step(state.hidden, before, targets, counted, start=state.start - M, run=run)
+
+    def _whole(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
+        """A mini-batch that came with all its targets: scored and learned from in one pass."""
+        state = self.state
+        self.pauses.before_passes(STEP, hidden.shape[1])
+        before = state.upper_pasts
+        self._move(**state.moved(hidden.shape[1]))  # a token follows, and with it the output
+        step = self._step(hidden, before, targets, mask, start=state.start)
+        self.nll.append(step.nll)
+        self.outputs += [step.output] if self.keep_outputs else []
+        self._look(step.output)
+
+    def _step(
+        self,
+        hidden: Tensor,
+        before: tuple[Past, ...],
+        targets: Tensor,
+        mask: Tensor,
+        *,
+        start: int | Tensor,
+        run: Recorded | None = None,
+    ) -> Step:
+        """The inner step on a whole mini-batch, which is finished with it; `before` is the window before its tokens."""
+        model, state = self.model, self.state
         step = inner_step(
-            self.model,
+            model,
             Carry(state.fast, before),
-            state.hidden,
-            torch.cat((state.targets, target), dim=1),
-            torch.cat((state.targets_mask, mask), dim=1),
-            start=state.start - M,
+            hidden,
+            targets,
+            mask,
+            start=start,
             lr=self.inner.lr,
             clip=self.inner.clip,
             order=0,
@@ -297,35 +418,6 @@ class _Reader:
             optimizer=optimizer_named(self.inner.optimizer),
             run=run,
         )
-        self._learned(step, before)
-
-    def _whole(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
-        """A mini-batch that came with all its targets: scored and learned from in one pass."""
-        state = self.state
-        self.pauses.before_passes(STEP, hidden.shape[1])
-        carry = Carry(state.fast, state.upper_pasts)
-        step = inner_step(
-            self.model,
-            carry,
-            hidden,
-            targets,
-            mask,
-            start=state.start,
-            lr=self.inner.lr,
-            clip=self.inner.clip,
-            order=0,
-            surprise=self.inner.surprise,
-            max_step_norm=self.max_step_norm,
-            optimizer=optimizer_named(self.inner.optimizer),
-        )
-        self.nll.append(step.nll)
-        self.outputs += [step.output] if self.keep_outputs else []
-        self._look(step.output)
-        self._move(**state.moved(hidden.shape[1]))  # a token follows, and with it the output
-        self._learned(step, state.upper_pasts)
-
-    def _learned(self, step: Step, before: tuple[Past, ...]) -> None:
-        state, model = self.state, self.model
         self.norms.append(step.grad_norm)
         self.refusals += [] if step.refused is None else [step.refused]
         self._move(
@@ -336,3 +428,4 @@ class _Reader:
             targets_mask=state.targets_mask[:, :0],
             run=None,
         )
+        return step

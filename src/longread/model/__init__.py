@@ -1,7 +1,7 @@
 """The network, and nothing about how it is trained."""
 
 from longread.model.decoding import decode
-from longread.model.device import find_device, free_bytes, is_out_of_memory
+from longread.model.device import can_capture, find_device, free_bytes, is_out_of_memory
 from longread.model.fingerprint import fingerprint_of
 from longread.model.mixers.attention import Attention, Past, Ring
 from longread.model.mixers.recurrent import RecurrentMixer
@@ -17,6 +17,7 @@ __all__ = [
     "RecurrentMixer",
     "Ring",
     "Transformer",
+    "can_capture",
     "decode",
     "find_device",
     "fingerprint_of",

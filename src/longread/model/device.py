@@ -1,4 +1,4 @@
-"""Where a model runs, and what memory is free there."""
+"""Where a model runs, what memory is free there, and whether there are CUDA graphs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def find_device(name: str | torch.device) -> torch.device:
             reason = "there is no such device"
         raise UserError(f"device {name} cannot be used ({reason}); give auto, cpu, cuda or cuda:1") from None
     return torch.device(name)
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether there are CUDA graphs."""
+    return device.type == "cuda"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -6,8 +6,8 @@ the repetition penalty looks at. Its size does not depend on how much it has rea
 With a tokenizer it reads texts too. A text begins with what the tokenizer puts there (`Tokenizer.beginning`, BOS), read
 before the first `str`; token ids are read exactly as they are given.
 
-Learning cannot break it: an inner step that is no number or far too long is refused (`read(..., guard=True)`), and
-where many steps have led astray they are taken back (`longread.inner_loop.rescue`). Both are counted as rolled back.
+Learning cannot break it (`longread.inner_loop.read_guarded`): an inner step that is no number or far too long is
+refused, and where many steps have led astray they are taken back. Both are counted as rolled back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longread.config import InnerConfig, UserError
 from longread.files import Layout, read_tensors, write_tensors_atomically
-from longread.inner_loop import Decoder, ReadingState, begin, drift, read, rescue
+from longread.inner_loop import Decoder, ReadingState, begin, drift, read_guarded
 from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
 from longread.session.sampling import Sampling, choose, seeded
@@ -228,12 +228,10 @@ class Session:
 
     def _take_in_piece(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """One piece: its losses [n] and the norms of its steps."""
-        before, rows = self._settled(), tokens.to(self.model.device).unsqueeze(0)
-        found = read(self.model, before, rows, inner=self.inner, learn=self.learn, guard=True)
-        rescued = rescue(self.model, before, rows, found, inner=self.inner) if self.learn else None
-        steps = found.rolled_back.shape[1]
-        self._held = found.state if rescued is None else rescued
-        self._counted(steps, found.rolled_back.sum() if rescued is None else steps)
+        rows = tokens.to(self.model.device).unsqueeze(0)
+        found = read_guarded(self.model, self._settled(), rows, inner=self.inner, learn=self.learn)
+        self._held = found.state
+        self._counted(found.rolled_back.shape[1], found.rolled_back.sum())
         return found.nll[0], found.inner_grad_norm[0]
 
     def score(self, text: str | Sequence[int] | Tensor) -> Tensor:
