@@ -19,7 +19,7 @@ from triton.runtime.driver import driver
 from longread.config import InnerConfig, ModelConfig, RunConfig
 from longread.data import Batch
 from longread.inner_loop import graphs, reading as inner_loop_reading, rehearsal
-from longread.inner_loop.likeliest_tokens import LikeliestTokens
+from longread.inner_loop.places import LikeliestTokens
 from longread.model import Transformer
 from longread.ops import compiling, fusible, precompile
 from longread.ops.swiglu import swiglu

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.inner_loop import Reading, ReadingState, begin, captured, read, reading, strips
+from longread.inner_loop import Reading, ReadingState, begin, captured, read, reading
 from longread.model import Transformer
 from tests.fake_graphs import fake_graphs
 from tests.tiny import BY_BLOCK, GROUPED, INNER, make, text
@@ -73,7 +73,7 @@ def test_every_place_and_past_is_read_as_without_graphs(
         expected = in_pieces(model, tokens, [n])
     close = {"rtol": 1e-9, "atol": 1e-11} if device == "cpu" else {"rtol": 1e-3, "atol": 5e-3}
     for worth, pieces in ((3, [n]), (1, [3, 5 * M, 6 * M + 2]), (1, [3 * M, 3 * M, 3 * M, 2 * M + 5])):
-        monkeypatch.setattr(strips, "WORTH", worth)
+        monkeypatch.setattr(captured, "WORTH", worth)
         found = in_pieces(model, tokens, pieces)
         assert found[0].position == n
         for a, b in zip((*found[0].tensors, *found[1:]), (*expected[0].tensors, *expected[1:]), strict=True):
@@ -114,7 +114,7 @@ def test_what_is_appended_piece_by_piece_is_captured_once_it_recurs(device: str,
 
 
 def test_the_number_of_graphs_is_bounded(device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strips, "WORTH", 1)
+    monkeypatch.setattr(captured, "WORTH", 1)
     model, n = model_on(device, window_size=2 * M), 9 * M
     for pieces in ([n], [M, n - M], [2 * M, n - 2 * M], [3 * M, M, n - 4 * M]):
         in_pieces(model, torch.tensor([text(n)], device=device), pieces)
@@ -133,7 +133,7 @@ def test_readers_of_several_sequences_leave_most_of_the_memory_free(
     device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without one, texts are read plainly; one that is there already stays."""
-    monkeypatch.setattr(strips, "WORTH", 1)
+    monkeypatch.setattr(captured, "WORTH", 1)
     model, tokens = model_on(device), torch.tensor([text(M + 1)] * 2, device=device)
     for free, size, captures in ((0, 2, 0), (0, 1, 2), (1 << 40, 2, 4), (0, 2, 4)):
         monkeypatch.setattr(captured, "free_bytes", lambda device, free=free: free)

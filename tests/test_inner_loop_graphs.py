@@ -12,17 +12,7 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop import (
-    Decoder,
-    begin,
-    captured,
-    graphs,
-    places,
-    read,
-    reading,
-    register_inner_optimizer,
-    strips,
-)
+from longread.inner_loop import Decoder, begin, captured, graphs, places, read, reading, register_inner_optimizer
 from longread.inner_loop.graphs import CheckedGraphs, GraphRefused, can_capture, put_back_later, undisturbed
 from longread.model import Transformer
 from tests.fake_graphs import FakeGraph, fake_graphs
@@ -233,7 +223,7 @@ register_inner_optimizer("wild", wild)
 def test_reading_by_graphs_is_reading(changes: dict, replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches and mini-batches, strips that wrap, pieces that end anywhere, and a guard that refuses steps."""
     monkeypatch.setattr(captured, "STRETCH", 16)
-    monkeypatch.setattr(strips, "WORTH", 1)
+    monkeypatch.setattr(captured, "WORTH", 1)
     model = make(3, torch.float64, mini_batch_size=8, **changes)
     tokens = torch.tensor([text(77, seed) for seed in range(2)])
     mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) > 0.2
@@ -265,7 +255,7 @@ def test_a_reading_whose_graph_is_off_goes_on_without(
 ) -> None:
     """Of the half of the network that comes first, or, after so many that are good, of the other."""
     monkeypatch.setattr(captured, "STRETCH", 16)
-    monkeypatch.setattr(strips, "WORTH", 1)
+    monkeypatch.setattr(captured, "WORTH", 1)
     model, tokens = make(3, torch.float64, mini_batch_size=8, window_size=16), torch.tensor([text(90)])
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(reading, "can_capture", lambda device: False)

@@ -19,7 +19,6 @@ from longread.inner_loop import (
     read,
     reading,
     register_inner_optimizer,
-    strips,
 )
 from longread.model import Transformer
 from tests.fake_graphs import fake_graphs
@@ -147,7 +146,7 @@ def mini_batches(fake_graphs: object, monkeypatch: pytest.MonkeyPatch) -> list[i
         found.append(new.shape[1] // M)
         return original(reader, state, new, mask, longest)
 
-    monkeypatch.setattr(strips, "WORTH", math.inf)
+    monkeypatch.setattr(captured, "WORTH", math.inf)
     monkeypatch.setattr(captured.CapturedReader, "read", spied)
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longread.config import InnerConfig, OptimizerConfig, RunConfig, UserError
 from longread.data import Batch
-from longread.inner_loop import Carry, begin, captured, read, strips
+from longread.inner_loop import Carry, begin, captured, read, reading
 from longread.inner_loop.step import from_matrices, matrices, mini_batch_loss, surprise_weights
 from longread.model import Transformer
 from longread.outer_loop import end_to_end_loss
@@ -135,7 +135,7 @@ def test_reading_is_one_computation_with_training_in_any_pieces_and_by_graphs(
     pieces: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(captured, "STRETCH", 8)
-    monkeypatch.setattr(strips, "WORTH", 1)
+    monkeypatch.setattr(captured, "WORTH", 1)
     replays: list[FakeGraph] = []
     replay = FakeGraph.replay
     monkeypatch.setattr(FakeGraph, "replay", lambda graph: (replays.append(graph), replay(graph)))
@@ -145,7 +145,7 @@ def test_reading_is_one_computation_with_training_in_any_pieces_and_by_graphs(
     for graphs in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if not graphs:
-                patch.setattr(captured, "can_capture", lambda device: False)
+                patch.setattr(reading, "can_capture", lambda device: False)
             state, nll, norms = begin(model, 2), [], []
             for part in tokens.split(pieces, 1):
                 found = read(model, state, part, inner=INNER)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.inner_loop import Decoder, ReadingState, begin, lending, next_token_logits, read
-from longread.inner_loop.lending import KEPT, lender_of
+from longread.inner_loop import Decoder, ReadingState, begin, decoding, next_token_logits, read
+from longread.inner_loop.decoding import KEPT, lender_of
 from longread.inner_loop.places import Places
 from longread.model import Transformer
 from longread.session import Session
@@ -177,7 +177,7 @@ def test_who_works_has_places_of_its_own_and_moves_nothing(monkeypatch: pytest.M
 
 
 def test_who_rests_moves_out_for_others_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lending, "KEPT", 1)
+    monkeypatch.setattr(decoding, "KEPT", 1)
     model = make(3, torch.float64)
     resting, state = Decoder(model, after(model, 6, 1), INNER), after(model, 6, 1)
     resting.read(torch.tensor([7]))
@@ -321,7 +321,7 @@ def test_texts_at_their_own_positions_go_on_together(changes: dict, learn: bool)
 @pytest.mark.parametrize("changes", [{}, {"mixer": "mamba2", "num_suffix_blocks": 0}], ids=str)
 def test_a_text_that_has_left_stays_as_it_is(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """And may do so from the beginning; the others go on, also when they had to move out meanwhile."""
-    monkeypatch.setattr(lending, "KEPT", 1)
+    monkeypatch.setattr(decoding, "KEPT", 1)
     model = make(3, torch.float64, **changes)
     states = [after(model, n, seed) for seed, n in enumerate((M, 6, 2 * M + 1))]
     decoder, alone = Decoder(model, states, INNER), Decoder(model, states[1], INNER)
@@ -352,7 +352,7 @@ def test_a_text_that_has_left_stays_as_it_is(changes: dict, monkeypatch: pytest.
 
 @pytest.mark.parametrize("kept", [1, KEPT])
 def test_threads_write_with_one_model(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lending, "KEPT", kept)
+    monkeypatch.setattr(decoding, "KEPT", kept)
 
     def write(seed: int) -> list[int]:
         session, written = sessions[seed], []

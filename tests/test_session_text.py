@@ -164,7 +164,7 @@ def test_a_new_session_has_taken_no_step() -> None:
 
 
 def test_a_generator_that_ends_lets_others_have_the_places() -> None:
-    from longread.inner_loop.lending import lender_of
+    from longread.inner_loop.decoding import lender_of
 
     model = tiny.make()
     session = Session(model, tiny.INNER)

@@ -15,7 +15,7 @@ from longread.bench.profile import profiled
 from longread.bench.rows import Row, make_row
 from longread.config import InnerConfig
 from longread.inner_loop import Reading, begin, next_token_logits, read
-from longread.inner_loop.strips import WORTH
+from longread.inner_loop.captured import WORTH
 from longread.model import Transformer, initialize
 
 INNER = InnerConfig()

@@ -5,11 +5,10 @@ step.py      the loss of a mini-batch, one step on it, the scan over mini-batche
 state.py     what is left of a text after it has been read, how far it has moved the weights, and batches of such
 reading.py   any text in any pieces: the same steps, taken as soon as their tokens have arrived; what is done when
              learning has broken a reader
-captured.py  long stretches of it on a GPU, as replays of CUDA graphs
-strips.py    the keys and values that these see, and when it is worth to capture one
+captured.py  long stretches of it on a GPU, as replays of CUDA graphs, and when it is worth to capture one
 graphs.py    how a CUDA graph is captured, checked, and done without
-decoding.py  one token after the other, for writing
-lending.py   who has the places in which that is done
+decoding.py  one token after the other, for writing, and who has the places in which that is done
+places.py    where that is done
 rehearsal.py what of it a GPU compiles, ahead
 """
 

@@ -4,27 +4,37 @@ Between two inner steps a token costs one pass through the network, for which `r
 step itself stays `read`'s: when a mini-batch is complete, the state leaves its places, the next token is read, and the
 state comes back.
 
-A decoder owns its places while it works, so nobody else's token disturbs it; `rest` lets others have them
-(`lending.py`). A model with other mixers than attention is read by `read` alone.
+A model with other mixers than attention is read by `read` alone.
+
+A decoder owns its places while it works, so nobody else's token disturbs it. They are nobody else's then, and go with
+it. Places at rest belong to the lender of their model. It keeps few: making them costs time, on a GPU that of capturing
+graphs, and keeping them the memory of a session. A decoder may rest in them with its texts, and goes on without copying
+anything. Only when as many rest as are kept does who comes next make the oldest move out, which copies windows and
+changes no result: what rests in places has its windows nowhere else, so places of one's own take hardly more memory
+than moving another out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop.lending import Lent, lender_of
 from longread.inner_loop.places import Places
 from longread.inner_loop.reading import next_token_logits, read
 from longread.inner_loop.state import ReadingState, StateFacts, apart, shapes_of, together
 from longread.model import Transformer
 from longread.ops.likeliest import likeliest
+
+KEPT = 2
+"""Most sets of places that rest beside a model."""
 
 
 @dataclass(eq=False)
@@ -241,3 +251,75 @@ def _without_waiting(state: ReadingState) -> ReadingState:
     return dataclasses.replace(
         state, hidden=state.hidden[:, :0], targets=state.targets[:, :0], targets_mask=state.targets_mask[:, :0]
     )
+
+
+@dataclass(eq=False)
+class Lent:
+    """Places, and what they can be used for."""
+
+    places: Places
+    kind: tuple[object, ...]
+    resting: Callable[[], Decoder | None] = lambda: None
+    """Whoever is in there while nobody works there."""
+
+    def fits(self, model: Transformer, lanes: int, *, learn: bool) -> bool:
+        """Whether they have these lanes, and the model is where it was and of the same type."""
+        return self.kind == _kind_of_places(model, lanes, learn)
+
+    def vacate(self) -> None:
+        """Makes whoever rests there move out."""
+        decoder, self.resting = self.resting(), lambda: None
+        if decoder is not None:
+            decoder.move_out(self.places)
+
+
+class Lender:
+    """The places at rest of one model; may be used from several threads."""
+
+    def __init__(self) -> None:
+        self.resting: list[Lent] = []
+        """Newest last."""
+        self._lock = threading.Lock()
+
+    def lend(self, model: Transformer, decoder: Decoder, lanes: int, *, learn: bool) -> Lent:
+        """Places for a decoder alone: those in which it rests, with its texts still in them; others; or new ones."""
+        with self._lock:
+            own = next((lent for lent in self.resting if lent.resting() is decoder), None)
+            if own is not None:
+                self.resting.remove(own)
+                if own.fits(model, lanes, learn=learn):
+                    own.resting = lambda: None
+                    return own
+                own.vacate()
+            fitting = [lent for lent in self.resting if lent.fits(model, lanes, learn=learn)]
+            empty = [lent for lent in fitting if lent.resting() is None]
+            for found in empty or (fitting if len(self.resting) >= KEPT else []):
+                self.resting.remove(found)
+                found.vacate()
+                return found
+        return Lent(Places(model, lanes, learn=learn), _kind_of_places(model, lanes, learn))
+
+    def give_back(self, lent: Lent, decoder: Decoder | None) -> None:
+        """Takes places in which nobody works any more; `decoder` rests in them."""
+        lent.resting = (lambda: None) if decoder is None else weakref.ref(decoder)
+        with self._lock:
+            others = [one for one in self.resting if one.kind != lent.kind or one.resting() is not None]
+            kept = [*others, lent][-KEPT:]
+            for other in self.resting:
+                if other not in kept:
+                    other.vacate()
+            self.resting = kept
+
+
+_LENDERS: weakref.WeakKeyDictionary[Transformer, Lender] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def lender_of(model: Transformer) -> Lender:
+    """The lender of a model; it goes with the model."""
+    with _LOCK:
+        return _LENDERS.setdefault(model, Lender())
+
+
+def _kind_of_places(model: Transformer, lanes: int, learn: bool) -> tuple[object, ...]:
+    return lanes, learn, model.embedding.weight.data_ptr(), model.dtype
