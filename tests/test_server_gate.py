@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from longread.config import UserError
 from longread.engine import Limits
-from longread.server import Keys, ServerLimits, read_keys
-from longread.server.access import keys
+from longread.server import Keys, ServerLimits, read_keys, tenants
 from longread.server.running import listen
 from tests.disk import Disk, refusing
 from tests.held import Held
@@ -168,11 +167,11 @@ def test_keys_come_from_a_private_file(tmp_path: Path) -> None:
 
 def test_a_key_is_compared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose hash differs in a single byte, wherever that is, opens nothing."""
-    assert keys._hashed(ALICE) == hashlib.sha256(ALICE.encode()).digest()
+    assert tenants._hashed(ALICE) == hashlib.sha256(ALICE.encode()).digest()
     known = bytes(range(32))
     hashes = {ALICE: known} | {f"key {i}": known[:i] + b"\xff" + known[i + 1 :] for i in range(32)}
     hashes |= {"first half": known[:16], "first byte": known[:1], "longer": known + b"\0", "none": b""}
-    monkeypatch.setattr(keys, "_hashed", hashes.__getitem__)
+    monkeypatch.setattr(tenants, "_hashed", hashes.__getitem__)
     opened = [key for key in hashes if Keys([("alice", ALICE)]).tenant(key) is not None]
     assert opened == [ALICE]
 

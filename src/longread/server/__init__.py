@@ -1,12 +1,12 @@
 """HTTP: OpenAI's routes, sessions, and a page that shows a model learning.
 
 app.py      the application: all routes behind one gate, and the page's files
-access/     keys, rate, size and time of every request
+access.py   the gate around all routes: key, rate, size and time of every request; tenants.py their keys and limits
 service.py  what all routes share, and what requests have under way in the engine
 openai/     completions, chats, responses and conversations
 sessions/   /v1/sessions
 catalog.py  the sessions of tenants; choices.py what sessions write, as text in pieces; stream.py answers in pieces
-errors.py   what goes wrong, as HTTP; validation.py and queries.py what is wrong with a request
+errors.py   what goes wrong, as HTTP; validation.py what is wrong with a request
 schemas.py  what all requests have in common
 about.py    health, version, models, tokenizer, metrics
 running.py  the process: binding, signals, slow clients
@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 
 from longread.config import UserError
 from longread.extras import install_command
-from longread.server.access.keys import Keys, read_keys
-from longread.server.access.limits import ServerLimits
+from longread.server.tenants import Keys, ServerLimits, read_keys
 
 if TYPE_CHECKING:
     from longread.server.service import Service

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from longread import __version__
 from longread.server import about, errors
-from longread.server.access.gate import Gate
+from longread.server.access import Gate
 from longread.server.catalog import Catalog
 from longread.server.errors import ApiError, logger
 from longread.server.openai import completions, conversations, responses

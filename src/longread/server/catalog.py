@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
-
 from longread.engine import Curve, Quota, SessionInfo, Task, UnknownSession
 from longread.server.errors import without_paths
-from longread.server.service import Service, number
+from longread.server.service import Service, number, of_app
 
 
 @dataclass(frozen=True)
@@ -194,12 +192,7 @@ class Catalog:
             raise
 
 
-def _catalog(request: Request) -> Catalog:
-    catalog: Catalog = request.app.state.catalog
-    return catalog
-
-
-TheCatalog = Annotated[Catalog, Depends(_catalog)]
+TheCatalog = Annotated[Catalog, of_app("catalog")]
 
 
 def _written(label: str, twin: str | None = None, parent: str | None = None, *, hidden: bool = False) -> str:

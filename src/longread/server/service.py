@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, ParamSpec, Self, TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import Depends, Request
 
@@ -21,11 +22,10 @@ from longread.config import ModelConfig
 from longread.data import TextFormat
 from longread.engine import Appended, Engine, Finished, Task
 from longread.files import make_private
-from longread.server.access.keys import Keys
-from longread.server.access.limits import ServerLimits
 from longread.server.errors import ApiError, stopping
 from longread.server.metrics import Meters
 from longread.server.openai.history import History
+from longread.server.tenants import Keys, ServerLimits
 from longread.tokenizer import Tokenizer
 
 THREADS = 32
@@ -252,18 +252,40 @@ class Work:
         self.cut_off()
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
+def of_app(name: str) -> Any:
+    """What a route is given that the application holds under this name."""
+
+    async def given(request: Request) -> Any:  # in the event loop: one that is not asynchronous waits for a thread
+        return getattr(request.app.state, name)
+
+    return Depends(given)
 
 
-def _tenant(request: Request) -> str:
+async def _tenant(request: Request) -> str:
     tenant: str = request.scope["longread.tenant"]
     return tenant
 
 
-TheService = Annotated[Service, Depends(_service)]
+async def _check_query(request: Request) -> None:
+    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
+    try:
+        query = request.scope["query_string"].decode("ascii")
+        names = [name for name, _ in parse_qsl(query, keep_blank_values=True, errors="strict")]
+    except UnicodeDecodeError:
+        raise ApiError(400, "the query is not UTF-8 in percent-encoding; encode it so") from None
+    for name in names:
+        if name not in known:
+            remedy = f"there are {', '.join(known)}" if known else "there are none"
+            raise ApiError(400, f"there is no query parameter {name[:60]!r} here; {remedy}", code="unknown_parameter")
+        if names.count(name) > 1:
+            raise ApiError(400, f"the query parameter {name} is given {names.count(name)} times; give it once")
+
+
+TheService = Annotated[Service, of_app("service")]
 Tenant = Annotated[str, Depends(_tenant)]
+CHECKED_QUERY = Depends(_check_query)
+"""For the routes of a router: its query parameters are checked as strictly as bodies, since a slip, or a second value,
+would change what a request does."""
 
 
 def number(value: float) -> float | None:

@@ -14,9 +14,8 @@ from longread.server.openai.history import StoredConversation
 from longread.server.openai.objects import conversation_object, item_of, new_id, page_of
 from longread.server.openai.responses import After, Count
 from longread.server.openai.stored import TheResponses
-from longread.server.queries import CHECKED_QUERY
 from longread.server.schemas import REPLIES
-from longread.server.service import Tenant, TheService
+from longread.server.service import CHECKED_QUERY, Tenant, TheService
 
 router = APIRouter(prefix="/v1/conversations", tags=["OpenAI"], responses=REPLIES, dependencies=[CHECKED_QUERY])
 

@@ -13,9 +13,8 @@ from longread.server.openai.bodies import CountRequest, ResponseRequest
 from longread.server.openai.making import ResponseRun, past_of
 from longread.server.openai.objects import MOST_ITEMS, page_of
 from longread.server.openai.stored import TheResponses
-from longread.server.queries import CHECKED_QUERY
 from longread.server.schemas import REPLIES, STREAM_OF_OBJECTS
-from longread.server.service import Service, Tenant, TheService
+from longread.server.service import CHECKED_QUERY, Service, Tenant, TheService
 from longread.server.stream import streamed
 
 router = APIRouter(prefix="/v1/responses", tags=["OpenAI"], responses=REPLIES, dependencies=[CHECKED_QUERY])

@@ -10,13 +10,11 @@ from collections import Counter
 from collections.abc import Awaitable, Collection, Iterator, Sequence
 from typing import Annotated
 
-from fastapi import Depends, Request
-
 from longread.engine import Busy, SessionInfo, UnknownSession
 from longread.server.catalog import RESPONSE_LABEL, Catalog
 from longread.server.errors import ApiError
 from longread.server.openai.history import RESPONSE, History, Json, StoredConversation, StoredResponse
-from longread.server.service import Service
+from longread.server.service import Service, of_app
 
 MOST_EVICTED = 8
 """Responses of a tenant that go at once for a new one of theirs where the engine is full."""
@@ -208,9 +206,4 @@ class Responses:
         return ApiError(404, f"{message}; send the whole conversation as input", param=param, code=code)
 
 
-def _responses(request: Request) -> Responses:
-    responses: Responses = request.app.state.responses
-    return responses
-
-
-TheResponses = Annotated[Responses, Depends(_responses)]
+TheResponses = Annotated[Responses, of_app("responses")]

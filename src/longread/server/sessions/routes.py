@@ -12,9 +12,8 @@ from longread.data import NotText, TextFormat, decode_text
 from longread.server.catalog import Catalog, TheCatalog
 from longread.server.choices import sampling_of, stops_of
 from longread.server.errors import ApiError
-from longread.server.queries import CHECKED_QUERY
 from longread.server.schemas import REPLIES, STREAM
-from longread.server.service import Service, Tenant, TheService, Work
+from longread.server.service import CHECKED_QUERY, Service, Tenant, TheService, Work
 from longread.server.sessions import readings, writing
 from longread.server.sessions.losses import kept
 from longread.server.sessions.readings import STREAM_BIN, SessionReading

@@ -16,9 +16,8 @@ from longread.engine import Busy, TooLarge
 from longread.files import owner_only
 from longread.server.catalog import TheCatalog
 from longread.server.errors import ApiError, without_paths
-from longread.server.queries import CHECKED_QUERY
 from longread.server.schemas import REPLIES
-from longread.server.service import Service, Tenant, TheService
+from longread.server.service import CHECKED_QUERY, Service, Tenant, TheService
 from longread.server.sessions.schemas import Label, SessionObject
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=REPLIES, dependencies=[CHECKED_QUERY])

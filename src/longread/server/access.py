@@ -11,9 +11,9 @@ import secrets
 import time
 from typing import Any
 
-from longread.server.access.keys import LOCAL
 from longread.server.errors import ApiError, logger, stopping
 from longread.server.service import Service
+from longread.server.tenants import LOCAL
 
 HEALTH = "/health"
 METRICS = "/metrics"
@@ -31,6 +31,7 @@ class Gate:
 
     def __init__(self, app: Any, service: Service) -> None:
         self._app, self._service = app, service
+        self._local = not service.keys
         self._buckets: dict[str, _Bucket] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -65,7 +66,7 @@ class Gate:
         _check_framing(scope, headers)
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, "compressed bodies are not read here; send it without Content-Encoding", headers=_CLOSE)
-        if not service.keys:
+        if self._local:
             _check_local(headers)
         if _is_open(scope["path"], scope["method"]):
             return None
@@ -87,9 +88,9 @@ class Gate:
     def _tenant(self, headers: dict[str, str], path: str) -> str:
         """Whose key was sent; who may ask for numbers is no tenant, but has the limits of one."""
         apart = path == METRICS and bool(self._service.metrics_keys)
-        keys = self._service.metrics_keys if apart else self._service.keys
-        if not keys:
+        if self._local and not apart:
             return LOCAL
+        keys = self._service.metrics_keys if apart else self._service.keys
         scheme, _, key = headers.get("authorization", "").partition(" ")
         name = keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
         if name is None:

@@ -1,4 +1,7 @@
-"""API keys: who a request belongs to. Only hashes of keys are kept in memory."""
+"""Tenants: the keys that open the server to each, and what one of them, and one request, may take.
+
+Only hashes of keys are kept in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from longread.config import UserError
@@ -79,6 +83,44 @@ def read_keys(path: str | Path) -> Keys:
     if not pairs:
         raise UserError(f"{path} has no keys; write lines of a tenant and a key")
     return Keys(pairs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerLimits:
+    """Of each tenant and each request; the engine has limits of its own, for all tenants together."""
+
+    body_bytes: int = 32 * 2**20
+    """Of one request body; a session file has `session_file_bytes`."""
+    session_file_bytes: int = 16 * 2**30
+    """Of one session that is uploaded."""
+    tokens: int = 2**22
+    """That one request may make the model read or write, all its prompts and choices together."""
+    choices: int = 128
+    """Prompts of one completion request, times `n`."""
+    seconds: float = 3600.0
+    """That one request may take; what has been read by then stays read."""
+    stall_seconds: float = 60.0
+    """That a client may go without sending what it announced, or without taking what it asked for."""
+    concurrent: int = 32
+    """Requests of one tenant at a time."""
+    per_minute: int = 6000
+    """Requests of one tenant in a minute; a minute's worth may come at once."""
+    sessions: int = 1000
+    """Sessions of one tenant; a frozen twin counts."""
+    tenant_bytes: int | None = None
+    """State of all sessions of one tenant together; None: what the engine has."""
+    responses: int = 1000
+    """Responses of one tenant that can be gone on from; a new one takes the place of the one not used longest."""
+    response_seconds: float = 30 * 86400.0
+    """That a response or a conversation is kept without being used."""
+    conversations: int = 1000
+    """Of one tenant."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{field.name} is {value}; it must be positive and finite")
 
 
 def _hashed(key: str) -> bytes:
