@@ -15,9 +15,8 @@ from longread.server.errors import ApiError, as_api_error, logger
 from longread.server.openai.bodies import LOGPROBS, InputItem, ResponseContext, ResponseRequest
 from longread.server.openai.completions import MOST_TOKENS
 from longread.server.openai.history import RESPONSE, StoredResponse
-from longread.server.openai.kept import KeptSession
 from longread.server.openai.objects import ResponseObject, item_of, new_id, usage_of
-from longread.server.openai.prompts import Prompt, reusing
+from longread.server.openai.prompts import KeptSession, Prompt, reusing
 from longread.server.openai.stored import Responses
 from longread.server.openai.template import ends_of, text_of
 from longread.server.service import Service, Work
