@@ -26,7 +26,7 @@ from longread.evaluate.positions import octaves
 from longread.evaluate.questions import Question
 from longread.evaluate.summary import finite
 from longread.inner_loop import ReadingState, begin, read
-from longread.inner_loop.batches import together
+from longread.inner_loop.state import together
 from longread.model import Transformer
 
 FORMAT = "longread-questions/1"
