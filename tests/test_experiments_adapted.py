@@ -12,6 +12,7 @@ import pytest
 import torch
 from experiments.adapted import low_rank, pack, plan, rehearsal
 from experiments.adapted.__main__ import PARTS, main
+from experiments.pages import adapted as page
 
 from longread import InnerConfig, ModelConfig, Transformer, end_to_end_loss
 from longread.cli import build_parser, main as longread
@@ -100,6 +101,22 @@ def test_the_meta_gradient_goes_through_low_rank_steps(clip: float | None) -> No
                 p += step * d
         values.append(loss().item())
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_dial_is_compared_at_equal_tokens_and_at_equal_operations() -> None:
+    """Twice the operations buy the base twice the tokens, half of that, half of what they gain, by the logarithm."""
+
+    def model(loss: float, flops: float) -> dict[str, object]:
+        return {"learning": {page.AT: loss}, "frozen": {page.AT: 3.5}, "GFLOP a token": flops}
+
+    dials = {"base": model(3.25, 2.0), "a": model(3.0, 4.0), "b": model(3.25, 2.0 * 2**0.5)}
+    found = {"models": {"first-order": model(3.125, 2.0)}, "dials": dials, "long text": {}}
+    table = next(table for table in page.tables(found) if "One dial" in table.caption)
+    rows = {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
+    shown = ("below base, 16–32K", "at equal operations", "gain", "operations")
+    assert [rows["a"][key] for key in shown] == ["+0.250", "+0.125", "+0.500", "2.00"]
+    assert [rows["b"][key] for key in shown] == ["+0.000", "−0.062", "+0.250", "1.41"]
+    assert [rows["base"][key] for key in shown] == ["", "", "+0.250", "1.00"]
 
 
 @pytest.fixture

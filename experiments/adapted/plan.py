@@ -154,7 +154,7 @@ class Plan(small.Plan):
             "--resume",
         ]
         arguments += ["--context-length", str(CONTEXT * self.unit), "--batch-size", str(BATCH), *options]
-        settings = ["meta_gradient=first-order"] if kind == "first-order" else []
+        settings = [f"meta_gradient={kind}"] if method == "e2e" else []
         if not any(setting.startswith("recompute=") for setting in sets):
             settings += [f'recompute="{RECOMPUTE.get(kind, "none")}"']
         for setting in (*settings, *sets, *self.sets):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 WIDTH, HIDDEN, BLOCKS, HEADS = 32, 96, 30, 2
-SETS = ("batch_size=2",)
+SETS = ("batch_size=2", "micro_batch_size=2")
 """Further settings of every training run."""
 
 

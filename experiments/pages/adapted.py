@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -55,7 +56,9 @@ DIALS = {
     "low-rank-64": "steps of rank 64",
 }
 SESSION = "one session, at any length"
+FAST = "of that fast weights, in float32"
 """MiB, by `longread estimate`."""
+FACTORS = "of that, if only the factors of low-rank steps were kept"
 PLOTTED = {
     "full": "full attention",
     "swa": "SWA",
@@ -63,6 +66,7 @@ PLOTTED = {
     "exact": "exact",
     "suffix-15": "15 blocks",
 }
+AT = "16–32K"
 STRETCHES = 16
 READINGS = ("learning", "static", "frozen")
 
@@ -98,7 +102,7 @@ def _model(found: Results, job: str) -> dict[str, Any]:
     health = learning.get("health") or {}
     model |= {key: health[key] for key in ("mean_gradient_norm", "clipped_share") if key in health}
     sizes = found.evaluations.get(job, {}).get("size", {}).get("rows", [])
-    model |= {row["what"]: row["bytes"] / 2**20 for row in sizes if row["what"] == SESSION}
+    model |= {row["what"]: row["bytes"] / 2**20 for row in sizes if row["what"] in (SESSION, FAST)}
     metrics = found.metrics.get(job, [])
     if metrics:
         speeds = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
@@ -106,6 +110,9 @@ def _model(found: Results, job: str) -> dict[str, Any]:
         model |= {"training, tokens/s": [statistics.median(speeds), min(speeds), max(speeds)]} if speeds else {}
     if job in found.configs:
         config = RunConfig.from_dict(found.configs[job])
+        _, ranked, rank = config.inner.optimizer.partition("low-rank-")
+        if ranked:
+            model[FACTORS] = 4 * low_rank.session_numbers(config.model, int(rank)) / 2**20
         flops = step_flops(config, "none")
         if flops:
             model["GFLOP a token"] = flops.model / (config.batch_size * config.context_length) / 1e9
@@ -167,7 +174,7 @@ def tables(results: Data) -> Iterator[Table]:
         rows = [[name, *(_gain(model, at) for at in octaves)] for name, model in learners.items()]
         yield Table("What reading adds, frozen less learning:", ["", *octaves], rows)
     if dials:
-        yield Table(_DIALS, _DIAL_HEAD, [_dial(name, model, dials) for name, model in dials.items()])
+        yield Table(_DIALS, _DIAL_HEAD, [_dial(name, model, results) for name, model in dials.items()])
     for name, text in results["long text"].items():
         if {"learning", "frozen"} <= text.keys():
             yield Table(f"{name}, one text of {_long(text)} tokens:", _LONG_HEAD, list(_parts(text)))
@@ -176,20 +183,29 @@ def tables(results: Data) -> Iterator[Table]:
 
 
 _DIALS = "One dial changed, 3.28M tokens of training each, learning:"
-_DIAL_HEAD = ["", *OCTAVES, "less than base, 16–32K", "gain, 16–32K", "session, MiB", "operations of a token"]
+_DIAL_HEAD = ["", *OCTAVES, "below base, 16–32K", "at equal operations", "gain", "session, MiB", "operations"]
+"""A session of low-rank steps would take what is in parentheses; operations of a token of training, × the base's."""
 _LONG_HEAD = ["after tokens", "learning", "frozen", "gain"]
 _STEPS_HEAD = ["after tokens", "steps", "mean norm", "largest norm", "clipped", "drift at the end"]
 
 
-def _dial(name: str, model: Data, dials: Data) -> list[str]:
-    base, losses = dials.get("base", {}), model.get("learning", {})
-    ahead = ""
-    if name != "base" and "16–32K" in losses and "16–32K" in base.get("learning", {}):
-        ahead = _signed(base["learning"]["16–32K"] - losses["16–32K"])
-    size, flops = model.get(SESSION), model.get("GFLOP a token")
-    cost = f"{flops / base['GFLOP a token']:.2f}" if flops and "GFLOP a token" in base else ""
+def _dial(name: str, model: Data, results: Data) -> list[str]:
+    base, losses = results["dials"].get("base", {}), model.get("learning", {})
+    flops, of_base = model.get("GFLOP a token"), base.get("GFLOP a token")
+    cost = flops / of_base if flops and of_base else None
+    loss, before = losses.get(AT), base.get("learning", {}).get(AT)
+    longer = results["models"].get("first-order", {}).get("learning", {}).get(AT)
+    ahead = equal = ""
+    if name != "base" and loss is not None and before is not None:
+        ahead = _signed(before - loss)
+        if cost and longer is not None:
+            # The base after half and after all of its tokens, and between, or a little beyond, by the logarithm.
+            equal = _signed(before + (longer - before) * math.log2(cost) - loss)
     cells = [number(losses.get(at)) for at in OCTAVES]
-    return [name, *cells, ahead, _gain(model, "16–32K"), f"{size:.0f}" if size else "", cost]
+    size = f"{model[SESSION]:.0f}" if SESSION in model else ""
+    if FACTORS in model and FAST in model:
+        size += f" ({model[SESSION] - model[FAST] + model[FACTORS]:.0f})"
+    return [name, *cells, ahead, equal, _gain(model, AT), size, f"{cost:.2f}" if cost else ""]
 
 
 def _gain(model: Data, at: str) -> str:
