@@ -55,7 +55,7 @@ COMMAND_LINE = {
     "questions": "MODEL --data --encoding --errors --keep-line-ends --markup --contexts --documents --questions "
     "--choices --seed --batch-size --no-control --learn --json --quiet --force --plots --report --device",
     "judge": "MODEL --judge --data --encoding --errors --keep-line-ends --markup "
-    "--context --documents --temperature --top-p --repetition-penalty --seed --bins "
+    "--context --written --documents --temperature --top-p --repetition-penalty --seed --bins "
     "--batch-size --no-control --learn --json --quiet --force --plots --report --device",
     "demo": "FILE --model --device --tokens",
     "convert": "SOURCE DIR --to --drop-fast --window --mini-batch --suffix --fast-hidden --scheme --dtype --tokenizer "

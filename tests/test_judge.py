@@ -186,8 +186,32 @@ def test_judgements_that_would_mean_nothing_are_refused() -> None:
         check_judge(small, BYTES, human, [])
     with pytest.raises(UserError, match="text 0 has 5 tokens; --context asks for 96"):
         prompts([Document("text 0", np.arange(5))], T)
-    with pytest.raises(UserError, match="--bins is 3; give an even number"):
-        verdicts(judge(), BYTES, [], bins=3)
+    with pytest.raises(UserError, match="--bins 3 has no border behind the 48 of 96 tokens that are read; give a mult"):
+        verdicts(judge(), BYTES, [WrittenTexts(HUMAN, "human", human)], bins=3)
+
+
+def test_less_than_half_may_be_written(writings: list[WrittenTexts]) -> None:
+    """What is read is the document's, what is written the session's, and only that is judged as the continuation."""
+    human = prompts(documents(), T)
+    few = write("w", model(), INNER, BYTES, human, learn=True, sampling=GREEDY, written=24)
+    assert (few.prompt_tokens, few.tokens.shape) == (72, (3, T))
+    assert (few.tokens[:, :72] == human[:, :72]).all()
+    session = Session(model(), INNER)
+    session.read(human[1, :72])
+    expected = list(session.generate(24, temperature=0))
+    assert 256 in expected or few.tokens[1, 72:].tolist() == expected
+    by_human = WrittenTexts(HUMAN, "human", human, written=24)
+    of_human, of_model = verdicts(judge(), BYTES, [by_human, few], bins=4)
+    losses = torch.stack([Session(judge()._model, INNER).read(row) for row in few.tokens])
+    assert of_model.continuation.nats_per_token.mean == pytest.approx(losses[:, 72:].mean().item())
+    assert of_model.prompt == of_human.prompt
+    last = of_model.by_position[-1]
+    assert (last.start, last.end, last.score) == (72, 96, of_model.continuation)
+    for bins, remedy in ((6, "4"), (2, "4")):
+        with pytest.raises(
+            UserError, match=f"--bins {bins} has no border behind the 72 .* give a multiple of {remedy}"
+        ):
+            verdicts(judge(), BYTES, [few], bins=bins)
 
 
 def test_writers_that_diverge_are_said() -> None:
@@ -296,6 +320,14 @@ def test_the_command(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         (["e2e", "bpe", "--judge", "judge"], "has another tokenizer than"),
         (["e2e", "--judge", "judge", "--context", "99992"], "no document has 99992 tokens; lower --context or"),
         (["e2e", "--judge", "judge", "--context", "100"], "--context 100 does not divide into --bins 8"),
+        (
+            ["e2e", "--judge", "judge", "--context", "64", "--written", "64"],
+            "--written 64 leaves nothing of --context 64",
+        ),
+        (
+            ["e2e", "--judge", "judge", "--context", "64", "--written", "4"],
+            "--bins 8 has no border behind the 60 of 64",
+        ),
         (["e2e", "--judge", "judge", "--top-p", "0"], "top_p is 0.0"),
         (["e2e", "--judge", "judge", "--temperature", "nan"], "temperature is nan"),
         (["e2e", "--judge", "nothing"], "there is no model at"),

@@ -33,15 +33,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="a data set, or texts and directories")
     add_text_format(parser)
     parser.add_argument(
-        "--context", type=positive, default=2048, metavar="T", help="tokens, half read, half written (default 2048)"
+        "--context", type=positive, default=2048, metavar="T", help="tokens read and written together (default 2048)"
     )
+    parser.add_argument("--written", type=positive, metavar="N", help="of these (default half)")
     parser.add_argument("--documents", type=positive, default=8, metavar="N", help="continue the first N (default 8)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
     parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
     parser.add_argument("--repetition-penalty", type=float, default=1.1, help="default 1.1; 1 changes nothing")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument(
-        "--bins", type=positive, default=8, metavar="N", help="of positions, half of them prompt (default 8)"
+        "--bins", type=positive, default=8, metavar="N", help="of positions in the prompt and behind (default 8)"
     )
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="B", help="documents side by side (default 8)"
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
         HUMAN,
         DecodingQuality,
         WrittenTexts,
+        check_bins,
         check_judge,
         decoding_figures,
         decoding_notes,
@@ -78,10 +80,12 @@ def run(options: argparse.Namespace) -> int:
         temperature=options.temperature, top_p=options.top_p, repetition_penalty=options.repetition_penalty
     )
     T, bins = options.context, options.bins
-    if bins % 2:
-        raise UserError(f"--bins {bins} is odd, but half of the bins are prompt; give {bins + 1}")
+    written = T - T // 2 if options.written is None else options.written
+    if written >= T:
+        raise UserError(f"--written {written} leaves nothing of --context {T} to read; lower it")
     if T % bins:
         raise UserError(f"--context {T} does not divide into --bins {bins}; give a multiple, {T + bins - T % bins}")
+    check_bins(bins, T - written, T)
     judge = _judge(options.judge, options.device)
     console = progress_console(options)
     opened = [settle_learning(options, open_model(path, options.device)) for path in options.models]
@@ -105,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     names = table_names(options.models)
     prints = [model.fingerprint for model in opened]
     check_judge(judge, tokenizer, human, list(zip(names, prints, strict=True)))
-    writings = [WrittenTexts(HUMAN, "human", human)]
+    writings = [WrittenTexts(HUMAN, "human", human, written=written)]
     for name, model in zip(names, opened, strict=True):
         learns = model.learns and model.model.config.num_suffix_blocks > 0
         for learn in (True, False) if learns and not options.no_control else (learns,):
@@ -121,13 +125,14 @@ def run(options: argparse.Namespace) -> int:
                         sampling=sampling,
                         seed=options.seed,
                         batch_size=options.batch_size,
+                        written=written,
                     )
                 )
     with console.status(f"{judge.name} judges"):
         found = verdicts(judge, tokenizer, writings, bins=bins, batch_size=options.batch_size)
     same = judge.tokenizer.fingerprint == tokenizer.fingerprint
     notes = decoding_notes(writings, tokenizer, judge)
-    quality = DecodingQuality(judge.name, same, len(human), T // 2, sampling, options.seed, found, notes)
+    quality = DecodingQuality(judge.name, same, len(human), T - written, sampling, options.seed, found, notes)
     if options.json:
         write_text(options.json, json.dumps(quality.as_json(), indent=2) + "\n")
     lead = f"{listed(options.models)} on {listed(options.data)}; temperature {sampling.temperature:g}, "

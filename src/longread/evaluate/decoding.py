@@ -1,9 +1,9 @@
-"""Decoding quality: how well another model predicts what a model writes after having read half a document.
+"""Decoding quality: how well another model predicts what a model writes after having read the beginning of a document.
 
 The measure of the paper's decoding figure: read the first half of a text, write as much again, and let a judge score
-both, by position. The human continuation of the same documents is the reference, and the same model decoding frozen
-the control. A low loss alone is no praise: text that repeats itself is easy to predict, so the share of repeated
-8-grams stands beside it.
+both, by position. Less may be written, so that more is read of what a judge can read at once. The human continuation
+of the same documents is the reference, and the same model decoding frozen the control. A low loss alone is no praise:
+text that repeats itself is easy to predict, so the share of repeated 8-grams stands beside it.
 
 A judge with the writer's tokenizer scores the very tokens that were written. Any other judge scores the text, encoded
 anew; each of its tokens counts where its first byte lies. Losses are given per judge token, which compares writers
@@ -40,13 +40,20 @@ REPEATED_LENGTH = 8
 
 @dataclass(frozen=True, slots=True)
 class WrittenTexts:
-    """Texts of T tokens each, [N, T]: the first half as humans wrote it, the second by `writer`."""
+    """Texts of T tokens each, [N, T]: the beginning as humans wrote it, the rest by `writer`."""
 
     writer: str
     reading: str
     tokens: np.ndarray
     seconds: float = 0.0
     diverged_at: list[int | None] = field(default_factory=list)
+    written: int | None = None
+    """Tokens of the rest; None: half."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        T = self.tokens.shape[1]
+        return T // 2 if self.written is None else T - self.written
 
     @property
     def label(self) -> str:
@@ -125,21 +132,25 @@ def write(
     sampling: Sampling,
     seed: int = 0,
     batch_size: int = 8,
+    written: int | None = None,
     on_documents: Callable[[int], None] | None = None,
 ) -> WrittenTexts:
-    """Continues the first half of each document [N, T] to T tokens. A BOS is never written: no document ends."""
-    half = human.shape[1] // 2
+    """Reads all but the last `written` tokens of each document [N, T] (None: half of it), and goes on to T tokens.
+
+    A BOS is never written: no document ends.
+    """
+    prompt = human.shape[1] // 2 if written is None else human.shape[1] - written
     forbidden = list(range(tokenizer.vocab_size, model.config.vocab_size))
     forbidden += tokenizer.beginning
     rows, diverged = [], []
     started = time.perf_counter()
     for first in range(0, len(human), batch_size):
-        batch = torch.from_numpy(human[first : first + batch_size, :half])
+        batch = torch.from_numpy(human[first : first + batch_size, :prompt])
         found = continue_texts(
             model,
             inner,
             batch,
-            replace(sampling, max_tokens=human.shape[1] - half),
+            replace(sampling, max_tokens=human.shape[1] - prompt),
             learn=learn,
             seeds=[derived_seed(seed, first + i) for i in range(len(batch))],
             forbidden=forbidden,
@@ -150,7 +161,7 @@ def write(
             on_documents(len(batch))
     static = not model.config.num_suffix_blocks
     reading = "static" if static else "learning" if learn else "frozen"
-    return WrittenTexts(name, reading, np.concatenate(rows), time.perf_counter() - started, diverged)
+    return WrittenTexts(name, reading, np.concatenate(rows), time.perf_counter() - started, diverged, written)
 
 
 def check_judge(judge: Judge, tokenizer: Tokenizer, human: np.ndarray, writers: Sequence[tuple[str, str]]) -> None:
@@ -189,13 +200,28 @@ def verdicts(
 
     Args:
         tokenizer: that of all writers.
-        bins: of equal width over prompt and continuation; an even number.
+        bins: of equal width over prompt and continuation; the border between these is one of theirs.
     """
-    if bins < 2 or bins % 2:
-        raise UserError(f"--bins is {bins}; give an even number, half of them for the prompt")
+    for writing in writings:
+        check_bins(bins, writing.prompt_tokens, writing.tokens.shape[1])
     tables = [_sums(judge, tokenizer, writing, bins, batch_size) for writing in writings]
     human = next((table for table, writing in zip(tables, writings, strict=True) if writing.reading == "human"), None)
     return [_verdict(w, table, human, bins) for w, table in zip(writings, tables, strict=True)]
+
+
+def check_bins(bins: int, prompt_tokens: int, context_length: int) -> None:
+    """Raises `UserError` if no border of equal bins lies between prompt and continuation."""
+    if bins < 2 or _prompt_bins(bins, prompt_tokens, context_length) is None:
+        fits = (n for n in range(2, context_length + 1) if _prompt_bins(n, prompt_tokens, context_length))
+        raise UserError(
+            f"--bins {bins} has no border behind the {prompt_tokens} of {context_length} tokens that are read; "
+            f"give a multiple of {next(fits, context_length)}"
+        )
+
+
+def _prompt_bins(bins: int, prompt_tokens: int, context_length: int) -> int | None:
+    """How many bins the prompt has; None where it ends inside one."""
+    return next((i for i in range(1, bins) if context_length * i // bins == prompt_tokens), None)
 
 
 def decoding_figures(quality: DecodingQuality) -> Figures:
@@ -214,7 +240,8 @@ def decoding_figures(quality: DecodingQuality) -> Figures:
     ]
     columns = ["nats per judge token", "bits per byte", "nats per byte above human", "repeated 8-grams"]
     P = quality.prompt_tokens
-    title = f"{quality.documents} continuations of {P:,} tokens after {P:,}, judged by {quality.judge}"
+    W = quality.verdicts[0].by_position[-1].end - P
+    title = f"{quality.documents} continuations of {W:,} tokens after {P:,}, judged by {quality.judge}"
     overview = Grid(title, "writer", columns, rows)
     labels = [v.label for v in quality.verdicts]
     bins: list[tuple[str, list[str]]] = []
@@ -247,8 +274,7 @@ def decoding_notes(writings: Sequence[WrittenTexts], tokenizer: Tokenizer, judge
             "the judge."
         )
         for writing in writings:
-            half = writing.tokens.shape[1] // 2
-            text = "".join(tokenizer.decode(row) for row in writing.tokens[:, half:].tolist())
+            text = "".join(tokenizer.decode(row) for row in writing.tokens[:, writing.prompt_tokens :].tolist())
             broken = text.count("\N{REPLACEMENT CHARACTER}")
             if broken > 0.01 * len(text):
                 notes.append(
@@ -317,21 +343,22 @@ def _alike(
 
 
 def _verdict(writing: WrittenTexts, table: np.ndarray, human: np.ndarray | None, bins: int) -> JudgeVerdict:
-    T, half = writing.tokens.shape[1], bins // 2
+    T = writing.tokens.shape[1]
+    first = _prompt_bins(bins, writing.prompt_tokens, T) or bins
     edges = [T * i // bins for i in range(bins + 1)]
     by_position = [BinScore(a, b, _score(table[:, i])) for i, (a, b) in enumerate(pairwise(edges))]
     above = None
     if human is not None and writing.reading != "human":
-        own, reference = (sums[:, half:].sum(1) for sums in (table, human))
+        own, reference = (sums[:, first:].sum(1) for sums in (table, human))
         per_byte = [sums[:, 0] / np.maximum(sums[:, 2], 1) for sums in (own, reference)]
         above = ratio(per_byte[0] - per_byte[1], np.ones(len(own)))
     return JudgeVerdict(
         writing.writer,
         writing.reading,
-        _score(table[:, :half].sum(1)),
-        _score(table[:, half:].sum(1)),
+        _score(table[:, :first].sum(1)),
+        _score(table[:, first:].sum(1)),
         above,
-        _repeated(writing.tokens[:, T // 2 :]),
+        _repeated(writing.tokens[:, writing.prompt_tokens :]),
         by_position,
         writing.seconds,
     )
