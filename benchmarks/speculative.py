@@ -54,7 +54,7 @@ class Found:
     ahead: list[float] = field(default_factory=list)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verifier", help="a model that does not learn: full attention, say")
     parser.add_argument("drafter", help="a model that learns while it reads")
@@ -68,7 +68,8 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--skip-tests", action="store_true", help="of the gate, only compare greedy texts")
     parser.add_argument("--out", type=Path, help="write the page and the figures into this folder")
-    options = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    options = parser.parse_args(arguments)
     try:
         return run(options)
     except UserError as error:
@@ -99,6 +100,8 @@ def run(options: argparse.Namespace) -> int:
         stem = options.out / f"speculative_{device}_{date.today()}"
         stem.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
         stem.with_suffix(".json").write_text(json.dumps(as_json(options, verdict, rows), indent=2) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(as_json(options, verdict, rows), indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -238,7 +241,7 @@ def render(options: argparse.Namespace, verdict: str, rows: list[dict[str, objec
 
 
 def as_json(options: argparse.Namespace, verdict: str, rows: list[dict[str, object]]) -> dict[str, object]:
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "skip_tests")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "json", "skip_tests")}
     settings |= {name: Path(settings[name]).name for name in ("verifier", "drafter", "data")}
     plain = [{k: vars_of(v) for k, v in entry.items()} for entry in rows]
     return {"settings": settings, "gate": verdict, "hardware": hardware(), "torch": torch.__version__, "rows": plain}
