@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.adapted import low_rank, pack, plan, rehearsal
+from experiments.adapted import answers, low_rank, pack, plan, rehearsal
 from experiments.plan import Job
 from experiments.run import Runner
 
-PARTS = (plan,)
+PARTS = (plan, answers)
 """Modules whose `jobs(plan)` add jobs."""
 
 
