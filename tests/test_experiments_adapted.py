@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from experiments.adapted import low_rank, pack, plan, rehearsal
-from experiments.adapted.__main__ import PARTS, main
+from experiments.adapted.__main__ import PARTS, in_turn, main
 from experiments.pages import adapted as page
+from experiments.plan import Job
 
 from longread import InnerConfig, ModelConfig, Transformer, end_to_end_loss
 from longread.cli import build_parser, main as longread
@@ -20,7 +21,7 @@ from longread.data import TokenDataset, prepare
 from longread.tokenizer import load_tokenizer, train_bpe
 
 
-def _jobs(tmp_path: Path, **options: object) -> list[plan.small.Job]:
+def _jobs(tmp_path: Path, **options: object) -> list[Job]:
     low_rank.register()
     made = plan.Plan(tmp_path / "data", tmp_path, **options)
     for part in PARTS:
@@ -42,6 +43,14 @@ def test_every_job_has_what_it_needs_and_leaves_a_file_of_its_own(tmp_path: Path
                 build_parser(command.arguments[0]).parse_args(command.arguments)
             assert command.makes not in made
             made.add(command.makes)
+
+
+def test_parts_take_turns_within_a_tier() -> None:
+    parts = [
+        [Job(f"{part}{i}", tier, ()) for i, tier in enumerate(tiers)]
+        for part, tiers in (("a", (0, 1, 1, 2)), ("b", (1, 0, 1)))
+    ]
+    assert [job.name for job in in_turn(parts)] == ["a0", "b1", "a1", "b0", "a2", "b2", "a3"]
 
 
 def test_the_base_of_the_dials_differs_from_each_in_that_dial_alone(tmp_path: Path) -> None:
@@ -169,6 +178,8 @@ def test_a_rehearsal_runs_the_jobs(pieces: Path, tmp_path: Path, monkeypatch: py
     _run: Callable[[list[str]], int] = main
     monkeypatch.setattr("sys.argv", ["", *map(str, options), "--seconds", "500", "--only", *only])
     assert _run() == 0
+    assert {path.name for path in (tmp_path / "work" / "runs").glob("*/*")} >= {"model", "metrics.jsonl", "run.json"}
+    assert not list((tmp_path / "work" / "runs").glob("*/checkpoints")), "they would fill a disk"
     with tarfile.open(tmp_path / "out" / "results.tar.xz") as tar:
         state = json.load(tar.extractfile("state.json"))  # type: ignore[arg-type]
         assert {name: job["status"] for name, job in state["jobs"].items()} == dict.fromkeys((*only, "reader"), "done")

@@ -10,7 +10,10 @@ Nothing is started that would not finish. OUT/results.tar.xz holds the same as t
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,6 +36,11 @@ class AdaptedRunner(Runner):
         if self.options.rehearse:
             rehearsal.tiny_llama(self.work / "data" / "tiny", self.work / "data" / "train")
 
+    def finished(self, job: Job, status: str, code: int, gpu: int, seconds: float) -> None:
+        super().finished(job, status, code, gpu, seconds)
+        if status == "done":  # moments are twice as large as a model, and nothing goes on with them
+            shutil.rmtree(self.work / "runs" / job.name / "checkpoints", ignore_errors=True)
+
     def all_jobs(self, scale: float) -> list[Job]:
         low_rank.register()
         data, rehearsed = self.work / "data", self.options.rehearse
@@ -44,9 +52,23 @@ class AdaptedRunner(Runner):
             rehearsal.SETS if rehearsed else (),
             rehearsed=rehearsed,
         )
+        parts = []
         for part in PARTS:
+            before = len(made.jobs)
             part.jobs(made)
-        return sorted(made.jobs, key=lambda job: job.tier)
+            parts.append(made.jobs[before:])
+        return in_turn(parts)
+
+
+def in_turn(parts: Sequence[Sequence[Job]]) -> list[Job]:
+    """By tier; within a tier the first of each part, then the second of each, so that none waits for all of another."""
+    found = []
+    for part in parts:
+        seen: Counter[int] = Counter()
+        for job in part:
+            found.append((job.tier, seen[job.tier], job))
+            seen[job.tier] += 1
+    return [job for _, _, job in sorted(found, key=lambda entry: entry[:2])]
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ What other modules find, once the job of that name is done (`needs`):
     plan.source                   the pretrained model itself
 
 Tiers: 0 models that others need, 1 what each question is first answered by, 2 the rest of it, 3 and 4 what may be left
-out. Within a tier the parts come in the order of `__main__.PARTS`.
+out. Within a tier the parts of `__main__.PARTS` take turns.
 Lengths are multiples of `plan.unit`, the window: 1024, but in a rehearsal 64. Jobs run side by side on the one GPU.
 """
 
@@ -281,11 +281,11 @@ def dials(plan: Plan) -> list[Dial]:
         Dial(DEEPER, 1, ("--suffix", "15"), sets=whole, slowness=1.5, gibibytes=56),
         Dial("mini-batch-512", 2, options=("--mini-batch", str(unit // 2)), slowness=0.9),
         Dial("low-rank-64", 2, sets=("inner.optimizer=low-rank-64",), slowness=1.1),
-        Dial("inner-lr-2", 2, sets=("inner.lr=2", "inner.warmup_from=0.2")),
+        Dial("inner-lr-2", 3, sets=("inner.lr=2", "inner.warmup_from=0.2")),
         Dial("window-2048", 2, options=("--window", str(2 * unit)), slowness=1.1),
         Dial("suffix-4", 2, ("--suffix", "4"), slowness=0.8, gibibytes=50),
-        Dial("suffix-30", 2, ("--suffix", "30"), sets=whole, slowness=2.5, gibibytes=84),
-        Dial("mini-batch-128", 2, options=("--mini-batch", str(unit // 8)), slowness=1.4),
+        Dial("suffix-30", 3, ("--suffix", "30"), sets=whole, slowness=2.5, gibibytes=84),
+        Dial("mini-batch-128", 3, options=("--mini-batch", str(unit // 8)), slowness=1.4),
         Dial("fast-hidden-384", 3, ("--fast-hidden", plan.hidden(384)), slowness=0.9),
         Dial("clip-none", 3, sets=("inner.clip=null",)),
         Dial("inner-lr-0.5", 3, sets=("inner.lr=0.5", "inner.warmup_from=0.05")),
