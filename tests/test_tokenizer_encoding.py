@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from longread.config import UserError
 from longread.tokenizer import StreamEncoder, Tokenizer
-from longread.tokenizer.cutting import Cut
+from longread.tokenizer.contract import Cut
 from tests.tokenizer_kinds import KINDS, hard_text, tokenizer_of
 
 UNCUT = {"nothing can be cut", "unigram without words"}

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from longread.tokenizer.bpe import train_bpe
 from longread.tokenizer.byte import ByteTokenizer
-from longread.tokenizer.contract import Tokenizer
+from longread.tokenizer.contract import StreamEncoder, Tokenizer
 from longread.tokenizer.decoding import StreamDecoder, decoded
 from longread.tokenizer.definition import FILE_NAME
-from longread.tokenizer.encoding import StreamEncoder
 from longread.tokenizer.hugging_face import BOS, HuggingFaceTokenizer
 from longread.tokenizer.loading import copy_tokenizer, load_tokenizer
 

@@ -21,9 +21,8 @@ from typing import Any
 
 import tokenizers
 
-from longread.tokenizer.cutting import Cut
+from longread.tokenizer.contract import Cut
 from longread.tokenizer.definition import BYTE, parts
-from longread.tokenizer.lengths import is_border
 
 WINDOW = 256
 """Characters looked at; four times as many, and so on, where they hold no border that stays."""
@@ -158,6 +157,14 @@ class Borders:
         if any(BYTE.fullmatch(left) or BYTE.fullmatch(right) for left, right in pairs):
             return None
         return {left[-1] + right[0] for left, right in pairs}
+
+
+def is_border(offsets: Sequence[tuple[int, int]], reached: Sequence[int], i: int) -> bool:
+    """Whether no character is shared by token `i` and those before it, and both sides cover some.
+
+    `reached`: how far the tokens up to each go.
+    """
+    return offsets[i][0] >= reached[i - 1] and offsets[i][1] > reached[i - 1] and offsets[i - 1][1] == reached[i - 1]
 
 
 def _from_the_end(encoding: tokenizers.Encoding) -> list[tuple[int, int]]:

@@ -7,8 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from longread.tokenizer.contract import Tokenizer, utf8
-from longread.tokenizer.cutting import Cut
+from longread.tokenizer.contract import Cut, Tokenizer, utf8
 from longread.tokenizer.definition import BYTES, FILE_NAME, write_json
 
 
