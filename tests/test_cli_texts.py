@@ -12,7 +12,7 @@ from longread.cli import main
 from longread.cli.documents import read_for_all
 from longread.cli.reading.pieces import Inputs, Pieces, TokenPiece
 from longread.data import TextFormat, TokenDataset
-from longread.data.text_files import BLOCK_BYTES
+from longread.data.locate import BLOCK_BYTES
 from longread.recipes import toy
 from longread.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 

@@ -24,11 +24,11 @@ from longread.config import UserError
 from longread.data import (
     PrepareProgress,
     TokenDataset,
+    locate,
     prepare,
     read_pieces,
     read_texts,
     sources as sources_module,
-    text_files,
 )
 from longread.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 
@@ -127,7 +127,7 @@ def test_gzip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [1, 2, 1 << 20])
 def test_a_byte_order_mark_is_no_text(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
+    monkeypatch.setattr(locate, "BLOCK_BYTES", block)
     mark = b"\xef\xbb\xbf"
     text = b"first\n" + mark + b"second"
     (tmp_path / "a.txt").write_bytes(mark + text)
@@ -256,7 +256,7 @@ def test_a_binary_tail_is_found_before_anything_of_the_file_is_written(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources_module, "HELD_CHARACTERS", 10)
-    monkeypatch.setattr(text_files, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(locate, "BLOCK_BYTES", 10)
     (corpus / "c.bin").write_bytes(b"text for a long while " * 10 + b"\0")
     dataset = prepare([corpus], tmp_path / "out", BYTES)
     assert f"{corpus}/c.bin" not in names_of(dataset)
@@ -473,7 +473,7 @@ def test_unreadable_files(corpus: Path, tmp_path: Path, monkeypatch: pytest.Monk
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return open(path, mode, buffering)
 
-    monkeypatch.setattr(text_files, "open", refuse, raising=False)
+    monkeypatch.setattr(locate, "open", refuse, raising=False)
     dataset = prepare([corpus], tmp_path / "out", BYTES)
     assert dataset.index["skipped"]["unreadable"] == 1
     with pytest.raises(UserError, match=r"first.txt is unreadable: Permission denied"):

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from longread.data import prepare, read_pieces, read_texts, text_files
+from longread.data import locate, prepare, read_pieces, read_texts
 from longread.tokenizer import train_bpe
 from tests.tokenizer_kinds import hard_text, tokenizer_of
 
@@ -24,7 +24,7 @@ def test_long_documents_are_read_in_pieces_that_change_nothing(tmp_path: Path, m
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}))
     tokenizer = train_bpe([text], 300)
     whole = prepare([tmp_path / "a.txt"], tmp_path / "whole", tokenizer).document(0)
-    monkeypatch.setattr(text_files, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(locate, "BLOCK_BYTES", 7)
     monkeypatch.setattr(prepare_module, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(documents_module, "PIECE_CHARACTERS", 100)
     for spec in ("a.txt", "b.jsonl", "*.txt"):

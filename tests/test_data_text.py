@@ -17,7 +17,7 @@ from hypothesis import given, strategies as st
 
 from longread.config import UserError
 from longread.data import NotText, TextFile, TextFormat, TokenDataset, Unreadable, decode_text, open_texts, prepare
-from longread.data.packed import unpacked
+from longread.data.text import unpacked
 from longread.tokenizer import ByteTokenizer
 
 TEXT = "Die Möwe ruft – 日本語 🦊.\nAnd on."

@@ -8,13 +8,13 @@ differ.
 from __future__ import annotations
 
 from longread.data.documents import read_pieces, read_texts
+from longread.data.locate import TextFile, Unreadable, open_texts
 from longread.data.prepare import PrepareProgress, TextEncoder, prepare
 from longread.data.recall import RecallSampler
 from longread.data.sampler import Batch, Sampler
 from longread.data.shards import Documents, TokenDataset
 from longread.data.staging import finish_replacement
 from longread.data.text import NotText, TextFormat, decode_text
-from longread.data.text_files import TextFile, Unreadable, open_texts
 
 __all__ = [
     "Batch",

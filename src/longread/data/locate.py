@@ -1,4 +1,5 @@
-"""From what the user names to the files that are meant: files, directories, globs, hub names, token arrays."""
+"""From what the user names to the files that are meant: files, directories, globs, hub names, token arrays; and how the
+text files among them are read."""
 
 from __future__ import annotations
 
@@ -6,18 +7,23 @@ import glob
 import json
 import os
 import re
+import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from longread.config import UserError
-from longread.data.kinds import refuse_address
+from longread.data.text import NotText, TextFormat, decode_text, unpacked
 
 Kind = Literal["text", "jsonl", "parquet", "hub", "array"]
 HUB_PREFIX = "hf:"
+BLOCK_BYTES = 1 << 16
+"""Of a text file that are read at a time."""
 _KIND_OF_SUFFIX: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_ADDRESS = re.compile(r"(https?|ftp)://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ def locate(specs: Iterable[str | Path], *, exclude: Sequence[str] = (), out: Pat
 def _behind(spec: str, exclude: Sequence[str], out: Path | None) -> list[Source]:
     if spec.startswith(HUB_PREFIX):
         return [Source(spec, "hub", named=True)]
-    refuse_address(spec)
+    if _ADDRESS.match(spec):
+        raise UserError(f"{spec} is an address, not a file; download it first, for example with curl -LO")
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         node = _zarr_node(path)
@@ -131,3 +138,96 @@ def _zarr_node(path: str) -> Literal["array", "group"] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return "array" if kind == "array" else "group"
+
+
+class Unreadable(UserError):
+    """A file that holds no text, or only up to a `byte`. `kind` is as in `NotText`."""
+
+    def __init__(self, name: str, error: NotText) -> None:
+        super().__init__(f"{name} {error.reason}; {error.remedy}")
+        self.byte, self.kind = error.byte, error.kind
+
+
+class TextFile:
+    """A text file, which can be iterated once or again, in pieces of text as `decode_text` gives them.
+
+    A file that begins as gzip does is unpacked. Iterating raises `UserError` if it cannot be read or is no text, after
+    what stands before that was given.
+
+    Args:
+        name: of the file; - is stdin, which can be iterated only once.
+    """
+
+    def __init__(self, name: str, text_format: TextFormat | None = None, *, named: bool = True) -> None:
+        self.name, self.text_format, self.named = name, text_format or TextFormat(), named
+        self.num_bytes_read = 0
+        """Bytes of the file that have been read, packed if it is."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the file; None if nobody knows."""
+        try:
+            status = os.fstat(sys.stdin.fileno()) if self.name == "-" else os.stat(self.name)
+        except (OSError, ValueError, AttributeError):
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    @property
+    def shown_name(self) -> str:
+        """The name for people."""
+        return "stdin" if self.name == "-" else self.name
+
+    def __iter__(self) -> Iterator[str]:
+        self.num_bytes_read = 0
+        blocks = unpacked(self._blocks(), packed=self.name.endswith(".gz"))
+        try:
+            yield from decode_text(blocks, self.text_format)
+        except NotText as error:
+            raise Unreadable(self.shown_name, error) from None
+
+    def _blocks(self) -> Iterator[bytes]:
+        try:
+            if self.name == "-":
+                yield from self._counted(_stdin())
+            else:
+                with open(self.name, "rb", buffering=0) as file:
+                    yield from self._counted(file)
+        except OSError as error:
+            reason = f"is unreadable: {error.strerror}"
+            raise NotText(
+                reason, "check its path and permissions", byte=self.num_bytes_read, kind="unreadable"
+            ) from None
+
+    def _counted(self, file: BinaryIO) -> Iterator[bytes]:
+        read = file.read1 if hasattr(file, "read1") else file.read
+        while block := read(BLOCK_BYTES):
+            self.num_bytes_read += len(block)
+            yield block
+
+
+def _stdin() -> BinaryIO:
+    if sys.stdin is None or sys.stdin.closed:
+        raise UserError("stdin is closed; give a file, or a text on stdin")
+    return sys.stdin.buffer
+
+
+def open_texts(
+    names: Sequence[str], text_format: TextFormat | None = None, *, exclude: Sequence[str] = ()
+) -> list[TextFile]:
+    """The text files behind `names`, in order: files, those in directories (hidden ones left out), globs, and - once.
+
+    `named` tells files that were named from those that were found. Raises `UserError` for what does not exist or cannot
+    be a text file, before anything is read.
+    """
+    files: list[TextFile] = []
+    for name in names:
+        if name == "-":
+            if any(file.name == "-" for file in files):
+                raise UserError("- is given twice, and stdin can be read only once; give it once")
+            files.append(TextFile(name, text_format))
+            continue
+        for source in locate([name], exclude=exclude):
+            if source.kind in ("hub", "array"):
+                raise UserError(f"{source.name} is no text file; give it to longread prepare")
+            files.append(TextFile(source.name, text_format, named=source.named))
+    return files

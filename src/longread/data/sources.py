@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longread.config import UserError
-from longread.data.locate import HUB_PREFIX, Source
+from longread.data.locate import HUB_PREFIX, Source, TextFile, Unreadable
 from longread.data.text import NotText, TextFormat
-from longread.data.text_files import TextFile, Unreadable
 from longread.extras import install_command
 
 ARRAY_BLOCK = 1 << 20

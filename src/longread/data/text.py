@@ -1,18 +1,19 @@
-"""Bytes to text, in one way for whatever the library reads as a text: encodings, line ends, and what is no text."""
+"""Bytes to text, in one way for whatever the library reads as a text: gzip, encodings, line ends, and what is no text,
+told by how it begins."""
 
 from __future__ import annotations
 
 import codecs
 import io
 import itertools
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from longread.config import UserError
-from longread.data.kinds import SHOWN_BYTES, kind_of
 
-BLOCK_BYTES = 1 << 16
 Errors = Literal["strict", "replace"]
 _MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -22,6 +23,46 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 _MARK = "\ufeff"
+SHOWN_BYTES = 64
+"""So many first bytes tell the kind."""
+_GZIP, _GZIP_BITS = b"\x1f\x8b", 31
+_MOST_UNPACKED = 1 << 20  # bytes at a time
+
+
+class FileKind(NamedTuple):
+    """A kind of file, and how a text is made of it."""
+
+    name: str
+    remedy: str
+
+
+_UNPACK = "unpack it first"
+_NO_TEXT = "give a text file"
+_EXPORT = "save it as plain text first"
+_KINDS = {
+    b"%PDF-": FileKind("a PDF file", "take the text out first, for example with pdftotext"),
+    b"PK\x03\x04": FileKind("a ZIP archive (or an office document, which is one)", "take the text out first"),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": FileKind("an office document", _EXPORT),
+    b"BZh": FileKind("compressed by bzip2", "give what bunzip2 makes of it"),
+    b"\xfd7zXZ\0": FileKind("compressed by xz", "give what unxz makes of it"),
+    b"\x28\xb5\x2f\xfd": FileKind("compressed by zstd", "give what unzstd makes of it"),
+    b"7z\xbc\xaf\x27\x1c": FileKind("a 7z archive", _UNPACK),
+    b"Rar!\x1a\x07": FileKind("a RAR archive", _UNPACK),
+    b"PAR1": FileKind("a Parquet file", "give it to longread prepare under a name that ends in .parquet"),
+    b"SQLite format 3\0": FileKind("an SQLite database", "export the texts first"),
+    b"\x89PNG\r\n\x1a\n": FileKind("a PNG picture", _NO_TEXT),
+    b"\xff\xd8\xff": FileKind("a JPEG picture", _NO_TEXT),
+    b"GIF8": FileKind("a GIF picture", _NO_TEXT),
+    b"\x7fELF": FileKind("a program", _NO_TEXT),
+    b"ID3": FileKind("an MP3 recording", _NO_TEXT),
+    b"OggS": FileKind("an Ogg recording", _NO_TEXT),
+}
+_IN_ZIP = ((b"word/", "a Word document"), (b"epub+zip", "an EPUB book"), (b"opendocument.text", "an OpenDocument text"))
+_RTF = FileKind("an RTF document", _EXPORT)
+_HTML = FileKind(
+    "an HTML page, and would be read with its tags", "take the text out first (lynx -dump) or give --markup"
+)
+_IS_HTML = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html)[\s>]", re.IGNORECASE | re.DOTALL)
 
 
 class NotText(ValueError):
@@ -154,3 +195,55 @@ def _invalid(byte: int, encoding: str) -> NotText:
 
 def _zero(byte: int) -> NotText:
     return NotText(f"is no text: its byte {byte:,} is zero", "give a text file", byte=byte)
+
+
+def kind_of(start: bytes, markup: bool) -> FileKind | None:
+    """The kind of a file that begins with `start`; None if it may be a text. `markup`: HTML and RTF are texts too."""
+    for magic, kind in _KINDS.items():
+        if start.startswith(magic):
+            name = next((name for sign, name in _IN_ZIP if kind.name.startswith("a ZIP") and sign in start), kind.name)
+            return kind._replace(name=name)
+    if markup:
+        return None
+    start = start.removeprefix(b"\xef\xbb\xbf")
+    if start.startswith(b"{\\rtf"):
+        return _RTF
+    return _HTML if _IS_HTML.match(start) else None
+
+
+def unpacked(blocks: Iterable[bytes], *, packed: bool = False) -> Iterator[bytes]:
+    """The blocks, without the gzip around them if they begin as gzip does; `packed`: they must.
+
+    Raises `NotText` after what could be unpacked.
+    """
+    rest, start = iter(blocks), b""
+    while len(start) < len(_GZIP) and (block := next(rest, None)) is not None:
+        start += block
+    if not start.startswith(_GZIP):
+        if packed and start:
+            raise _damaged()
+        yield from itertools.chain([start] if start else [], rest)
+        return
+    unpacker, size = zlib.decompressobj(_GZIP_BITS), 0
+    for block in itertools.chain([start], rest):
+        while block:
+            if unpacker.eof:  # a file may hold several, with zeros behind them
+                if not (block := block.lstrip(b"\0")):
+                    break
+                unpacker = zlib.decompressobj(_GZIP_BITS)
+            try:
+                data = unpacker.decompress(block, _MOST_UNPACKED)
+            except zlib.error:
+                raise _damaged(size) from None
+            size += len(data)
+            block = unpacker.unconsumed_tail or unpacker.unused_data
+            if data:
+                yield data
+    if data := unpacker.flush():
+        yield data
+    if not unpacker.eof:
+        raise _damaged(size + len(data))
+
+
+def _damaged(byte: int = 0) -> NotText:
+    return NotText("is damaged: it is not whole gzip data", "pack it again", byte=byte, kind="damaged")
