@@ -93,7 +93,8 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
     """
     place, path = find_device(device), find_model(path_or_name)
     loaded = load_model(path, device=place, dtype=torch.bfloat16 if place.type == "cuda" else None)
-    precompile_reading(loaded.model, loaded.inner, learn=loaded.learns)
+    if place.type == "cuda":
+        precompile_reading(loaded.model, loaded.inner, learn=loaded.learns)
     tokenizer = tokenizer_of(loaded, path)
     if place.type == "cpu" and loaded.model.dtype.itemsize < 4:
         loaded.model.float()

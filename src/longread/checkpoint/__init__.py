@@ -24,7 +24,6 @@ from longread.checkpoint.official import (
     model_config_from_official,
     to_official,
 )
-from longread.checkpoint.official_orbax import ITEM as ORBAX_ITEM, OrbaxModel
 from longread.checkpoint.orbax import find_orbax_item
 from longread.checkpoint.saving import CheckpointWriter
 from longread.checkpoint.streamed import ParameterSpec, save_streamed, stream_safetensors
@@ -42,12 +41,10 @@ from longread.model import fingerprint_of
 
 __all__ = [
     "CHECKPOINTS",
-    "ORBAX_ITEM",
     "Checkpoint",
     "CheckpointWriter",
     "LoadedModel",
     "ModelDescription",
-    "OrbaxModel",
     "ParameterSpec",
     "describe_model",
     "export_official",

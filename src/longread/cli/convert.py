@@ -121,11 +121,12 @@ def _find_orbax(options: argparse.Namespace) -> Path | None:
 
     Raises `UserError` for options that belong to another kind of source.
     """
-    from longread.checkpoint import ORBAX_ITEM, find_orbax_item
+    from longread.checkpoint import find_orbax_item
+    from longread.checkpoint.official_orbax import ITEM
 
     if options.source.startswith("gs://"):
         raise UserError(f"{options.source} is not on this machine; copy it, for example with gcloud storage cp -r")
-    item = find_orbax_item(options.source, ORBAX_ITEM)
+    item = find_orbax_item(options.source, ITEM)
     if item is None and options.size:
         raise UserError(
             f"--size {options.size} is about an Orbax checkpoint of the official code, and {options.source} is none; "
@@ -139,7 +140,8 @@ def _find_orbax(options: argparse.Namespace) -> Path | None:
 
 def _from_orbax(item: Path, destination: Path, options: argparse.Namespace) -> str:
     """Writes the model into `destination`, which exists, and says what it is."""
-    from longread.checkpoint import OrbaxModel, save_streamed
+    from longread.checkpoint import save_streamed
+    from longread.checkpoint.official_orbax import OrbaxModel
     from longread.config import InnerConfig
     from longread.tokenizer import copy_tokenizer, load_tokenizer
 

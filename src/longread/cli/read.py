@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     progress = ReadingProgress(inputs, quiet=options.quiet)
     with StopSignals(lambda first: _answer(saving, first)) as stops:
         course = Course(opened, readers, saving, stops, progress)
-        ended = course.read(inputs, begun, live=inputs.piped)
+        ended = course.read_texts(inputs, begun, live=inputs.piped)
         if isinstance(ended, OtherText):
             raise UserError(f"{file} has read another text: {ended}; give the text that it was reading")
         if (ended is not None and (course.pieces_read or begun)) or saving.refused:

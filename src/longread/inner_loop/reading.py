@@ -378,7 +378,7 @@ class _Reader:
             run = None
         targets = torch.cat((state.targets, target), dim=1)
         counted = torch.cat((state.targets_mask, mask), dim=1)
-        self._step(state.hidden, before, targets, counted, start=state.start - M, run=run)
+        self._take_step(state.hidden, before, targets, counted, start=state.start - M, run=run)
 
     def _whole(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
         """A mini-batch that came with all its targets: scored and learned from in one pass."""
@@ -386,12 +386,12 @@ class _Reader:
         self.pauses.before_passes(STEP, hidden.shape[1])
         before = state.upper_pasts
         self._move(**state.moved(hidden.shape[1]))  # a token follows, and with it the output
-        step = self._step(hidden, before, targets, mask, start=state.start)
+        step = self._take_step(hidden, before, targets, mask, start=state.start)
         self.nll.append(step.nll)
         self.outputs += [step.output] if self.keep_outputs else []
         self._look(step.output)
 
-    def _step(
+    def _take_step(
         self,
         hidden: Tensor,
         before: tuple[Past, ...],

@@ -28,7 +28,7 @@ class Course:
         self._stops, self._progress = stops, progress
         self.pieces_read = 0
 
-    def read(
+    def read_texts(
         self, texts: Iterable[Iterable[str]], begun: TextPrefix | None, *, live: bool
     ) -> KeyboardInterrupt | Exception | None:
         """Reads to the end of the texts, and saves; gives what came before the end, if anything.
@@ -49,7 +49,7 @@ class Course:
         ended: KeyboardInterrupt | Exception | None = None
         try:
             for piece in _until_stopped(pieces, live=live):
-                self._read(piece, pieces.share_taken)
+                self._read_piece(piece, pieces.share_taken)
             self._readers.finish()
         except (KeyboardInterrupt, Exception) as error:
             ended = error
@@ -58,7 +58,7 @@ class Course:
         self._progress.clear()
         return ended
 
-    def _read(self, piece: TokenPiece, share: float) -> None:
+    def _read_piece(self, piece: TokenPiece, share: float) -> None:
         if self._opened.model.device.type == "cpu":
             with self._stops.open():
                 found = self._readers.look(piece)

@@ -47,7 +47,7 @@ class MeasuredSession:
             config.num_fast_weights,
         )
 
-    def look(self, ids: list[int]) -> _ReadPiece:
+    def read_fork(self, ids: list[int]) -> _ReadPiece:
         """Reads tokens on a fork: nothing here changes."""
         started, fork = time.perf_counter(), self.session.fork()
         nll = fork.read(ids).double().cpu().numpy()
@@ -55,7 +55,7 @@ class MeasuredSession:
         return _ReadPiece(fork, nll, norms, time.perf_counter() - started)
 
     def keep(self, found: _ReadPiece, piece: TokenPiece) -> None:
-        """Makes what `look` gave its own."""
+        """Makes what `read_fork` gave its own."""
         measurement, start = self.measurement, self.session.position
         M = self.session.model.config.mini_batch_size
         scored = np.ones(len(piece.ids), dtype=bool)
@@ -98,7 +98,7 @@ class Readers:
 
     def look(self, piece: TokenPiece) -> list[_ReadPiece]:
         """All readers read a piece, and nothing changes: whatever goes wrong, nothing is half-read."""
-        return [reader.look(piece.ids) for reader in self._all]
+        return [reader.read_fork(piece.ids) for reader in self._all]
 
     def keep(self, found: list[_ReadPiece], piece: TokenPiece) -> None:
         """Counts what `look` gave."""

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from longread.cli.reading.pieces import Inputs
 from longread.config import UserError
-from longread.engine import largest_session
 from longread.files import remove_temporaries
 from longread.loading import OpenModel
 from longread.model import Transformer
@@ -28,6 +27,8 @@ _OVERHEAD = 2**20
 
 def check_room(path: str, model: Transformer) -> None:
     """Raises `UserError` if the disk has no room for a session beside the one that it replaces."""
+    from longread.engine import largest_session
+
     place = Path(os.path.realpath(path)).parent
     while not place.exists():
         place = place.parent
