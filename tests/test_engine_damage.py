@@ -240,6 +240,20 @@ def test_names_of_tables_that_are_no_text_cost_at_most_their_session(kept: Path,
     check_damaged(kept, tmp_path, "session.db", spoil)
 
 
+@pytest.mark.parametrize("spoilt", [b"PRHMARY KEY", b"PRIMQRY KEY", b"PRIMARY0KEY"])
+@pytest.mark.parametrize("table", [b"session", b"event"])
+def test_numbers_of_rows_that_are_none_cost_at_most_their_session(
+    kept: Path, tmp_path: Path, table: bytes, spoilt: bytes
+) -> None:
+    """A column holds the number of its row by the words PRIMARY KEY alone, and nothing without them."""
+
+    def spoil(content: bytearray) -> None:
+        at = content.index(b"PRIMARY KEY", content.index(b"CREATE TABLE " + table))
+        content[at : at + len(spoilt)] = spoilt
+
+    check_damaged(kept, tmp_path, "session.db", spoil)
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["session.db", "session.db-wal"]), st.integers(0, 2**20), st.binary(min_size=1, max_size=600))
 def test_what_is_written_over_costs_at_most_its_session(

@@ -254,7 +254,8 @@ def _read(connection: sqlite3.Connection, found: Contents) -> int:
         found.damage = f"the database is damaged: {checked}"
     after = -1
     for row in connection.execute("SELECT after, body, crc FROM session"):
-        found.session, after = _body(row), row[0]
+        found.session = _body(row)
+        after = row[0] if isinstance(row[0], int) else after  # nothing where the names of types are damaged
     if found.session is None:
         found.damage = found.damage or "the row of the session is damaged"
     number = after
