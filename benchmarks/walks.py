@@ -202,9 +202,10 @@ def walk_completion() -> dict[str, Any]:
     main(["serve", "--port", str(port), "--model", "longread-small", "--device", "cpu"])
     walks = found[1:]
     _check(len(walks) == REPEATS, "the server did not answer")
-    outside = [len({call.file for call in calls if not call.file.startswith(MODEL_UNITS)}) for calls in walks]
+    outside = [passed([call for call in calls if not call.file.startswith(MODEL_UNITS)]) for calls in walks]
     return {
-        "files outside": round(statistics.median(outside)),
+        "files outside": round(statistics.median(found["files"] for found in outside)),
+        "functions outside": round(statistics.median(found["functions"] for found in outside)),
         "files": round(statistics.median(passed(calls)["files"] for calls in walks)),
         "threads": round(statistics.median(len({call.thread for call in calls}) for calls in walks)),
         "switches": round(statistics.median(map(switches, walks))),
@@ -222,7 +223,7 @@ def walk_create() -> dict[str, Any]:
     sys.setswitchinterval(10)
     model = Transformer(toy().model)
     initialize(model, seed=0)
-    segments, files = [], []
+    segments, found = [], []
     with tempfile.TemporaryDirectory() as folder, Engine(model, InnerConfig(), directory=Path(folder)) as engine:
         engine.create()
         for _ in range(REPEATS):
@@ -230,8 +231,9 @@ def walk_create() -> dict[str, Any]:
             with recorder.recording():
                 engine.create()
             segments.append(switches(recorder.calls) + 1)
-            files.append(passed(recorder.calls)["files"])
-    return {"segments": round(statistics.median(segments)), "files": round(statistics.median(files))}
+            found.append(passed(recorder.calls))
+    middle = {name: round(statistics.median(one[name] for one in found)) for name in ("files", "functions")}
+    return {"segments": round(statistics.median(segments)), **middle}
 
 
 WALKS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -285,11 +287,13 @@ def page(columns: list[dict[str, Any]]) -> str:
         ("functions", lambda c: c["session"]["functions"], ""),
         ("names twice in the stack", lambda c: ", ".join(c["session"]["twice"]) or "none", "none"),
         ("`/v1/completions`, one token: files outside the model", lambda c: c["completion"]["files outside"], "≤ 12"),
+        ("functions outside the model", lambda c: c["completion"]["functions outside"], ""),
         ("files in all", lambda c: c["completion"]["files"], ""),
         ("threads", lambda c: c["completion"]["threads"], ""),
         ("switches", lambda c: c["completion"]["switches"], ""),
         ("`Engine.create`: thread segments", lambda c: c["create"]["segments"], "≤ 4"),
         ("files", lambda c: c["create"]["files"], ""),
+        ("functions", lambda c: c["create"]["functions"], ""),
         ("import cycles of files", lambda c: c["cycles"], "0"),
         ("class names that stand twice", lambda c: c["doubled"], "0"),
     ]
