@@ -35,11 +35,11 @@ def crash(engine: Engine) -> None:
     engine._scheduler.command(engine._jobs.readers.clear).result()
     engine._scheduler.stop()
     engine._scheduler.join()
-    for threads in (engine._jobs.mover, engine._keeping._makers, engine._keeping._writer):
+    for threads in (engine._jobs.mover, engine._persistence._makers, engine._persistence._writer):
         threads.shutdown(cancel_futures=True)
-    if engine.directory is not None and engine._keeping.store is not None:
+    if engine.directory is not None and engine._persistence.store is not None:
         files = {path: path.read_bytes() for path in engine.directory.glob("sessions/*/session.db*")}
-        engine._keeping.store.release()  # as the end of a process does
+        engine._persistence.store.release()  # as the end of a process does
         for path, content in files.items():  # which tidies up nothing
             path.write_bytes(content)
 

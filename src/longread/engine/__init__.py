@@ -6,7 +6,7 @@ records.py      what is known of sessions and of the work for them, and the lock
 scheduler.py    the thread that computes: who comes next, and what is computed at a time
 pieces.py       a piece of text, read by a group of sessions
 jobs.py         a piece of work from its acceptance to its end; shares of owners, times of clients
-members.py      who is there, who may come, and who is just coming
+registry.py     which sessions there are, which are just being made, and whether there is room for more
 lanes.py        sessions that write, a token of all of them at a time, or one by one where a batch must change no bit
 memory.py       who is on the device, in the host's memory or on the disk, and how many fit
 copies.py       states on their way between a GPU and the host's memory

@@ -20,9 +20,9 @@ from longread.engine.curve import Curve
 from longread.engine.interface import Limits, Lost, Quota, SessionInfo, TimeCounts
 from longread.engine.jobs import Jobs, closing
 from longread.engine.lanes import HOST
-from longread.engine.members import Members, unknown
 from longread.engine.persistence import Persistence, recovered
 from longread.engine.records import Job, Reader, Task, digest_of
+from longread.engine.registry import Registry, unknown
 from longread.engine.scheduler import Scheduler
 from longread.engine.snapshots import copy_in, copy_out, is_remote
 from longread.engine.store import Store
@@ -71,23 +71,23 @@ class Engine:
                 undo.callback(store.release)
             jobs = self._jobs = Jobs(model, inner, limits)
             self._lock = jobs.lock
-            self._keeping = Persistence(model, inner, store, jobs.lanes, jobs.mover, jobs.lock.run)
-            self._members = Members(jobs, self._keeping, limits)
-            self._keeping.lose = self._members.lose
-            jobs.files = self._keeping
+            self._persistence = Persistence(model, inner, store, jobs.lanes, jobs.mover, jobs.lock.run)
+            self._registry = Registry(jobs, self._persistence, limits)
+            self._persistence.lose = self._registry.lose
+            jobs.persistence = self._persistence
             self._scheduler = Scheduler(jobs)
             self._started = time.time()
             for found in store.recover() if store is not None else ():
                 reader = recovered(found, model.config.window_size)
                 jobs.readers[reader.id] = reader
-                self._keeping.adopt(reader, found.saved, found.events)
+                self._persistence.adopt(reader, found.saved, found.events)
             self._scheduler.start()
             undo.pop_all()
 
     @property
     def lost(self) -> list[Lost]:
         """What could not be restored: whole sessions, and ends of sessions whose events are damaged."""
-        return [] if self._keeping.store is None else list(self._keeping.store.lost)
+        return [] if self._persistence.store is None else list(self._persistence.store.lost)
 
     @property
     def restoring(self) -> int:
@@ -104,10 +104,10 @@ class Engine:
 
         Raises `Busy` when there is no room for one more, and `OverQuota` when the owner may have no more.
         """
-        with self._members.joining(owner, label, learn, quota) as reader:
-            if self._keeping.store is not None:
+        with self._registry.joining(owner, label, learn, quota) as reader:
+            if self._persistence.store is not None:
                 with self._lock:
-                    created = self._keeping.create(reader)
+                    created = self._persistence.create(reader)
                 created.result()
                 reader.durable = True
         return reader.info()
@@ -119,24 +119,24 @@ class Engine:
         reads, `drift` is some steps old; while it writes, as it was when that began.
         """
         with self._lock:
-            return self._members.find(session_id, owner).info()
+            return self._registry.find(session_id, owner).info()
 
     def losses(self, session_id: str, owner: str | None = None) -> Curve:
         """Mean losses of what a session has read, by position. They are kept with it and its forks, not in its file."""
         with self._lock:
-            return self._members.find(session_id, owner).losses.copy()
+            return self._registry.find(session_id, owner).losses.copy()
 
     def sessions(self, owner: str | None = None) -> list[SessionInfo]:
         """All sessions, or all of one owner, oldest first."""
         with self._lock:
-            infos = [reader.info() for reader in self._members.present if owner in (None, reader.owner)]
+            infos = [reader.info() for reader in self._registry.present if owner in (None, reader.owner)]
         return sorted(infos, key=lambda info: info.created)
 
     def update(self, session_id: str, *, learn: bool | None = None, label: str | None = None) -> SessionInfo:
         """Changes whether it learns, from the next token on, or what it is called."""
 
         def change() -> tuple[SessionInfo, Future[None] | None, Callable[[], None]]:
-            reader = self._members.find(session_id)
+            reader = self._registry.find(session_id)
             old_learn, old_label = reader.learn, reader.label
             self._set(reader, learn, label)
 
@@ -144,7 +144,7 @@ class Engine:
                 was_learning = old_learn if reader.learn == learn else None
                 self._set(reader, was_learning, old_label if reader.label == label else None)
 
-            return reader.info(), self._keeping.describe(reader) if reader.durable else None, undo
+            return reader.info(), self._persistence.describe(reader) if reader.durable else None, undo
 
         info, described, undo = self._between_pieces(session_id, change, at_once=learn is None)
         try:
@@ -159,7 +159,7 @@ class Engine:
         if learn is not None and learn != reader.learn:
             if reader.lane is not None and reader.job is not None:
                 self._jobs.lanes.leave(reader.job)
-            self._keeping.flush(reader)
+            self._persistence.flush(reader)
             reader.learn = learn
         if label is not None:
             reader.label = label
@@ -170,14 +170,14 @@ class Engine:
         Raises `Busy` when there is no room for one more, and `OverQuota` when the owner may have no more.
         """
         with self._lock:
-            origin = self._members.when_restored(session_id)
-        with self._members.joining(origin.owner, label, origin.learn, quota) as fork:
+            origin = self._registry.when_restored(session_id)
+        with self._registry.joining(origin.owner, label, origin.learn, quota) as fork:
 
             def divide() -> Future[Any] | None:
-                self._members.find(session_id)
+                self._registry.find(session_id)
                 fork.learn = origin.learn
-                self._members.twin(origin, fork)
-                return self._keeping.fork(origin, fork) if origin.durable else None
+                self._registry.twin(origin, fork)
+                return self._persistence.fork(origin, fork) if origin.durable else None
 
             linked = self._between_tokens(origin, divide)
             if linked is not None:
@@ -188,7 +188,7 @@ class Engine:
     def save(self, session_id: str) -> Path:
         """Makes a snapshot of the session now, and returns its file, which a later snapshot replaces."""
         with self._lock:
-            store = self._keeping.required
+            store = self._persistence.required
         reader = self._saved(session_id)
         return store.snapshot_path(reader.id)
 
@@ -200,7 +200,7 @@ class Engine:
         """
         path = (self.directory or Path()) / "exports" / f"{session_id}.safetensors"
         reader = self._saved(session_id)
-        self._keeping.export(reader, path).result()
+        self._persistence.export(reader, path).result()
         if to is not None:
             copy_out(path, to)
         return path
@@ -208,10 +208,10 @@ class Engine:
     def _saved(self, session_id: str) -> Reader:
         """The session, once there is a snapshot of it as it is now."""
         with self._lock:
-            reader, store = self._members.when_restored(session_id), self._keeping.required
+            reader, store = self._registry.when_restored(session_id), self._persistence.required
         saved: Future[object] = Future()
         always = not store.has_snapshot(session_id)
-        self._between_tokens(reader, lambda: self._keeping.keep(reader, saved.set_result, always=always))
+        self._between_tokens(reader, lambda: self._persistence.keep(reader, saved.set_result, always=always))
         outcome = saved.result()
         if outcome is not True:
             raise outcome if isinstance(outcome, UserError) else UserError(f"session {session_id} could not be saved")
@@ -230,9 +230,9 @@ class Engine:
                 copied = Path(folder) / "session.safetensors"
                 copy_in(str(path), copied)
                 return self.restore(copied, owner, label, quota=quota)
-        with self._members.joining(owner, label, True, quota) as reader:
-            if self._keeping.store is not None:
-                session = self._keeping.take_in(Path(path), reader).result()
+        with self._registry.joining(owner, label, True, quota) as reader:
+            if self._persistence.store is not None:
+                session = self._persistence.take_in(Path(path), reader).result()
             else:
                 session = Session.restore(path, self.model, fingerprint=self.fingerprint, device=HOST)
             reader.rest(session.state)
@@ -242,13 +242,13 @@ class Engine:
             reader.steps, reader.rolled_back = session.steps, session.rolled_back
             reader.drift, reader.drift_steps = session.drift(), session.steps
             reader.losses = Curve.beginning(session.position)
-            reader.durable = self._keeping.store is not None
+            reader.durable = self._persistence.store is not None
         return reader.info()
 
     def delete(self, session_id: str) -> None:
         """Stops what is under way, forgets the session and removes its files; when it returns, they are gone."""
         with self._lock:
-            reader = self._members.find(session_id)
+            reader = self._registry.find(session_id)
             reader.deleted = True
             for job in list(reader.jobs)[1:]:
                 reader.jobs.remove(job)
@@ -258,7 +258,7 @@ class Engine:
             if not reader.jobs:
                 self._jobs.readers.pop(session_id, None)
             durable, reader.durable = reader.durable, False
-            removed = self._keeping.remove(reader) if durable else None
+            removed = self._persistence.remove(reader) if durable else None
             self._lock.notify()
         if removed is not None:
             removed.result()
@@ -350,7 +350,7 @@ class Engine:
         task = Task()
         with self._lock:
             self._jobs.check_waiting()
-            self._jobs.submit(make(task, self._members.find(session_id)))
+            self._jobs.submit(make(task, self._registry.find(session_id)))
         return task
 
     def _passing(
@@ -362,14 +362,14 @@ class Engine:
             if session_id is None:
                 self._pass(make(task, self._jobs.bare(owner, "", learn is not False)))
                 return task
-            origin = self._members.find(session_id)
+            origin = self._registry.find(session_id)
 
         def start() -> None:
             learns = origin.learn if learn is None else learn
-            self._pass(make(task, self._members.twin(origin, self._jobs.bare(origin.owner, "", learns))))
+            self._pass(make(task, self._registry.twin(origin, self._jobs.bare(origin.owner, "", learns))))
 
         def begin() -> None:
-            self._members.find(session_id)
+            self._registry.find(session_id)
             if (origin.state is not None or origin.lane is not None) and not origin.restoring:
                 start()
                 return
@@ -392,8 +392,8 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Numbers for monitoring: counts since the start, and how much there is now."""
         with self._lock:
-            jobs, store = self._jobs, self._keeping.store
-            readers = self._members.present
+            jobs, store = self._jobs, self._persistence.store
+            readers = self._registry.present
             used = jobs.tiers.usage(jobs.readers.values())
             return {
                 **jobs.counts,
@@ -440,9 +440,9 @@ class Engine:
         self._scheduler.join(None if until is None else max(0.0, until - time.monotonic()))
         if self._scheduler.is_alive():
             raise TimeoutError(late)
-        self._keeping.close()
-        if self._keeping.store is not None:
-            self._keeping.store.release()
+        self._persistence.close()
+        if self._persistence.store is not None:
+            self._persistence.store.release()
 
     def _stop(self) -> None:
         """Ends what can be ended, and lets everything be saved."""
@@ -456,7 +456,7 @@ class Engine:
                     reader.jobs.remove(job)
                     job.task._finish(closing())
                 job.task.cancel()
-            keep = functools.partial(self._keeping.keep, reader, lambda kept: None)
+            keep = functools.partial(self._persistence.keep, reader, lambda kept: None)
             if reader.jobs:
                 reader.afterwards.append(keep)
             else:
@@ -481,7 +481,7 @@ class Engine:
     def _between_pieces(self, session_id: str, work: Callable[[], T], *, at_once: bool) -> T:
         """What `work` gives, with the lock held; between two pieces or tokens, if there are any and not `at_once`."""
         with self._lock:
-            reader = self._members.find(session_id)
+            reader = self._registry.find(session_id)
             if at_once or not reader.jobs:
                 return work()
             done = self._scheduler.command(work, reader)

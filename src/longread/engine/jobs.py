@@ -27,7 +27,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Jobs:
-    """All sessions and what they have to do; `files` is where it is made durable."""
+    """All sessions and what they have to do; `persistence` makes it durable."""
 
     def __init__(self, model: Transformer, inner: InnerConfig, limits: Limits) -> None:
         self.model, self.inner, self.limits = model, inner, limits
@@ -45,7 +45,7 @@ class Jobs:
         """Those whose text is being read and stands still for others: nothing else may happen to their sessions."""
         self.closed = False
         """Whether nobody may come in any more."""
-        self.files: Persistence
+        self.persistence: Persistence
         self._tickets = 0
 
     @property
@@ -114,7 +114,7 @@ class Jobs:
                 event["wrote"] = True
             if job.digest is not None:
                 event |= {"digest": job.digest, "key": job.key}
-            self.files.log(reader, [event], lambda error: self._logged(job, error))
+            self.persistence.log(reader, [event], lambda error: self._logged(job, error))
         else:
             self._logged(job, None)
 
@@ -130,7 +130,7 @@ class Jobs:
         reader = job.reader
         if reader.lane is not None:
             return True
-        return self.tiers.bring(reader, self.readers.values(), self.files) and reader.state is not None
+        return self.tiers.bring(reader, self.readers.values(), self.persistence) and reader.state is not None
 
     def computing(self, job: Job, *, wrote: bool = False) -> None:
         """Notes the time of a job that is computed for, and of the token that it has written."""
@@ -193,8 +193,8 @@ class Jobs:
             work()
         if reader.deleted and not reader.jobs:
             self.readers.pop(reader.id, None)
-        elif self.files.wants_snapshot(reader):
-            self.files.keep(reader, lambda kept: None)
+        elif self.persistence.wants_snapshot(reader):
+            self.persistence.keep(reader, lambda kept: None)
 
     def fail(self, job: Job, error: BaseException) -> None:
         """Ends a job with an error; its session stays where it is, in memory and on the disk."""
@@ -208,13 +208,13 @@ class Jobs:
             except Exception:  # the device has lost them, not only this one
                 LOG.exception("lanes are given up")
                 for other in self.lanes.abandon():
-                    self.files.give_back(other.reader)
+                    self.persistence.give_back(other.reader)
                 if job not in reader.jobs:  # it was lost with its session
                     return
         if reader.state is None and reader.tier == "device":
             self.end(job, error)
         elif job.ready and reader.durable and not job.replay and job.reads:
-            self.files.cut(reader, lambda failed: self.end(job, error))
+            self.persistence.cut(reader, lambda failed: self.end(job, error))
             job.closing, job.ready = True, False
         elif job.ready and reader.unlogged:
             self.close_writing(job, error)
@@ -228,7 +228,7 @@ class Jobs:
         job.closing, job.ready = True, False
         result = job.appended(cancelled)
         if cancelled and reader.durable and not job.replay:
-            self.files.cut(reader, lambda error: self.end(job, error or result))
+            self.persistence.cut(reader, lambda error: self.end(job, error or result))
             return
         if job.digest is not None and not cancelled:
             kept = (
@@ -268,10 +268,10 @@ class Jobs:
 
         def logged(error: UserError | None) -> None:
             if error is not None:  # what nobody can keep has not happened
-                self.files.reopen(reader)
+                self.persistence.reopen(reader)
             self.end(job, error or outcome)
 
-        self.files.log(reader, [event], logged)
+        self.persistence.log(reader, [event], logged)
 
     def measure_drift(self, reader: Reader, after: int = 1) -> None:
         """Where so many inner steps were taken since it was measured; not of a fork that nobody can ask about."""

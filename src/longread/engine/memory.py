@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from longread.config import UserError
 from longread.engine.copies import beside, carried
 from longread.engine.interface import Limits
 from longread.engine.lanes import HOST, Lanes, fast_nbytes, largest_session
+from longread.engine.persistence import Persistence
 from longread.engine.records import Reader
 from longread.inner_loop import ReadingState
 from longread.inner_loop.places import place_nbytes
@@ -54,16 +55,6 @@ def budget(model: Transformer, limits: Limits) -> tuple[int, int]:
     return device, max(0, free - device) if host is None else host
 
 
-class Keeper(Protocol):
-    """What moves sessions to the disk and back."""
-
-    def keep(self, reader: Reader, done: Callable[[bool | UserError], None]) -> None:
-        """Makes a reader durable as it is, then calls `done` with the lock held, and says whether it could."""
-
-    def fetch(self, reader: Reader) -> None:
-        """Brings a reader's state back from the disk."""
-
-
 class Tiers:
     """The budget of an engine."""
 
@@ -94,7 +85,7 @@ class Tiers:
                 used[reader.tier] += reader.nbytes
         return used
 
-    def bring(self, reader: Reader, readers: Iterable[Reader], keeper: Keeper) -> bool:
+    def bring(self, reader: Reader, readers: Iterable[Reader], persistence: Persistence) -> bool:
         """Whether the reader is on the device; if not, it is on its way, or room is being made for it."""
         if reader.moving:
             return False
@@ -109,7 +100,7 @@ class Tiers:
         if too_much > 0 and (self._relieve(others, too_much) or any(self._in_use(other) for other in others)):
             return False
         if reader.tier == "disk":
-            keeper.fetch(reader)
+            persistence.fetch(reader)
         else:
             self._carry(reader, self.model.device, "device")
         return False
@@ -147,7 +138,7 @@ class Tiers:
         self._relieve(readers, too_much)
         return False
 
-    def balance(self, readers: Iterable[Reader], keeper: Keeper) -> None:
+    def balance(self, readers: Iterable[Reader], persistence: Persistence) -> None:
         """Moves down what is too much."""
         readers = list(readers)
         used = self.usage(readers)
@@ -163,7 +154,7 @@ class Tiers:
             if reader.moving or self._can_be_dropped(reader):
                 too_much -= reader.nbytes
                 if not reader.moving:
-                    self._drop(reader, keeper)
+                    self._drop(reader, persistence)
 
     def _can_be_dropped(self, reader: Reader) -> bool:
         return reader.durable and not any(job.started or job.replay for job in reader.jobs)
@@ -231,7 +222,7 @@ class Tiers:
         with beside(self.model.device):
             return carried(state, device)
 
-    def _drop(self, reader: Reader, keeper: Keeper) -> None:
+    def _drop(self, reader: Reader, persistence: Persistence) -> None:
         state, reader.moving = reader.state, True
 
         def done(kept: bool | UserError) -> None:
@@ -241,7 +232,7 @@ class Tiers:
             elif kept and reader.state is state and self._can_be_dropped(reader):
                 reader.state, reader.tier = None, "disk"
 
-        keeper.keep(reader, done)
+        persistence.keep(reader, done)
 
 
 def leaving(readers: Collection[Reader]) -> Iterator[Reader]:

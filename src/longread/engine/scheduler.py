@@ -134,7 +134,7 @@ class Scheduler(threading.Thread):
                 worked = True
         worked = slices.write(heads) or worked
         worked = slices.step(heads) or slices.read(heads) or worked
-        jobs.tiers.balance(jobs.readers.values(), jobs.files)
+        jobs.tiers.balance(jobs.readers.values(), jobs.persistence)
         return worked
 
     def _order(self, job: Job) -> tuple[float, int]:

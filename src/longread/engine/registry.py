@@ -1,4 +1,4 @@
-"""Who is in an engine: who may come in, who is found, who takes after whom."""
+"""Which sessions an engine has: which may be added, which are found, and which begin as others are."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from longread.engine.records import Reader
 from longread.inner_loop import begin
 
 
-class Members:
+class Registry:
     """The sessions of an engine, and those that are just being made: every limit counts both."""
 
-    def __init__(self, jobs: Jobs, keeping: Persistence, limits: Limits) -> None:
-        self._jobs, self._keeping, self._limits = jobs, keeping, limits
+    def __init__(self, jobs: Jobs, persistence: Persistence, limits: Limits) -> None:
+        self._jobs, self._persistence, self._limits = jobs, persistence, limits
         self._lock = jobs.lock
         self._coming: set[Reader] = set()
         self._nothing = begin(jobs.model)  # a value, which all share that have read nothing
@@ -75,9 +75,9 @@ class Members:
             most = limits.max_sessions
             raise Busy(f"there are {count} sessions of at most {most}; delete one, or try again later", 30)
         tiers, coming = self._jobs.tiers, len(self._coming) + 1
-        self._keeping.check_room(coming * tiers.largest, limits.disk_bytes)
+        self._persistence.check_room(coming * tiers.largest, limits.disk_bytes)
         room, remedy = tiers.device_bytes + tiers.host_bytes, "delete one, or try again later"
-        if self._keeping.store is None and (count + 1) * tiers.largest > room:
+        if self._persistence.store is None and (count + 1) * tiers.largest > room:
             raise Busy(f"{count} sessions fill the {room} bytes there are; {remedy}", 30)
         used = tiers.usage(self._jobs.readers.values())
         if tiers.disk_refuses and used["device"] + used["host"] + coming * tiers.largest > room:
@@ -94,7 +94,7 @@ class Members:
 
     def twin(self, origin: Reader, twin: Reader) -> Reader:
         """Gives `twin` what `origin` has read."""
-        state, tier = self._keeping.state_and_tier(origin)
+        state, tier = self._persistence.state_and_tier(origin)
         twin.state = None
         if state is not None:
             twin.rest(state)
@@ -117,8 +117,8 @@ class Members:
         for job in jobs:
             job.ready = False
             job.task._finish(UserError(f"session {reader.id} is lost at position {position}: {reason}"))
-        if self._keeping.store is not None:
-            self._keeping.store.give_up(reader.id, reader.owner, position, reason)
+        if self._persistence.store is not None:
+            self._persistence.store.give_up(reader.id, reader.owner, position, reason)
 
 
 def unknown(session_id: str) -> UnknownSession:
