@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -34,6 +36,16 @@ def test_what_it_is(client: TestClient) -> None:
     assert (model["id"], model["mini_batch_size"], model["bos_id"]) == ("tiny", M, BOS)
     assert client.get("/v1/models/tiny").json() == model
     assert client.get("/v1/models/other").status_code == 404
+
+
+def test_no_route_waits_for_a_thread_before_it_begins(client: TestClient) -> None:
+    """FastAPI calls what is not asynchronous in a thread of its own, each dependency in another."""
+    routes = [route for route in client.app.routes if isinstance(route, APIRoute)]  # type: ignore[attr-defined]
+    assert len(routes) > 30
+    for route in routes:
+        calls = [route.endpoint, *(dependency.call for dependency in route.dependant.dependencies)]
+        assert all(map(inspect.iscoroutinefunction, calls)), route.path
+        assert not any(dependency.dependencies for dependency in route.dependant.dependencies), route.path
 
 
 def test_the_options_of_the_command_are_the_limits_of_the_engine() -> None:
