@@ -24,14 +24,14 @@ convert)
     ;;
 controls)
     work=$2 data=$3 tokens=13107200
-    trained e2e reader --tokens $tokens
+    trained e2e reader --tokens $tokens --set meta_gradient=exact
     trained swa reader --tokens $tokens --method swa
     trained full reader --tokens $tokens --method full
     trained first-order reader --tokens $tokens --set meta_gradient=first-order
     ;;
 deeper)
     work=$2 data=$3
-    trained deeper deeper-reader --tokens "${TOKENS:-65536000}"
+    trained deeper deeper-reader --tokens "${TOKENS:-65536000}" --set meta_gradient=exact
     ;;
 evaluate)
     work=$2 validation=$3

@@ -210,7 +210,7 @@ def test_the_page_can_be_followed(
     rows = re.findall(r"^│ (.+?) +│ +[\d,]+ │", compared, flags=re.MULTILINE)
     assert rows == [
         "smollm2, frozen",
-        *("reader, learning", "reader, frozen", "first-order, learning", "first-order, frozen"),
+        *("reader, learning", "reader, frozen", "exact, learning", "exact, frozen"),
         *("swa", "full", "smollm2, full attention, frozen"),
     ]
     learning, frozen = (

@@ -75,6 +75,7 @@ def test_the_schedule_of_an_adaptation() -> None:
     assert (config.optimizer.warmup_steps, config.optimizer.decay_steps, config.inner.warmup_steps) == (20, 200, 20)
     assert [config.inner.lr_at(step) for step in (0, 19, 100)] == pytest.approx([0.145, 1.0, 1.0])
     assert config.model == toy().model
+    assert config.meta_gradient == "first-order"
     assert adapt(toy().model).context_length == 8192
 
 

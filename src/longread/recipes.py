@@ -281,7 +281,9 @@ def adapt(
     """Further training of a model that exists, 13M tokens of it, so that a pretrained one learns to learn.
 
     Of one model "swa" and "full" are the twins without fast MLPs, with its windows and without them. Only limits of
-    single blocks stay, as pretraining had them. The inner rate climbs to that of `inner`, by default 1.
+    single blocks stay, as pretraining had them. The inner rate climbs to that of `inner`, by default 1. The
+    meta-gradient is first-order: in the time of the exact one it sees more tokens, and was ahead with them
+    (docs/pretrained.md).
 
     Raises `UserError` if the method needs what the model has not.
     """
@@ -301,6 +303,7 @@ def adapt(
         name=f"adapt-{method}",
         model=model,
         loss=_loss(method),
+        meta_gradient="first-order" if method == "e2e" else "exact",
         inner=dataclasses.replace(inner, warmup_from=0.1 * inner.lr, warmup_steps=warmup),
         optimizer=_optimizer(lr, warmup, steps),
         context_length=context_length,

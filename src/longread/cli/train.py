@@ -1,8 +1,9 @@
 """Train a model, or a model that exists further.
 
 RECIPE may be a model: one that `longread convert` made of a pretrained network, or one trained here. Sizes, tokenizer
-and weights are then its own, and the schedule is 200 steps of 8 sequences of 8192 tokens, at most at 3e-4. With
---method swa or full its twin without fast MLPs is trained instead, to compare with.
+and weights are then its own, the schedule is 200 steps of 8 sequences of 8192 tokens, at most at 3e-4, and the
+meta-gradient is first-order (--set meta_gradient=exact for the other). With --method swa or full its twin without fast
+MLPs is trained instead, to compare with.
 
 Example:
   longread train toy --data data --out runs/toy
