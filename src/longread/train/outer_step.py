@@ -252,7 +252,8 @@ class OuterStep:
         """Forgets what was captured: NCCL waits for graphs that hold its sums when ranks part."""
         self._gradient = None
         self.model.zero_grad(set_to_none=True)
-        gc.collect()
+        if self.device.type == "cuda":  # graphs hang in circles; nothing is captured elsewhere
+            gc.collect()
 
     def _batch(self, step: int) -> Batch:
         self._drawn = {number: batch for number, batch in self._drawn.items() if number >= step - 1}
