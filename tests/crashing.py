@@ -27,7 +27,7 @@ from tests.journals import as_journals
 from tests.test_engine_batches import INNER, M, V, make
 
 PROBE = list(range(8))
-LONGEST = 600
+LONGEST = 300
 """Tokens of a session that goes on: a check reads all of them again, so that rounds would take longer and longer."""
 
 
@@ -102,14 +102,14 @@ def work(directory: Path, seed: int) -> None:
         if sid in running and kind != "save":  # which may come in the midst of anything
             finish(notes, sid, running)
         if kind in ("append", "cancel"):
-            text = [rng.randrange(V) for _ in range(rng.choice((1, M, 5, 40, 300)))]
+            text = [rng.randrange(V) for _ in range(rng.choice((1, M, 5, 40, 120)))]
             notes.add(what="append", id=sid, tokens=text)
             running[sid] = engine.append(sid, text, expected_position=engine.info(sid).position), text
             if kind == "cancel":
                 running[sid][0].cancel()
                 time.sleep(0.005)
         elif kind == "generate" and engine.info(sid).position:
-            settings = {"max_tokens": rng.choice((1, 7, 60)), "seed": rng.randrange(99)}
+            settings = {"max_tokens": rng.choice((1, 7, 30)), "seed": rng.randrange(99)}
             notes.add(what="generate", id=sid, **settings)
             running[sid] = engine.generate(sid, Sampling(**settings)), []
         elif kind == "save":

@@ -24,6 +24,12 @@ def opened() -> OpenModel:
     return open_model("longread-small", "cpu")
 
 
+@pytest.fixture(scope="module")
+def whole(opened: OpenModel) -> str:
+    """What follows the prompt, as it is shown."""
+    return "".join(opened.session().write(PROMPT, max_tokens=24, temperature=0)) + "\n"
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -42,32 +48,31 @@ def written(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_a_prompt_comes_from_a_file_or_a_pipe(
-    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    whole: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("prompt").write_text(PROMPT)
-    expected = written(capsys, "--prompt", PROMPT)
-    assert written(capsys, "--prompt-file", "prompt") == expected
+    assert written(capsys, "--prompt", PROMPT) == whole
+    assert written(capsys, "--prompt-file", "prompt") == whole
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
-    assert written(capsys, "--prompt-file", "-") == expected
+    assert written(capsys, "--prompt-file", "-") == whole
     monkeypatch.setattr(sys, "stdin", None)
     assert main([*GENERATE, "--prompt-file", "-"]) == 2
     assert "stdin is closed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_json_says_how_it_ended(opened: OpenModel, capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
-    text = written(capsys, "--prompt", PROMPT)
+def test_json_says_how_it_ended(whole: str, capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
     more = ["--quiet"] if quiet else []
     assert main([*GENERATE, "--prompt", PROMPT, "--json", "-", *more]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert (found["format"], found["text"] + "\n") == ("longread-generation/1", text)
+    assert (found["format"], found["text"] + "\n") == ("longread-generation/1", whole)
     assert (found["tokens"], found["finish_reason"]) == (24, "length")
     assert found["position"] == 1 + found["prompt_tokens"] + 24
-    assert err == ("" if quiet else text)
-    assert main([*GENERATE, "--prompt", PROMPT, "--json", "-", "--quiet", "--stop", text[9:15]]) == 0
+    assert err == ("" if quiet else whole)
+    assert main([*GENERATE, "--prompt", PROMPT, "--json", "-", "--quiet", "--stop", whole[9:15]]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["text"], found["finish_reason"]) == (text[: text.index(text[9:15])], "stop")
+    assert (found["text"], found["finish_reason"]) == (whole[: whole.index(whole[9:15])], "stop")
 
 
 def test_turns_go_on_with_one_session(
@@ -152,9 +157,10 @@ def test_an_interrupt_while_a_token_is_computed_leaves_what_was_shown(
 
 
 @pytest.mark.parametrize("tokens", range(1, 9))
-def test_the_last_token_may_end_anywhere(opened: OpenModel, capsys: pytest.CaptureFixture[str], tokens: int) -> None:
+def test_the_last_token_may_end_anywhere(
+    opened: OpenModel, whole: str, capsys: pytest.CaptureFixture[str], tokens: int
+) -> None:
     """In the middle of what might have become a stop text: it is shown then, and has been read."""
-    whole = written(capsys, "--prompt", PROMPT)
     out = written(capsys, "--prompt", PROMPT, "--max-tokens", str(tokens), "--stop", whole[3:40] + "§", "--save", "s")
     assert has_read(opened) == PROMPT + out.removesuffix("\n")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,18 +29,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("command", "form", "shown"),
-    [
-        (EVALUATE, "longread-evaluation/1", "Loss by position"),
-        (NEEDLE, "longread-needle/1", "S-NIAH-1"),
-        (PREPARE, "longread-prepare/1", "1 documents"),
-        (["estimate", "3b", "--memory", "139"], "longread-estimate/1", "that write at once"),
-        (["estimate", "3b", "--train", "1", "--memory", "139"], "longread-estimate/1", "the first that fits into"),
-        (["read", "texts/t0.txt", "--model", "model", "--device", "cpu"], "longread-evaluation/1", "tokens read"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
+SHOWN = [
+    (EVALUATE, "longread-evaluation/1", "Loss by position"),
+    (NEEDLE, "longread-needle/1", "S-NIAH-1"),
+    (PREPARE, "longread-prepare/1", "1 documents"),
+    (["estimate", "3b", "--memory", "139"], "longread-estimate/1", "that write at once"),
+    (["estimate", "3b", "--train", "1", "--memory", "139"], "longread-estimate/1", "the first that fits into"),
+    (["read", "texts/t0.txt", "--model", "model", "--device", "cpu"], "longread-evaluation/1", "tokens read"),
+]
+"""Commands, the formats of what they find, and what they show of it."""
+
+
+def named(value: object) -> str:
+    return str(value[0]) if isinstance(value, list) else ""
+
+
+@pytest.mark.parametrize(("command", "form", "shown"), SHOWN, ids=named)
 @pytest.mark.parametrize("place", ["-", "/dev/stdout"])
 def test_json_on_stdout_is_all_there(
     home: Path, capfd: pytest.CaptureFixture[str], command: list[str], form: str, shown: str, place: str
@@ -55,6 +58,12 @@ def test_json_on_stdout_is_all_there(
     again, err = capfd.readouterr()
     assert json.loads(again)["format"] == form
     assert err == ""
+
+
+@pytest.mark.parametrize(("command", "shown"), [(command, shown) for command, _, shown in SHOWN], ids=named)
+def test_figures_are_on_stdout_unless_it_is_quiet(
+    home: Path, capfd: pytest.CaptureFixture[str], command: list[str], shown: str
+) -> None:
     assert main(command) == 0
     assert shown in capfd.readouterr().out
     assert main([*command, "--quiet"]) == 0
@@ -96,13 +105,20 @@ def into(path: str, arguments: list[str]) -> int:
     return main(arguments)
 
 
+def without_stdout(arguments: list[str]) -> int:
+    """As after `>&-`: Python makes no file of what is closed."""
+    os.close(1)
+    sys.stdout = None  # type: ignore[assignment]
+    return main(arguments)
+
+
 def test_a_stdout_that_is_closed_or_a_file(home: Path) -> None:
     """The file that a shell has opened keeps what comes after: it is written to, not replaced."""
     arguments = [*PREPARE, "--json", "/dev/stdout"]
-    command = [sys.executable, "-m", "longread", *arguments]
-    shell = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, text=True, check=False)
-    assert shell.returncode == 2
-    assert "cannot write to stdout: it is closed; give the name of a file" in shell.stderr
+    closed = Forked(without_stdout, arguments)
+    _, errors = closed.communicate(300)
+    assert closed.returncode == 2
+    assert "cannot write to stdout: it is closed; give the name of a file" in errors
     with open("out", "wb") as out:
         out.write(b"before\n")
         out.flush()

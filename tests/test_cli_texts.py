@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 from pathlib import Path
@@ -65,12 +66,20 @@ def test_tokens_do_not_depend_on_the_file(encoding: str, packed: bool, tmp_path:
     assert tokens_of(str(tmp_path / name), BPE) == (BPE.encode(text), len(text))
 
 
+LONG = "a grey gull over the pier " * 41_000
+
+
+@functools.cache
+def encoded_long() -> list[int]:
+    return BPE.encode(LONG)
+
+
 @pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
 def test_a_long_text_is_one_document(name: str, tmp_path: Path) -> None:
-    text = "a grey gull over the pier " * 41_000
+    text, ids = LONG, encoded_long()
     (tmp_path / name).write_text(text if name.endswith("txt") else f'{{"text": "{text}"}}')
     (document,) = read_for_all([str(tmp_path / name)], {"model": BPE})[BPE.fingerprint]
-    assert document.tokens.tolist() == [BPE.bos_id, *BPE.encode(text)]
+    assert document.tokens.tolist() == [BPE.bos_id, *ids]
     assert document.byte_lengths is not None
     assert document.byte_lengths.sum() == len(text)
 

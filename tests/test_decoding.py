@@ -116,7 +116,7 @@ def test_float64_is_never_left_to_a_kernel() -> None:
 )
 def test_decoding_is_reading_token_by_token(changes: dict, learn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "SPARE", 5)  # so that room runs out
-    model, text = make_wide(**changes), tokens(4 * M + 3)
+    model, text = make_wide(**changes), tokens(3 * M + 3)
     for begun in (1, M - 1, M, M + 1, 2 * M + 2):
         state = read(model, begin(model, 2), text[:, :begun], inner=INNER, learn=learn).state
         decoder = Decoder(model, state, INNER, learn=learn)

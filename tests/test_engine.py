@@ -43,16 +43,16 @@ def test_a_new_session_has_read_nothing(engine: Engine) -> None:
 
 def test_reading_reports_as_it_goes(engine: Engine) -> None:
     sid = engine.create().id
-    task = engine.append(sid, text(120 * M))
+    task = engine.append(sid, text(40 * M))
     events = list(task)
     found = task.result()
     assert len(events) > 1
     assert all(isinstance(event, Progress) for event in events)
-    assert [event.position for event in events][-1] == found.position == 120 * M
+    assert [event.position for event in events][-1] == found.position == 40 * M
     joined = [x for event in events for x in event.nll]
     assert math.isnan(joined[0])
     assert joined[1:] == found.nll[1:]
-    assert sum(len(event.grad_norms) for event in events) == found.steps == engine.info(sid).steps == 119
+    assert sum(len(event.grad_norms) for event in events) == found.steps == engine.info(sid).steps == 39
     assert engine.info(sid).drift > 0
     assert found.rolled_back == 0
 
@@ -96,16 +96,16 @@ def test_a_fork_goes_its_own_way(engine: Engine) -> None:
 def test_a_session_can_be_forked_while_it_writes(engine: Engine) -> None:
     sid = engine.create().id
     read(engine, sid, text(9))
-    task = engine.generate(sid, Sampling(max_tokens=150, seed=3))
+    task = engine.generate(sid, Sampling(max_tokens=60, seed=3))
     events = iter(task)
     next(events)
     fork = engine.fork(sid)
     at = fork.position - 9
     written = [event.id for event in events]
-    assert task.result().position == 159
+    assert task.result().position == 69
     session = Session(engine.model, INNER)
     session.read(text(9))
-    assert list(session.generate(150, seed=3))[1:] == written
+    assert list(session.generate(60, seed=3))[1:] == written
     twin = Session(engine.model, INNER)
     twin.read(text(9))
     all_written = list(twin.generate(at, seed=3))
@@ -172,7 +172,7 @@ def test_a_completion_goes_on_from_a_session_and_leaves_it_alone(engine: Engine)
 def test_learning_can_be_switched_while_writing(engine: Engine) -> None:
     sid = engine.create().id
     read(engine, sid, text(9))
-    task = engine.generate(sid, Sampling(max_tokens=150, seed=0))
+    task = engine.generate(sid, Sampling(max_tokens=60, seed=0))
     next(iter(task))
     assert engine.update(sid, learn=False, label="frozen").label == "frozen"
     steps = engine.info(sid).steps
@@ -200,9 +200,9 @@ def test_repeated_appends_are_read_once(engine: Engine) -> None:
 
 def test_an_append_that_is_repeated_while_it_runs_is_read_once(engine: Engine) -> None:
     sid = engine.create().id
-    one, two = (engine.append(sid, text(100 * M), expected_position=0) for _ in range(2))
+    one, two = (engine.append(sid, text(30 * M), expected_position=0) for _ in range(2))
     assert one.result() == two.result()
-    assert engine.info(sid).position == 100 * M
+    assert engine.info(sid).position == 30 * M
 
 
 def test_an_append_of_nothing(engine: Engine) -> None:

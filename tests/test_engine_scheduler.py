@@ -35,6 +35,9 @@ from tests.test_engine import write
 from tests.test_engine_batches import INNER, M, make, text
 from tests.test_engine_files import crash, opened
 
+LONG = 5 * pieces.STEPS * M
+"""Tokens of five pieces."""
+
 
 @pytest.fixture(params=["memory", "disk"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
@@ -46,7 +49,7 @@ def held_reading(engine: Engine, patch: pytest.MonkeyPatch, **options: Any) -> t
     """A session that reads, and the device held in the middle of its second piece."""
     sid = engine.create(**options).id
     patch.setattr(pieces, "read", held := Held(pieces.read, call=2))
-    task = engine.append(sid, text(300 * M))
+    task = engine.append(sid, text(LONG))
     assert held.entered.wait(120)
     return sid, task, held
 
@@ -61,7 +64,7 @@ def test_what_computes_nothing_is_answered_while_the_device_is_busy(
     sid, task, held = held_reading(engine, monkeypatch, owner="bob")
     try:
         position = engine.info(sid).position
-        assert 0 < position < 300 * M
+        assert 0 < position < LONG
         assert engine.info(idle) == before
         assert engine.update(sid, label="a book").label == "a book"
         assert engine.update(idle, learn=False).learn is False
@@ -81,10 +84,10 @@ def test_what_computes_nothing_is_answered_while_the_device_is_busy(
         assert not waiting.done
     finally:
         held.go()
-    assert task.result(120).position == 300 * M
+    assert task.result(120).position == LONG
     assert waiting.result(120).position == 3
     session = Session(engine.model, INNER)
-    session.read(text(300 * M)[:position])
+    session.read(text(LONG)[:position])
     assert write(engine, twin.id) == list(session.generate(10, seed=1))
 
 
@@ -212,21 +215,21 @@ def test_pieces_that_cannot_stand_still_are_short_while_somebody_writes(
         found = lengths(monkeypatch)
         writing = engine.generate(writer, Sampling(max_tokens=100_000))
         next(iter(writing))
-        reading = [engine.append(sid, text(40 * M, i)) for i, sid in enumerate(readers)]
+        reading = [engine.append(sid, text(2 * pieces.STEPS * M, i)) for i, sid in enumerate(readers)]
         for task in reading:
             task.result(120)
         assert max(tokens for _, tokens in found) == (M if device == "cuda" else pieces.STEPS * M)
         writing.cancel()
         writing.result(120)
         found.clear()
-        engine.append(readers[0], text(40 * M)).result(120)
+        engine.append(readers[0], text(2 * pieces.STEPS * M)).result(120)
         assert max(tokens for _, tokens in found) >= pieces.STEPS * M
 
 
 def test_a_prompt_that_is_read_alone_is_read_in_long_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine(make(), INNER, limits=Limits(batch_invariant=False)) as engine:
         found = lengths(monkeypatch)
-        engine.complete(text(40 * M), Sampling(max_tokens=1)).result(120)
+        engine.complete(text(2 * pieces.STEPS * M), Sampling(max_tokens=1)).result(120)
         assert max(tokens for _, tokens in found) == pieces.STEPS * M
 
 
@@ -249,6 +252,7 @@ class Clock:
 
 def test_owners_share_the_device_and_not_their_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three texts of one owner and one of another: each owner gets every other piece."""
+    monkeypatch.setattr(pieces, "STEPS", 2)
     with Engine(make(), INNER) as engine, monkeypatch.context() as patch:
         clock = Clock(patch)
         texts = [("ann", 1), ("ann", 2), ("ann", 3), ("bob", 4)]
@@ -361,7 +365,7 @@ def test_the_lock_lets_others_in_while_something_is_computed() -> None:
 
 def test_events_come_in_order_whatever_is_asked_meanwhile(engine: Engine) -> None:
     sid = engine.create().id
-    task = engine.append(sid, text(200 * M))
+    task = engine.append(sid, text(LONG))
     positions, asked = [], []
     for event in task:
         assert isinstance(event, Progress)
@@ -371,7 +375,7 @@ def test_events_come_in_order_whatever_is_asked_meanwhile(engine: Engine) -> Non
     assert asked == sorted(asked)
     assert all(seen >= told for seen, told in zip(asked, positions, strict=True))
     tokens = [event for event in engine.generate(sid, Sampling(max_tokens=3 * M, seed=0)) if isinstance(event, Token)]
-    assert [token.position for token in tokens] == list(range(200 * M + 1, 203 * M + 1))
+    assert [token.position for token in tokens] == list(range(LONG + 1, LONG + 3 * M + 1))
 
 
 def test_forks_of_a_session_that_goes_on_survive(tmp_path: Path) -> None:

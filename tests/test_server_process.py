@@ -232,8 +232,9 @@ def test_the_log_holds_no_secrets(server: Process) -> None:
     assert "Traceback" not in log
 
 
-def test_a_graceful_stop_keeps_everything(tmp_path: Path) -> None:
-    """The second with assertions switched off, as all of this must work without them."""
+@pytest.mark.parametrize("python", [(), pytest.param(("-O",), marks=pytest.mark.slow)], ids=str)
+def test_a_graceful_stop_keeps_everything(python: tuple[str, ...], tmp_path: Path) -> None:
+    """Also with assertions switched off: imports of a process that is begun so are compiled anew."""
     with Process(tmp_path) as server:
         one = server.client.post("/v1/sessions", json={"label": "kept", "compare": True}).json()["id"]
         server.client.post(f"/v1/sessions/{one}/append", json={"text": TEXT})
@@ -241,7 +242,7 @@ def test_a_graceful_stop_keeps_everything(tmp_path: Path) -> None:
         file = server.client.get(f"/v1/sessions/{one}/file").content
         assert server.stop() == 0
         assert "Traceback" not in "".join(server.log)
-    with Process(tmp_path, python=("-O",)) as server:
+    with Process(tmp_path, python=python) as server:
         info = server.client.get(f"/v1/sessions/{one}").json()
         assert (info["label"], info["compare"], info["position"]) == ("kept", True, 1 + len(TEXT))
         after = server.client.post(f"/v1/sessions/{one}/score", json={"text": "next", "bin": 1}).json()

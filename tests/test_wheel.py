@@ -17,6 +17,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BUILT_FROM = ("src", "models", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 TEXT = "The house stood on a hill. Nobody had lived there for years, or so they said in the village below.\n" * 60
+BREAK = "\f"
+RUN = f"""
+import runpy, sys
+import longread, longread.loading
+from longread.cli import demo
+command = sys.argv[1]
+print(longread.__file__, *longread.loading.boxed_models().values())
+demo.CONTINUATION = 4
+for arguments in ("demo book.txt --tokens 1100", "read note.txt --json -"):
+    print({BREAK!r}, flush=True)
+    sys.argv = [command, *arguments.split()]
+    try:
+        runpy.run_path(command, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, arguments
+"""
+"""In one process, as importing torch takes longer than all else: where things are, and what the command says."""
 
 
 def python(*arguments: object, cwd: Path, executable: str | Path = sys.executable) -> subprocess.CompletedProcess[str]:
@@ -46,11 +63,13 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The commands of an environment with the wheel, and with what else is installed here."""
     home = tmp_path_factory.mktemp("installed")
-    pip = ["-m", "pip", "--disable-pip-version-check"]
-    alone = ["--no-index", "--no-deps"]
-    python(*pip, "wheel", *alone, "--no-build-isolation", "--wheel-dir", home, sdist, cwd=home)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(home, filter="data")
+    (source,) = home.iterdir()
+    python("-c", f"import setuptools.build_meta as b; b.build_wheel({str(home)!r})", cwd=source)
     venv.create(home / "venv", symlinks=True)
-    python(*pip, "--python", home / "venv", "install", "--no-compile", *alone, next(home.glob("*.whl")), cwd=home)
+    pip = ["-m", "pip", "--disable-pip-version-check", "--python", home / "venv"]
+    python(*pip, "install", "--no-compile", "--no-index", "--no-deps", next(home.glob("*.whl")), cwd=home)
     (place,) = (home / "venv").glob("lib/python*/site-packages")
     (place / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return home / "venv" / "bin"
@@ -66,17 +85,14 @@ def test_the_source_distribution_holds_the_models(sdist: Path) -> None:
 
 def test_the_wheel_has_something_to_run(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
-    where = "import longread, longread.loading as l; print(longread.__file__, *l.boxed_models().values())"
-    places = python("-c", where, cwd=tmp_path, executable=installed / "python").stdout.split()
-    assert all(place.startswith(str(installed.parent)) for place in places)
-    box = Path(places[1])
+    (tmp_path / "note.txt").write_text(TEXT[:1500], encoding="utf-8")
+    done = python("-c", RUN, installed / "longread", cwd=tmp_path, executable=installed / "python")
+    places, shown, figures = done.stdout.split(BREAK)
+    assert all(place.startswith(str(installed.parent)) for place in places.split())
+    box = Path(places.split()[1])
     assert sorted(path.name for path in box.iterdir()) == sorted(x.name for x in (ROOT / "models" / box.name).iterdir())
 
-    command = installed / "longread"
-    shown = python(command, "demo", "book.txt", "--tokens", "1100", cwd=tmp_path, executable=installed / "python")
-    assert "Learning gains" in shown.stdout
-    (tmp_path / "note.txt").write_text(TEXT[:1500], encoding="utf-8")
-    figures = python(command, "read", "note.txt", "--json", "-", cwd=tmp_path, executable=installed / "python")
-    learning, frozen = json.loads(figures.stdout)["results"]
+    assert "Learning gains" in shown
+    learning, frozen = json.loads(figures)["results"]
     assert (learning["model"], learning["reading"], frozen["reading"]) == ("longread-small", "learning", "frozen")
-    assert "with the model longread-small" in figures.stderr
+    assert done.stderr.count("with the model longread-small") == 2
