@@ -40,6 +40,8 @@ def jobs(plan: Plan) -> None:
     attempt(plan, "recall-30", 1, sets=("recall=0.3",))
     attempt(plan, "surprise-1", 1, sets=("inner.surprise=1",))
     attempt(plan, "hybrid", 1, sets=("model.attention=hybrid",), steps=DIAL_STEPS)
+    deeper = ("recall=0.3", "micro_batch_size=4", 'recompute="none"')
+    attempt(plan, "recall-30-suffix-15", 2, reader="reader-suffix-15", sets=deeper, slowness=1.5, gibibytes=56)
     attempt(plan, "recall-30-surprise-1", 2, sets=("recall=0.3", "inner.surprise=1"))
     attempt(plan, "swa-recall-30", 3, kind="swa", sets=("recall=0.3",))
     attempt(plan, "hybrid-recall-30", 3, sets=("recall=0.3", "model.attention=hybrid"))
@@ -59,6 +61,9 @@ def attempt(
     options: Sequence[str] = (),
     steps: int = STEPS,
     seed: int = 0,
+    reader: str = "reader",
+    slowness: float = 1.0,
+    gibibytes: int | None = None,
 ) -> None:
     """A model trained like the base of its steps but for its settings, evaluated on books and on needles."""
     reading = "learning" if kind == "first-order" else "static"
@@ -67,13 +72,15 @@ def attempt(
         name,
         tier,
         kind,
+        reader=reader,
         seed=seed,
         steps=steps,
         options=options,
         sets=sets,
         further=commands,
         seconds=seconds,
-        slowness=1.2 if "hybrid" in name else 1.0,
+        slowness=1.2 if "hybrid" in name else slowness,
+        gibibytes=gibibytes,
         experiment=EXPERIMENT,
     )
 
