@@ -25,8 +25,8 @@ READ_BY_ORIGINAL = 8
 """Units of text that full attention can read."""
 QUESTIONS = 5
 """Of each kind, text and context."""
-ROWS = 64
-"""Answers that are read side by side."""
+ROWS, ROWS_OF_FULL = 64, 16
+"""Answers that are read side by side; with full attention each has keys and values of its own."""
 SOURCES = (
     *("turtle.py", "tkinter/__init__.py", "_pydecimal.py", "typing.py", "inspect.py", "tarfile.py", "mailbox.py"),
     *("argparse.py", "email/_header_value_parser.py", "urllib/request.py", "datetime.py", "subprocess.py", "enum.py"),
@@ -39,7 +39,7 @@ DRAFTED_TOKENS, LOOKED_AT = 64, 128
 
 
 def jobs(plan: Plan) -> None:
-    """Questions about books first."""
+    """Questions about books first; those about source are left out of a rehearsal, which reads too little to ask."""
     original, stretches = plan.reader("original"), plan.work / "stretches"
     command = ("-m", __name__, "original", str(plan.reader("reader")), str(original))
     plan.job("original", 0, [Command(command, original / "config.json")], ("reader",), seconds=20, gibibytes=0)
@@ -47,33 +47,43 @@ def jobs(plan: Plan) -> None:
     plan.job("stretches", 0, [Command(command, stretches / "ready")], seconds=10, gibibytes=0)
     models = [str(plan.run_of(name)) for name in ("first-order", "swa", "full")] + [str(original)]
     needs = ("first-order", "swa", "full", "original", "stretches")
-    books = [str(stretches / "texts")]
+    books, documents = [str(stretches / "texts")], "2" if plan.rehearsed else "28"
     source = Path(sysconfig.get_path("stdlib"))
     files = [str(source / name) for name in SOURCES if (source / name).is_file()]
-    for tier, name, texts in ((1, "books", books), (2, "source", files)):
-        wanted = {"questions": (models[:2], CONTEXTS), "questions-full": (models[2:], (READ_BY_ORIGINAL,))}
+    for tier, name, texts in ((1, "books", books), (2, "source", files))[: 1 if plan.rehearsed else 2]:
+        wanted = {
+            "questions": (models[:2], CONTEXTS, ROWS),
+            "questions-full": (models[2:], (READ_BY_ORIGINAL,), ROWS_OF_FULL),
+        }
         commands = []
-        for what, (asked, contexts) in wanted.items():
+        for what, (asked, contexts, rows) in wanted.items():
             lengths = sorted({plan.shown(units) * plan.unit for units in contexts})
             arguments = ["questions", *asked, "--data", *texts, "--contexts", *map(str, lengths)]
-            arguments += ["--documents", "28", "--questions", str(QUESTIONS), "--batch-size", str(ROWS)]
+            arguments += ["--documents", documents, "--questions", str(QUESTIONS), "--batch-size", str(rows)]
             result = plan.result_of(f"questions-{name}", what)
             commands.append(Command((*arguments, "--json", str(result)), result))
         seconds = BESIDE * {"books": 65, "source": 45}[name]
         plan.job(f"questions-{name}", tier, commands, needs, seconds=seconds, gibibytes=30, experiment="answers")
     for tier, name, writers, seconds in ((2, "judge", models[:2], 60), (4, "judge-full", models[2:3], 40)):
         result, length = plan.result_of(name, "judge"), READ_BY_ORIGINAL * plan.unit
-        arguments = ["judge", *writers, "--judge", str(original), "--data", *books, "--documents", "28"]
+        arguments = ["judge", *writers, "--judge", str(original), "--data", *books, "--documents", documents]
         arguments += ["--context", str(length), "--written", str(WRITTEN * plan.unit), "--bins", str(BINS)]
-        command = (*arguments, "--batch-size", "28", "--json", str(result))
+        command = (*arguments, "--batch-size", documents, "--json", str(result))
         plan.job(
-            name, tier, [Command(command, result)], needs, seconds=BESIDE * seconds, gibibytes=30, experiment="answers"
+            name, tier, [Command(command, result)], needs, seconds=BESIDE * seconds, gibibytes=40, experiment="answers"
         )
     for tier, name, verifier in ((2, "drafts", models[3]), (4, "drafts-full", models[2])):
         result = plan.result_of(name, "speculative")
         arguments = ["-m", "benchmarks.speculative", verifier, models[0], "--data", str(plan.data / "validation")]
         positions = (2 * plan.unit, READ_BY_ORIGINAL * plan.unit - 2 * LOOKED_AT)
-        arguments += ["--positions", *map(str, positions), "--documents", "7", "--tokens", str(DRAFTED_TOKENS)]
+        arguments += [
+            "--positions",
+            *map(str, positions),
+            "--documents",
+            "1" if plan.rehearsed else "7",
+            "--tokens",
+            str(DRAFTED_TOKENS),
+        ]
         command = (*arguments, "--ahead", str(LOOKED_AT), "--skip-tests", "--json", str(result))
         plan.job(name, tier, [Command(command, result)], needs, seconds=BESIDE * 60, experiment="answers")
 
