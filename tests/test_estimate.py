@@ -74,6 +74,21 @@ def test_of_training_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--context-length is 1000; give a multiple of the mini-batch, 32" in capsys.readouterr().err
 
 
+def test_a_context_length_given_as_a_number_of_sequences_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "125m", "--train", "32768"]) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert error == (
+        "longread: error: --train 32768 is 32,768 sequences of 131,072 tokens at a time, more than 16,777,216 tokens; "
+        "give fewer or shorter ones, or --train 1 --context-length 32768 if that is how long one is to be\n"
+    )
+    assert main(["estimate", "toy", "--train", "129"]) == 2
+    assert "--train 129 is 129 sequences of 131,072 tokens" in capsys.readouterr().err
+    assert figures(capsys, "toy", "--train", "128")
+    assert figures(capsys, "toy", "--train", "2048", "--context-length", "1024")
+    assert figures(capsys, "toy", "--train", "1", "--context-length", str(2**25))
+
+
 def test_of_training_the_suffix_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Moments and gradients of it only; that weights are not read shows where there are none."""
     save_model(tmp_path, model := make_model(), INNER, ByteTokenizer.fingerprint)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "longread-small"
 MOST_TOKENS = 2**24
-"""That an evaluation holds in memory at once: 128 times the paper's longest context."""
+"""That an evaluation, or a step of training on one device, holds in memory at once: 128 times the paper's longest
+context."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

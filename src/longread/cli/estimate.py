@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_json, positive
+from longread.cli.arguments import MOST_TOKENS, add_json, positive
 from longread.cli.plans import AS_MANY_AS_FIT, EstimateRow, add_plan, check_plan, plan_rows, shown
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=AS_MANY_AS_FIT,
         metavar="N",
-        help="of training instead, N sequences of the context length at a time; with --gpus as many as fit, without N",
+        help="of training instead, at N sequences a time, each as long as --context-length says; with --gpus "
+        "as many as fit, without N",
     )
     parser.add_argument("--only", choices=("suffix",), help="of training the blocks alone that learn while reading")
     parser.add_argument(
@@ -154,6 +155,12 @@ def _training(config: ModelConfig, precision: str, context: int, options: argpar
     blocks = config.num_suffix_blocks if options.only else None
     if blocks == 0:
         raise UserError(f"--only suffix: {options.model} has no blocks that learn; leave it out")
+    if sequences > 1 and sequences * context > MOST_TOKENS:
+        raise UserError(
+            f"--train {sequences} is {sequences:,} sequences of {context:,} tokens at a time, more than "
+            f"{MOST_TOKENS:,} tokens; give fewer or shorter ones, or --train 1 --context-length {sequences} if that is "
+            "how long one is to be"
+        )
     if context % config.mini_batch_size:
         raise UserError(f"--context-length is {context}; give a multiple of the mini-batch, {config.mini_batch_size}")
     parameters = 4 * config.num_parameters
