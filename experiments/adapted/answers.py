@@ -50,7 +50,7 @@ def jobs(plan: Plan) -> None:
     books, documents = [str(stretches / "texts")], "2" if plan.rehearsed else "28"
     source = Path(sysconfig.get_path("stdlib"))
     files = [str(source / name) for name in SOURCES if (source / name).is_file()]
-    for tier, name, texts in ((1, "books", books), (2, "source", files))[: 1 if plan.rehearsed else 2]:
+    for tier, name, texts in ((1, "books", books), (3, "source", files))[: 1 if plan.rehearsed else 2]:
         wanted = {
             "questions": (models[:2], CONTEXTS, ROWS),
             "questions-full": (models[2:], (READ_BY_ORIGINAL,), ROWS_OF_FULL),
@@ -85,7 +85,7 @@ def jobs(plan: Plan) -> None:
             str(DRAFTED_TOKENS),
         ]
         command = (*arguments, "--ahead", str(LOOKED_AT), "--skip-tests", "--json", str(result))
-        plan.job(name, tier, [Command(command, result)], needs, seconds=BESIDE * 60, experiment="answers")
+        plan.job(name, tier, [Command(command, result)], needs, seconds=BESIDE * 40, experiment="answers")
 
 
 def main(arguments: list[str] | None = None) -> int:
