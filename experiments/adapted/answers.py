@@ -72,20 +72,13 @@ def jobs(plan: Plan) -> None:
         plan.job(
             name, tier, [Command(command, result)], needs, seconds=BESIDE * seconds, gibibytes=40, experiment="answers"
         )
+    position = READ_BY_ORIGINAL * plan.unit - 2 * LOOKED_AT
+    count = ("--documents", "1" if plan.rehearsed else "7", "--tokens", str(DRAFTED_TOKENS), "--ahead", str(LOOKED_AT))
     for tier, name, verifier in ((2, "drafts", models[3]), (4, "drafts-full", models[2])):
         result = plan.result_of(name, "speculative")
         arguments = ["-m", "benchmarks.speculative", verifier, models[0], "--data", str(plan.data / "validation")]
-        positions = (2 * plan.unit, READ_BY_ORIGINAL * plan.unit - 2 * LOOKED_AT)
-        arguments += [
-            "--positions",
-            *map(str, positions),
-            "--documents",
-            "1" if plan.rehearsed else "7",
-            "--tokens",
-            str(DRAFTED_TOKENS),
-        ]
-        command = (*arguments, "--ahead", str(LOOKED_AT), "--skip-tests", "--json", str(result))
-        plan.job(name, tier, [Command(command, result)], needs, seconds=BESIDE * 40, experiment="answers")
+        arguments += ["--positions", str(position), *count, "--skip-tests", "--json", str(result)]
+        plan.job(name, tier, [Command(tuple(arguments), result)], needs, seconds=BESIDE * 40, experiment="answers")
 
 
 def main(arguments: list[str] | None = None) -> int:
