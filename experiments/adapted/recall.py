@@ -20,7 +20,7 @@ SIDE_BY_SIDE = PER_DEPTH * len(DEPTHS) * len(VARIANTS)
 """All prompts of one context."""
 ANSWER_TOKENS = 64
 """A UUID takes 36 at most."""
-GRID, PRETRAINED, FEW = (0.5, 2, 4, 8, 16, 32), (0.5, 2, 4, 8), (0.5, 4, 16)
+GRID, PRETRAINED, FEW, OF_HYBRIDS = (0.5, 2, 4, 8, 16, 32), (0.5, 2, 4, 8), (0.5, 4, 16), (0.5, 4, 8, 16)
 """Contexts in units, the first of them inside the window: all, as far as full attention was pretrained, some."""
 SHORTEST = 256
 """Tokens of a context of a rehearsal: a UUID, asked for, has to fit."""
@@ -67,7 +67,8 @@ def attempt(
 ) -> None:
     """A model trained like the base of its steps but for its settings, evaluated on books and on needles."""
     reading = "learning" if kind == "first-order" else "static"
-    commands, seconds = questions(plan, name, plan.run_of(name), FEW, (4,), reading)
+    grid = OF_HYBRIDS if "hybrid" in name else FEW
+    commands, seconds = questions(plan, name, plan.run_of(name), grid, (4,), reading)
     plan.model(
         name,
         tier,
