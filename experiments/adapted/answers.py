@@ -65,7 +65,7 @@ def jobs(plan: Plan) -> None:
         seconds = BESIDE * {"books": 65, "source": 45}[name]
         plan.job(f"questions-{name}", tier, commands, needs, seconds=seconds, gibibytes=30, experiment="answers")
     for tier, name, writers, seconds in ((2, "judge", models[:2], 60), (4, "judge-full", models[2:3], 40)):
-        result, length = plan.result_of(name, "judge"), READ_BY_ORIGINAL * plan.unit
+        result, length = plan.result_of(name, "written"), READ_BY_ORIGINAL * plan.unit
         arguments = ["judge", *writers, "--judge", str(original), "--data", *books, "--documents", documents]
         arguments += ["--context", str(length), "--written", str(WRITTEN * plan.unit), "--bins", str(BINS)]
         command = (*arguments, "--batch-size", documents, "--json", str(result))
