@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from experiments.adapted import answers, rehearsal
+from experiments.pages import answers as page
+from experiments.results import Results
 
 from longread.cli import main as longread
 from longread.cli.models import read_whole
@@ -28,6 +30,41 @@ def test_the_original_reads_as_the_reader_with_full_attention(tmp_path: Path) ->
     losses = [opened.session(learn=False).read(TEXT[:200])[1:] for opened in (read_whole(reader), original, reader)]
     assert torch.allclose(losses[0], losses[1], atol=1e-4)
     assert (losses[2] - losses[1]).abs().max() > 1e-2  # a window hides what it reads
+
+
+def trial(question: str, distance: int, nats: list[float], written: bool) -> dict[str, object]:
+    facts = {"text": "text 5", "context_length": 8192, "kind": "name", "question": question, "distance": distance}
+    return facts | {"nats": nats, "is_greedy": written, "is_right": nats[0] < min(nats[1:])}
+
+
+def test_the_page_counts_pairs_and_what_reading_adds() -> None:
+    """One question that nothing read gets right and reading gets wrong but for what it adds, one the other way round,
+    and one inside the window."""
+    before = [[1.0, 2.0, 3.0], [5.0, 4.0, 3.0], [5.0, 4.0, 3.0]]
+    after = [[0.9, 0.5, 3.0], [1.0, 3.0, 3.0], [1.0, 3.0, 3.0]]
+    results = [
+        {"model": "first-order", "reading": reading, "trials": [*map(trial, "abc", (2000, 3000, 10), nats, written)]}
+        for reading, nats, written in (
+            ("learning", after, (False, True, True)),
+            ("frozen", before, (False, False, True)),
+            ("nothing read", before, (False, False, False)),
+        )
+    ]
+    twin = {"model": "full", "reading": "static", "trials": [trial("b", 3000, [2.0, 3.0, 3.0], True)]}
+    found = Results()
+    found.evaluated("questions-books", "questions", {"results": results})
+    found.evaluated("questions-books", "questions-full", {"results": [twin]})
+    gathered = page.gather(found)
+    kept = gathered["questions"]["books"]["readers"]["reader, learning"]
+    assert kept == {"right": "011", "written": "011", "gained": "011", "nats": [0.9, 1.0, 1.0]}
+    assert gathered["questions"]["books"]["readers"]["full-attention twin"]["right"] == "-1-"
+    assert gathered["questions"]["books"]["asked"]["text"] == [1, 1, 1]
+    made = {table.caption: [list(row) for row in table.rows] for table in page.tables(gathered)}
+    pairs = made["Two readers, questions about books, evidence beyond the window:"]
+    assert pairs[0] == ["reader, learning, against reader, frozen", "2", "1", "1", "1", "1", "0", "1", "+2.05"]
+    assert pairs[2][:4] == ["reader, learning, against full-attention twin", "1", "0", "0"]
+    near = made["Questions about books, by tokens after the evidence, right / written:"]
+    assert near[0] == ["reader, learning", "1.00 / 1.00", "0.00 / 0.00", "1.00 / 1.00"]
 
 
 def test_stretches_begin_with_paragraphs_at_equal_distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
