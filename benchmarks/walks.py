@@ -9,7 +9,8 @@ functions does.
 
 read         `longread read FILE`, from the command line to the first call into `ops/clipped_sgd`: the first SGD step.
              Files of other commands are those in `cli/` that are called, or lie in a folder that is called, as another
-             command is. The model is `model/`, `ops/` and `inner_loop/`.
+             command is. The model is `model/`, `ops/` and `inner_loop/`. Files outside of `ops/` alone are counted
+             too: each op is a folder, and all readings pass the same files of it.
 session      `Session.read` of a mini-batch and the token after it, by a session that has read before, to the same call.
              A name occurs twice if the stack at that moment holds two functions of that name, or methods of two classes
              of that name; leading underscores do not tell names apart.
@@ -97,6 +98,7 @@ class Recorder:
         self.calls.append(call)
         if self._until and call.file.startswith(self._until):
             self._on = False
+            sys.setprofile(None)  # what follows need not be slow
             while frame is not None:
                 self.stack = [at for at in [self._call_of(frame)] if at] + self.stack
                 frame = frame.f_back  # type: ignore[assignment]
@@ -111,7 +113,12 @@ class Recorder:
 
 def passed(calls: list[Call]) -> dict[str, int]:
     """Files and functions of some calls."""
-    return {"files": len({call.file for call in calls}), "functions": len({call[1:] for call in calls})}
+    files = {call.file for call in calls}
+    return {
+        "files": len(files),
+        "files outside ops": sum(not file.startswith("ops/") for file in files),
+        "functions": len({call[1:] for call in calls}),
+    }
 
 
 def switches(calls: list[Call]) -> int:
@@ -280,11 +287,13 @@ def page(columns: list[dict[str, Any]]) -> str:
     rows: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
         ("`longread read` to the first SGD step: files", lambda c: c["read"]["files"], "≤ 30"),
         ("functions", lambda c: c["read"]["functions"], ""),
+        ("files outside `ops/`", lambda c: c["read"]["files outside ops"], ""),
         ("files outside the model", lambda c: c["read"]["files outside"], ""),
         ("of these files, other commands'", lambda c: c["read"]["files of other commands"], "0"),
         ("modules of other commands imported", lambda c: c["read"]["imported"], "0"),
         ("`Session.read` to the SGD step: files", lambda c: c["session"]["files"], "≤ 15"),
         ("functions", lambda c: c["session"]["functions"], ""),
+        ("files outside `ops/`", lambda c: c["session"]["files outside ops"], ""),
         ("names twice in the stack", lambda c: ", ".join(c["session"]["twice"]) or "none", "none"),
         ("`/v1/completions`, one token: files outside the model", lambda c: c["completion"]["files outside"], "≤ 12"),
         ("functions outside the model", lambda c: c["completion"]["functions outside"], ""),

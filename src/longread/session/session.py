@@ -220,19 +220,18 @@ class Session:
         return self._take_in(self._checked(text), PIECE)
 
     def _take_in(self, tokens: Tensor, lengths: int | list[int]) -> Tensor:
-        pieces = [self._take_in_piece(part) for part in tokens.split(lengths)]
-        self.inner_grad_norms = torch.cat([norms for _, norms in pieces])
+        nll, norms = [], []
+        for piece in tokens.split(lengths):
+            row = piece.to(self.model.device).unsqueeze(0)
+            found = read_guarded(self.model, self._settled(), row, inner=self.inner, learn=self.learn)
+            self._held = found.state
+            self._counted(found.rolled_back.shape[1], found.rolled_back.sum())
+            nll.append(found.nll[0])
+            norms.append(found.inner_grad_norm[0])
+        self.inner_grad_norms = torch.cat(norms)
         window = self.model.config.window_size
         self._recent = (self._recent + tokens[-window:].tolist())[-window:]
-        return torch.cat([nll for nll, _ in pieces])
-
-    def _take_in_piece(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """One piece: its losses [n] and the norms of its steps."""
-        rows = tokens.to(self.model.device).unsqueeze(0)
-        found = read_guarded(self.model, self._settled(), rows, inner=self.inner, learn=self.learn)
-        self._held = found.state
-        self._counted(found.rolled_back.shape[1], found.rolled_back.sum())
-        return found.nll[0], found.inner_grad_norm[0]
+        return torch.cat(nll)
 
     def score(self, text: str | Sequence[int] | Tensor) -> Tensor:
         """What `read` would give for it; the session stays as it is."""
