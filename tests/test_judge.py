@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -311,6 +312,22 @@ def test_the_command(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     figures = json.loads((home / "h.json").read_text())
     assert not figures["same_tokenizer"]
     assert "hf has a tokenizer of its own" in figures["notes"][0]
+
+
+def test_a_judge_with_full_attention_has_the_context_of_its_pretraining(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(model(suffix=0).config, attention="full")
+    facts = {"run": "twin", "adapted_from": {"model": "a", "provenance": {"context": 60}}}
+    for name, provenance in (("original", {"context": 60}), ("twin", facts), ("windowed", facts), ("new", {})):
+        network = model(suffix=0) if name == "windowed" else Transformer(config)
+        save_model(home / name, network, INNER, BYTES.fingerprint, provenance)
+        BYTES.save(home / name)
+    for name in ("original", "twin"):
+        assert judged(home, home / "e2e", "--judge", home / name, "--context", 64) == 2
+        assert f"the judge {name} reads at most 60 tokens and the documents take 64" in capsys.readouterr().err
+    for name in ("windowed", "new"):
+        assert judged(home, home / "e2e", "--judge", home / name, "--context", 64) == 0
 
 
 @pytest.mark.parametrize(

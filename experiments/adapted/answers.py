@@ -104,7 +104,7 @@ def save_original(reader: Path, out: Path) -> None:
     config = dataclasses.replace(without_fast_weights(loaded.model.config), attention="full")
     model = undrawn(config).to_empty(device="cpu")
     begin_with(model, loaded, reader, tokenizer_fingerprint)
-    provenance = {"provenance": loaded.metadata.get("provenance", {})}
+    provenance = loaded.metadata.get("provenance", {})
     copy_tokenizer(reader, out)
     save_model(out, model, loaded.inner, tokenizer_fingerprint, provenance, learns=False)
 

@@ -24,6 +24,7 @@ from longread.cli.arguments import (
 
 if TYPE_CHECKING:
     from longread.evaluate import Judge
+    from longread.loading import OpenModel
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -156,5 +157,21 @@ def _judge(path: str, device: str) -> Judge:
         return HuggingFaceJudge(path, find_device(device))
     opened = open_model(path, device)
     return LongreadJudge(
-        opened.name, opened.model, opened.inner, opened.tokenizer, opened.fingerprint, learn=opened.learns
+        opened.name,
+        opened.model,
+        opened.inner,
+        opened.tokenizer,
+        opened.fingerprint,
+        learn=opened.learns,
+        context_limit=_context_limit(opened),
     )
+
+
+def _context_limit(opened: OpenModel) -> int | None:
+    """Tokens on which full attention was pretrained; None for windows, and where nothing says it."""
+    config, origin = opened.model.config, opened.provenance
+    if all(config.window_of(block) is not None for block in range(config.num_blocks)):
+        return None
+    while "adapted_from" in origin:
+        origin = origin["adapted_from"].get("provenance", {})
+    return origin.get("context")

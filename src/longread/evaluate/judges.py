@@ -45,9 +45,7 @@ class Judge(ABC):
 
 
 class LongreadJudge(Judge):
-    """A model of this library."""
-
-    context_limit = None
+    """A model of this library; one with full attention may have a `context_limit`."""
 
     def __init__(
         self,
@@ -58,8 +56,10 @@ class LongreadJudge(Judge):
         fingerprint: str,
         *,
         learn: bool = True,
+        context_limit: int | None = None,
     ) -> None:
         self.name, self.tokenizer, self.fingerprint = name, tokenizer, fingerprint
+        self.context_limit = context_limit
         self._model, self._inner, self._learn = model, inner, learn
 
     def nll(self, tokens: Tensor) -> Tensor:
