@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longread.engine import Curve, Engine
+from longread.engine import Curve, Engine, Sampling
 from longread.engine.curve import MOST_BINS
 from longread.server.sessions.losses import kept
 from longread.session import Session
@@ -52,6 +52,17 @@ def test_the_same_tokens_in_other_pieces_are_the_same_curve() -> None:
         other.add(losses(3000)[i : i + 13])
     assert [(b[0], b[3], b[4]) for b in one.bins()] == [(b[0], b[3], b[4]) for b in other.bins()]
     assert [b[2] for b in one.bins()] == pytest.approx([b[2] for b in other.bins()])
+
+
+def test_what_ends_with_its_task_keeps_no_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(make(), INNER) as engine:
+        sid = engine.create().id
+        read(engine, sid, text(2 * M))
+        before = engine.losses(sid)
+        monkeypatch.delattr(Curve, "_places")  # to add losses would fail
+        assert engine.complete(text(9), Sampling(max_tokens=3)).result(60).reason == "length"
+        assert len(engine.score(sid, text(2 * M)).result(60).nll) == 2 * M
+        assert engine.losses(sid) == before
 
 
 def test_what_is_no_number_has_no_loss() -> None:

@@ -150,9 +150,7 @@ class Jobs:
         reader, token = job.reader, job.next
         if token is None:
             return
-        reader.position += 1
-        reader.losses.add_written(1)
-        reader.recent.append(token)
+        reader.extend([token])
         if reader.durable:
             reader.unlogged.append(token)
         job.next, job.written = None, job.written + 1

@@ -162,12 +162,7 @@ class TextPieces:
             if job.next is not None:
                 self._jobs.written(job)
                 continue
-            reader.position += len(tokens)
-            if job.wrote:
-                reader.losses.add_written(len(tokens))
-            else:
-                reader.losses.add(piece.nll)
-            reader.recent.extend(tokens)
+            reader.extend(tokens, None if job.wrote else piece.nll)
             job.done += len(tokens)
             job.served += 1
             job.steps, job.rolled_back = job.steps + len(piece.norms), job.rolled_back + piece.refused

@@ -221,6 +221,7 @@ class Reader:
     logged: int = 0
     """Tokens in the database since the newest snapshot."""
     deleted: bool = False
+    """Nobody can ask for it any more, or ever could: one of those that end with their task."""
     afterwards: list[Callable[[], None]] = field(default_factory=list)
     """What is to be done once it has no work any more."""
     links: set[Future[Any]] = field(default_factory=set)
@@ -229,6 +230,17 @@ class Reader:
     def rest(self, state: ReadingState) -> None:
         """Takes a new state."""
         self.state, self.shapes, self.nbytes = state, shapes_of(state), state.nbytes
+
+    def extend(self, tokens: Sequence[int], nll: Sequence[float] | None = None) -> None:
+        """Tokens have been read, with these losses; None: the session wrote them itself."""
+        self.position += len(tokens)
+        self.recent.extend(tokens)
+        if self.deleted:
+            return
+        if nll is None:
+            self.losses.add_written(len(tokens))
+        else:
+            self.losses.add(nll)
 
     @property
     def job(self) -> Job | None:
