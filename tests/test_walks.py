@@ -1,4 +1,6 @@
-"""Walks through the code stay short: to the first inner step, from a command and from a session."""
+"""Walks through the code stay short: to the first inner step, from a command and from a session; to a token, from a
+request; and to a new session of an engine.
+"""
 
 from __future__ import annotations
 
@@ -27,3 +29,11 @@ def test_from_the_command_to_the_first_step() -> None:
     found = walk("read")
     assert found["files outside"] <= 30
     assert found["files of other commands"] == found["imported"] == 0
+
+
+def test_from_a_request_to_its_token() -> None:
+    assert walk("completion")["files outside"] <= 18
+
+
+def test_from_an_engine_to_its_session() -> None:
+    assert walk("create")["segments"] <= 4
