@@ -28,8 +28,8 @@ from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop.places import Places
-from longread.inner_loop.reading import next_token_logits, read
-from longread.inner_loop.state import ReadingState, StateFacts, apart, shapes_of, together
+from longread.inner_loop.reading import read
+from longread.inner_loop.state import ReadingState, StateFacts, apart, next_token_logits, shapes_of, together
 from longread.model import Transformer
 from longread.ops.likeliest import likeliest
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
 from longread.inner_loop.optimizers import optimizer_named
-from longread.inner_loop.state import ReadingState
+from longread.inner_loop.state import ReadingState, begin
 from longread.inner_loop.step import Carry, Recorded, Step, inner_step, recorded, step_norm_limit
 from longread.model import Past, Transformer, can_capture
 from longread.ops.clipped_sgd import refused
@@ -58,32 +58,6 @@ class Reading(NamedTuple):
     """log p and ids of the likeliest tokens in the place of each token, [B, n, top]; NaN for the first of all."""
     outputs: Tensor | None = None
     """The input of `Transformer.logits` for the logits of the token after each token, [B, n, D], where asked for."""
-
-
-def begin(model: Transformer, batch_size: int = 1) -> ReadingState:
-    """The state of sequences that have read nothing."""
-    with torch.no_grad():
-        lower_pasts, upper_pasts = model.empty_pasts(batch_size)
-    fast = tuple(type(w)(*(x.detach() for x in w)) for w in model.initial_fast_weights(batch_size))
-    none = torch.empty(batch_size, 0, device=model.device, dtype=model.dtype)
-    return ReadingState(
-        position=0,
-        fast=fast,
-        lower_pasts=lower_pasts,
-        upper_pasts=upper_pasts,
-        hidden=none.new_empty(batch_size, 0, model.config.width),
-        targets=none.long(),
-        targets_mask=none.bool(),
-        output=none,
-    )
-
-
-@torch.no_grad()
-def next_token_logits(model: Transformer, state: ReadingState) -> Tensor:
-    """Logits of the next token, [B, V]. Raises `ValueError` before the first token."""
-    if not state.output.shape[1]:
-        raise ValueError("nothing has been read yet; read at least one token (the BOS, say) first")
-    return model.logits(state.output)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import torch
 from longread.config import InnerConfig, ModelConfig
 from longread.inner_loop.captured import CapturedReader
 from longread.inner_loop.decoding import Decoder
-from longread.inner_loop.reading import GPU_STRETCH, begin, read
-from longread.inner_loop.state import ReadingState
+from longread.inner_loop.reading import GPU_STRETCH, read
+from longread.inner_loop.state import ReadingState, begin
 from longread.model import Past, Transformer, undrawn
 from longread.ops.precompile import precompile
 

@@ -79,6 +79,32 @@ class ReadingState:
         return StateFacts(self.position, self.hidden.shape[1], self.fast, self.nbytes)
 
 
+def begin(model: Transformer, batch_size: int = 1) -> ReadingState:
+    """The state of sequences that have read nothing."""
+    with torch.no_grad():
+        lower_pasts, upper_pasts = model.empty_pasts(batch_size)
+    fast = tuple(type(w)(*(x.detach() for x in w)) for w in model.initial_fast_weights(batch_size))
+    none = torch.empty(batch_size, 0, device=model.device, dtype=model.dtype)
+    return ReadingState(
+        position=0,
+        fast=fast,
+        lower_pasts=lower_pasts,
+        upper_pasts=upper_pasts,
+        hidden=none.new_empty(batch_size, 0, model.config.width),
+        targets=none.long(),
+        targets_mask=none.bool(),
+        output=none,
+    )
+
+
+@torch.no_grad()
+def next_token_logits(model: Transformer, state: ReadingState) -> Tensor:
+    """Logits of the next token, [B, V]. Raises `ValueError` before the first token."""
+    if not state.output.shape[1]:
+        raise ValueError("nothing has been read yet; read at least one token (the BOS, say) first")
+    return model.logits(state.output)
+
+
 def shapes_of(state: ReadingState) -> Hashable:
     """Equal for states that can be one batch."""
     return tuple((*x.shape[1:], x.dtype) for x in state.tensors)
