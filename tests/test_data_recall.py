@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 import re
 from pathlib import Path
@@ -12,10 +14,11 @@ import torch
 
 from longread import recipes
 from longread.config import UserError
-from longread.data import RecallSampler, Sampler, TokenDataset, prepare
+from longread.data import Batch, RecallSampler, Sampler, TokenDataset, prepare
 from longread.data.recall import ADJECTIVES, LEAST_DISTANCE, NAMES, NOUNS, SURNAMES, WORDINGS, draw_fact
 from longread.evaluate import haystack
 from longread.tokenizer import ByteTokenizer
+from longread.train import train
 from longread.train.beginning import training_sampler
 from tests import tiny
 
@@ -146,3 +149,19 @@ def test_a_run_says_its_share(dataset: TokenDataset, tmp_path: Path) -> None:
     (tmp_path / "data" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"recall is 0\.25, but .*data has no tokenizer to write facts with"):
         training_sampler(config, TokenDataset.open(tmp_path / "data"))
+
+
+def test_a_run_trains_on_them(dataset: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    batch = Sampler.batch
+
+    def watched(self: Sampler, *place: int) -> Batch:
+        seen.append(batch(self, *place).input_ids)
+        return batch(self, *place)
+
+    monkeypatch.setattr(Sampler, "batch", watched)
+    network = tiny.config(vocab_size=257, mini_batch_size=512, window_size=16)
+    config = recipes.with_steps(recipes.adapt(network, "e2e", context_length=T, batch_size=1), 1)
+    train(dataclasses.replace(config, recall=0.25), dataset, tmp_path / "run")
+    assert found_facts(TOKENIZER.decode(seen[0][0].tolist()))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["recall"] == 0.25
