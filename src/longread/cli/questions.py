@@ -129,12 +129,13 @@ def _texts(options: argparse.Namespace, opened: OpenModel) -> list[AskedText]:
     for document in documents:
         if document.byte_lengths is None:
             raise UserError(f"the tokens of {document.name} do not say where its text is; give the text itself")
+        text = opened.tokenizer.decode(document.tokens.tolist())
         questions = [
             question
             for T in sorted(set(options.contexts))
             if len(document.tokens) >= T
             for question in make_questions(
-                opened.tokenizer.decode(document.tokens.tolist()),
+                text,
                 document.byte_lengths,
                 opened.tokenizer,
                 T,
