@@ -162,7 +162,7 @@ def test_reading_reports_learning_beside_frozen_and_keeps_the_session(
 def test_reading_in_two_commands_is_reading_once(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = SENTENCES[:1003], SENTENCES[1003:2000]
+    first, second = SENTENCES[:403], SENTENCES[403:800]
     (tmp_path / "first").write_text(first)
     (tmp_path / "whole").write_text(first + second)
     run = ["--model", str(home / "run"), "--device", "cpu"]

@@ -24,7 +24,7 @@ from longread.session.text import LONGEST_PIECE
 from tests.small_model import save_small_model
 
 SENTENCE = "the whale swam naïve – slowly beneath cold stars while nobody watched it, and then it 🐋 turned\n"
-TEXT = " ".join(random.Random(0).choices(SENTENCE.split(), k=300))
+TEXT = " ".join(random.Random(0).choices(SENTENCE.split(), k=180))
 FAULTS = ("SIGINT", "SIGTERM", "killed", "disk", "memory", "bad byte")
 
 
@@ -166,7 +166,7 @@ def test_every_fault_keeps_what_was_read_and_says_how_to_go_on(
     kind: str,
     halfway: bool,
 ) -> None:
-    assert Faults(monkeypatch, home).strike(kind, 20, halfway, "--no-control") == STATUS[kind]
+    assert Faults(monkeypatch, home).strike(kind, 10, halfway, "--no-control") == STATUS[kind]
     text = restored().text
     assert text is not None
     assert not text.whole
@@ -197,7 +197,7 @@ def test_the_same_command_without_resume_loses_nothing(
 def test_another_text_is_refused_with_one_sentence(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Faults(monkeypatch, home).strike("SIGTERM", 20, False, "--no-control")
+    Faults(monkeypatch, home).strike("SIGTERM", 10, False, "--no-control")
     before, data = Path("s").read_bytes(), TEXT.encode()
     for other, reason in (
         (data[:100] + b"X" + data[101:], "its first .* bytes are not those that were read"),
@@ -229,17 +229,17 @@ def test_session_goes_on_in_its_own_text_and_after_it_with_another(
 
 def test_a_text_that_has_grown_is_gone_on_with(home: Path) -> None:
     data = TEXT.encode()
-    Path("log").write_bytes(data[:700])
+    Path("log").write_bytes(data[:350])
     assert read("log", "--resume") == 0
     assert read("log", "--resume") == 0  # nothing new
-    assert restored().position == 701
-    Path("log").write_bytes(data[:1400])
+    assert restored().position == 351
+    Path("log").write_bytes(data[:700])
     assert read("log", "--resume") == 0
     text = restored().text
     assert text is not None
-    assert (text.num_bytes, text.sha256) == (1400, hashlib.sha256(data[:1400]).hexdigest())
-    Path("rest").write_bytes(data[700:1400])
-    Path("first").write_bytes(data[:700])
+    assert (text.num_bytes, text.sha256) == (700, hashlib.sha256(data[:700]).hexdigest())
+    Path("rest").write_bytes(data[350:700])
+    Path("first").write_bytes(data[:350])
     assert read("first", "rest", save="two") == 0
     assert_same(restored("two"), restored())
 
@@ -248,7 +248,7 @@ def test_several_texts_are_read_in_order_and_gone_on_with(
     home: Path, undisturbed: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = TEXT.encode()
-    for i, part in enumerate((data[:700], data[700:720], data[720:])):
+    for i, part in enumerate((data[:350], data[350:360], data[360:])):
         Path(f"part{i}").write_bytes(part)
     names = [f"part{i}" for i in range(3)]
     assert read(*names, save="whole") == 0
@@ -270,7 +270,7 @@ def test_several_texts_are_read_in_order_and_gone_on_with(
 
 def test_a_session_file_has_one_size_whatever_was_read(home: Path) -> None:
     sizes = set()
-    for count in (1000, 1192, 1576):  # as many tokens wait for the rest of their mini-batch
+    for count in (488, 616, 776):  # as many tokens wait for the rest of their mini-batch
         Path("text").write_bytes(TEXT.encode()[:count])
         assert read("text", save=f"s{count}") == 0
         sizes.add(Path(f"s{count}").stat().st_size)

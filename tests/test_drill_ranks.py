@@ -28,6 +28,7 @@ def test_a_rank_is_killed_in_a_sum(drill: Drill) -> None:
     survived(drill, Injection("kill", 1, "norm", 8), says=WAITED)
 
 
+@pytest.mark.slow
 def test_a_rank_is_killed_while_old_checkpoints_are_deleted(drill: Drill) -> None:
     survived(drill, Injection("kill", 0, "disk", drill.counts[0]["disk"] - 10))
 

@@ -176,7 +176,7 @@ def stored(directory: Path, suffix: int = 2, attention: str = "window") -> Path:
 def test_health_and_other_ways_of_reading_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "text.txt").write_text("A text that goes on for a while. " * 8)
+    (tmp_path / "text.txt").write_text("A text that goes on for a while. " * 3)
     directory = stored(tmp_path / "m")
     command = ["evaluate", directory, "--data", tmp_path / "text.txt", "--health", "--window", 6, 12]
     command += ["--mini-batch", 4, 8, "--json", tmp_path / "e.json", "--plots", tmp_path / "plots"]
@@ -186,7 +186,7 @@ def test_health_and_other_ways_of_reading_from_the_command_line(
     figures = json.loads((tmp_path / "e.json").read_text())
     names = [r["model"] for r in figures["results"]]
     assert names == [f"m, window {K}, mini-batch {b}" for K in (6, 12) for b in (4, 8)]
-    tokens = torch.tensor([256, *b"A text that goes on for a while. " * 8])
+    tokens = torch.tensor([256, *b"A text that goes on for a while. " * 3])
     for result, (K, b) in zip(figures["results"], [(6, 4), (6, 8), (12, 4), (12, 8)], strict=True):
         reader = model(window=K, mini_batch=b).float()
         expected = Session(reader, INNER).read(tokens)[1:].mean().item()

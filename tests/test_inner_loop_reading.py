@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -36,6 +37,18 @@ def tokens(n: int, *seeds: int) -> Tensor:
     return torch.tensor([text(n, seed) for seed in seeds or (0,)])
 
 
+@functools.cache
+def token_by_token(learn: bool) -> tuple[Tensor, Tensor]:
+    """Of two sequences, as one token after the other is read: the output after each, and log p of the next."""
+    model, written = exact(), tokens(13, 0, 1)
+    state, outputs, log_p = begin(model, 2), [], []
+    for t in range(13):
+        state = read(model, state, written[:, t : t + 1], inner=INNER, learn=learn).state
+        outputs.append(state.output)
+        log_p.append(next_token_logits(model, state).log_softmax(-1))
+    return torch.stack(outputs, 1), torch.stack(log_p, 1)
+
+
 def test_unless_told_otherwise_it_learns_from_every_target_and_looks_for_nothing_else() -> None:
     model = exact()
     found = read(model, begin(model, 2), tokens(2 * M + 3, 0, 1), inner=INNER)
@@ -53,18 +66,14 @@ def test_unless_told_otherwise_it_learns_from_every_target_and_looks_for_nothing
 @pytest.mark.parametrize("learn", [True, False])
 def test_outputs_are_those_of_the_weights_before_each_step(pieces: list[int], learn: bool) -> None:
     """Of two sequences at once, against the output after every single token."""
-    model, written = exact(), tokens(13, 0, 1)
-    state, expected = begin(model, 2), []
-    for t in range(13):
-        state = read(model, state, written[:, t : t + 1], inner=INNER, learn=learn).state
-        expected.append(state.output)
+    model, written, (expected, _) = exact(), tokens(13, 0, 1), token_by_token(learn)
     state, found = begin(model, 2), []
     for part in written.split(pieces, dim=1):
         made = read(model, state, part, inner=INNER, learn=learn, outputs=True)
         assert made.outputs is not None
         found.append(made.outputs)
         state = made.state
-    torch.testing.assert_close(torch.cat(found, 1), torch.stack(expected, 1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-9, atol=1e-9)
     assert read(model, begin(model, 2), written, inner=INNER, learn=learn).outputs is None
 
 
@@ -75,12 +84,8 @@ def test_the_likeliest_are_those_of_the_predictions(
     pieces: list[int], learn: bool, at_a_time: int, top: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two sequences at once, against the logits after every single token; however many are asked for and made."""
-    model, written = exact(), tokens(13, 0, 1)
-    state, expected = begin(model, 2), []
-    for t in range(13):
-        if t:
-            expected.append(next_token_logits(model, state).log_softmax(-1))
-        state = read(model, state, written[:, t : t + 1], inner=INNER, learn=learn).state
+    model, written, (_, following) = exact(), tokens(13, 0, 1), token_by_token(learn)
+    expected = following[:, :-1]
     monkeypatch.setattr(reading, "LOGITS_AT_A_TIME", at_a_time)
     state, found = begin(model, 2), []
     for part in written.split(pieces, dim=1):
@@ -91,9 +96,9 @@ def test_the_likeliest_are_those_of_the_predictions(
         state = made.state
     log_p, ids = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     assert log_p[:, 0].isnan().all()
-    values = torch.stack(expected, dim=1).sort(-1, descending=True).values[..., :top]
+    values = expected.sort(-1, descending=True).values[..., :top]
     torch.testing.assert_close(log_p[:, 1:], values, rtol=1e-10, atol=1e-10)
-    own = torch.stack(expected, dim=1).gather(-1, ids[:, 1:])
+    own = expected.gather(-1, ids[:, 1:])
     torch.testing.assert_close(own, values, rtol=1e-10, atol=1e-10)
 
 

@@ -384,7 +384,7 @@ def run_of(steps: int, **changes: object) -> RunConfig:
     )
 
 
-@each_mixer
+@each_plain_mixer
 def test_a_run_that_was_interrupted_ends_the_same(changes: dict, data: TokenDataset, tmp_path: Path) -> None:
     whole = train(run_of(4, **changes), data, tmp_path / "whole", validation=data)
     train(run_of(2, **changes), data, tmp_path / "parts", validation=data)

@@ -94,9 +94,14 @@ def run(tree: Path, *options: str) -> dict[str, dict[str, str]]:
     return json.loads(out.read_text())
 
 
-def test_a_fault_is_killed_by_a_test_that_runs_it(tree: Path) -> None:
-    half = run(tree, "--shard", "0/2")
-    state = run(tree)
+@pytest.fixture(scope="module")
+def halves(tree: Path) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    """What is known after half of the faults, and after all."""
+    return run(tree, "--shard", "0/2"), run(tree)
+
+
+def test_a_fault_is_killed_by_a_test_that_runs_it(halves: tuple[dict[str, dict[str, str]], ...]) -> None:
+    half, state = halves
     assert half["faults"].items() < state["faults"].items()  # what was known is kept
     assert state["tests"] == 2  # type: ignore[comparison-overlap]
     assert state["tests_left_out"] == ["tests/test_session.py::test_red"]  # type: ignore[comparison-overlap]
@@ -124,8 +129,8 @@ def test_what_fails_outside_of_tests_is_no_kill(tmp_path: Path) -> None:
     assert [one["status"] for one in found] == ["error", "killed"]
 
 
-def test_the_page_lists_what_survived_with_its_reason(tree: Path) -> None:
-    state = run(tree)
+def test_the_page_lists_what_survived_with_its_reason(halves: tuple[dict[str, dict[str, str]], ...]) -> None:
+    _, state = halves
     reasons = {"src/longread/session/__init__.py": {"larger": {"a > b => (a >= b)": "equal numbers are the same"}}}
     text = page(state, state, reasons)
     assert "| session | " in text

@@ -52,7 +52,8 @@ def expected_gradients(kind: str) -> dict[str, Tensor]:
     return by_hand(make(small()), padded(), lr=0.7, clip=0.3, **KINDS[kind])
 
 
-ESSENTIAL_SCHEDULES, ESSENTIAL_KINDS = ("none", "step"), ("exact", "cut after 2")
+ESSENTIAL = [("step", "cut after 2"), ("step", "first-order")]
+"""Beside every kind where nothing runs again, and every schedule of the exact one."""
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ ESSENTIAL_SCHEDULES, ESSENTIAL_KINDS = ("none", "step"), ("exact", "cut after 2"
         pytest.param(
             schedule,
             kind,
-            marks=() if schedule in ESSENTIAL_SCHEDULES or kind in ESSENTIAL_KINDS else pytest.mark.slow,
+            marks=() if schedule == "none" or kind == "exact" or (schedule, kind) in ESSENTIAL else pytest.mark.slow,
         )
         for schedule, kind in itertools.product(["none", "blocks", "sqrt", "step", "all"], KINDS)
     ],

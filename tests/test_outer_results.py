@@ -56,7 +56,9 @@ def test_one_token_is_a_sequence_where_a_mini_batch_is_one_token() -> None:
     torch.testing.assert_close(learning.nll, static_loss(model, *data).nll)
 
 
-@pytest.mark.parametrize("changes", [{"num_suffix_blocks": 3}, {"num_suffix_blocks": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"num_suffix_blocks": 3}, pytest.param({"num_suffix_blocks": 4}, marks=pytest.mark.slow)], ids=str
+)
 def test_recomputation_carries_every_cache(changes: dict[str, Any]) -> None:
     """With three blocks that learn, two of them bring keys and values from segment to segment."""
     model = make(small(**changes))

@@ -25,8 +25,14 @@ def test_enough_cases_are_shipped() -> None:
     assert len(SHIPPED) >= 6
 
 
-@pytest.mark.parametrize("case", SHIPPED, ids=lambda path: path.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(path, dtype, id=f"{dtype}-{path.name}", marks=pytest.mark.slow if path in more else ())
+        for dtype, more in ((torch.float64, []), (torch.float32, SHIPPED[2:]))
+        for path in SHIPPED
+    ],
+)
 def test_shipped_case(case: Path, dtype: torch.dtype) -> None:
     errors = check(case, dtype)
     assert not out_of_tolerance(errors, dtype), errors

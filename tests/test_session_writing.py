@@ -25,6 +25,12 @@ def opened() -> OpenModel:
     return open_model("longread-small", "cpu")
 
 
+@pytest.fixture(scope="module")
+def whole(opened: OpenModel) -> str:
+    """What follows the prompt where nothing stops it."""
+    return "".join(opened.session().write(PROMPT, **SETTINGS))  # type: ignore[arg-type]
+
+
 def given(ids: Iterable[int]) -> Generator[int, None, None]:
     yield from ids
 
@@ -58,8 +64,7 @@ def test_nothing_read_begins_a_text(opened: OpenModel) -> None:
 
 
 @pytest.mark.parametrize("begin", [0, 1, 9, 20, 31])
-def test_after_a_stop_a_session_has_read_what_was_shown(opened: OpenModel, begin: int) -> None:
-    whole = "".join(opened.session().write(PROMPT, **SETTINGS))  # type: ignore[arg-type]
+def test_after_a_stop_a_session_has_read_what_was_shown(opened: OpenModel, whole: str, begin: int) -> None:
     stop = whole[begin : begin + 6]
     session = opened.session()
     shown = "".join(session.write(PROMPT, stops=[stop], **SETTINGS))  # type: ignore[arg-type]
@@ -100,9 +105,8 @@ def test_a_stop_text_that_is_empty(opened: OpenModel) -> None:
 
 
 def test_a_saved_session_holds_what_was_shown(
-    opened: OpenModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    opened: OpenModel, whole: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = "".join(opened.session().write(PROMPT, **SETTINGS))  # type: ignore[arg-type]
     command = ["generate", "--model", opened.name, "--device", "cpu", "--prompt", PROMPT, "--temperature", "0"]
     assert main([*command, "--stop", whole[9:15], "--save", str(tmp_path / "saved")]) == 0
     assert capsys.readouterr().out == whole[: whole.index(whole[9:15])] + "\n"

@@ -190,7 +190,7 @@ def interrupted(data: Path, out: Path) -> dict[str, Any]:
         return real(*args, **options)
 
     with replaced(gradient):
-        return run(change(BASE, micro_batch_size=1, steps=6), data, out)
+        return run(change(BASE, micro_batch_size=1), data, out)
 
 
 @contextlib.contextmanager
@@ -205,7 +205,7 @@ def test_a_signal_to_one_rank_stops_all_between_micro_batches(ranks: Ranks, data
     found = ranks.run(interrupted, data.directory, tmp_path / "run")
     assert found[0] == found[1]
     assert (found[0]["step"], found[0]["saved"], found[0]["signal"]) == (2, 2, signal.SIGTERM)
-    config = change(BASE, micro_batch_size=1, steps=6)
+    config = change(BASE, micro_batch_size=1)
     ranks.run(run, config, data.directory, tmp_path / "run", None, True)
     ranks.run(run, config, data.directory, tmp_path / "whole")
     assert_same(tmp_path / "run", tmp_path / "whole", 0.0)
@@ -315,14 +315,14 @@ def hungry(data: Path, out: Path) -> list[Any]:
         return real(model, config, *args, **options)
 
     with replaced(gradient):
-        return [run(BASE, data, out), tried]
+        return [run(SHORT, data, out), tried]
 
 
 def test_ranks_take_less_at_a_time_together(ranks: Ranks, data: TokenDataset, tmp_path: Path) -> None:
     found = ranks.run(hungry, data.directory, tmp_path / "run")
-    assert [tried for _, tried in found] == [[2, 1, 1, 1, 1]] * 2
-    assert found[0][0]["step"] == 4
-    run(BASE, data.directory, tmp_path / "one")
+    assert [tried for _, tried in found] == [[2, 1, 1]] * 2
+    assert found[0][0]["step"] == 2
+    run(SHORT, data.directory, tmp_path / "one")
     assert_same(tmp_path / "run", tmp_path / "one")
 
 

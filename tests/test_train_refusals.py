@@ -28,6 +28,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def finished(data: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run at its end, which no test changes."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(CONFIG, data, run)
+    return run
+
+
 # Numbers that are not finite
 
 
@@ -106,12 +114,11 @@ def test_weights_that_are_not_finite_are_not_saved(
 # What it refuses
 
 
-def test_a_directory_that_holds_a_run_is_refused_without_resume(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "run")
-    before = weights_of(tmp_path / "run")
+def test_a_directory_that_holds_a_run_is_refused_without_resume(finished: Path, data: TokenDataset) -> None:
+    before = weights_of(finished)
     with pytest.raises(UserError, match="already holds a run; resume it"):
-        train(change(seed=1), data, tmp_path / "run")
-    assert weights_of(tmp_path / "run") == before
+        train(change(seed=1), data, finished)
+    assert weights_of(finished) == before
 
 
 @pytest.mark.parametrize(
@@ -124,21 +131,19 @@ def test_a_directory_that_holds_a_run_is_refused_without_resume(tmp_path: Path, 
     ],
 )
 def test_another_config_is_refused_on_resume_by_the_name_of_the_field(
-    tmp_path: Path, data: TokenDataset, fields: dict[str, Any], reason: str
+    finished: Path, data: TokenDataset, fields: dict[str, Any], reason: str
 ) -> None:
-    train(CONFIG, data, tmp_path / "run")
     with pytest.raises(UserError, match=reason):
-        train(change(**fields), data, tmp_path / "run", resume=True)
+        train(change(**fields), data, finished, resume=True)
 
 
-def test_other_data_are_refused_on_resume(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "run")
+def test_other_data_are_refused_on_resume(tmp_path: Path, finished: Path, data: TokenDataset) -> None:
     with pytest.raises(UserError, match=r"of the data was .* when this run began"):
-        train(CONFIG, make_data(tmp_path, seed=2, validation_fraction=0), tmp_path / "run", resume=True)
+        train(CONFIG, make_data(tmp_path, seed=2, validation_fraction=0), finished, resume=True)
     same = TokenDataset.open(data.directory)
     same.tokenizer_fingerprint = "another"
     with pytest.raises(UserError, match="the tokenizer of the data was"):
-        train(CONFIG, same, tmp_path / "run", resume=True)
+        train(CONFIG, same, finished, resume=True)
     with pytest.raises(UserError, match="validation data has another tokenizer"):
         train(CONFIG, data, tmp_path / "other", validation=same)
 
@@ -242,12 +247,12 @@ def test_what_does_not_fit_after_all_is_cut_further(
             "longread.train.settling.graph_bytes",
             lambda *_, **__: {"none": 40, "1-blocks": 37, "blocks": 30, "1-steps": 28, "sqrt": 26, "step": 50},
         )
-        train(CONFIG, data, tmp_path / "run")
+        train(change(steps=2), data, tmp_path / "run")
     assert tried[:5] == [(4, "none"), (2, "none"), (1, "none"), (1, "blocks"), (1, "sqrt")]
     assert set(tried[5:]) == {(1, "sqrt")}
-    state = checkpoint.read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000006").state
+    state = checkpoint.read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000002").state
     assert (state["recompute"], state["micro_batch_size"]) == ("sqrt", 1)
-    train(change(recompute="sqrt", micro_batch_size=1), data, tmp_path / "same")
+    train(change(steps=2, recompute="sqrt", micro_batch_size=1), data, tmp_path / "same")
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "same")
 
 

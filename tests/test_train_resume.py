@@ -29,6 +29,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def whole(data: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbed, which no test changes."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(CONFIG, data, run, validation=data.validation)
+    return run
+
+
 def test_a_finished_run_has_nothing_left_and_a_longer_one_goes_on(tmp_path: Path, data: TokenDataset) -> None:
     train(CONFIG, data, tmp_path / "short")
     before = weights_of(tmp_path / "short")
@@ -46,7 +54,7 @@ def test_a_finished_run_has_nothing_left_and_a_longer_one_goes_on(tmp_path: Path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
-    tmp_path: Path, data: TokenDataset, number: signal.Signals
+    tmp_path: Path, data: TokenDataset, whole: Path, number: signal.Signals
 ) -> None:
     handler = signal.getsignal(number)
 
@@ -63,8 +71,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     assert newest is not None
     assert checkpoint.read_checkpoint(newest).step == result.step == 2
     train(change(checkpoint_every=None), data, tmp_path / "run", resume=True)
-    train(CONFIG, data, tmp_path / "whole")
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert weights_of(tmp_path / "run") == weights_of(whole)
 
 
 def test_a_second_interrupt_aborts_at_once(tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +115,7 @@ def test_an_older_run_that_had_not_settled_what_to_recompute_settles_it(
     assert stored()["tokens"] == rows_of(tmp_path / "run")[-1]["tokens"]
 
 
-def test_how_a_gradient_is_summed_may_change_on_resume(tmp_path: Path, data: TokenDataset) -> None:
-    train(CONFIG, data, tmp_path / "whole")
+def test_how_a_gradient_is_summed_may_change_on_resume(tmp_path: Path, data: TokenDataset, whole: Path) -> None:
     train(change(steps=4), data, tmp_path / "run")
     changed = change(recompute="sqrt", micro_batch_size=2)
     with (
@@ -119,7 +125,7 @@ def test_how_a_gradient_is_summed_may_change_on_resume(tmp_path: Path, data: Tok
         train(changed, data, tmp_path / "run", resume=True)
     state = checkpoint.read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000006").state
     assert (state["recompute"], state["micro_batch_size"]) == ("sqrt", 2)
-    for name, weights in load_file(tmp_path / "whole" / "model" / "model.safetensors").items():
+    for name, weights in load_file(whole / "model" / "model.safetensors").items():
         found = load_file(tmp_path / "run" / "model" / "model.safetensors")[name]
         torch.testing.assert_close(found, weights, rtol=1e-4, atol=1e-5)
     assert train(changed, data, tmp_path / "run", resume=True).row is None  # without a warning
@@ -137,7 +143,7 @@ def test_what_a_run_settled_on_stays_when_memory_changes(
 
 
 def test_a_failing_validation_costs_no_step(
-    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: TokenDataset, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: Any, **options: Any) -> dict[str, float]:
         raise MemoryError
@@ -148,12 +154,11 @@ def test_a_failing_validation_costs_no_step(
             train(CONFIG, data, tmp_path / "run", validation=data.validation)
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
     train(CONFIG, data, tmp_path / "run", validation=data.validation, resume=True)
-    train(CONFIG, data, tmp_path / "whole", validation=data.validation)
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert weights_of(tmp_path / "run") == weights_of(whole)
 
 
 def test_a_signal_does_not_wait_for_a_validation(
-    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: TokenDataset, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may read for minutes. The step before it is kept, and a run that goes on is as one that was never stopped."""
     parts = itertools.count()
@@ -172,8 +177,7 @@ def test_a_signal_does_not_wait_for_a_validation(
     assert last["step"] == result.saved_step == result.step
     assert "validation_loss" not in last
     train(CONFIG, data, tmp_path / "run", validation=data.validation, resume=True)
-    train(CONFIG, data, tmp_path / "whole", validation=data.validation)
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert weights_of(tmp_path / "run") == weights_of(whole)
 
 
 def test_what_is_ignored_stays_ignored(tmp_path: Path, data: TokenDataset) -> None:
