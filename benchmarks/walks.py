@@ -52,7 +52,7 @@ MODEL_UNITS = ("model/", "ops/", "inner_loop/")
 COMMANDS = ("demo", "prepare", "train", "generate", "evaluate", "needle", "judge", "convert", "bench", "serve")
 COMMANDS += ("estimate", "think")
 REPEATS = 9
-TEXT = "It was read once, and it was asked many times. " * 400
+TEXT = "It was read once, and it was asked many times. " * 200
 
 
 class Call(NamedTuple):
