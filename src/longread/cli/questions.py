@@ -90,7 +90,14 @@ def run(options: argparse.Namespace) -> int:
         ways = [(learn, None) for learn in ((True, False) if learns and not options.no_control else (learns,))]
         for learn, beginning in ways if options.no_control else [*ways, (False, opened.tokenizer.beginning)]:
             way = "with nothing read" if beginning is not None else "learning" if learn else "frozen"
-            with console.status(f"{name}: {total:,} questions, {way}"):
+            done = 0
+            with console.status(f"{name}: {total:,} questions, {way}") as status:
+
+                def show(count: int, name: str = name, way: str = way, total: int = total) -> None:
+                    nonlocal done
+                    done += count
+                    status.update(f"{name}: {done:,} of {total:,} questions, {way}")
+
                 answers.append(
                     answer_questions(
                         name,
@@ -100,6 +107,7 @@ def run(options: argparse.Namespace) -> int:
                         learn=learn,
                         beginning=beginning,
                         batch_size=options.batch_size,
+                        on_questions=show,
                     )
                 )
     notes = [f"{total:,} questions about {len(texts):,} texts. Chance is {1 / options.choices:.2f} in all tables."]
