@@ -368,7 +368,7 @@ def test_no_more_is_begun_than_fits(apart: bool) -> None:
     model = make()
     size = largest_session(model)
     with Engine(model, INNER, limits=Limits(device_bytes=4 * size, max_batch=2, batch_invariant=apart)) as engine:
-        tasks = [engine.complete(text(8 * M, i), Sampling(max_tokens=9, seed=i)) for i in range(12)]
+        tasks = [engine.complete(text(4 * M, i), Sampling(max_tokens=9, seed=i)) for i in range(12)]
         most = 0.0
         while not all(task.done for task in tasks):
             most = max(most, engine.stats()["bytes_device"])
@@ -376,7 +376,7 @@ def test_no_more_is_begun_than_fits(apart: bool) -> None:
         assert most <= 6 * size  # and not 12: a lane of so small a model is larger than its session
         for i, task in enumerate(tasks):
             session = Session(model, INNER)
-            session.read(text(8 * M, i))
+            session.read(text(4 * M, i))
             assert [event.id for event in task if isinstance(event, Token)] == list(session.generate(9, seed=i))
 
 
@@ -414,7 +414,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
     """To the byte, in memory and in the file."""
     with Engine(make(), INNER) as engine:
         sizes = set()
-        for n in (16, 48, 128):
+        for n in (16, 32, 64):
             sid = engine.create().id
             read(engine, sid, text(n * M))
             sizes.add(engine.info(sid).nbytes)

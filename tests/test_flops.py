@@ -110,9 +110,9 @@ def products(config: ModelConfig, T: int, loss: str, trained: int | None = None,
 
 KINDS = {
     "static": ("static", {}, ["none", "2-blocks", "blocks"]),
-    "exact": ("end-to-end", {}, ["none", "1-blocks", "blocks", "1-steps", "sqrt", "step", "all"]),
+    "exact": ("end-to-end", {}, ["none", "1-blocks", "blocks", "sqrt", "step", "all"]),
     "first-order": ("end-to-end", {"meta_gradient": "first-order"}, ["none"]),
-    "truncated": ("end-to-end", {"truncate_after": 2}, ["1-steps", "sqrt", "step"]),
+    "truncated": ("end-to-end", {"truncate_after": 2}, ["1-steps", "sqrt"]),
 }
 """Loss, options, and schedules that are not slow."""
 

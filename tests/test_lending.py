@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections import Counter
@@ -93,13 +94,19 @@ LOOKS: dict[str, tuple[Callable[[Session, Path], object], int]] = {
 }
 
 
+@functools.cache
+def undisturbed() -> tuple[list[int], list[Tensor]]:
+    """What a session writes in two goes, and its state afterwards."""
+    alone = reader(make(mini_batch_size=64))
+    return [*alone.generate(3, seed=4), *alone.generate(4, seed=5)], alone.state.tensors
+
+
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("resting", [True, False])
 def test_who_looks_at_a_session_ends_nothing(look: str, resting: bool, moves: Counter[str], tmp_path: Path) -> None:
     """It goes on where it is, without a copy back, and keeps no places from others that it did not have before."""
     model = make(mini_batch_size=64)
-    session, alone = reader(model), reader(make(mini_batch_size=64))
-    expected = list(alone.generate(3, seed=4)) + list(alone.generate(4, seed=5))
+    session, (expected, state) = reader(model), undisturbed()
     moves.clear()
     written = list(session.generate(3, seed=4))
     generator = session.generate(4, seed=5)
@@ -113,7 +120,7 @@ def test_who_looks_at_a_session_ends_nothing(look: str, resting: bool, moves: Co
     written += generator
     assert written == expected
     assert moves == Counter(put=1, take=copies)
-    for a, b in zip(session.state.tensors, alone.state.tensors, strict=True):
+    for a, b in zip(session.state.tensors, state, strict=True):
         assert torch.equal(a, b)
 
 
@@ -350,6 +357,12 @@ def test_a_text_that_has_left_stays_as_it_is(changes: dict, monkeypatch: pytest.
         assert lender_of(model).resting[-1].resting() is None
 
 
+@functools.cache
+def written_alone(seed: int) -> list[int]:
+    session = reader(make(), seed)
+    return [token for _ in range(4) for token in session.generate(M, seed=seed)]
+
+
 @pytest.mark.parametrize("kept", [1, KEPT])
 def test_threads_write_with_one_model(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "KEPT", kept)
@@ -360,11 +373,7 @@ def test_threads_write_with_one_model(kept: int, monkeypatch: pytest.MonkeyPatch
             written += list(session.generate(M, seed=seed))
         return written
 
-    expected = []
-    for seed in range(4):
-        session = reader(make(), seed)
-        expected.append([token for _ in range(4) for token in session.generate(M, seed=seed)])
-    model = make()
+    expected, model = [written_alone(seed) for seed in range(4)], make()
     sessions = [reader(model, seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(write, range(4))) == expected

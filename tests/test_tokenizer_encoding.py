@@ -81,7 +81,13 @@ def test_ordinary_text_waits_for_little_of_what_follows(kind: str) -> None:
     assert encoded < 2.5 * len(text)
 
 
-@pytest.mark.parametrize("kind", ["digits from the right", "llama 3", "deepseek", "phrases", "gpt-4o"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("digits from the right", "phrases", "gpt-4o"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama 3", "deepseek")),
+    ],
+)
 @pytest.mark.parametrize("run", ["234567", "tide comes in", "don't they'll ", "   \n", "\u0301\u0323"])
 def test_what_comes_later_changes_nothing_that_was_given(kind: str, run: str) -> None:
     """The text ends anywhere inside of what belongs together, for as long as nobody knows how it goes on."""

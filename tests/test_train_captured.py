@@ -18,7 +18,7 @@ CASES = [Case("none"), Case("sqrt", micro_batch_size=2), Case("blocks", loss="st
 
 def batches() -> list[Batch]:
     """With other tokens and other holes each."""
-    return [Batch(*(x.roll(i, 1).roll(i, 0) for x in batch())) for i in range(3)]
+    return [Batch(*(x.roll(i, 1).roll(i, 0) for x in batch())) for i in range(2)]
 
 
 @pytest.mark.parametrize(("case", "off"), [*((case, 0.0) for case in CASES), (CASES[0], 0.5)], ids=str)
@@ -32,7 +32,7 @@ def test_it_is_the_plain_gradient(
     monkeypatch.setattr(fake_graphs, "off", off)
     plain, model = make(torch.float64), make(torch.float64)
     gradient = CapturedGradient(model, config(model, case))
-    for each, rate in zip(batches(), (0.5, 0.25, 0.75), strict=True):
+    for each, rate in zip(batches(), (0.5, 0.25), strict=True):
         expected = accumulate_gradient(plain, config(plain, case), each, inner_lr=rate)
         found = gradient(each, inner_lr=rate)
         assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
