@@ -141,7 +141,7 @@ def shortened(words: list[str]) -> list[str]:
         less["prepare"] = ["--validation-fraction", "0.5"]
     if words[0] != "train":
         return [*words, *less.get(words[0], [])]
-    words = [*words, "--context-length", "512", "--batch-size", "1"]
+    words = [*words, "--context-length", "512", "--batch-size", "1", "--set", "evaluate_every=none"]
     if "--tokens" in words:
         words[words.index("--tokens") + 1] = "512"
         return words

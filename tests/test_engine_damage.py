@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -55,16 +55,36 @@ def damage(how: str, path: Path) -> None:
 DAMAGE = ("cut off", "half", "empty", "flipped", "gone", "huge header", "not a number", "wrong shape")
 
 
-@pytest.mark.parametrize("how", [*DAMAGE, "path traversal", "pickle"])
-def test_damaged_snapshots_are_reported_and_others_go_on(how: str, tmp_path: Path) -> None:
-    engine = opened(tmp_path)
-    broken, good = engine.create("ann").id, engine.create().id
-    for sid in (broken, good):
+class Killed(NamedTuple):
+    """What an engine left, which no test changes: two sessions of 30 tokens, one of them saved and gone on with."""
+
+    home: Path
+    saved: str
+    other: str
+    snapshot: Path
+    """Of the one that is saved, in `home`."""
+    written: list[int]
+    """What the other writes next."""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    home = tmp_path_factory.mktemp("killed")
+    engine = opened(home)
+    saved, other = engine.create("ann").id, engine.create().id
+    for sid in (saved, other):
         engine.append(sid, text(30)).result()
-    path = engine.save(broken)
-    engine.append(broken, text(3)).result()
+    path = engine.save(saved)
+    engine.append(saved, text(3)).result()
     crash(engine)
-    damage(how, path)
+    return Killed(home, saved, other, path.relative_to(home), reread(engine, text(30)))
+
+
+@pytest.mark.parametrize("how", [*DAMAGE, "path traversal", "pickle"])
+def test_damaged_snapshots_are_reported_and_others_go_on(how: str, killed: Killed, tmp_path: Path) -> None:
+    broken, good = killed.saved, killed.other
+    shutil.copytree(killed.home, tmp_path, dirs_exist_ok=True)
+    damage(how, tmp_path / killed.snapshot)
     engine = opened(tmp_path)
     if not engine.lost:  # found when it is wanted, by then at the latest
         with pytest.raises(UserError, match=r"is lost at position 33|there is no session"):
@@ -72,18 +92,16 @@ def test_damaged_snapshots_are_reported_and_others_go_on(how: str, tmp_path: Pat
     (lost,) = engine.lost
     assert (lost.id, lost.owner, lost.position, lost.restored) == (broken, "ann", 33, 0)
     assert [info.id for info in engine.sessions()] == [good]
-    assert write(engine, good) == reread(engine, text(30))
+    assert write(engine, good) == killed.written
     engine.close()
     assert opened(tmp_path).lost == []  # it was said once, and the files are kept aside
     assert (tmp_path / "sessions" / f"{broken}.lost").is_dir()
 
 
 @pytest.mark.parametrize("how", ["half", "empty", "flipped", "gone"])
-def test_damaged_facts_are_reported(how: str, tmp_path: Path) -> None:
-    engine = opened(tmp_path)
-    sid = engine.create().id
-    engine.append(sid, text(30)).result()
-    crash(engine)
+def test_damaged_facts_are_reported(how: str, killed: Killed, tmp_path: Path) -> None:
+    sid = killed.other
+    shutil.copytree(killed.home / "sessions" / sid, tmp_path / "sessions" / sid)
     damage(how, tmp_path / "sessions" / sid / "session.db")
     engine = opened(tmp_path)
     if how == "flipped":  # within the text of a number, perhaps: it need not matter
