@@ -63,12 +63,19 @@ def test_storage_is_what_the_verbatim_probe_costs(tables: dict[str, dict[str, li
     assert row[4:7] == ["1.0", "10.0", "6.0"]
 
 
+def test_what_got_through_is_counted_from_a_guess_that_knows_the_form(tables: dict[str, dict[str, list[str]]]) -> None:
+    rows = tables[recall._INFORMED]
+    assert rows["reader, learning "][1:] == ["", "+6.0 ± 0.0", ""]  # ln(9 · 10^6) is 16.0
+    assert rows["reader, facts 30 %, learning "][2] == "+11.5 ± 0.6"
+
+
 def test_pairs_are_the_prompts_that_both_have_read(tables: dict[str, dict[str, list[str]]]) -> None:
     pairs = tables[recall._PAIRS]
-    assert pairs["reader: learning, frozen S-NIAH-2"][2:] == ["6", "2", "0", "0.5", "+2.0 ± 0.0"]
-    assert pairs["reader, facts 30 %, reader: both learning S-NIAH-2"][2:6] == ["6", "4", "2", "0.69"]
-    assert pairs["reader, facts 30 %, reader: both learning S-NIAH-2"][6].startswith("+5.5 ± 0.")
-    assert len(pairs) == 2
+    assert pairs["reader: learning, frozen S-NIAH-2, beyond"][2:] == ["6", "2", "0", "0.5", "+2.0 ± 0.0"]
+    assert pairs["reader, facts 30 %, reader: both learning S-NIAH-2, beyond"][2:6] == ["6", "4", "2", "0.69"]
+    assert pairs["reader, facts 30 %, reader: both learning S-NIAH-2, beyond"][6].startswith("+5.5 ± 0.")
+    assert pairs["reader: learning, frozen S-NIAH-2, inside"][2:6] == ["1", "0", "0", "1"]
+    assert len(pairs) == 3
 
 
 def test_a_session_grows_by_blocks_without_a_window() -> None:

@@ -30,6 +30,7 @@ from experiments.pages import (
     needles,
     pretrained,
     rates,
+    recall,
     speculative,
     stability,
     toy,
@@ -39,7 +40,7 @@ from experiments.results import Results
 HERE = Path(__file__).resolve().parents[1]
 README = HERE.parent / "README.md"
 CARD = HERE.parent / "models" / "longread-small" / "README.md"
-PAGES = (boxed, context, rates, meta, equal, stability, ablations, derivation, toy, needles, decoding, adapted)
+PAGES = (boxed, context, rates, meta, equal, stability, ablations, derivation, toy, needles, decoding, adapted, recall)
 OTHERS = (demo, pretrained, speculative)
 """Of other commands, each of which left several files of figures."""
 

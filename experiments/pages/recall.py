@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from experiments.results import Results
 
 from longread.config import ModelConfig
 from longread.evaluate import Line, mcnemar, ratio
+from longread.evaluate.needle import GUESS
 
 SLUG = "recall"
 HEADING = """# Does an adapted model recall what lies beyond its window?
@@ -40,6 +42,16 @@ MODELS = {
 """Names of jobs. The hybrids have full attention in every sixth block, and no constant memory."""
 SHORTER = {"dial-base": "reader, 50 steps"}
 """The base of what was trained in 50 steps, not asked for needles."""
+PLOTTED = {
+    "full attention": ("full-attention twin", "static"),
+    "SWA": ("SWA twin", "static"),
+    "first-order": (BASE, "learning"),
+    "first-order, frozen": (BASE, "frozen"),
+    "facts 30 %": ("reader, facts 30 %", "learning"),
+    "surprise 1": ("reader, surprise 1", "learning"),
+    "hybrid 5 : 1": ("hybrid reader", "learning"),
+}
+TICKS = tuple(1024 << i for i in range(1, 6))
 VARIANTS = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3")
 READINGS = ("static", "learning", "frozen")
 OCTAVES = ("512–1K", "1–2K", "2–4K", "4–8K", "8–16K", "16–32K")
@@ -144,6 +156,7 @@ def _tables(results: Data) -> Iterator[Table]:
                 rows.append([name, *(cell(*part) for part in parts)])
             yield Table(f"{variant}, {what}, by where the needle lies and by context:", head, rows)
     yield Table(_ORACLES, _ORACLE_HEAD, list(_oracles(readers)))
+    yield Table(_INFORMED, _INFORMED_HEAD, list(_informed(readers)))
     yield Table(_PAIRS, _PAIR_HEAD, list(_pairs(asked)))
     yield Table(_BOOKS, _BOOK_HEAD, list(_book_rows(results["books"])))
 
@@ -172,12 +185,31 @@ def _oracles(readers: Data) -> Iterator[list[str]]:
             yield [name, *cells]
 
 
-_PAIRS = "Two readers of the same prompts, needles beyond the window, contexts that both have read:"
-_PAIR_HEAD = ["", "", "prompts", "found by the first alone", "by the second alone", "p, McNemar", "nats less"]
+_INFORMED = "Nats below the least that a reader can average who has not read the value, beyond the window from 4K on:"
+_INFORMED_HEAD = ["", *VARIANTS]
+FROM = 4096
+
+
+def _informed(readers: Data) -> Iterator[list[str]]:
+    """Above zero something of the value itself has got through: what is said of a drawn value without a trace of it
+    costs `GUESS` at least in the mean."""
+    for name, answers in readers.items():
+        cells = []
+        for variant in VARIANTS:
+            said = _Answers(answers, variant)
+            _, nats = said.part(False, [context for context in said.by_context if int(context) >= FROM])
+            guess = GUESS["uuid" if variant == VARIANTS[2] else "number"]
+            cells.append(_signed(ratio(guess - np.array(nats), np.ones(len(nats)))))
+        if any(cells):
+            yield [name, *cells]
+
+
+_PAIRS = "Two readers of the same prompts, in contexts that both have read:"
+_PAIR_HEAD = ["", "needles", "prompts", "found by the first alone", "by the second alone", "p, McNemar", "nats less"]
 
 
 def _pairs(asked: Data) -> Iterator[list[str]]:
-    """Learning against frozen, and each attempt against the base, learning."""
+    """Learning against frozen, and each attempt against the base, learning; inside the window the first alone."""
     base = asked.get(BASE, {})
     for name, answers in asked.items():
         against = {}
@@ -186,15 +218,15 @@ def _pairs(asked: Data) -> Iterator[list[str]]:
         if "learning" in answers and name != BASE and "learning" in base:
             against[f"{name}, {BASE}: both learning"] = (answers["learning"], base["learning"])
         for label, (first, second) in against.items():
-            for variant in VARIANTS:
-                row = _paired(_Answers(first, variant), _Answers(second, variant))
-                if row:
-                    yield [label, variant, *row]
+            for place, variant in itertools.product(("beyond", "inside"), VARIANTS):
+                row = _paired(_Answers(first, variant), _Answers(second, variant), place == "inside")
+                if row and (place == "beyond" or second is answers.get("frozen")):
+                    yield [label, f"{variant}, {place}", *row]
 
 
-def _paired(first: _Answers, second: _Answers) -> list[str] | None:
+def _paired(first: _Answers, second: _Answers, inside: bool) -> list[str] | None:
     contexts = [context for context in first.by_context if context in second.by_context]
-    (one, cost), (other, before) = (said.part(False, contexts) for said in (first, second))
+    (one, cost), (other, before) = (said.part(inside, contexts) for said in (first, second))
     if not one or len(one) != len(other):
         return None
     alone = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((one, other), (other, one))]
@@ -224,7 +256,7 @@ def _book_rows(books: Data) -> Iterator[list[str]]:
 
 def plots(found: Results) -> Iterator[Plot]:
     asked = as_lines(gather(found)["asked"])
-    charts = [panel(variant, lines, "nats of the value", zero="certain") for variant, lines in asked.items() if lines]
+    charts = [panel(variant, lines, "nats of the value", ticks=TICKS) for variant, lines in asked.items() if lines]
     if charts:
         caption = "What the right value costs after the question, by context, needles beyond the window"
         yield Plot("nats", caption, charts)
@@ -233,12 +265,9 @@ def plots(found: Results) -> Iterator[Plot]:
 def as_lines(asked: Data) -> dict[str, list[Line]]:
     """Mean nats by context, of needles beyond the window."""
     lines: dict[str, list[Line]] = {variant: [] for variant in VARIANTS}
-    for variant in VARIANTS:
-        for name, answers in asked.items():
-            for reading in READINGS:
-                said = _Answers(answers.get(reading, {}), variant)
-                costs = {int(context): said.part(False, [context])[1] for context in said.by_context}
-                points = [(context, statistics.mean(nats)) for context, nats in sorted(costs.items()) if nats]
-                label = f"{name}, frozen" if reading == "frozen" else name
-                lines[variant] += [Line(label, [(float(x), y) for x, y in points])] if points else []
+    for variant, (label, (name, reading)) in itertools.product(VARIANTS, PLOTTED.items()):
+        said = _Answers(asked.get(name, {}).get(reading, {}), variant)
+        costs = {int(context): said.part(False, [context])[1] for context in said.by_context}
+        points = [(float(context), statistics.mean(nats)) for context, nats in sorted(costs.items()) if nats]
+        lines[variant] += [Line(label, points)] if points else []
     return lines
