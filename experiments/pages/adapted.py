@@ -108,6 +108,10 @@ def _model(found: Results, job: str) -> dict[str, Any]:
         speeds = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
         model |= {"tokens": metrics[-1].get("tokens")}
         model |= {"training, tokens/s": [statistics.median(speeds), min(speeds), max(speeds)]} if speeds else {}
+        peaks = [row["peak_memory_bytes"] for row in metrics if row.get("peak_memory_bytes")]
+        model |= {"training, GiB": max(peaks) / 2**30} if peaks else {}
+        shares = [row["inner_clipped"] for row in metrics if row.get("inner_clipped") is not None]
+        model |= {"training, clipped inner steps of a step": [max(shares), shares[-1]]} if shares else {}
     if job in found.configs:
         config = RunConfig.from_dict(found.configs[job])
         _, ranked, rank = config.inner.optimizer.partition("low-rank-")
@@ -173,6 +177,9 @@ def tables(results: Data) -> Iterator[Table]:
     if learners:
         rows = [[name, *(_gain(model, at) for at in octaves)] for name, model in learners.items()]
         yield Table("What reading adds, frozen less learning:", ["", *octaves], rows)
+    rows = [_speeds(name, model) for name, model in models.items() if "training, tokens/s" in model]
+    if rows:
+        yield Table(_SPEED, _SPEED_HEAD, rows)
     if dials:
         yield Table(_DIALS, _DIAL_HEAD, [_dial(name, model, results) for name, model in dials.items()])
     for name, text in results["long text"].items():
@@ -182,11 +189,21 @@ def tables(results: Data) -> Iterator[Table]:
             yield Table(f"{name}, inner steps along that text:", _STEPS_HEAD, list(_steps(text)))
 
 
+_SPEED = "Speed beside other jobs on the same GPU, tokens a second:"
+_SPEED_HEAD = ["", "training, fastest step", "median", "GiB at most", "reading, learning", "reading, frozen"]
 _DIALS = "One dial changed, 3.28M tokens of training each, learning:"
 _DIAL_HEAD = ["", *OCTAVES, "below base, 16–32K", "at equal operations", "gain", "session, MiB", "operations"]
 """A session of low-rank steps would take what is in parentheses; operations of a token of training, × the base's."""
 _LONG_HEAD = ["after tokens", "learning", "frozen", "gain"]
 _STEPS_HEAD = ["after tokens", "steps", "mean norm", "largest norm", "clipped", "drift at the end"]
+
+
+def _speeds(name: str, model: Data) -> list[str]:
+    median, _, fastest = model["training, tokens/s"]
+    peak, learning = model.get("training, GiB"), model.get("learning, tokens/s")
+    frozen = model.get("frozen, tokens/s") or model.get("static, tokens/s")
+    cells = [f"{fastest:,.0f}", f"{median:,.0f}", f"{peak:.0f}" if peak else ""]
+    return [name, *cells, *(f"{speed:,.0f}" if speed else "–" for speed in (learning, frozen))]
 
 
 def _dial(name: str, model: Data, results: Data) -> list[str]:
