@@ -113,45 +113,6 @@ def test_what_is_appended_piece_by_piece_is_captured_once_it_recurs(device: str,
     assert counts[7:] == [3] * 5  # the step on what waits; new tokens, by both halves
 
 
-def test_steps_of_a_text_that_comes_token_by_token_are_one_graph(
-    device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As of a session that writes: once the window is full, and without memory for the lower half."""
-    model, tokens = model_on(device), torch.tensor([text(12 * M + 3)], device=device)
-    found = dict[bool, list[Reading]]()
-    guard = device == "cuda"  # a CPU waits for what it says, which cannot be captured
-    for captures in (True, False):
-        monkeypatch.setattr(reading, "can_capture", lambda device, captures=captures: captures)
-        state, found[captures] = begin(model), []
-        for token in tokens.split(1, 1):
-            found[captures].append(read(model, state, token, inner=INNER, guard=guard))
-            state = found[captures][-1].state
-    assert len(graphs) == 1
-    (reader,) = captured._READERS[model].values()
-    assert "_lower" not in vars(reader)
-    close = {"rtol": 1e-9, "atol": 1e-11} if device == "cpu" else {"rtol": 1e-3, "atol": 5e-3}
-    for ours, plain in zip(found[True], found[False], strict=True):
-        for a, b in zip((*ours.state.tensors, *ours[1:4]), (*plain.state.tensors, *plain[1:4]), strict=True):
-            torch.testing.assert_close(a, b, equal_nan=True, **close)
-
-
-def test_a_step_is_taken_plainly_where_memory_is_short(
-    device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A session that writes has not asked for memory as who reads a long text has."""
-    monkeypatch.setattr(captured, "WORTH", 1)
-    model, tokens = model_on(device), torch.tensor([text(5 * M)], device=device)
-    state = read(model, begin(model), tokens[:, : 5 * M - 1], inner=INNER).state
-    del captured._READERS[model]
-    for free, captures in ((0, 0), (1 << 40, 1)):
-        monkeypatch.setattr(captured, "free_bytes", lambda device, free=free: free)
-        graphs.clear()
-        full = read(model, state, tokens[:, -1:], inner=INNER).state
-        found = read(model, full, tokens[:, :1], inner=INNER)
-        assert found.inner_grad_norm.shape == (1, 1)
-        assert len(graphs) == captures
-
-
 def test_the_number_of_graphs_is_bounded(device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "WORTH", 1)
     model, n = model_on(device, window_size=2 * M), 9 * M

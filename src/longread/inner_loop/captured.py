@@ -9,7 +9,6 @@ half the keys and values (`Strips`, which says when a run is captured).
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import itertools
 import math
@@ -161,8 +160,9 @@ class CapturedReader:
             tolerance=TOLERANCE,
             warning=warning.format("score a token {:.2g} nats off"),
         )
-        above = range(model.num_lower_attentions, config.num_blocks)
-        self._batch_size, self._upper = batch_size, Strips(model, batch_size, above, self.M, self._upper_graphs)
+        split, blocks = model.num_lower_attentions, config.num_blocks
+        self._lower = Strips(model, batch_size, range(split), self.stretch, self._lower_graphs)
+        self._upper = Strips(model, batch_size, range(split, blocks), self.M, self._upper_graphs)
         self._tokens = torch.zeros(batch_size, self.stretch, dtype=torch.long, device=device)
         width = config.width
         self._ahead = torch.zeros(2, batch_size, self.stretch, width, dtype=model.dtype, device=device)
@@ -181,12 +181,6 @@ class CapturedReader:
         if model is None:
             raise ReferenceError("the model of this reader is gone")
         return model
-
-    @functools.cached_property
-    def _lower(self) -> Strips[Tensor]:
-        """Most of the memory; what only takes steps does without."""
-        model = self.model
-        return Strips(model, self._batch_size, range(model.num_lower_attentions), self.stretch, self._lower_graphs)
 
     @property
     def usable(self) -> bool:
@@ -207,8 +201,9 @@ class CapturedReader:
         """
         M, n, waiting = self.M, tokens.shape[1], state.hidden.shape[1]
         read, steps = n // M * M, (waiting + n - 1) // M
-        self._load(state, max_step_norm)
-        self._lower.load(state.lower_pasts, state.position, state.start)
+        self._load(state)
+        if self._max_step_norm is not None and max_step_norm is not None:
+            self._max_step_norm.copy_(max_step_norm)
         targets = torch.cat((state.targets, tokens), 1)[:, 0 if waiting else 1 :]
         counted = torch.cat((state.targets_mask, mask), 1)[:, 0 if waiting else 1 :]
         hidden, runs = self._hidden_states(state.hidden, tokens[:, :read]), (waiting + read) // M
@@ -234,26 +229,6 @@ class CapturedReader:
         taken = found[:steps]
         refusals = [one.refused for one in taken if one.refused is not None]
         return after, nll, [one.grad_norm for one in taken], refusals
-
-    def step(
-        self, state: ReadingState, targets: Tensor, mask: Tensor, max_step_norm: Tensor | None
-    ) -> tuple[ReadingState, Tensor, Tensor | None]:
-        """Takes the step on a mini-batch that is waiting, once all its targets and their mask [B, M] are known.
-
-        Returns:
-            the state after it, the norm of its gradient, and whether it was refused, where the optimizer says so.
-        """
-        self._load(state, max_step_norm)
-        found = self._score(state.hidden, targets, mask, 1)
-        after = dataclasses.replace(
-            state,
-            fast=self._fast_weights(),
-            upper_pasts=_copied(self._upper.pasts()),
-            hidden=state.hidden[:, :0],
-            targets=targets[:, :0],
-            targets_mask=mask[:, :0],
-        )
-        return after, found.grad_norm, found.refused
 
     def rehearse(self, state: ReadingState) -> None:
         """Computes once, plainly and on one stream, what graphs from `state` on are made of."""
@@ -332,12 +307,10 @@ class CapturedReader:
         )
         return _Scored(step.nll, update.grad_norm, update.refused, step.output[:, -1])
 
-    def _load(self, state: ReadingState, max_step_norm: Tensor | None) -> None:
-        """Takes up all but the pasts of the lower half."""
+    def _load(self, state: ReadingState) -> None:
         torch.cuda.current_stream().wait_stream(self._lower_graphs.stream)  # at what a reading left that was broken off
-        if self._max_step_norm is not None and max_step_norm is not None:
-            self._max_step_norm.copy_(max_step_norm)
         waiting = state.hidden.shape[1]
+        self._lower.load(state.lower_pasts, state.position, state.start)
         self._upper.load(
             [p.before(waiting) for p in state.upper_pasts], state.position - waiting, state.start - waiting
         )
@@ -360,14 +333,10 @@ _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bo
 
 
 def captured_reader(
-    model: Transformer, state: ReadingState, inner: InnerConfig, *, guard: bool, step: bool = False
+    model: Transformer, state: ReadingState, inner: InnerConfig, *, guard: bool
 ) -> CapturedReader | None:
     """On a device with CUDA graphs a reader that can go on from `state`; None amid a mini-batch, where pasts are of odd
-    lengths, and where memory is short.
-
-    Args:
-        step: whether it is for a step alone, which one sequence takes without graphs too where memory is short.
-    """
+    lengths, and where memory is short."""
     config, waiting = model.config, state.hidden.shape[1]
     if waiting not in (0, config.mini_batch_size):
         return None
@@ -384,9 +353,8 @@ def captured_reader(
     key = B, inner, guard
     reader = readers.pop(key, None)
     if reader is None or reader.weights_at != model.embedding.weight.data_ptr():
-        blocks = config.num_blocks - (split if step and B == 1 else 0)
-        strips = B * 2 * max(*windows, STRETCH) * 2 * blocks * config.kv_width * model.dtype.itemsize
-        if (B > 1 or step) and strips * SHARE > free_bytes(model.device):
+        strips = B * 2 * max(*windows, STRETCH) * 2 * config.num_blocks * config.kv_width * model.dtype.itemsize
+        if B > 1 and strips * SHARE > free_bytes(model.device):
             return None
         reader = CapturedReader(model, *key)
     readers[key] = reader

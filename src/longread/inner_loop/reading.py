@@ -286,17 +286,6 @@ class _Reader:
             kept += new
         return self.state.position - before
 
-    def _replay_step(self, targets: Tensor, mask: Tensor) -> bool:
-        """Takes the step on the mini-batch that waits as a CUDA graph, if it can be; says whether it did."""
-        possible = can_capture(self.model.device)
-        reader = captured_reader(self.model, self.state, self.inner, guard=self.guard, step=True) if possible else None
-        if reader is None:
-            return False
-        self.state, norm, refused = reader.step(self.state, targets, mask, self.max_step_norm)
-        self.norms.append(norm)
-        self.refusals += [] if refused is None else [refused]
-        return True
-
     def _skim(self, tokens: Tensor) -> None:
         """Reads without learning: no mini-batches, only stretches."""
         empty = self.state.hidden[:, :0]
@@ -355,16 +344,14 @@ class _Reader:
     def _finish(self, target: Tensor, mask: Tensor) -> None:
         """The step on an unfinished mini-batch, whose last target has come."""
         state, M = self.state, self.state.hidden.shape[1]
-        targets = torch.cat((state.targets, target), dim=1)
-        counted = torch.cat((state.targets_mask, mask), dim=1)
-        if self._replay_step(targets, counted):
-            return
         self.pauses.before_passes(STEP - 1, M)
         # its tokens' own keys and values are made again, with a graph, after those of the window before it
         before = tuple(past.before(M) for past in state.upper_pasts)
         run = state.run
         if run is not None and not run.is_of(self.model, state.fast, state.hidden):
             run = None
+        targets = torch.cat((state.targets, target), dim=1)
+        counted = torch.cat((state.targets_mask, mask), dim=1)
         self._take_step(state.hidden, before, targets, counted, start=state.start - M, run=run)
 
     def _whole(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
