@@ -26,7 +26,7 @@ TOKEN = ["import", "open", "read", "write", "all, nothing compiled"]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small gates, a machine that is known, and no process but for the first token; one is tested with a first step."""
-    for name, value in {"_VOCABULARY": 100, "_MINI_BATCH": 32, "_TOKENS": 128}.items():
+    for name, value in {"_VOCABULARY": 100, "_WIDTH": 64, "_MINI_BATCH": 32, "_TOKENS": 96}.items():
         monkeypatch.setattr(gate, name, value)
     monkeypatch.setattr("longread.bench.run.measure_machine", lambda device: Machine("one", "product", 1e11, 1e10))
     monkeypatch.setattr(cold, "in_a_process", lambda work, *arguments: work(*arguments))

@@ -31,7 +31,7 @@ BENCH = ["bench", "prefill", "--sizes", "toy", "--methods", "swa", "--contexts",
 def _quick_bench() -> Iterator[None]:
     """What surrounds `longread bench`: short texts for its gates, and a machine that is known."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_VOCABULARY": 100, "_MINI_BATCH": 32, "_TOKENS": 128}.items():
+        for name, value in {"_VOCABULARY": 100, "_WIDTH": 64, "_MINI_BATCH": 32, "_TOKENS": 96}.items():
             patch.setattr(f"longread.bench.gate.{name}", value)
         patch.setattr("longread.bench.run.measure_machine", lambda device: Machine("one", "product", 1e11, 1e10))
         yield
