@@ -276,7 +276,10 @@ def test_a_place_that_takes_no_file_is_said_before_the_work(home: Path, capsys: 
         ),
         ([*NEEDLE, "--max-tokens", "99999999999"], "--max-tokens 99999999999 is more than 65536 tokens; lower it"),
         ([*JUDGE, "--context", "99999999999992"], "--context 99999999999992 is more than 16777216 tokens; lower it"),
-        ([*JUDGE, "--bins", "1"], "--bins 1 has no border behind the 32 of 64 tokens that are read; give a multiple of 2"),
+        (
+            [*JUDGE, "--bins", "1"],
+            "--bins 1 has no border behind the 32 of 64 tokens that are read; give a multiple of 2",
+        ),
         ([*JUDGE, "--bins", "10"], "--context 64 does not divide into --bins 10; give a multiple, 70"),
         ([*EVALUATE, "--lengths", str(10**20)], f"--lengths {10**20} is more than 1099511627776 tokens; lower it"),
         ([*EVALUATE, "--indices", str(10**20)], f"--indices {10**20} is more than 1099511627776 tokens; lower it"),
