@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.mutants.faults import faults
 from tests.mutants.judge import Task, in_children
+from tests.mutants.reasons import known_reasons
 from tests.mutants.report import cell, page, scores, survivors_of
 from tests.mutants.run import _open
 from tests.mutants.since import still_there, unchanged
@@ -137,6 +141,34 @@ def test_the_page_lists_what_survived_with_its_reason(halves: tuple[dict[str, di
     assert "equal numbers are the same" in text
     with pytest.raises(SystemExit, match="no fault that survived"):
         page(state, state, {"src/longread/session/__init__.py": {"larger": {"a => b": "slip"}}})
+
+
+def defined(node: ast.AST, within: str = "") -> Iterator[str]:
+    """All functions and classes, each with what it stands in before it."""
+    for child in ast.iter_child_nodes(node):
+        is_named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        name = child.name if is_named else ""
+        if name:
+            yield within + name
+        yield from defined(child, f"{within}{name}." if name else within)
+
+
+def test_what_is_judged_and_what_has_a_reason_is_there() -> None:
+    for group in tomllib.loads((ROOT / "tests" / "mutants" / "targets.toml").read_text())["group"]:
+        for folder, names in (("src/longread", ("files", "without")), ("tests", ("tests",))):
+            patterns = [pattern for name in names for pattern in group.get(name, ())]
+            assert [pattern for pattern in patterns if not any((ROOT / folder).glob(pattern))] == []
+    for file, functions in known_reasons().items():
+        there = {"(module)", *defined(ast.parse((ROOT / file).read_bytes()))}
+        assert functions.keys() <= there, (file, functions.keys() - there)
+
+
+@pytest.mark.slow
+def test_every_reason_is_of_a_fault() -> None:
+    for file, functions in known_reasons().items():
+        found = {(fault.function, f"{fault.before} => {fault.after}") for fault in faults((ROOT / file).read_bytes())}
+        given = {(function, name) for function, reasons in functions.items() for name in reasons if name != "*"}
+        assert given <= found, (file, given - found)
 
 
 def test_functions_that_are_as_they_were_keep_their_verdicts() -> None:
