@@ -275,9 +275,9 @@ def test_while_it_stops_it_says_when_to_come_back(tmp_path: Path) -> None:
 
 def test_the_page_is_open_and_nothing_else_is(guarded: TestClient) -> None:
     for path in (
-        "/page/../keys.py",
-        "/page/..%2fkeys.py",
-        "/page/%2e%2e/keys.py",
+        "/page/../app.py",
+        "/page/..%2fapp.py",
+        "/page/%2e%2e/app.py",
         "/page//etc/passwd",
         "/page/none.js",
     ):
