@@ -50,7 +50,7 @@ ROOT = Path(__file__).parent.parent
 SGD = "ops/clipped_sgd/"
 MODEL_UNITS = ("model/", "ops/", "inner_loop/")
 COMMANDS = ("demo", "prepare", "train", "generate", "evaluate", "needle", "judge", "convert", "bench", "serve")
-COMMANDS += ("estimate", "think")
+COMMANDS += ("estimate", "think", "questions")
 REPEATS = 9
 TEXT = "It was read once, and it was asked many times. " * 200
 

@@ -176,7 +176,7 @@ class Engine:
             def divide() -> Future[Any] | None:
                 self._registry.find(session_id)
                 fork.learn = origin.learn
-                self._registry.twin(origin, fork)
+                self._registry.copy_reader(origin, fork)
                 return self._persistence.fork(origin, fork) if origin.durable else None
 
             linked = self._between_tokens(origin, divide)
@@ -308,7 +308,7 @@ class Engine:
         """Reads tokens and forgets them: events and result as of `append`, the session stays as it is.
 
         Args:
-            id: None: as if nothing had been read before, learning or not as `learn` says, for `owner`.
+            session_id: None: as if nothing had been read before, learning or not as `learn` says, for `owner`.
             logprobs: how many of the likeliest tokens to report in the place of each (`Progress.top`).
         """
         self._jobs.check_tokens(tokens)
@@ -366,7 +366,7 @@ class Engine:
 
         def start() -> None:
             learns = origin.learn if learn is None else learn
-            self._pass(make(task, self._registry.twin(origin, self._jobs.bare(origin.owner, "", learns))))
+            self._pass(make(task, self._registry.copy_reader(origin, self._jobs.bare(origin.owner, "", learns))))
 
         def begin() -> None:
             self._registry.find(session_id)

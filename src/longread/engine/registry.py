@@ -92,18 +92,18 @@ class Registry:
         if quota.nbytes is not None and taken >= quota.nbytes:
             raise OverQuota(f"the sessions hold {taken} bytes, and {quota.nbytes} may be; delete some")
 
-    def twin(self, origin: Reader, twin: Reader) -> Reader:
-        """Gives `twin` what `origin` has read."""
+    def copy_reader(self, origin: Reader, copy: Reader) -> Reader:
+        """Gives `copy` what `origin` has read."""
         state, tier = self._persistence.state_and_tier(origin)
-        twin.state = None
+        copy.state = None
         if state is not None:
-            twin.rest(state)
-        twin.nbytes, twin.tier = origin.nbytes, tier
-        twin.recent.extend(origin.recent)
-        twin.position, twin.losses = origin.position, origin.losses.copy()
-        twin.drift, twin.drift_steps = origin.drift, origin.drift_steps
-        twin.steps, twin.rolled_back = origin.steps, origin.rolled_back
-        return twin
+            copy.rest(state)
+        copy.nbytes, copy.tier = origin.nbytes, tier
+        copy.recent.extend(origin.recent)
+        copy.position, copy.losses = origin.position, origin.losses.copy()
+        copy.drift, copy.drift_steps = origin.drift, origin.drift_steps
+        copy.steps, copy.rolled_back = origin.steps, origin.rolled_back
+        return copy
 
     def lose(self, reader: Reader, reason: str) -> None:
         """Gives up a session whose files turn out to be damaged."""

@@ -1,4 +1,4 @@
-"""The door of the server: who comes in, how often, with how much, and for how long.
+"""Access to the server: whose a request is, how many and how large requests may be, and how long one may stand still.
 
 One ASGI middleware around everything else, so that no route can be reached past it.
 """
@@ -41,24 +41,24 @@ class Gate:
         method = scope["method"]
         if method == "HEAD":  # every route that answers GET answers it, without the body
             scope = scope | {"method": "GET"}
-        passage = _Exchange(self._service, scope, receive, send, method)
+        exchange = _Exchange(self._service, scope, receive, send, method)
         meters, tenant = self._service.meters, None
         with meters.under_way.track_inprogress():
             try:
                 tenant = self._admitted(scope)
-                await self._app(scope, passage.receive, passage.send)
+                await self._app(scope, exchange.receive, exchange.send)
             except ApiError as error:
                 meters.refused.labels(error.body["error"]["code"]).inc()
-                await passage.answer(error)
+                await exchange.answer(error)
             except OSError:  # the client takes nothing any more: there is nobody to answer
-                passage.status = passage.status or 499
+                exchange.status = exchange.status or 499
             except Exception:
-                logger.exception("request %s failed", passage.id)
-                await passage.answer(ApiError(500, "something went wrong inside the server; its log says what"))
+                logger.exception("request %s failed", exchange.id)
+                await exchange.answer(ApiError(500, "something went wrong inside the server; its log says what"))
             finally:
                 if tenant is not None:
                     self._service.requests[tenant] -= 1
-                passage.count()
+                exchange.count()
 
     def _admitted(self, scope: Any) -> str | None:
         """Whose request this is, now counted as under way; None if it is anybody's. Raises `ApiError` to refuse."""
