@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import re
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 
 from longread import recipes
 from longread.config import UserError
-from longread.data import Batch, RecallSampler, Sampler, TokenDataset, prepare
-from longread.data.recall import ADJECTIVES, LEAST_DISTANCE, NAMES, NOUNS, SURNAMES, WORDINGS, draw_fact
+from longread.data import Batch, RecallSampler, Sampler, TokenDataset, prepare, recall
+from longread.data.recall import ADJECTIVES, LEAST_DISTANCE, NAMES, NOUNS, SURNAMES, WORDINGS, Fact, draw_fact
+from longread.data.shards import ShardWriter
 from longread.evaluate import haystack
 from longread.tokenizer import ByteTokenizer
 from longread.train import train
@@ -123,6 +125,60 @@ def test_short_documents_keep_their_padding_masked(dataset: TokenDataset) -> Non
     pytest.fail("no window was padded")
 
 
+def test_a_batch_has_the_types_of_any_other(dataset: TokenDataset) -> None:
+    for batch in (sampler(dataset, 0.3, batch_size=8).batch(step) for step in range(3)):
+        assert [x.dtype for x in batch] == [torch.int64, torch.int64, torch.bool]
+
+
+def test_each_sequence_asks_for_a_key_once_and_has_so_many_facts_at_most(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [Fact("It is so.", "Is it so?", key, "0") for key in ("a", "b", "b", "a", "c", "b", "d", "e")]
+    with monkeypatch.context() as patch:
+        facts = iter(few * 99)
+        patch.setattr(recall, "draw_fact", lambda draw: next(facts))
+        patch.setattr(recall, "MOST_FACTS", 4)
+        made = sampler(dataset)._pairs(random.Random(0), T)
+    assert len(made) == 4
+    assert next(facts).key == "e"  # after a, b, c and d, and others that were there already
+
+
+def test_where_nothing_fits_the_text_stays_as_it_is(dataset: TokenDataset) -> None:
+    plain = Sampler(dataset, 128, 4, 0).batch(0)
+    drawn = RecallSampler(dataset, 128, 4, 0, share=0.5, tokenizer=TOKENIZER).batch(0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, drawn, strict=True))
+    none = sampler(dataset, 0.0).batch(0)
+    assert all(torch.equal(a, b) for a, b in zip(Sampler(dataset, T, 4, 0).batch(0), none, strict=True))
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.51])
+def test_a_share_beyond_its_limits_is_refused(dataset: TokenDataset, share: float) -> None:
+    with pytest.raises(UserError, match=rf"recall is {share}; it must lie between 0 and 0\.5"):
+        sampler(dataset, share)
+
+
+@pytest.mark.parametrize("text", ["word " * 2000, "word " * 400 + "end. " + "word " * 1600], ids=["none", "one"])
+def test_without_sentences_the_distance_is_kept(tmp_path: Path, text: str) -> None:
+    """Of two places that are nearest to one border, neither goes there."""
+    (tmp_path / "words.txt").write_text(text)
+    words = prepare([tmp_path / "words.txt"], tmp_path / "data", TOKENIZER)
+    made = [texts(sampler(words, 0.1, seed=seed, batch_size=2).batch(0).input_ids) for seed in range(12)]
+    facts = [fact for both in made for row in both for fact in found_facts(row)]
+    assert len(facts) > 30
+    assert all(asked - start >= LEAST_DISTANCE for start, asked, _ in facts)
+
+
+def test_a_vocabulary_may_be_larger_than_its_tokenizer_s(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    writer = ShardWriter(tmp_path / "data", 300, 1 << 20)
+    writer.begin_document("x", None)
+    writer.add(np.array([256, *TOKENIZER.encode(TEXT[:3000]), 299, *TOKENIZER.encode(TEXT[:3000])]), None)
+    facts = {"bos_id": 256, "tokenizer": TOKENIZER.fingerprint, "documents": "reset", "skipped": {}}
+    writer.finish(facts)
+    tokens = sampler(TokenDataset.open(tmp_path / "data"), batch_size=1).batch(0).input_ids
+    assert found_facts(TOKENIZER.decode([token for token in tokens[0].tolist() if token < 256]))
+
+
 def test_nothing_of_the_test_is_trained_on() -> None:
     assert not set(ADJECTIVES.split()) & set(haystack.ADJECTIVES.split())
     assert not set(NOUNS.split()) & set(haystack.NOUNS.split())
@@ -135,6 +191,8 @@ def test_nothing_of_the_test_is_trained_on() -> None:
     forms = {"number": r"[a-z]+-[a-z]+ \d{7}", "uuid": r"[a-z]+-[a-z]+ [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"}
     for form in (*forms.values(), r"[A-Z]\w+ [A-Z]\w+ \d{4,8}"):
         assert sum(re.fullmatch(form, f"{f.key} {f.value}") is not None for f in facts) > 60
+    assert {len(f.value) for f in facts if "number of" in f.statement and " " in f.key} == {4, 5, 6, 7, 8}
+    assert all(uuid.UUID(f.value).version == 4 for f in facts if len(f.value) == 36)
 
 
 def test_a_run_says_its_share(dataset: TokenDataset, tmp_path: Path) -> None:
