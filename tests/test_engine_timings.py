@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longread.engine import Engine, Sampling
 from longread.engine.interface import BOUNDS
-from longread.engine.jobs import Stopwatches
+from longread.engine.jobs import LatencyHistograms
 from tests.test_engine_batches import INNER, M, make, text
 from tests.test_engine_files import crash, opened
 
@@ -41,10 +41,10 @@ def test_what_is_read_again_was_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_buckets_hold_what_is_at_most_their_bound() -> None:
-    watches = Stopwatches()
+    histograms = LatencyHistograms()
     for seconds in (0.0, BOUNDS[0], BOUNDS[0] * 1.01, BOUNDS[-1], BOUNDS[-1] + 1):
-        watches.note("waiting", seconds)
-    found = watches.read()["waiting"]
+        histograms.observe("waiting", seconds)
+    found = histograms.read()["waiting"]
     assert (found.counts[0], found.counts[1], found.counts[-2], found.counts[-1]) == (2, 1, 1, 1)
     assert found.count == 5
     assert len(found.counts) == len(BOUNDS) + 1

@@ -164,13 +164,13 @@ def test_a_new_session_has_taken_no_step() -> None:
 
 
 def test_a_generator_that_ends_lets_others_have_the_places() -> None:
-    from longread.inner_loop.decoding import lender_of
+    from longread.inner_loop.decoding import pool_of
 
     model = tiny.make()
     session = Session(model, tiny.INNER)
     session.read(tiny.text(6))
     written = session.generate(3, seed=0)
     next(written)
-    assert lender_of(model).resting == []
+    assert pool_of(model).resting == []
     assert len(list(written)) == 2
-    assert len(lender_of(model).resting) == 1
+    assert len(pool_of(model).resting) == 1

@@ -417,7 +417,7 @@ class Engine:
         at `longread.engine.interface.BOUNDS`; counts are not cumulative, and only grow.
         """
         with self._lock:
-            return self._jobs.stopwatches.read()
+            return self._jobs.latencies.read()
 
     def close(self, timeout: float | None = None) -> None:
         """Stops texts at the end of a mini-batch or after a token, saves every session, and ends the thread.

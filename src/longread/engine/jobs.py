@@ -39,7 +39,7 @@ class Jobs:
         self.lanes = Lanes(model, limits.max_batch, self.lock, apart=self.alone)
         self.mover = ThreadPoolExecutor(1, "longread-mover")
         self.tiers = Tiers(model, limits, self.lanes, self.mover, self.lock.run)
-        self.shares, self.stopwatches = Shares(), Stopwatches()
+        self.shares, self.latencies = Shares(), LatencyHistograms()
         self.counts = dict.fromkeys(("tokens_read", "tokens_written", "steps", "rolled_back", "groups", "rounds"), 0)
         self.paused: Sequence[Job] = ()
         """Those whose text is being read and stands still for others: nothing else may happen to their sessions."""
@@ -138,11 +138,11 @@ class Jobs:
             return
         now = time.perf_counter()
         if not job.computed_for:
-            self.stopwatches.note("waiting", now - job.accepted)
+            self.latencies.observe("waiting", now - job.accepted)
             job.computed_for = True
         if wrote:
             first = job.token_at is None
-            self.stopwatches.note("first_token" if first else "next_token", now - (job.token_at or job.accepted))
+            self.latencies.observe("first_token" if first else "next_token", now - (job.token_at or job.accepted))
             job.token_at = now
 
     def written(self, job: Job) -> None:
@@ -310,7 +310,7 @@ class Shares:
             self._had[owner] = self.had(owner) + seconds / len(owners)
 
 
-class Stopwatches:
+class LatencyHistograms:
     """What is counted: `waiting`, from a task's acceptance to the first computing for it; `first_token`, from its
     acceptance to its first written token; `next_token`, from one written token to the next of the same task.
     """
@@ -320,7 +320,7 @@ class Stopwatches:
         self._counts = {name: [0] * (len(BOUNDS) + 1) for name in names}
         self._seconds = dict.fromkeys(names, 0.0)
 
-    def note(self, name: str, seconds: float) -> None:
+    def observe(self, name: str, seconds: float) -> None:
         """Counts one; for one thread at a time."""
         self._counts[name][bisect.bisect_left(BOUNDS, seconds)] += 1
         self._seconds[name] += seconds

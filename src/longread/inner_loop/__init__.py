@@ -7,7 +7,7 @@ reading.py     any text in any pieces: the same steps, taken as soon as their to
                learning has broken a reader
 captured.py    long stretches of it on a GPU, as replays of CUDA graphs, and when it is worth to capture one
 graphs.py      how a CUDA graph is captured, checked, and done without
-decoding.py    one token after the other, for writing, and who has the places in which that is done
+decoding.py    one token after the other, for writing, and the pool of the places in which that is done
 places.py      where that is done
 rehearsal.py   what of it a GPU compiles, ahead
 """

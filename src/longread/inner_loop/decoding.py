@@ -7,7 +7,7 @@ state comes back.
 A model with other mixers than attention is read by `read` alone.
 
 A decoder owns its places while it works, so nobody else's token disturbs it. They are nobody else's then, and go with
-it. Places at rest belong to the lender of their model. It keeps few: making them costs time, on a GPU that of capturing
+it. Places at rest are in the pool of their model. It keeps few: making them costs time, on a GPU that of capturing
 graphs, and keeping them the memory of a session. A decoder may rest in them with its texts, and goes on without copying
 anything. Only when as many rest as are kept does who comes next make the oldest move out, which copies windows and
 changes no result: what rests in places has its windows nowhere else, so places of one's own take hardly more memory
@@ -85,7 +85,7 @@ class Decoder:
             lane = lanes.stop
         self._lanes = lane
         self._has_places = model.config.mixer == "attention"
-        self._lent: Lent | None = None  # while it works
+        self._pooled: PooledPlaces | None = None  # while it works
 
     @property
     def position(self) -> int:
@@ -194,17 +194,17 @@ class Decoder:
 
     def rest(self) -> None:
         """Lets others have its places, from which it moves out if they come before it is asked for more."""
-        if self._lent is not None:
-            lent, self._lent = self._lent, None
-            lender_of(self.model).give_back(lent, self)
+        if self._pooled is not None:
+            pooled, self._pooled = self._pooled, None
+            pool_of(self.model).release(pooled, self)
 
     def end(self) -> list[ReadingState]:
         """Moves out of its places, which others may have, and gives the states."""
         if any(text.state is None for text in self.texts):
             self.move_out(self._places())
-        if self._lent is not None:
-            lent, self._lent = self._lent, None
-            lender_of(self.model).give_back(lent, None)
+        if self._pooled is not None:
+            pooled, self._pooled = self._pooled, None
+            pool_of(self.model).release(pooled, None)
         return [_of(text) for text in self.texts]
 
     @torch.no_grad()
@@ -218,7 +218,7 @@ class Decoder:
     @contextlib.contextmanager
     def _looking(self) -> Iterator[Places]:
         """The places, with these texts in them, for who only looks: a decoder that rests goes on resting."""
-        working = self._lent is not None
+        working = self._pooled is not None
         try:
             yield self._places()
         finally:
@@ -227,12 +227,12 @@ class Decoder:
 
     def _places(self) -> Places:
         """The places, with these texts in them."""
-        if self._lent is not None and not self._lent.fits(self.model, self._lanes, learn=self.learn):
-            self.move_out(self._lent.places)
-            self._lent = None
-        if self._lent is None:
-            self._lent = lender_of(self.model).lend(self.model, self, self._lanes, learn=self.learn)
-        places = self._lent.places
+        if self._pooled is not None and not self._pooled.fits(self.model, self._lanes, learn=self.learn):
+            self.move_out(self._pooled.places)
+            self._pooled = None
+        if self._pooled is None:
+            self._pooled = pool_of(self.model).acquire(self.model, self, self._lanes, learn=self.learn)
+        places = self._pooled.places
         for text in self.texts:
             if text.state is not None and text.last_logits is None:
                 places.put(text.lanes.start, text.state, learn=self.learn)
@@ -254,7 +254,7 @@ def _without_waiting(state: ReadingState) -> ReadingState:
 
 
 @dataclass(eq=False)
-class Lent:
+class PooledPlaces:
     """Places, and what they can be used for."""
 
     places: Places
@@ -266,59 +266,59 @@ class Lent:
         """Whether they have these lanes, and the model is where it was and of the same type."""
         return self.kind == _kind_of_places(model, lanes, learn)
 
-    def vacate(self) -> None:
+    def evict(self) -> None:
         """Makes whoever rests there move out."""
         decoder, self.resting = self.resting(), lambda: None
         if decoder is not None:
             decoder.move_out(self.places)
 
 
-class Lender:
+class PlacesPool:
     """The places at rest of one model; may be used from several threads."""
 
     def __init__(self) -> None:
-        self.resting: list[Lent] = []
+        self.resting: list[PooledPlaces] = []
         """Newest last."""
         self._lock = threading.Lock()
 
-    def lend(self, model: Transformer, decoder: Decoder, lanes: int, *, learn: bool) -> Lent:
+    def acquire(self, model: Transformer, decoder: Decoder, lanes: int, *, learn: bool) -> PooledPlaces:
         """Places for a decoder alone: those in which it rests, with its texts still in them; others; or new ones."""
         with self._lock:
-            own = next((lent for lent in self.resting if lent.resting() is decoder), None)
+            own = next((pooled for pooled in self.resting if pooled.resting() is decoder), None)
             if own is not None:
                 self.resting.remove(own)
                 if own.fits(model, lanes, learn=learn):
                     own.resting = lambda: None
                     return own
-                own.vacate()
-            fitting = [lent for lent in self.resting if lent.fits(model, lanes, learn=learn)]
-            empty = [lent for lent in fitting if lent.resting() is None]
+                own.evict()
+            fitting = [pooled for pooled in self.resting if pooled.fits(model, lanes, learn=learn)]
+            empty = [pooled for pooled in fitting if pooled.resting() is None]
             for found in empty or (fitting if len(self.resting) >= KEPT else []):
                 self.resting.remove(found)
-                found.vacate()
+                found.evict()
                 return found
-        return Lent(Places(model, lanes, learn=learn), _kind_of_places(model, lanes, learn))
+        return PooledPlaces(Places(model, lanes, learn=learn), _kind_of_places(model, lanes, learn))
 
-    def give_back(self, lent: Lent, decoder: Decoder | None) -> None:
+    def release(self, pooled: PooledPlaces, decoder: Decoder | None) -> None:
         """Takes places in which nobody works any more; `decoder` rests in them."""
-        lent.resting = (lambda: None) if decoder is None else weakref.ref(decoder)
+        pooled.resting = (lambda: None) if decoder is None else weakref.ref(decoder)
         with self._lock:
-            others = [one for one in self.resting if one.kind != lent.kind or one.resting() is not None]
-            kept = [*others, lent][-KEPT:]
+            others = [one for one in self.resting if one.kind != pooled.kind or one.resting() is not None]
+            kept = [*others, pooled][-KEPT:]
             for other in self.resting:
                 if other not in kept:
-                    other.vacate()
+                    other.evict()
             self.resting = kept
 
 
-_LENDERS: weakref.WeakKeyDictionary[Transformer, Lender] = weakref.WeakKeyDictionary()
+_POOLS: weakref.WeakKeyDictionary[Transformer, PlacesPool] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def lender_of(model: Transformer) -> Lender:
-    """The lender of a model; it goes with the model."""
+def pool_of(model: Transformer) -> PlacesPool:
+    """The pool of a model; it goes with the model."""
     with _LOCK:
-        return _LENDERS.setdefault(model, Lender())
+        return _POOLS.setdefault(model, PlacesPool())
 
 
 def _kind_of_places(model: Transformer, lanes: int, learn: bool) -> tuple[object, ...]:

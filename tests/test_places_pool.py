@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longread.inner_loop import Decoder, ReadingState, begin, decoding, next_token_logits, read
-from longread.inner_loop.decoding import KEPT, lender_of
+from longread.inner_loop.decoding import KEPT, pool_of
 from longread.inner_loop.places import Places
 from longread.model import Transformer
 from longread.session import Session
@@ -112,11 +112,11 @@ def test_who_looks_at_a_session_ends_nothing(look: str, resting: bool, moves: Co
     generator = session.generate(4, seed=5)
     if not resting:
         written.append(next(generator))
-    at_rest = list(lender_of(model).resting)
+    at_rest = list(pool_of(model).resting)
     assert len(at_rest) == resting
     function, copies = LOOKS[look]
     function(session, tmp_path)
-    assert lender_of(model).resting == at_rest
+    assert pool_of(model).resting == at_rest
     written += generator
     assert written == expected
     assert moves == Counter(put=1, take=copies)
@@ -190,11 +190,11 @@ def test_who_rests_moves_out_for_others_and_goes_on(monkeypatch: pytest.MonkeyPa
     resting.read(torch.tensor([7]))
     state = read(model, state, torch.tensor([[7]]), inner=INNER).state
     resting.rest()
-    (places,) = lender_of(model).resting
+    (places,) = pool_of(model).resting
     other = Decoder(model, after(model, 9, 2), INNER)
     other.read(torch.tensor([1]))
-    assert lender_of(model).resting == []
-    assert other._lent is places  # not made anew
+    assert pool_of(model).resting == []
+    assert other._pooled is places  # not made anew
     torch.testing.assert_close(resting.logits(), next_token_logits(model, state), rtol=1e-10, atol=1e-10)
     for token in text(2 * M, 4):
         resting.read(torch.tensor([token]))
@@ -209,22 +209,22 @@ def test_few_places_rest() -> None:
     sessions = [reader(model, seed) for seed in range(4)]
     for session in sessions:
         list(session.generate(2, seed=0))
-    assert len(lender_of(model).resting) == KEPT
+    assert len(pool_of(model).resting) == KEPT
     for B in (2, 3, 4):
         decoder = Decoder(model, after(model, 5, B=B), INNER)
         decoder.logits()
         decoder.rest()
-    assert len(lender_of(model).resting) == KEPT
-    at_rest = [lent.places for lent in lender_of(model).resting]
+    assert len(pool_of(model).resting) == KEPT
+    at_rest = [pooled.places for pooled in pool_of(model).resting]
     writer = sessions[0].generate(5, seed=0)
     next(writer)
-    assert len(lender_of(model).resting) == KEPT  # of other lanes; it writes in new ones
+    assert len(pool_of(model).resting) == KEPT  # of other lanes; it writes in new ones
     del writer
     gc.collect()
-    assert lender_of(model).resting[-1].places not in at_rest  # a generator that is closed rests
+    assert pool_of(model).resting[-1].places not in at_rest  # a generator that is closed rests
     lost = Decoder(model, after(model, 5), INNER)
     lost.logits()
-    gone = weakref.ref(lost._lent.places)  # type: ignore[union-attr]
+    gone = weakref.ref(lost._pooled.places)  # type: ignore[union-attr]
     del lost
     gc.collect()
     assert gone() is None
@@ -240,7 +240,7 @@ def test_places_without_a_text_are_used_again() -> None:
         if seed == 1:
             decoder.end()
         del decoder
-        found += [lent.places for lent in lender_of(model).resting]
+        found += [pooled.places for pooled in pool_of(model).resting]
     assert len(found) == 3
     assert all(places is found[0] for places in found)
 
@@ -253,7 +253,7 @@ def test_places_that_are_given_up_leave_their_texts_with_whoever_rested_there() 
     for B, decoder in enumerate(decoders, start=1):
         decoder.read(torch.full((B,), 7))
         decoder.rest()
-    assert [lent.places.lanes for lent in lender_of(model).resting] == [2, 3]
+    assert [pooled.places.lanes for pooled in pool_of(model).resting] == [2, 3]
     assert [decoder.texts[0].state is None for decoder in decoders] == [False, True, True]
     for B, (decoder, state) in enumerate(zip(decoders, states, strict=True), start=1):
         expected = read(model, state, torch.full((B, 1), 7), inner=INNER).state
@@ -267,15 +267,15 @@ def test_a_model_whose_weights_are_elsewhere_has_other_places(resting: bool) -> 
     decoder, state = Decoder(model, after(model, 6), INNER), after(model, 6)
     decoder.read(torch.tensor([7]))
     state = read(model, state, torch.tensor([[7]]), inner=INNER).state
-    assert decoder._lent is not None
-    before = decoder._lent
+    assert decoder._pooled is not None
+    before = decoder._pooled
     if resting:
         decoder.rest()
     model.embedding.weight.data = model.embedding.weight.data.clone()
     torch.testing.assert_close(decoder.logits(), next_token_logits(model, state), rtol=1e-10, atol=1e-10)
-    assert decoder._lent is not None
-    assert decoder._lent.places is not before.places
-    assert before not in lender_of(model).resting
+    assert decoder._pooled is not None
+    assert decoder._pooled.places is not before.places
+    assert before not in pool_of(model).resting
     for a, b in zip(decoder.state().tensors, state.tensors, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -354,7 +354,7 @@ def test_a_text_that_has_left_stays_as_it_is(changes: dict, monkeypatch: pytest.
     decoder.read(torch.tensor([1, 1, 1]))  # nobody does
     assert [state.position for state in decoder.end()] == [M, 8 + M, 2 * M + 4]
     if model.config.mixer == "attention":
-        assert lender_of(model).resting[-1].resting() is None
+        assert pool_of(model).resting[-1].resting() is None
 
 
 @functools.cache
