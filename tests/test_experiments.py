@@ -144,6 +144,7 @@ def test_a_new_round_makes_a_page_whose_tables_can_be_made_again(module: Any, tm
     norms = [{"grad_norm": 1.0, "inner_grad_norm": 0.5, "inner_clipped": 0.2}]
     found = _AllDone(
         evaluations={name: {} for name in (*module.NEEDS, "twin-swa-32")}
+        | {"judge": {"written": {"judge": "b", "documents": 2, "prompt_tokens": 8, "verdicts": [verdict]}}}
         | {"judge-a": {"judge": {"judge": "b", "prompt_tokens": 8, "verdicts": [verdict]}}}
         | {"needle-a": {"needle": {"results": [{"model": "a", "reading": "static", "accuracy": accuracy}]}}},
         metrics=dict.fromkeys(module.NEEDS, norms),

@@ -20,6 +20,7 @@ from experiments.page import Table, as_stored, with_tables, write
 from experiments.pages import (
     ablations,
     adapted,
+    answers,
     boxed,
     context,
     decoding,
@@ -40,7 +41,22 @@ from experiments.results import Results
 HERE = Path(__file__).resolve().parents[1]
 README = HERE.parent / "README.md"
 CARD = HERE.parent / "models" / "longread-small" / "README.md"
-PAGES = (boxed, context, rates, meta, equal, stability, ablations, derivation, toy, needles, decoding, adapted, recall)
+PAGES = (
+    boxed,
+    context,
+    rates,
+    meta,
+    equal,
+    stability,
+    ablations,
+    derivation,
+    toy,
+    needles,
+    decoding,
+    adapted,
+    answers,
+    recall,
+)
 OTHERS = (demo, pretrained, speculative)
 """Of other commands, each of which left several files of figures."""
 

@@ -220,7 +220,7 @@ def _continuations(verdicts: Sequence[Data]) -> Table:
         head = [f"{entry['start']:,}–{entry['end']:,}" for entry in entries]
         cells = [mean(entry["score"]["nats_per_token"]) for entry in entries]
         whole = one["continuation"]["nats_per_token"]
-        above = one["above_human"]
+        above = one.get("above_human")
         said = f"{above['mean']:+.3f} ± {above['high'] - above['mean']:.3f}".replace("-", "−") if above else ""
         cells += [f"{whole['mean']:.3f} ± {whole['high'] - whole['mean']:.3f}", said, f"{one['repeated']['mean']:.1%}"]
         rows.append([label, *cells])
@@ -274,5 +274,7 @@ def plots(found: Results) -> Iterator[Plot]:
                     if label in asked.readers and (share := asked.share(label, measure, place))
                 ]
                 lines += [Line(shown, points)] if points else []
-            charts.append(panel(f"{TEXTS[name]}: {title}", lines, "share", "tokens after the evidence, at most"))
+            charts.append(
+                panel(f"{TEXTS[name]}: {title}", lines, "share", "tokens after the evidence, at most", ticks=EDGES[1:])
+            )
         yield Plot(name, f"Shares of questions about {TEXTS[name]} that were answered right, by distance", charts)
