@@ -75,14 +75,20 @@ def test_what_was_there_before_is_not_seen(changes: dict, n: int) -> None:
     go_on(model, places, states, M)
 
 
+def two_in(model: Transformer, lanes: int) -> tuple[Places, list[ReadingState]]:
+    """Two sequences in the first of so many lanes, after a token."""
+    places, states = Places(model, lanes, learn=True), [after(model, 2 * M + 1), after(model, 4 * M + 1, 1)]
+    for lane, state in enumerate(states):
+        places.put(lane, state, learn=True)
+    go_on(model, places, states, 1)
+    return places, states
+
+
 @each_kind
 def test_more_lanes_keep_what_is_in_the_first(changes: dict) -> None:
     """Also where nobody is in some of them, and after they have read."""
     model = exact(**changes)
-    places, states = Places(model, 2, learn=True), [after(model, 2 * M + 1), after(model, 4 * M + 1, 1)]
-    for lane, state in enumerate(states):
-        places.put(lane, state, learn=True)
-    go_on(model, places, states, 1)
+    places, states = two_in(model, 2)
     logits = places.logits(2).clone()
     places.resize(5)
     assert places.lanes == 5
@@ -105,10 +111,7 @@ def test_more_lanes_keep_what_is_in_the_first(changes: dict) -> None:
 @each_kind
 def test_fewer_lanes_keep_what_is_in_the_first(changes: dict) -> None:
     model = exact(**changes)
-    places, states = Places(model, 5, learn=True), [after(model, 2 * M + 1), after(model, 4 * M + 1, 1)]
-    for lane, state in enumerate(states):
-        places.put(lane, state, learn=True)
-    go_on(model, places, states, 1)
+    places, states = two_in(model, 5)
     logits, one = places.logits(2).clone(), places.nbytes // 5
     places.resize(2)
     assert places.lanes == 2
