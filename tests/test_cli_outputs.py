@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.status import Status
 
 from longread.bench import Machine
 from longread.cli import main
 from longread.cli.models import table_names
+from longread.cli.outputs import counted
 from longread.recipes import RECIPES, Method
 from longread.speculative.speculation import DRAFT_TOKENS
 from tests.small_model import TEXT, save_small_model
@@ -351,3 +355,12 @@ def test_help_gives_meaning_and_default(capsys: pytest.CaptureFixture[str], opti
 
 def test_models_named_alike_are_numbered() -> None:
     assert table_names(["a/m", "b/m", "n", "a/m"]) == ["m 1", "m 2", "n", "m 3"]
+
+
+def test_progress_says_how_many_of_all_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Status, "update", lambda status, text: said.append(text))
+    with counted(Console(file=io.StringIO()), "runs/e2e", 1200, "needles, frozen") as show:
+        show(8)
+        show(1000)
+    assert said == [f"runs/e2e: {done} of 1,200 needles, frozen" for done in ("8", "1,008")]

@@ -99,6 +99,18 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
 
 
+def add_contexts(parser: argparse.ArgumentParser, of: str) -> None:
+    """Declares --contexts, tokens `of` what."""
+    parser.add_argument(
+        "--contexts",
+        type=positive,
+        nargs="+",
+        default=[1024, 2048, 4096],
+        metavar="T",
+        help=f"tokens {of} (default 1024 2048 4096)",
+    )
+
+
 def add_text_format(parser: argparse.ArgumentParser, *, markup: bool = True) -> None:
     """The options of a command that reads texts; `markup` where HTML is refused without being asked for."""
     parser.add_argument(

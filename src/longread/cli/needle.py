@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from longread.cli.arguments import (
     MOST_TOKENS,
+    add_contexts,
     add_device,
     add_learn,
     add_outputs,
@@ -46,14 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", type=int, nargs="+", choices=(1, 2, 3), default=[1], metavar="V", help="1, 2, 3 (default 1)"
     )
-    parser.add_argument(
-        "--contexts",
-        type=positive,
-        nargs="+",
-        default=[1024, 2048, 4096],
-        metavar="T",
-        help="tokens of a prompt (default 1024 2048 4096)",
-    )
+    add_contexts(parser, "of a prompt")
     parser.add_argument(
         "--depths",
         type=float,
@@ -86,7 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.models import table_names
-    from longread.cli.outputs import check_figures, listed, progress_console, show_figures, write_text
+    from longread.cli.outputs import check_figures, counted, listed, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import Needles, needle_figures, search
     from longread.evaluate.needle import chart_name
@@ -111,14 +105,7 @@ def run(options: argparse.Namespace) -> int:
         learns = opened.learns and opened.model.config.num_suffix_blocks > 0
         for learn in (True, False) if learns and not options.no_control else (learns,):
             way = "learning" if learn else "frozen"
-            done = 0
-            with console.status(f"{name}: {len(samples)} needles, {way}") as status:
-
-                def show(count: int, name: str = name, way: str = way, total: int = len(samples)) -> None:
-                    nonlocal done
-                    done += count
-                    status.update(f"{name}: {done} of {total} needles, {way}")
-
+            with counted(console, name, len(samples), f"needles, {way}") as show:
                 searches.append(
                     search(
                         name,

@@ -6,13 +6,14 @@ What is there is replaced only with --force, and what the command reads never.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import os
 import re
 import stat
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,20 @@ def tables_console(options: argparse.Namespace) -> Console:
 def progress_console(options: argparse.Namespace) -> Console:
     """Where a command says how far it is: stderr, or nowhere with `--quiet`."""
     return _console(needed=False, stderr=True, quiet=options.quiet)
+
+
+@contextlib.contextmanager
+def counted(console: Console, name: str, total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Says there how far `name` is with `total` of `what`; gives what is to be told how many more are done."""
+    done = 0
+    with console.status(f"{name}: {total:,} {what}") as status:
+
+        def show(count: int) -> None:
+            nonlocal done
+            done += count
+            status.update(f"{name}: {done:,} of {total:,} {what}")
+
+        yield show
 
 
 def _console(*, needed: bool, **options: Any) -> Console:

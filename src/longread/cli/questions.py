@@ -15,6 +15,7 @@ import json
 from typing import TYPE_CHECKING
 
 from longread.cli.arguments import (
+    add_contexts,
     add_device,
     add_learn,
     add_outputs,
@@ -37,14 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, runs or checkpoints")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="a data set, or texts and directories")
     add_text_format(parser)
-    parser.add_argument(
-        "--contexts",
-        type=positive,
-        nargs="+",
-        default=[1024, 2048, 4096],
-        metavar="T",
-        help="tokens of a text that are read before it is asked about (default 1024 2048 4096)",
-    )
+    add_contexts(parser, "of a text that are read before it is asked about")
     parser.add_argument("--documents", type=positive, default=8, metavar="N", help="ask about the first N (default 8)")
     parser.add_argument(
         "--questions", type=positive, default=8, metavar="N", help="of each kind, text and context (default 8)"
@@ -63,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from longread.cli.models import table_names
-    from longread.cli.outputs import check_figures, listed, progress_console, show_figures, write_text
+    from longread.cli.outputs import check_figures, counted, listed, progress_console, show_figures, write_text
     from longread.config import UserError
     from longread.evaluate import QuestionAnswering, answer_figures, answer_questions
     from longread.evaluate.answering import CHART
@@ -90,14 +84,7 @@ def run(options: argparse.Namespace) -> int:
         ways = [(learn, None) for learn in ((True, False) if learns and not options.no_control else (learns,))]
         for learn, beginning in ways if options.no_control else [*ways, (False, opened.tokenizer.beginning)]:
             way = "with nothing read" if beginning is not None else "learning" if learn else "frozen"
-            done = 0
-            with console.status(f"{name}: {total:,} questions, {way}") as status:
-
-                def show(count: int, name: str = name, way: str = way, total: int = total) -> None:
-                    nonlocal done
-                    done += count
-                    status.update(f"{name}: {done:,} of {total:,} questions, {way}")
-
+            with counted(console, name, total, f"questions, {way}") as show:
                 answers.append(
                     answer_questions(
                         name,
