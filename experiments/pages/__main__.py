@@ -95,7 +95,7 @@ def again() -> dict[Path, str]:
             tables[folder / "README.md"] = list(module.tables(results))
             if module is boxed:
                 tables[CARD] = list(module.tables(results))
-            if module in (boxed, equal):
+            if module is equal:
                 tables.setdefault(README, []).append(module.summary(results))
     for other in OTHERS:
         for folder in HERE.glob(f"*_{other.SLUG}"):

@@ -73,22 +73,6 @@ def tables(results: Data) -> Iterator[Table]:
     )
 
 
-def summary(results: Data) -> Table:
-    """By octave, learning and frozen, and what learning gains: for who only looks at one table."""
-    head, rows = [], []
-    for kind, title in (("books", "books"), ("code", "Python source")):
-        learning, frozen = (
-            from_first(results[f"TTT-E2E (boxed), {reading}, {kind}"]) for reading in ("learning", "frozen")
-        )
-        head = list(learning)
-        rows += [
-            [f"{title}, {name}", *map(number, row.values())]
-            for name, row in (("learning", learning), ("frozen", frozen))
-        ]
-        rows.append(["gain", *(number(frozen[position] - learning[position]) for position in head)])
-    return Table("Nats per token on held-out text:", ["tokens read before", *head], rows)
-
-
 def from_first(bins: Mapping[str, float]) -> dict[str, float]:
     """The bins below 1K put together."""
     sizes = {"0–128": 128, "128–256": 128, "256–512": 256, "512–1K": 512}
