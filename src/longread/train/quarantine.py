@@ -19,5 +19,7 @@ def keep_batch(out: Path, step: int, rank: int, batch: Batch, problem: str) -> P
     """Writes the batch of `step`, counted from 1, and says where. Raises `UserError` when it cannot be written."""
     path = out / QUARANTINE / f"step-{step:08d}-rank-{rank}.safetensors"
     facts = {"step": step, "rank": rank, "problem": problem}
-    write_tensors_atomically(path, batch._asdict(), facts, kind="batch", private=True)
+    # one sequence's inputs and targets are the same memory, which no file holds twice
+    tensors = {name: tensor.clone() for name, tensor in batch._asdict().items()}
+    write_tensors_atomically(path, tensors, facts, kind="batch", private=True)
     return path
