@@ -127,6 +127,9 @@ def test_weights_are_powers_of_the_loss_with_a_mean_of_1_over_what_counts() -> N
     none = surprise_weights(nll, torch.zeros_like(mask), 2.0)
     assert torch.equal(none, torch.zeros(2, 4))
     torch.testing.assert_close(mini_batch_loss(weights, mask), torch.tensor([1.0, 0.0]))
+    for unit in (1e-30, 1e30):  # what is compared are targets: no power of a loss is too large or too small
+        torch.testing.assert_close(surprise_weights(unit * nll[:1], mask[:1], 0.5), weights[:1])
+    torch.testing.assert_close(surprise_weights(nll[:1], mask[:1], 60.0), torch.tensor([[0.0, 0.0, 3.0, 0.0]]))
 
 
 @pytest.mark.usefixtures("fake_graphs")

@@ -73,9 +73,10 @@ def surprise_weights(nll: Tensor, loss_mask: Tensor, exponent: float) -> Tensor:
 
     Where no target cost anything all weigh 0. Returns [..., M] for nll and mask [..., M].
     """
-    weights = nll.detach().clamp(min=0) ** exponent * loss_mask
-    mean = mini_batch_loss(weights, loss_mask).unsqueeze(-1)
-    return weights / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    cost = nll.detach().clamp(min=0) * loss_mask
+    tiny = torch.finfo(cost.dtype).tiny
+    weights = (cost / cost.amax(-1, keepdim=True).clamp(min=tiny)) ** exponent * loss_mask  # no power overflows
+    return weights / mini_batch_loss(weights, loss_mask).unsqueeze(-1).clamp(min=tiny)
 
 
 def matrices(fast: FastWeights) -> list[Tensor]:
