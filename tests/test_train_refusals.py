@@ -95,6 +95,17 @@ def test_the_diagnosis_names_what_went_wrong(
     assert len(rows_of(tmp_path / "run")) == 3
 
 
+def test_the_batch_of_a_single_sequence_is_kept_too(
+    tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 1, bad_gradient)
+    with pytest.raises(TrainingHalted, match="halted at step 1"):
+        train(change(batch_size=1, micro_batch_size=1), data, tmp_path / "run")
+    (kept,) = (tmp_path / "run" / "quarantine").iterdir()
+    tensors, _ = files.read_tensors(kept, kind="batch")
+    assert torch.equal(tensors["input_ids"][:, 1:], tensors["target_ids"][:, :-1])
+
+
 def test_weights_that_are_not_finite_are_not_saved(
     tmp_path: Path, data: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +139,7 @@ def test_a_directory_that_holds_a_run_is_refused_without_resume(finished: Path, 
         ({"model__window_size": 4}, r"model\.window_size was 8 .* is 4 now"),
         ({"seed": 3}, "seed was 0 .* is 3 now"),
         ({"steps": 5}, "steps was 6 .* is 5 now"),
+        ({"inner__surprise": 1.0}, r"inner\.surprise was 0\.0 .* is 1\.0 now"),
     ],
 )
 def test_another_config_is_refused_on_resume_by_the_name_of_the_field(

@@ -42,15 +42,15 @@ class Checked:
         except TypeError as error:
             raise UserError(f"{cls.__name__}: {error}") from None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, *, complete: bool = False) -> dict[str, Any]:
         """The fields as `from_dict` takes them. One that is `later` than the format is left out at its default, so
-        that files, and what is made of them, stay what they were."""
+        that files, and what is made of them, stay what they were; unless they are to be `complete`."""
         values = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
-            if not f.metadata.get("later") or getattr(self, f.name) != f.default
+            if complete or not f.metadata.get("later") or getattr(self, f.name) != f.default
         }
-        return {name: _plain(value) for name, value in values.items()}
+        return {name: _plain(value, complete) for name, value in values.items()}
 
     def __post_init__(self) -> None:
         for name, type_ in typing.get_type_hints(type(self)).items():
@@ -81,9 +81,9 @@ def _as_field(value: Any, type_: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, complete: bool) -> Any:
     if isinstance(value, Checked):
-        return value.as_dict()
+        return value.as_dict(complete=complete)
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -46,13 +45,11 @@ def with_schedules_of(config: RunConfig, begun: RunConfig) -> RunConfig:
 
 def refuse_other_config(stored: Mapping[str, Any], config: RunConfig) -> None:
     """Raises `UserError` where `config` would compute other steps than the run did that `stored` belongs to."""
-    given = config.as_dict()
-    stored = {name: value for name, value in stored.items() if name not in _FREE}
-    stored |= {name: given[name] for name in _FREE if name in given}
+    begun, given = RunConfig.from_dict(dict(stored)).as_dict(complete=True), config.as_dict(complete=True)
+    begun |= {name: given[name] for name in _FREE}
     # Rates depend on decay_steps, not on steps, so a longer run begins with the same steps as a shorter one.
-    if stored.get("steps", math.inf) <= given["steps"]:
-        stored = {**stored, "steps": given["steps"]}
-    for name, before, now in differences(stored, given):
+    begun["steps"] = max(begun["steps"], given["steps"])
+    for name, before, now in differences(begun, given):
         raise UserError(
             f"{name} was {before!r} when this run began and is {now!r} now; resume with what it was, "
             "or train into another directory"
