@@ -16,7 +16,16 @@ import torch
 from longread import recipes
 from longread.config import UserError
 from longread.data import Batch, RecallSampler, Sampler, TokenDataset, prepare, recall
-from longread.data.recall import ADJECTIVES, LEAST_DISTANCE, NAMES, NOUNS, SURNAMES, WORDINGS, Fact, draw_fact
+from longread.data.recall import (
+    ADJECTIVES,
+    LEAST_DISTANCE,
+    NAMES,
+    NOUNS,
+    SURNAMES,
+    WORDINGS,
+    Fact,
+    draw_fact,
+)
 from longread.data.shards import ShardWriter
 from longread.evaluate import haystack
 from longread.tokenizer import ByteTokenizer
@@ -86,7 +95,6 @@ def test_the_share_of_tokens_and_distances_are_as_asked_for(dataset: TokenDatase
                 inserted, tokens = inserted + T - plain, tokens + T
                 distances += [asked - start for start, asked, _ in found_facts(text)]
     assert 0.08 < inserted / tokens < 0.13
-    assert min(distances) >= LEAST_DISTANCE
     assert len(distances) > 60
     assert max(distances) > 0.85 * T
     assert 0.35 * T < np.mean(distances) < 0.65 * T
@@ -98,6 +106,32 @@ def test_facts_stand_between_sentences(dataset: TokenDataset) -> None:
     for start, asked, _ in found_facts(text):
         assert text[start - 2] in ".!?"
         assert text[asked - 2] in ".!?"
+
+
+def test_no_question_comes_sooner_than_it_may(dataset: TokenDataset) -> None:
+    made, draw = sampler(dataset), random.Random(0)
+    text = np.array(TOKENIZER.encode("It is so. " * 20))
+    placed = [made._placed(draw, [([1], [2])], text) for _ in range(200)]
+    distances = [question.place - fact.place for fact, question in placed]
+    assert min(distances) >= LEAST_DISTANCE
+    assert all((fact.tokens, question.tokens) == ([1], [2]) for fact, question in placed)
+    assert sum(text[fact.place - 1] == ord(".") for fact, _ in placed) > 100  # after a sentence, mostly
+
+
+@pytest.mark.parametrize(
+    ("length", "share", "reason"),
+    [
+        (102_400, 0.5, r"recall is 0\.5, and 256 facts, .* of 102400 tokens; lower it, or the context length"),
+        (256, 0.2, r"takes about \d+ tokens, more than there is room for in a context of 256; give a longer one"),
+    ],
+)
+def test_a_share_that_facts_cannot_make_up_is_refused(
+    dataset: TokenDataset, length: int, share: float, reason: str
+) -> None:
+    config = recipes.adapt(tiny.config(vocab_size=257), "e2e", context_length=length, batch_size=2)
+    with pytest.raises(UserError, match=reason):
+        training_sampler(dataclasses.replace(config, recall=share), dataset)
+    training_sampler(dataclasses.replace(config, context_length=51_200, recall=0.5), dataset)
 
 
 def test_what_is_drawn_depends_on_seed_and_place_alone(dataset: TokenDataset) -> None:

@@ -142,7 +142,7 @@ class RunConfig(Checked):
 
     recall: float = field(default=0.0, metadata={"later": True})
     """Share of the tokens of training sequences that are facts, and questions about them further on
-    (`longread.data.recall`); at most 0.5."""
+    (`longread.data.recall`); at most 0.5, and as much as 256 facts are."""
 
     def _check(self) -> None:
         self._at_least(1, "context_length", "batch_size", "micro_batch_size", "steps", "truncate_after")

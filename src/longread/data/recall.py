@@ -159,12 +159,11 @@ class RecallSampler(Sampler):
             if fact.key in keys:
                 continue
             keys.add(fact.key)
-            before = draw.choice(" \n")
-            statement, question = (self.tokenizer.encode_inside(before + text)[0] for text in fact[:2])
-            size = len(statement) + len(question)
-            if size + 2 * LEAST_DISTANCE > length * MOST_RECALL or draw.random() * size > wanted:
+            pair = _encoded(fact, draw, self.tokenizer)
+            size = sum(map(len, pair))
+            if not _has_room(length, size) or draw.random() * size > wanted:
                 break
-            pairs.append((statement, question))
+            pairs.append(pair)
             wanted -= size
         return pairs
 
@@ -177,10 +176,38 @@ class RecallSampler(Sampler):
             distance = draw.randint(LEAST_DISTANCE, len(text) - 1)
             start = draw.randint(1, len(text) - distance)
             first, second = (_nearest(gaps, place) for place in (start, start + distance))
-            if first >= second:
+            if second - first < LEAST_DISTANCE:
                 first, second = start, start + distance
             placed += [_Inserted(first, statement), _Inserted(second, question)]
         return sorted(placed, key=lambda part: part.place)
+
+
+def check_share(share: float, context_length: int, tokenizer: FactEncoder) -> None:
+    """Raises `UserError` if facts cannot be `share` of full sequences: `MOST_FACTS` are less, or none has room."""
+    draw = random.Random(0)  # noqa: S311 (no secret)
+    size = sum(len(part) for _ in range(64) for part in _encoded(draw_fact(draw), draw, tokenizer)) / 64
+    if share * context_length > MOST_FACTS * size:
+        raise UserError(
+            f"recall is {share}, and {MOST_FACTS} facts, the most of a sequence, are "
+            f"{MOST_FACTS * size / context_length:.3f} of {context_length} tokens; lower it, or the context length"
+        )
+    if not _has_room(context_length, size):
+        raise UserError(
+            f"recall is {share}, and a fact with its question takes about {size:.0f} tokens, more than there is room "
+            f"for in a context of {context_length}; give a longer one"
+        )
+
+
+def _encoded(fact: Fact, draw: random.Random, tokenizer: FactEncoder) -> tuple[list[int], list[int]]:
+    """Statement and question, after a space or a line end."""
+    before = draw.choice(" \n")
+    statement, question = (tokenizer.encode_inside(before + text)[0] for text in fact[:2])
+    return statement, question
+
+
+def _has_room(length: int, size: float) -> bool:
+    """Whether a text of `length` tokens takes in a fact and its question, `size` together."""
+    return size + 2 * LEAST_DISTANCE <= length * MOST_RECALL
 
 
 def _nearest(gaps: np.ndarray, place: int) -> int:

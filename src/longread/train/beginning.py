@@ -20,6 +20,7 @@ from torch import Tensor
 from longread.checkpoint import LoadedModel, find_tokenizer, load_model
 from longread.config import ModelConfig, Precision, RunConfig, UserError
 from longread.data import RecallSampler, Sampler, TokenDataset
+from longread.data.recall import check_share
 from longread.files import atomic_files
 from longread.model import Transformer, initialize, undrawn
 from longread.recipes import without_fast_weights
@@ -53,7 +54,7 @@ def new_model(config: RunConfig, precision: Precision, device: torch.device, *, 
 
 
 def training_sampler(config: RunConfig, data: TokenDataset) -> Sampler:
-    """The batches of a run. Raises `UserError` for facts to recall in data without a tokenizer to spell them."""
+    """The batches of a run. Raises `UserError` for facts to recall that cannot be written or are too few."""
     sizes = config.context_length, config.batch_size, config.seed
     if not config.recall:
         return Sampler(data, *sizes)
@@ -61,7 +62,9 @@ def training_sampler(config: RunConfig, data: TokenDataset) -> Sampler:
         raise UserError(
             f"recall is {config.recall}, but {data.directory} has no tokenizer to write facts with; prepare it with one"
         )
-    return RecallSampler(data, *sizes, share=config.recall, tokenizer=load_tokenizer(data.tokenizer_path))
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    check_share(config.recall, config.context_length, tokenizer)
+    return RecallSampler(data, *sizes, share=config.recall, tokenizer=tokenizer)
 
 
 def fill_first_weights(
