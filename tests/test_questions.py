@@ -146,6 +146,8 @@ def test_source_tells_just_this() -> None:
     half = len(SOURCE.encode()) // 2
     assert source_facts(SOURCE, half) == [fact for fact in facts if fact.evidence_end <= half]
     assert source_facts("Nothing but words.", 10) is source_facts("x = 1", 5) is None
+    deep = f"def f():\n    return {' + '.join(['1'] * 1500)}\n"  # Python parses it, and nothing walks through it
+    assert source_facts(deep, len(deep)) is None
 
 
 def test_questions_depend_on_their_text_alone_and_on_what_was_read() -> None:

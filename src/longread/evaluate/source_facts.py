@@ -34,10 +34,9 @@ def source_facts(text: str, num_bytes: int) -> list[TextFact] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in strings, say
-            tree = ast.parse(text)
+            source = _Source(text, ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    source = _Source(text, tree)
     if not source.classes and not source.functions:
         return None
     found = [*_docstrings(source), *_messages(source), *_methods(source), *_bases(source), *_defaults(source)]
