@@ -24,6 +24,7 @@ from longread.evaluate import (
     Judge,
     LongreadJudge,
     WrittenTexts,
+    check_bins,
     check_judge,
     decoding_notes,
     judges as judges_module,
@@ -187,7 +188,7 @@ def test_judgements_that_would_mean_nothing_are_refused() -> None:
         check_judge(small, BYTES, human, [])
     with pytest.raises(UserError, match="text 0 has 5 tokens; --context asks for 96"):
         prompts([Document("text 0", np.arange(5))], T)
-    with pytest.raises(UserError, match="--bins 3 has no border behind the 48 of 96 tokens that are read; give a mult"):
+    with pytest.raises(UserError, match="--bins 3 has no border behind the 48 of 96 tokens that are read; give 2, or"):
         verdicts(judge(), BYTES, [WrittenTexts(HUMAN, "human", human)], bins=3)
 
 
@@ -208,11 +209,12 @@ def test_less_than_half_may_be_written(writings: list[WrittenTexts]) -> None:
     assert of_model.prompt == of_human.prompt
     last = of_model.by_position[-1]
     assert (last.start, last.end, last.score) == (72, 96, of_model.continuation)
-    for bins, remedy in ((6, "4"), (2, "4")):
-        with pytest.raises(
-            UserError, match=f"--bins {bins} has no border behind the 72 .* give a multiple of {remedy}"
-        ):
+    for bins in (6, 2):
+        with pytest.raises(UserError, match=f"--bins {bins} has no border behind the 72 .* give 4, or read another"):
             verdicts(judge(), BYTES, [few], bins=bins)
+    with pytest.raises(UserError, match="behind the 1950 of 2048 tokens that are read; give 1024, or"):
+        check_bins(8, 1950, 2048)
+    check_bins(1024, 1950, 2048)
 
 
 def test_writers_that_diverge_are_said() -> None:

@@ -82,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
     )
     T, bins = options.context, options.bins
     written = T - T // 2 if options.written is None else options.written
+    if T < 2:
+        raise UserError(f"--context {T} cannot be both read and written; give at least 2")
     if written >= T:
         raise UserError(f"--written {written} leaves nothing of --context {T} to read; lower it")
     if T % bins:

@@ -212,10 +212,10 @@ def verdicts(
 def check_bins(bins: int, prompt_tokens: int, context_length: int) -> None:
     """Raises `UserError` if no border of equal bins lies between prompt and continuation."""
     if bins < 2 or _prompt_bins(bins, prompt_tokens, context_length) is None:
-        fits = (n for n in range(2, context_length + 1) if _prompt_bins(n, prompt_tokens, context_length))
+        fits = context_length // math.gcd(prompt_tokens, context_length)
         raise UserError(
             f"--bins {bins} has no border behind the {prompt_tokens} of {context_length} tokens that are read; "
-            f"give a multiple of {next(fits, context_length)}"
+            f"give {fits}, or read another share of them"
         )
 
 
