@@ -40,7 +40,7 @@ LINES = {
     "reader, frozen": "TTT-E2E, frozen",
     "SWA twin": "SWA",
     "full-attention twin": "full attention",
-    f"reader, {NOTHING}": "TTT-E2E, nothing read",
+    f"reader, {NOTHING}": "nothing read",
 }
 
 
