@@ -316,19 +316,21 @@ def test_the_command(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "hf has a tokenizer of its own" in figures["notes"][0]
 
 
-def test_a_judge_with_full_attention_has_the_context_of_its_pretraining(
+def test_a_judge_with_full_attention_has_the_context_of_its_training(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = dataclasses.replace(model(suffix=0).config, attention="full")
     facts = {"run": "twin", "adapted_from": {"model": "a", "provenance": {"context": 60}}}
-    for name, provenance in (("original", {"context": 60}), ("twin", facts), ("windowed", facts), ("new", {})):
+    origins = {"original": {"context": 60}, "twin": facts, "windowed": facts, "new": {}}
+    origins |= {"run": {"context_length": 60}, "extended": facts | {"context_length": 64}}
+    for name, provenance in origins.items():
         network = model(suffix=0) if name == "windowed" else Transformer(config)
         save_model(home / name, network, INNER, BYTES.fingerprint, provenance)
         BYTES.save(home / name)
-    for name in ("original", "twin"):
+    for name in ("original", "twin", "run"):
         assert judged(home, home / "e2e", "--judge", home / name, "--context", 64) == 2
         assert f"the judge {name} reads at most 60 tokens and the documents take 64" in capsys.readouterr().err
-    for name in ("windowed", "new"):
+    for name in ("windowed", "new", "extended"):
         assert judged(home, home / "e2e", "--judge", home / name, "--context", 64) == 0
 
 

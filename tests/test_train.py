@@ -290,7 +290,8 @@ def test_a_run_goes_on_with_or_without_the_weights_that_it_began_with(tmp_path: 
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
     run = files.read_json(tmp_path / "run" / "run.json", kind="run")
     fingerprint = checkpoint.load_model(tmp_path / "moved").fingerprint
-    provenance = {"run": "microscopic", "step": 3, "tokens": rows_of(tmp_path / "moved")[-1]["tokens"]}
+    tokens = rows_of(tmp_path / "moved")[-1]["tokens"]
+    provenance = {"run": "microscopic", "step": 3, "tokens": tokens, "context_length": CONFIG.context_length}
     initial = {"path": str(tmp_path / "short"), "fingerprint": fingerprint, "provenance": provenance}
     assert run["initial"] == initial
     found = checkpoint.load_model(tmp_path / "run").metadata["provenance"]

@@ -170,10 +170,12 @@ def _judge(path: str, device: str) -> Judge:
 
 
 def _context_limit(opened: OpenModel) -> int | None:
-    """Tokens on which full attention was pretrained; None for windows, and where nothing says it."""
+    """Tokens of the longest text that full attention was trained on; None for windows, and where nothing says it."""
     config, origin = opened.model.config, opened.provenance
     if all(config.window_of(block) is not None for block in range(config.num_blocks)):
         return None
-    while "adapted_from" in origin:
-        origin = origin["adapted_from"].get("provenance", {})
-    return origin.get("context")
+    known: list[int] = []
+    while origin:
+        known += [origin[name] for name in ("context", "context_length") if name in origin]  # of pretraining, of a run
+        origin = origin.get("adapted_from", {}).get("provenance", {})
+    return max(known, default=None)

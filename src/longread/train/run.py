@@ -492,7 +492,12 @@ class _Run:
 
     def _write_model(self, model: Transformer, directory: Path) -> None:
         copy_tokenizer(self.out, directory)
-        provenance: dict[str, Any] = {"run": self.config.name, "step": self.step, "tokens": self.tokens}
+        provenance: dict[str, Any] = {
+            "run": self.config.name,
+            "step": self.step,
+            "tokens": self.tokens,
+            "context_length": self.config.context_length,
+        }
         initial = files.read_json(self.out / RUN_FILE, kind="run").get("initial")
         if initial:
             provenance["adapted_from"] = origin_of(initial)
