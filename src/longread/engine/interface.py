@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out: limits, facts about sessions, events, errors. No torch in here."""
+"""What goes into an engine and what comes out: limits, facts about sessions, events, times, errors; without torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""A piece of work from its acceptance to its end. All of this happens under the lock; only `Jobs.is_here` and what
-leaves a lane let it go for a moment, for the thread that computes."""
+"""A piece of work from its acceptance to its end; how owners share the device, and how long clients wait.
+
+All of this happens under the lock; only `Jobs.is_here` and what leaves a lane let it go for a moment, for the thread
+that computes.
+"""
 
 from __future__ import annotations
 

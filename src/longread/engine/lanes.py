@@ -1,4 +1,6 @@
-"""The sessions that write at the moment: those in lanes, a token of all of them at a time."""
+"""The sessions that write at the moment: those in lanes, a token of all of them at a time, or one by one where a batch
+must change no bit.
+"""
 
 from __future__ import annotations
 
