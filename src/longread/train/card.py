@@ -1,4 +1,4 @@
-"""The description of a finished model that began as another: in config.json for programs, in README.md for people."""
+"""The description of a finished model: in config.json for programs and, where it began as another, in README.md too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ CARD = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def origin_of(initial: Mapping[str, Any]) -> dict[str, Any]:
+def provenance_of(config: RunConfig, step: int, tokens: int, initial: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Where the model of a run comes from: the run, and what it began with, as run.json says it."""
+    facts = {"run": config.name, "step": step, "tokens": tokens, "context_length": config.context_length}
+    return facts | ({"adapted_from": _origin_of(initial)} if initial else {})
+
+
+def _origin_of(initial: Mapping[str, Any]) -> dict[str, Any]:
     """The model that a run began with: its name, its fingerprint, and where it comes from itself."""
     path = Path(initial["path"])
     name = path.parent.name if path.name == "model" else path.name  # of a run
@@ -26,7 +32,7 @@ def origin_of(initial: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_card(directory: Path, config: RunConfig, tokens: int, initial: Mapping[str, Any]) -> None:
     """Writes the card of the model in `directory`, and copies licences that lie beside the one it began with."""
-    origin = origin_of(initial)
+    origin = _origin_of(initial)
     with atomic_files(directory / CARD) as (temporary,):
         temporary.write_text(_card(config, tokens, origin), encoding="utf-8")
     for pattern in ("LICENSE*", "NOTICE*"):

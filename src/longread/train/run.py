@@ -58,7 +58,7 @@ from longread.train.beginning import (
     new_model,
     training_sampler,
 )
-from longread.train.card import origin_of, write_card
+from longread.train.card import provenance_of, write_card
 from longread.train.divergence import SAID_AFTER, DivergenceWatch
 from longread.train.meta_step import whole_model
 from longread.train.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
@@ -492,14 +492,8 @@ class _Run:
 
     def _write_model(self, model: Transformer, directory: Path) -> None:
         copy_tokenizer(self.out, directory)
-        provenance: dict[str, Any] = {
-            "run": self.config.name,
-            "step": self.step,
-            "tokens": self.tokens,
-            "context_length": self.config.context_length,
-        }
         initial = files.read_json(self.out / RUN_FILE, kind="run").get("initial")
         if initial:
-            provenance["adapted_from"] = origin_of(initial)
             write_card(directory, self.config, self.tokens, initial)
+        provenance = provenance_of(self.config, self.step, self.tokens, initial)
         checkpoint.save_model(directory, model, self.config.inner, self.data.tokenizer_fingerprint, provenance)
