@@ -194,18 +194,19 @@ class Decoder:
 
     def rest(self) -> None:
         """Lets others have its places, from which it moves out if they come before it is asked for more."""
-        if self._pooled is not None:
-            pooled, self._pooled = self._pooled, None
-            pool_of(self.model).release(pooled, self)
+        self._release(self)
 
     def end(self) -> list[ReadingState]:
         """Moves out of its places, which others may have, and gives the states."""
         if any(text.state is None for text in self.texts):
             self.move_out(self._places())
+        self._release(None)
+        return [_of(text) for text in self.texts]
+
+    def _release(self, resting: Decoder | None) -> None:
         if self._pooled is not None:
             pooled, self._pooled = self._pooled, None
-            pool_of(self.model).release(pooled, None)
-        return [_of(text) for text in self.texts]
+            pool_of(self.model).release(pooled, resting)
 
     @torch.no_grad()
     def move_out(self, places: Places) -> None:
