@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from longread.evaluate.prose_facts import prose_facts
 from longread.evaluate.source_facts import source_facts
 from longread.model import Transformer, initialize
 from longread.session import Session
-from longread.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from longread.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 NAMES = (
     *("Alder", "Birch", "Cedar", "Elm", "Fern", "Gorse", "Hazel", "Ivy"),
@@ -293,3 +294,29 @@ def test_what_cannot_be_asked_is_refused(
 ) -> None:
     assert main(["questions", *arguments, "--data", "text.txt", "--device", "cpu"]) == 2
     assert f"longread: error: {sentence}" in capsys.readouterr().err
+
+
+def test_evidence_is_found_in_what_a_tokenizer_makes_of_a_text(home: Path) -> None:
+    """One that normalises covers other bytes of the text that it is given than of the text that it is asked about."""
+    definition = json.loads((home / "model" / "tokenizer.json").read_text())
+    (home / "model" / "tokenizer.json").write_text(json.dumps(definition | {"normalizer": {"type": "NFC"}}))
+    tokenizer = load_tokenizer(home / "model")
+    save_model(home / "model", model().float(), INNER, tokenizer_fingerprint=tokenizer.fingerprint)
+    composed = "caf\u00e9 " * 50 + PROSE
+    command = ["questions", "model", "--contexts", "900", "--device", "cpu", "--no-control", "--quiet"]
+    trials = []
+    for form in ("NFC", "NFD"):
+        (home / f"{form}.txt").write_text(unicodedata.normalize(form, composed))
+        assert main([*command, "--data", f"{form}.txt", "--json", f"{form}.json"]) == 0
+        trials.append(json.loads((home / f"{form}.json").read_text())["results"][0]["trials"])
+    assert trials[0] == trials[1]
+
+
+def test_tokens_without_a_text_are_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    definition = json.loads((home / "model" / "tokenizer.json").read_text())
+    once = {"type": "Replace", "pattern": {"String": "the"}, "content": "xthe"}
+    (home / "model" / "tokenizer.json").write_text(json.dumps(definition | {"normalizer": once}))
+    tokenizer = load_tokenizer(home / "model")
+    save_model(home / "model", model().float(), INNER, tokenizer_fingerprint=tokenizer.fingerprint)
+    assert main(["questions", "model", "--data", "text.txt", "--contexts", "600", "--device", "cpu"]) == 2
+    assert "model decodes the tokens of text 1 to a text of other tokens" in capsys.readouterr().err

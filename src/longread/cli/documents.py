@@ -88,12 +88,15 @@ def _of_dataset(path: str, name: str, tokenizer: Tokenizer, several: bool) -> li
     documents = []
     for i in range(dataset.num_documents):
         tokens = dataset.document(i)
-        documents.append(Document(dataset.document_name(i), tokens, _byte_lengths(tokens, tokenizer)))
+        documents.append(Document(dataset.document_name(i), tokens, bytes_of_tokens(tokens, tokenizer)))
     return documents
 
 
-def _byte_lengths(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray | None:
-    """UTF-8 bytes that each token covers; None where the text cannot be told from the tokens."""
+def bytes_of_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray | None:
+    """UTF-8 bytes that each token covers of the text that they decode to; None where that gives other tokens.
+
+    A tokenizer that normalises may have been given another text.
+    """
     ids = tokens.tolist()
     bos = ids[:1] if ids[:1] == [tokenizer.bos_id] else []
     again, lengths = tokenizer.encode_with_bytes(tokenizer.decode(ids[len(bos) :]))

@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _texts(options: argparse.Namespace, opened: OpenModel) -> list[AskedText]:
     """The texts, and what is asked about each beginning of them that it has."""
-    from longread.cli.documents import read_documents
+    from longread.cli.documents import bytes_of_tokens, read_documents
     from longread.config import UserError
     from longread.evaluate import AskedText, make_questions
 
@@ -122,8 +122,12 @@ def _texts(options: argparse.Namespace, opened: OpenModel) -> list[AskedText]:
     )
     texts = []
     for document in documents:
-        if document.byte_lengths is None:
-            raise UserError(f"the tokens of {document.name} do not say where its text is; give the text itself")
+        byte_lengths = bytes_of_tokens(document.tokens, opened.tokenizer)
+        if byte_lengths is None:
+            raise UserError(
+                f"{opened.name} decodes the tokens of {document.name} to a text of other tokens, so it is not known "
+                "where they tell what; give other texts"
+            )
         text = opened.tokenizer.decode(document.tokens.tolist())
         questions = [
             question
@@ -131,7 +135,7 @@ def _texts(options: argparse.Namespace, opened: OpenModel) -> list[AskedText]:
             if len(document.tokens) >= T
             for question in make_questions(
                 text,
-                document.byte_lengths,
+                byte_lengths,
                 opened.tokenizer,
                 T,
                 per_kind=options.questions,
