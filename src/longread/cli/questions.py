@@ -97,7 +97,8 @@ def run(options: argparse.Namespace) -> int:
                         on_questions=show,
                     )
                 )
-    notes = [f"{total:,} questions about {len(texts):,} texts. Chance is {1 / options.choices:.2f} in all tables."]
+    chance = f"who takes one of {options.choices} choices by chance is right {1 / options.choices:.2f} of the time"
+    notes = [f"{total:,} questions, {len(texts):,} {'texts' if len(texts) > 1 else 'text'}; {chance}."]
     answering = QuestionAnswering(answers, options.choices, notes)
     if options.json:
         write_text(options.json, json.dumps(answering.as_json(), indent=2) + "\n", private=True)  # it quotes the texts

@@ -21,7 +21,7 @@ import torch
 
 from longread.config import InnerConfig
 from longread.evaluate.estimate import Estimate, ratio, wilson
-from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_line
+from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_line, share_cell
 from longread.evaluate.positions import octaves
 from longread.evaluate.questions import Question
 from longread.evaluate.summary import finite
@@ -187,7 +187,7 @@ def answer_figures(answering: QuestionAnswering) -> Figures:
     by_kind = [([kind], kind) for kind in sorted({trial.kind for trial in everything})]
     by_distance = [(range(low, high), f"{low:,}–{high:,}") for low, high in bins]
 
-    def grid(title: str, what: str, places: Sequence[tuple[Container[Any], str]], cell: _Cell) -> Grid:
+    def grid(title: str, what: str, places: Sequence[tuple[Container[Any], str]], cell: _Summary) -> Grid:
         rows = [
             (name, [cell([t for t in one.trials if getattr(t, what) in place]) for one in readers])
             for place, name in places
@@ -212,15 +212,15 @@ def answer_figures(answering: QuestionAnswering) -> Figures:
     return Figures(grids, [chart], answering.notes)
 
 
-_Cell = Callable[[Sequence[AnswerTrial]], str]
+_Summary = Callable[[Sequence[AnswerTrial]], str]
 
 
 def _right(trials: Sequence[AnswerTrial]) -> str:
-    return _cell(_share(trial.is_right for trial in trials))
+    return share_cell(_share(trial.is_right for trial in trials))
 
 
 def _written(trials: Sequence[AnswerTrial]) -> str:
-    return _cell(_share(trial.is_greedy for trial in trials))
+    return share_cell(_share(trial.is_greedy for trial in trials))
 
 
 def _nats(trials: Sequence[AnswerTrial]) -> str:
@@ -247,9 +247,3 @@ def _scores(trials: Sequence[AnswerTrial], place: Callable[[AnswerTrial], Any]) 
 def _share(right: Iterable[bool]) -> Estimate | None:
     found = list(right)
     return wilson(sum(found), len(found))
-
-
-def _cell(share: Estimate | None) -> str:
-    if share is None or share.low is None or share.high is None:
-        return "–"
-    return f"{share.mean:.2f} [{share.low:.2f}, {share.high:.2f}]"

@@ -87,6 +87,13 @@ def estimate_line(label: str, points: Sequence[tuple[float, Estimate]], color: i
     return Line(label, means, band if len(band) == len(points) else None, color, dashed)
 
 
+def share_cell(share: Estimate | None) -> str:
+    """A share with its interval, as a cell of a `Grid`."""
+    if share is None or share.low is None or share.high is None:
+        return "–"
+    return f"{share.mean:.2f} [{share.low:.2f}, {share.high:.2f}]"
+
+
 def colors(models: Sequence[str]) -> dict[str, int]:
     """A place among `COLORS` for each model, in order of appearance."""
     return {model: i % len(COLORS) for i, model in enumerate(dict.fromkeys(models))}

@@ -21,7 +21,7 @@ from torch import Tensor
 from longread.config import InnerConfig
 from longread.evaluate.continuation import continue_texts
 from longread.evaluate.estimate import Estimate, ratio, wilson
-from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_line
+from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_line, share_cell
 from longread.evaluate.haystack import VARIANTS, Probe, Sample
 from longread.evaluate.summary import finite
 from longread.model import Transformer
@@ -195,15 +195,15 @@ def needle_figures(needles: Needles) -> Figures:
         depths: list[tuple[str, list[str]]] = []
         for T in lengths:
             at = [column[T] for column in columns]
-            rows.append((f"{T:,}", [_cell(a.all) for a in at]))
+            rows.append((f"{T:,}", [share_cell(a.all) for a in at]))
             nats.append((f"{T:,}", [str(a.value_nats) for a in at]))
             if any(a.inside_window for a in at) and any(a.outside_window for a in at):
-                rows.append(("inside the window", [_cell(a.inside_window) for a in at]))
-                rows.append(("outside", [_cell(a.outside_window) for a in at]))
+                rows.append(("inside the window", [share_cell(a.inside_window) for a in at]))
+                rows.append(("outside", [share_cell(a.outside_window) for a in at]))
                 nats.append(("inside the window", [str(a.value_nats_inside or "–") for a in at]))
                 nats.append(("outside", [str(a.value_nats_outside or "–") for a in at]))
             for i, (depth, _) in enumerate(at[0].by_depth):
-                depths.append((f"{T:,} at {depth:.0%}", [_cell(a.by_depth[i][1]) for a in at]))
+                depths.append((f"{T:,} at {depth:.0%}", [share_cell(a.by_depth[i][1]) for a in at]))
         grids.append(Grid(f"{variant}: needles found, with 95 % intervals", "context", labels, rows))
         guess = GUESS["uuid" if variant == VARIANTS[3].name else "number"]
         title = f"{variant}: nats for the right value (a guess: {guess:.1f})"
@@ -283,9 +283,3 @@ def _share(trials: Iterable[NeedleTrial]) -> Estimate | None:
 def _nats(trials: Iterable[NeedleTrial]) -> Estimate | None:
     nats = np.array([trial.value_nats for trial in trials])
     return ratio(nats, np.ones(len(nats)))
-
-
-def _cell(share: Estimate | None) -> str:
-    if share is None or share.low is None or share.high is None:
-        return "–"
-    return f"{share.mean:.2f} [{share.low:.2f}, {share.high:.2f}]"
