@@ -368,9 +368,13 @@ def test_remarks_say_how_far_a_plan_can_be_trusted(capsys: pytest.CaptureFixture
     assert main(["estimate", "3b-extend", "--train", "--gpus", "8"]) == 0
     assert "Less than a fifth of the memory is left free" in capsys.readouterr().out
     assert main(["estimate", "toy", "--train", "--gpus", "2"]) == 0
-    assert "Nothing of about this size was measured" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Nothing of about this size was measured" in out
+    assert "exact meta-gradient" not in out
     assert main(["estimate", "longread-small", "--train", "--gpus", "2", "--only", "suffix"]) == 0
-    assert capsys.readouterr().out.startswith("adapt-e2e on 2 × h200, update shared: 8 × 8,192 tokens a step")
+    out = capsys.readouterr().out
+    assert out.startswith("adapt-e2e on 2 × h200, update shared: 8 × 8,192 tokens a step")
+    assert "All of it is for the exact meta-gradient; a model is adapted first-order, which takes less." in out
 
 
 @pytest.mark.parametrize(

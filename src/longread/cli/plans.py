@@ -201,6 +201,8 @@ def _remarks(plan: Plan) -> list[EstimateRow]:
     basis, gpu = plan.basis, plan.gpu
     measured = f"{basis.row.size} {basis.row.method} at {basis.row.context:,} tokens did on one {MEASURED_ON.name}"
     said = [f"Computing at {100 * basis.share:.0f} % of the peak, as {measured}. Rates of links are assumed."]
+    if plan.config.meta_gradient == "first-order":
+        said.append("All of it is for the exact meta-gradient; a model is adapted first-order, which takes less.")
     if gpu.name != MEASURED_ON.name:
         said.append(f"No {gpu.name} was measured: that share is assumed to be the same there.")
     if basis.is_far:
