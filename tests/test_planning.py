@@ -385,6 +385,7 @@ def test_remarks_say_how_far_a_plan_can_be_trusted(capsys: pytest.CaptureFixture
         (["3b", "--gpus", "2"], "--gpus is about training; give --train too"),
         (["3b", "--train"], "--train has no number; say how many sequences at a time, or give --gpus for a plan"),
         (["3b", "--train", "--gpus", "2", "--precision", "float32"], "--precision float32 cannot be planned"),
+        (["3b", "--train", "4096", "--gpus", "2"], "--train 4096 does not divide the 128 sequences of a step; give a"),
         (["3b", "--train", "--gpus", "2", "--price", "0"], "--price is 0; give USD, above 0 and below 1,000,000"),
         (["3b", "--train", "--gpus", "2", "--price", "nan"], "--price is nan; give USD, above 0"),
         (["3b", "--train", "--gpus", "2", "--gpu", "h300"], "there is no GPU 'h300' in the table"),

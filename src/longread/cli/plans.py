@@ -142,6 +142,12 @@ def _run_config(options: argparse.Namespace) -> RunConfig:
         changes |= dials | {"batch_size": max(1, config.batch_size * config.context_length // context)}
     if options.batch_size is not None:
         changes["batch_size"] = options.batch_size
+    batch = changes.get("batch_size", config.batch_size)
+    if options.train and batch % options.train:
+        raise UserError(
+            f"--train {options.train} does not divide the {batch} sequences of a step; give a divisor, or another "
+            "--batch-size"
+        )
     if options.only:
         if not config.model.num_suffix_blocks:
             raise UserError(f"--only suffix: {name} has no blocks that learn; leave it out")
