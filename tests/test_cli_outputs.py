@@ -282,7 +282,7 @@ def test_a_place_that_takes_no_file_is_said_before_the_work(home: Path, capsys: 
         ([*JUDGE, "--context", "99999999999992"], "--context 99999999999992 is more than 16777216 tokens; lower it"),
         (
             [*JUDGE, "--bins", "1"],
-            "--bins 1 has no border behind the 32 of 64 tokens that are read; give a multiple of 2",
+            "--bins 1 has no border behind the 32 of 64 tokens that are read; give 2, or read another share",
         ),
         ([*JUDGE, "--bins", "10"], "--context 64 does not divide into --bins 10; give a multiple, 70"),
         ([*EVALUATE, "--lengths", str(10**20)], f"--lengths {10**20} is more than 1099511627776 tokens; lower it"),
