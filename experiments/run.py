@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("--keep", nargs="+", default=[BOXED, "e2e-s1-32", "full-s1-32"], metavar="JOB")
     parser.add_argument("--rehearse", action="store_true", help="tiny models and few steps, on a CPU")
     parser.add_argument("--list", action="store_true", help="print the plan and stop")
+    parser.add_argument("--commit", help="of this code, where no repository says it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     runner = Runner(options)
@@ -110,11 +111,14 @@ class Runner:
         self.work.mkdir(parents=True, exist_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
         import_everything()
+        from longread.record import code_commit
+
         self.gpus = self.options.gpus
         if self.gpus is None:
             self.gpus, self.forks = number_of_gpus()
         self.say(f"{self.gpus} GPUs" + ("" if self.forks else "; CUDA does not survive a fork here, jobs start slowly"))
-        self.state["calls"].append({"seconds": self.options.seconds, "gpus": self.gpus})
+        commit = self.options.commit or code_commit()
+        self.state["calls"].append({"seconds": self.options.seconds, "gpus": self.gpus, "commit": commit})
         self.save_state()
         self.prepare()
         jobs_ = self.planned(self.settle_scale())

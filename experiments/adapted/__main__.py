@@ -83,6 +83,7 @@ def main() -> int:
     )
     parser.add_argument("--rehearse", action="store_true", help="a tiny model and few steps, on a CPU")
     parser.add_argument("--list", action="store_true", help="print the plan and stop")
+    parser.add_argument("--commit", help="of this code, where no repository says it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(namespace=argparse.Namespace(**SETTLED))
     runner = AdaptedRunner(options)

@@ -64,10 +64,15 @@ def jobs(plan: Plan) -> None:
             commands.append(Command((*arguments, "--json", str(result)), result))
         seconds = BESIDE * {"books": 65, "source": 45}[name]
         plan.job(f"questions-{name}", tier, commands, needs, seconds=seconds, gibibytes=30, experiment="answers")
-    for tier, name, writers, seconds in ((2, "judge", models[:2], 60), (4, "judge-full", models[2:3], 40)):
+    judged = {
+        "judge": (2, models[:2], 60, ()),
+        "judge-plain": (2, models[:3], 80, ("--repetition-penalty", "1")),
+        "judge-full": (4, models[2:3], 40, ()),
+    }
+    for name, (tier, writers, seconds, options) in judged.items():
         result, length = plan.result_of(name, "written"), READ_BY_ORIGINAL * plan.unit
         arguments = ["judge", *writers, "--judge", str(original), "--data", *books, "--documents", documents]
-        arguments += ["--context", str(length), "--written", str(WRITTEN * plan.unit), "--bins", str(BINS)]
+        arguments += ["--context", str(length), "--written", str(WRITTEN * plan.unit), "--bins", str(BINS), *options]
         command = (*arguments, "--batch-size", documents, "--json", str(result))
         plan.job(
             name, tier, [Command(command, result)], needs, seconds=BESIDE * seconds, gibibytes=40, experiment="answers"

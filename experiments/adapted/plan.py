@@ -265,6 +265,7 @@ class Dial:
     slowness: float = 1.0
     """A guess, to plan with."""
     gibibytes: int | None = None
+    """Measured (experiments/2026-12-01_adapted) or counted on from there: by the fast weights of its mini-batches."""
 
 
 DEEPER = "suffix-15"
@@ -279,20 +280,20 @@ def dials(plan: Plan) -> list[Dial]:
     return [
         Dial("base", 1),
         Dial(DEEPER, 1, ("--suffix", "15"), sets=whole, slowness=1.5, gibibytes=56),
-        Dial("mini-batch-512", 2, options=("--mini-batch", str(unit // 2)), slowness=0.9),
-        Dial("low-rank-64", 2, sets=("inner.optimizer=low-rank-64",), slowness=1.1),
+        Dial("mini-batch-512", 2, options=("--mini-batch", str(unit // 2)), slowness=0.9, gibibytes=47),
+        Dial("low-rank-64", 2, sets=("inner.optimizer=low-rank-64",), slowness=1.1, gibibytes=50),
         Dial("inner-lr-2", 3, sets=("inner.lr=2", "inner.warmup_from=0.2")),
         Dial("window-2048", 2, options=("--window", str(2 * unit)), slowness=1.1),
-        Dial("suffix-4", 2, ("--suffix", "4"), slowness=0.8, gibibytes=50),
+        Dial("suffix-4", 2, ("--suffix", "4"), slowness=0.8, gibibytes=44),
         Dial("suffix-30", 3, ("--suffix", "30"), sets=whole, slowness=2.5, gibibytes=84),
-        Dial("mini-batch-128", 3, options=("--mini-batch", str(unit // 8)), slowness=1.4),
-        Dial("fast-hidden-384", 3, ("--fast-hidden", plan.hidden(384)), slowness=0.9),
+        Dial("mini-batch-128", 3, options=("--mini-batch", str(unit // 8)), slowness=1.4, gibibytes=84),
+        Dial("fast-hidden-384", 3, ("--fast-hidden", plan.hidden(384)), slowness=0.9, gibibytes=46),
         Dial("clip-none", 3, sets=("inner.clip=null",)),
         Dial("inner-lr-0.5", 3, sets=("inner.lr=0.5", "inner.warmup_from=0.05")),
         Dial("window-512", 3, options=("--window", str(unit // 2))),
-        Dial("mini-batch-1024", 3, options=("--mini-batch", str(unit)), slowness=0.9),
-        Dial("low-rank-16", 3, sets=("inner.optimizer=low-rank-16",), slowness=1.1),
+        Dial("mini-batch-1024", 3, options=("--mini-batch", str(unit)), slowness=0.9, gibibytes=42),
+        Dial("low-rank-16", 3, sets=("inner.optimizer=low-rank-16",), slowness=1.1, gibibytes=50),
         Dial("clip-0.25", 3, sets=("inner.clip=0.25",)),
-        Dial("fast-hidden-768", 3, ("--fast-hidden", plan.hidden(768)), slowness=0.95),
+        Dial("fast-hidden-768", 3, ("--fast-hidden", plan.hidden(768)), slowness=0.95, gibibytes=50),
         Dial("window-4096", 3, options=("--window", str(4 * unit)), slowness=1.3, gibibytes=66),
     ]
