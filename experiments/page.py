@@ -36,7 +36,10 @@ class Plot(NamedTuple):
 
 
 def write(folder: Path, heading: str, results: Data, tables: Iterable[Table], plots: Iterable[Plot]) -> None:
-    """results.json, plots and README.md: a new page begins with `heading`, of one that is there the tables change."""
+    """results.json, plots and README.md: a new page begins with `heading`, of one that is there the tables change.
+
+    What that one has no place for, a table, follows the one before it; a plot must be shown by hand.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     parts = [heading, *(table.text for table in tables)]
@@ -45,19 +48,28 @@ def write(folder: Path, heading: str, results: Data, tables: Iterable[Table], pl
         (folder / f"{plot.name}.svg").write_text(to_svg(drawing, alone=True), encoding="utf-8")
         parts.append(f"![{plot.caption}]({plot.name}.svg)")
     readme = folder / "README.md"
-    text = with_tables(readme, tables) if readme.exists() else "\n\n".join(parts) + "\n"
+    text = with_tables(readme, tables, add=True) if readme.exists() else "\n\n".join(parts) + "\n"
     readme.write_text(text, encoding="utf-8")
 
 
-def with_tables(readme: Path, tables: Iterable[Table]) -> str:
-    """The text of a page with each of `tables` in the place of the one below the same caption."""
-    text = readme.read_text(encoding="utf-8")
+def with_tables(readme: Path, tables: Iterable[Table], *, add: bool = False) -> str:
+    """The text of a page with each of `tables` in the place of the one below the same caption.
+
+    One that is not there is an error, or with `add` follows the table before it.
+    """
+    text, place = readme.read_text(encoding="utf-8"), None
     for table in tables:
         before, found, after = text.partition(f"\n{table.caption}\n\n|")
-        if not found:
+        if found:
+            _, gap, rest = after.partition("\n\n")
+            before += "\n"
+        elif add and place is not None:
+            before, rest = text[:place].rstrip("\n") + "\n\n", text[place:].lstrip("\n")
+            gap = "\n\n" if rest else ""
+        else:
             raise SystemExit(f"{readme} has no table below {table.caption!r}; write that line and a first row there")
-        _, gap, rest = after.partition("\n\n")
-        text = f"{before}\n{table.text}{gap or chr(10)}{rest}"
+        place = len(before) + len(table.text)
+        text = before + table.text + (gap or "\n") + rest
     return text
 
 

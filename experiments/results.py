@@ -24,7 +24,9 @@ class Results:
     runs: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     """(job, evaluation) -> number of the archive -> loss: the same job may have run more than once."""
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of each run, as `RunConfig.as_dict` gives it."""
+    """Of each training, as `RunConfig.as_dict` gives it."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """What run.json of each training says."""
     archives: int = 0
 
     @property
@@ -47,6 +49,7 @@ class Results:
                         self.metrics[path.stem] = content
                 elif path.parts[0] == "runs":
                     self.configs[path.stem] = content["config"]
+                    self.records.append(content)
                 elif path.name == "state.json":
                     self.state = content | {"jobs": self.state.get("jobs", {}) | content["jobs"]}
                 elif path.name == "corpus.json":
@@ -59,6 +62,19 @@ class Results:
         loss = self.loss(job, what)
         if loss is not None:
             self.runs.setdefault((job, what), {})[self.archives] = loss
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """With which code, when first, on what: what calls and records of training say of that."""
+        first = min(self.records, key=lambda record: str(record.get("started")), default={})
+        commits = [call.get("commit") for call in self.state.get("calls", [])]
+        known = {
+            "commit": next(filter(None, [*commits, first.get("commit")]), None),
+            "started": first.get("started"),
+            "gpus": first.get("hardware", {}).get("gpus"),
+            "torch": first.get("versions", {}).get("torch"),
+        }
+        return {key: value for key, value in known.items() if value}
 
     def steps(self, job: str) -> int:
         """That its training took, up to where it was stopped."""

@@ -128,6 +128,27 @@ def test_a_dial_is_compared_at_equal_tokens_and_at_equal_operations() -> None:
     assert [rows["base"][key] for key in shown] == ["", "", "+0.250", "1.00"]
 
 
+def test_seeds_are_compared_with_their_own_twins() -> None:
+    """And the mean is over the seeds that reach an octave."""
+
+    def reader(learning: float, frozen: float) -> dict[str, object]:
+        return {"learning": {page.AT: learning}, "frozen": {page.AT: frozen, "0–1K": 3.0}}
+
+    models = {"first-order": reader(3.0, 3.25), "first-order, seed 1": reader(3.5, 3.625)}
+    models |= {"SWA twin": {"static": {page.AT: 3.5}}, "SWA twin, seed 1": {"static": {page.AT: 3.625}}}
+    models |= {"SWA twin, seed 2": {"static": {page.AT: 9.0}}}
+    table = next(t for t in page.tables({"models": models, "dials": {}, "long text": {}}) if "Seeds" in t.caption)
+    assert {row[0]: row[-1] for row in table.rows} == {
+        "seed 0, frozen": "+0.250",
+        "seed 0, SWA": "+0.500",
+        "seed 1, frozen": "+0.125",
+        "seed 1, SWA": "+0.125",
+        "mean, frozen": "+0.188",
+        "mean, SWA": "+0.312",
+    }
+    assert all(cell == "" for row in table.rows for cell in row[1:-1])
+
+
 @pytest.fixture
 def pieces(tmp_path: Path) -> Path:
     """PACKED with two books of training and two of validation, made up."""

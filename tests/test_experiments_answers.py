@@ -67,6 +67,33 @@ def test_the_page_counts_pairs_and_what_reading_adds() -> None:
     assert near[0] == ["reader, learning", "1.00 / 1.00", "0.00 / 0.00", "1.00 / 1.00"]
 
 
+def test_what_was_written_without_the_penalty_has_a_table_of_its_own() -> None:
+    def verdicts(nats: float, *writers: tuple[str, str]) -> dict[str, object]:
+        score = {"nats_per_token": {"mean": nats, "low": nats - 0.5, "high": nats + 0.5}}
+        places = [{"start": start, "end": start + 8, "score": score} for start in (0, 8)]
+        made = [
+            {"writer": writer, "reading": reading, "continuation": score, "repeated": {"mean": 0}}
+            | {"by_position": places, "seconds": 1.0}
+            for writer, reading in writers
+        ]
+        return {"judge": "original", "documents": 2, "prompt_tokens": 8, "verdicts": made}
+
+    found, human = Results(), ("human text", "human")
+    found.evaluated("judge", "written", verdicts(5.0, human, ("first-order", "learning")))
+    found.evaluated("judge-plain", "written", verdicts(4.0, human, ("first-order", "learning"), ("full", "static")))
+    made = {table.caption: list(table.rows) for table in page.tables(page.gather(found))}
+    assert [row[:3] for row in made["What the pretrained model makes of continuations, nats per token:"]] == [
+        ["human text", "5.00", "5.000 ± 0.500"],
+        ["reader, learning", "5.00", "5.000 ± 0.500"],
+    ]
+    caption = "What the pretrained model makes of continuations without the repetition penalty, nats per token:"
+    assert [row[:2] for row in made[caption]] == [
+        ["human text", "4.00"],
+        ["reader, learning", "4.00"],
+        ["full-attention twin", "4.00"],
+    ]
+
+
 def test_stretches_begin_with_paragraphs_at_equal_distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "STRETCH_CHARACTERS", 500)
     (tmp_path / "books").mkdir()

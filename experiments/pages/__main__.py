@@ -6,7 +6,8 @@
 The first writes the tables of each page anew and nothing else: text is written by hand. The second takes what
 `experiments.run` left and makes experiments/DATE_SLUG/ with results.json (every figure of the tables), plots in SVG
 and, where there is none yet, a README.md that begins with the questions the text must answer; later archives win, and
-nothing is made of an experiment without results.
+nothing is made of an experiment without results. To a page of that date which can `merge`, archives add what they
+have measured: rows of earlier runs stay, and each row says of which run it is (`experiments.merging`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from experiments.page import Table, as_stored, with_tables, write
 from experiments.pages import (
@@ -73,17 +76,37 @@ def main() -> int:
         return 0
     if not options.date:
         parser.error("archives need --date")
-    found = Results()
-    for archive in options.archives:
-        found.load(archive)
+    found = loaded(options.archives)
     for module in PAGES:
-        results = module.gather(found) if all(name in found.evaluations for name in module.NEEDS) else {}
-        if results:
-            folder = options.out / f"{options.date}_{module.SLUG}"
-            stored = as_stored(results)
-            write(folder, module.HEADING, stored, list(module.tables(stored)), module.plots(found))
+        folder = options.out / f"{options.date}_{module.SLUG}"
+        before = kept(folder)
+        complete = all(name in found.evaluations for name in module.NEEDS)
+        if hasattr(module, "merge") and (before or complete):
+            results = before
+            for each in map(loaded, ([archive] for archive in options.archives)):
+                results = as_stored(module.merge(results, as_stored(module.gather(each)), each.run))
+            made = module.plots(results)
+        elif complete:
+            results, made = as_stored(module.gather(found)), module.plots(found)
+        else:
+            continue
+        if results and results != before:
+            write(folder, module.HEADING, results, list(module.tables(results)), made)
             print(folder)
     return 0
+
+
+def loaded(archives: Iterable[Path]) -> Results:
+    found = Results()
+    for archive in archives:
+        found.load(archive)
+    return found
+
+
+def kept(folder: Path) -> Any:
+    """The figures of a page that is there."""
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def again() -> dict[Path, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.adapted import low_rank
 from experiments.figures import panel
+from experiments.merging import EARLIER, RUN_OF, merged, runs_table
 from experiments.page import Data, Plot, Table, number
 from experiments.results import Results
 
@@ -55,6 +56,8 @@ DIALS = {
     "low-rank-16": "steps of rank 16",
     "low-rank-64": "steps of rank 64",
 }
+ROWS = {"models": (*MODELS.values(),), "dials": (*DIALS.values(),), "long text": (*MODELS.values(),)}
+SEEDS = {"": "seed 0", ", seed 1": "seed 1", ", seed 2": "seed 2"}
 SESSION = "one session, at any length"
 FAST = "of that fast weights, in float32"
 """MiB, by `longread estimate`."""
@@ -81,6 +84,10 @@ def gather(found: Results) -> dict[str, Any]:
         "dials": {DIALS[name]: model for name, model in trained.items() if model},
         "long text": {name: text for name, text in texts.items() if text},
     }
+
+
+def merge(before: Data, new: Data, run: Data) -> dict[str, Any]:
+    return merged(before, new, run, ROWS)
 
 
 def _model(found: Results, job: str) -> dict[str, Any]:
@@ -177,6 +184,9 @@ def tables(results: Data) -> Iterator[Table]:
     if learners:
         rows = [[name, *(_gain(model, at) for at in octaves)] for name, model in learners.items()]
         yield Table("What reading adds, frozen less learning:", ["", *octaves], rows)
+    rows = list(_seeds(models))
+    if len(rows) > 2:
+        yield Table(_SEEDS, ["", *OCTAVES], rows)
     rows = [_speeds(name, model) for name, model in models.items() if "training, tokens/s" in model]
     if rows:
         yield Table(_SPEED, _SPEED_HEAD, rows)
@@ -187,6 +197,10 @@ def tables(results: Data) -> Iterator[Table]:
             yield Table(f"{name}, one text of {_long(text)} tokens:", _LONG_HEAD, list(_parts(text)))
         if "steps" in text:
             yield Table(f"{name}, inner steps along that text:", _STEPS_HEAD, list(_steps(text)))
+    rows = list(_again(results))
+    if rows:
+        yield Table(_AGAIN, _AGAIN_HEAD, rows)
+    yield from runs_table(results)
 
 
 _SPEED = "Speed beside other jobs on the same GPU, tokens a second:"
@@ -194,6 +208,9 @@ _SPEED_HEAD = ["", "training, fastest step", "median", "GiB at most", "reading, 
 _DIALS = "One dial changed, 3.28M tokens of training each, learning:"
 _DIAL_HEAD = ["", *OCTAVES, "below base, 16–32K", "at equal operations", "gain", "session, MiB", "operations"]
 """A session of low-rank steps would take what is in parentheses; operations of a token of training, × the base's."""
+_SEEDS = "Seeds apart, nats per token by which first-order, learning, is below:"
+_AGAIN = f"The same job in two runs, nats per token at {AT}:"
+_AGAIN_HEAD = ["", "run", "loss", "run", "loss", "difference"]
 _LONG_HEAD = ["after tokens", "learning", "frozen", "gain"]
 _STEPS_HEAD = ["after tokens", "steps", "mean norm", "largest norm", "clipped", "drift at the end"]
 
@@ -230,6 +247,37 @@ def _gain(model: Data, at: str) -> str:
     return "" if learning is None or frozen is None else _signed(frozen - learning)
 
 
+def _seeds(models: Data) -> Iterator[list[str]]:
+    """Its frozen self and the SWA twin of the same seed, at every octave that all of them have; then the means."""
+    below: dict[str, list[list[float | None]]] = {"frozen": [], "SWA": []}
+    for suffix, seed in SEEDS.items():
+        model, twin = models.get(f"first-order{suffix}", {}), models.get(f"SWA twin{suffix}", {})
+        for what, losses in (("frozen", model.get("frozen", {})), ("SWA", twin.get("static", {}))):
+            learning = model.get("learning", {})
+            row = [losses[at] - learning[at] if at in losses and at in learning else None for at in OCTAVES]
+            if any(value is not None for value in row):
+                below[what].append(row)
+                yield [f"{seed}, {what}", *("" if value is None else _signed(value) for value in row)]
+    for what, rows in below.items():
+        if len(rows) > 1:
+            columns = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
+            yield [f"mean, {what}", *(_signed(statistics.mean(column)) if column else "" for column in columns)]
+
+
+def _again(results: Data) -> Iterator[list[str]]:
+    for table, rows in results.get(EARLIER, {}).items():
+        for name, entries in rows.items():
+            for number_, row in entries:
+                now = results[table][name]
+                for reading in READINGS:
+                    a, b = (each.get(reading, {}).get(AT) for each in (row, now))
+                    if a is not None and b is not None:
+                        label = name if reading == "static" else f"{name}, {reading}"
+                        shown = ["" if n is None else str(n + 1) for n in (number_, results[RUN_OF][table].get(name))]
+                        prefix = "dial, " if table == "dials" else ""
+                        yield [prefix + label, shown[0], number(a), shown[1], number(b), _signed(b - a)]
+
+
 def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
@@ -252,8 +300,7 @@ def _steps(text: Data) -> Iterator[list[str]]:
         yield [*cells, f"{drift[-1]:.3f}" if drift else ""]
 
 
-def plots(found: Results) -> Iterator[Plot]:
-    results = gather(found)
+def plots(results: Data) -> Iterator[Plot]:
     centres = {name: 1024 * (start + end) / 2 for name, (start, end) in LONG_OCTAVES.items()}
     lines = [
         Line(label, [(centres[at], y) for at, y in model[reading].items()])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from experiments.adapted.answers import STRETCHES
 from experiments.figures import panel
+from experiments.merging import merged, runs_table
 from experiments.page import Data, Plot, Table, mean
 from experiments.results import Results
 
@@ -22,9 +23,15 @@ What came out, and where was it worse than its twins?"""
 NEEDS = ("questions-books",)
 NAMES = {"first-order": "reader", "swa": "SWA twin", "full": "full-attention twin", "original": "pretrained"}
 TEXTS = {"books": "books", "source": "Python source"}
+WRITTEN = {
+    "continuations": ("judge", "judge-full"),
+    "continuations without the repetition penalty": ("judge-plain",),
+}
 NOTHING = "nothing read"
 UNREAD = (f"reader, {NOTHING}", f"pretrained, {NOTHING}")
 """Of these it is shown; those of twins are alike."""
+WRITERS = ("human text", "reader, learning", "reader, frozen", "SWA twin", "full-attention twin")
+ROWS = {"questions": (*TEXTS,), **dict.fromkeys(WRITTEN, WRITERS), "drafts": ("original", "full")}
 WINDOW = 1024
 EDGES = (0, 1024, 2048, 4096, 8192, 16384, 32768)
 """Tokens after the evidence."""
@@ -46,16 +53,16 @@ LINES = {
 
 def gather(found: Results) -> dict[str, Any]:
     asked = {name: _asked(found.evaluations.get(f"questions-{name}", {}), name) for name in TEXTS}
-    written = {}
-    for name in ("judge", "judge-full"):
-        content = found.evaluations.get(name, {}).get("written", {"verdicts": ()})
-        written |= {(one["writer"], one["reading"]): _verdict(one, content) for one in content["verdicts"]}
     drafts = {name: found.evaluations.get(name, {}).get("speculative") for name in ("drafts", "drafts-full")}
     return {
         "questions": {name: content for name, content in asked.items() if content},
-        "continuations": [*written.values()],
+        **{what: _written(found, jobs) for what, jobs in WRITTEN.items()},
         "drafts": {content["settings"]["verifier"]: content["rows"] for content in drafts.values() if content},
     }
+
+
+def merge(before: Data, new: Data, run: Data) -> dict[str, Any]:
+    return merged(before, new, run, ROWS)
 
 
 def _asked(files: Data, kind: str) -> dict[str, Any]:
@@ -102,18 +109,28 @@ def _gained(trial: Data | None, before: Data | None) -> bool | None:
     return all(first > other for other in others)
 
 
-def _verdict(one: dict[str, Any], content: Data) -> dict[str, Any]:
-    facts = {"judge": content["judge"], "documents": content["documents"], "prompt_tokens": content["prompt_tokens"]}
-    return facts | {key: value for key, value in one.items() if key != "seconds"}
+def _written(found: Results, jobs: Sequence[str]) -> dict[str, Any]:
+    """Verdicts by who wrote, how."""
+    verdicts = {}
+    for job in jobs:
+        content = found.evaluations.get(job, {}).get("written", {"verdicts": ()})
+        for one in content["verdicts"]:
+            name = NAMES.get(one["writer"], one["writer"])
+            label = name if one["reading"] in ("static", "human") else f"{name}, {one['reading']}"
+            facts = {key: content[key] for key in ("judge", "documents", "prompt_tokens")}
+            verdicts[label] = facts | {key: value for key, value in one.items() if key != "seconds"}
+    return verdicts
 
 
 def tables(results: Data) -> Iterator[Table]:
     for name, content in results["questions"].items():
         yield from _about(TEXTS[name], _Asked(content))
-    if results["continuations"]:
-        yield _continuations(results["continuations"])
+    for what in WRITTEN:
+        if results.get(what):
+            yield _continuations(what, results[what])
     if results["drafts"]:
         yield _drafts(results["drafts"])
+    yield from runs_table(results)
 
 
 class _Asked:
@@ -211,11 +228,9 @@ def _paired(asked: _Asked, first: str, second: str, wanted: Callable[[int], bool
     return [*row, "" if less is None else _half(asdict(less), 2, "+")]
 
 
-def _continuations(verdicts: Sequence[Data]) -> Table:
+def _continuations(what: str, verdicts: Data) -> Table:
     rows, head = [], []
-    for one in verdicts:
-        name = NAMES.get(one["writer"], one["writer"])
-        label = name if one["reading"] in ("static", "human") else f"{name}, {one['reading']}"
+    for label, one in verdicts.items():
         entries = [entry for entry in one["by_position"] if entry["start"] >= one["prompt_tokens"]]
         head = [f"{entry['start']:,}–{entry['end']:,}" for entry in entries]
         cells = [mean(entry["score"]["nats_per_token"]) for entry in entries]
@@ -225,7 +240,7 @@ def _continuations(verdicts: Sequence[Data]) -> Table:
         cells += [f"{whole['mean']:.3f} ± {whole['high'] - whole['mean']:.3f}", said, f"{one['repeated']['mean']:.1%}"]
         rows.append([label, *cells])
     columns = ["", *head, "all", "nats/byte above human", "repeated 8-grams"]
-    return Table("What the pretrained model makes of continuations, nats per token:", columns, rows)
+    return Table(f"What the pretrained model makes of {what}, nats per token:", columns, rows)
 
 
 def _drafts(verifiers: Data) -> Table:
@@ -260,8 +275,8 @@ def _half(estimate: Data, digits: int, sign: str = "") -> str:
     return said.replace("-", "−")
 
 
-def plots(found: Results) -> Iterator[Plot]:
-    for name, content in gather(found)["questions"].items():
+def plots(results: Data) -> Iterator[Plot]:
+    for name, content in results["questions"].items():
         asked = _Asked(content)
         charts = []
         for measure, title in (("right", "right of six choices"), ("written", "written word for word")):

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.equal import EXACT, LENGTHS, RUNS, EqualRun, network
 from experiments.figures import panel
-from experiments.page import Data, Plot, Table, as_stored, number
+from experiments.page import Data, Plot, Table, number
 from experiments.pages import KINDS, TITLES, job, meta, unit_of
 from experiments.pages.meta import FROZEN, READ
 from experiments.pages.seeds import BySeed, by_seed, minus, spread, stored
@@ -73,6 +73,34 @@ def gather(found: Results) -> dict[str, Any]:
     return results
 
 
+def merge(before: Data, new: Data, _: Data) -> dict[str, Any]:
+    """Seeds of `new` join those that the page has or take their place; by how much they moved, "Trained again" says."""
+    if not before:
+        return dict(new)
+    results = dict(before)
+    for kind in KINDS:
+        again = {name: dict(row) for name, row in before[f"{AGAIN}, {kind}"].items()}
+        for name, row in new[f"{AGAIN}, {kind}"].items():
+            again.setdefault(name, {}).update(row)
+        for run in RUNS:
+            label = f"{NAMES[run.name]}, {kind}"
+            old, found = (each[label][READ] for each in (before, new))
+            for seed in found:
+                for L, loss in found[seed].items():
+                    if L in old.get(seed, {}) and loss != old[seed][L]:
+                        again.setdefault(f"{NAMES[run.name]}, seed {seed}", {})[L] = loss - old[seed][L]
+            results[label] = {
+                reading: _joined(before[label][reading], new[label][reading]) for reading in (READ, FROZEN)
+            }
+        results[f"{AGAIN}, {kind}"] = again
+    return results
+
+
+def _joined(before: Data, new: Data) -> dict[str, Any]:
+    """Losses by seed and context length, the later where both have one."""
+    return {seed: before.get(seed, {}) | new.get(seed, {}) for seed in sorted({*before, *new})}
+
+
 def tables(results: Data) -> Iterator[Table]:
     for kind in KINDS:
         rows = []
@@ -113,8 +141,7 @@ def summary(results: Data) -> Table:
     return Table(caption, HEAD, measured(rows))
 
 
-def plots(found: Results) -> Iterator[Plot]:
-    results = as_stored(gather(found))
+def plots(results: Data) -> Iterator[Plot]:
     charts = []
     for kind in KINDS:
         lines = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from experiments.figures import panel
+from experiments.merging import merged, runs_table
 from experiments.page import Data, Plot, Table, number
 from experiments.results import Results
 
@@ -42,6 +43,7 @@ MODELS = {
 """Names of jobs. The hybrids have full attention in every sixth block, and no constant memory."""
 SHORTER = {"dial-base": "reader, 50 steps"}
 """The base of what was trained in 50 steps, not asked for needles."""
+ROWS = {"asked": (*MODELS.values(),), "books": (*(MODELS | SHORTER).values(),)}
 PLOTTED = {
     "full attention": ("full-attention twin", "static"),
     "SWA": ("SWA twin", "static"),
@@ -71,6 +73,10 @@ def gather(found: Results) -> dict[str, Any]:
         asked |= {name: answers} if answers else {}
     books = {name: _books(found, job) for job, name in (MODELS | SHORTER).items()}
     return {"asked": asked, "books": {name: row for name, row in books.items() if row}}
+
+
+def merge(before: Data, new: Data, run: Data) -> dict[str, Any]:
+    return merged(before, new, run, ROWS)
 
 
 def _trials(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -159,6 +165,7 @@ def _tables(results: Data) -> Iterator[Table]:
     yield Table(_INFORMED, _INFORMED_HEAD, list(_informed(readers)))
     yield Table(_PAIRS, _PAIR_HEAD, list(_pairs(asked)))
     yield Table(_BOOKS, _BOOK_HEAD, list(_book_rows(results["books"])))
+    yield from runs_table(results)
 
 
 def _share(found: Sequence[bool], _: Sequence[float]) -> str:
@@ -254,8 +261,8 @@ def _book_rows(books: Data) -> Iterator[list[str]]:
                 yield [label, *cells, f"{row[GROWTH]:,}" if row.get(GROWTH) else "0" if GROWTH in row else ""]
 
 
-def plots(found: Results) -> Iterator[Plot]:
-    asked = as_lines(gather(found)["asked"])
+def plots(results: Data) -> Iterator[Plot]:
+    asked = as_lines(results["asked"])
     charts = [panel(variant, lines, "nats of the value", ticks=TICKS) for variant, lines in asked.items() if lines]
     if charts:
         caption = "What the right value costs after the question, by context, needles beyond the window"
