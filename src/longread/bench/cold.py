@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import subprocess
@@ -17,12 +18,15 @@ from longread.bench.prefill import COMPARED, INNER, check_text, reading_model
 from longread.bench.process import empty_caches, in_a_process
 from longread.bench.rows import Row, make_row
 from longread.inner_loop import precompile_reading
-from longread.loading import find_model
+from longread.loading import find_model, open_tokenizer
 from longread.session import Session
+from longread.tokenizer import Tokenizer
 
 _UNTIL_WRITING = """
 import json, sys, time
-began, path, device, threads, count = json.loads(sys.argv[1])
+began, path, device, threads, text = json.load(sys.stdin)
+from longread.cli import import_torch
+import_torch()
 import torch
 from longread import open_model
 torch.set_num_threads(threads)
@@ -33,7 +37,7 @@ def done():
 opened = open_model(path, device)
 done()
 session = opened.session()
-session.read(torch.randint(opened.tokenizer.vocab_size, (count,), generator=torch.Generator().manual_seed(0)))
+session.read(text)
 done()
 next(iter(session.generate(1, temperature=0.0)))
 done()
@@ -77,21 +81,28 @@ def _first_read(case: Case, device_name: str) -> tuple[float, float, float | Non
 def measure_first_token(case: Case, device: torch.device) -> Row:
     """Seconds from the start of a process to the first token that it writes after a prompt, by what it does until then.
 
-    Kernels are on the disk but in the process before, of which the whole is told too. Raises `UserError` if there is no
-    such model.
+    The process does what `longread generate` does. The prompt is Python source, about as many tokens as the case says:
+    over tokens that are drawn learning can go astray, and then they are read again. Kernels are on the disk but in the
+    process before, of which the whole is told too. Raises `UserError` if there is no such model.
     """
     free_memory(device)
-    path = str(find_model(case.size))
+    path, text = str(find_model(case.size)), _text(open_tokenizer(case.size), case.context)
     with empty_caches():
-        cold, parts = (_until_the_first_token(path, case.context, device) for _ in range(2))
+        cold, parts = (_until_the_first_token(path, text, device) for _ in range(2))
     total = sum(parts.values())
     return make_row(case, [total], None, device, parts=parts | {"all, nothing compiled": sum(cold.values())})
 
 
-def _until_the_first_token(path: str, tokens: int, device: torch.device) -> dict[str, float]:
-    request = json.dumps([time.time(), path, str(device), torch.get_num_threads(), tokens])
-    command = [sys.executable, "-c", _UNTIL_WRITING, request]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+def _text(tokenizer: Tokenizer, tokens: int) -> str:
+    """The source of Python's module `inspect`, over again where it is short."""
+    ids = tokenizer.encode(inspect.getsource(inspect))
+    return tokenizer.decode((ids * (tokens // len(ids) + 1))[:tokens])
+
+
+def _until_the_first_token(path: str, text: str, device: torch.device) -> dict[str, float]:
+    request = json.dumps([time.time(), path, str(device), torch.get_num_threads(), text])
+    command = [sys.executable, "-c", _UNTIL_WRITING]
+    done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["a process ended without a word"])[-1])
     times: list[float] = json.loads(done.stdout)
