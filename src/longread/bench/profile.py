@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from longread.train.profiling import covered
@@ -37,7 +38,9 @@ def profiled(device: torch.device, work: Callable[[], object], wall_ms: float) -
         wall_ms: what it takes unwatched; the part in which the device had nothing to do is called gaps.
     """
     gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
+    activity, every_thread = (ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU), not gpu
+    watching = _ExperimentalConfig(profile_all_threads=every_thread)
+    with profile(activities=[activity], experimental_config=watching) as found:
         work()
         if gpu:
             torch.cuda.synchronize(device)

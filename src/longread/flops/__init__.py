@@ -7,13 +7,14 @@ A multiplication with its addition counts 2. Products are counted once: what an 
 own sake, and everything that is no product, is its own loss.
 """
 
-from longread.flops.network import decoding_bytes, head_flops, mlp_flops, reading_flops, visible_keys
+from longread.flops.network import decoding_bytes, head_flops, lower_flops, mlp_flops, reading_flops, visible_keys
 from longread.flops.training import TrainingFlops, recomputed_flops, sequence_flops, step_flops, training_flops
 
 __all__ = [
     "TrainingFlops",
     "decoding_bytes",
     "head_flops",
+    "lower_flops",
     "mlp_flops",
     "reading_flops",
     "recomputed_flops",

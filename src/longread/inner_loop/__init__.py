@@ -5,6 +5,7 @@ step.py        the loss of a mini-batch, one step on it, the scan over mini-batc
 state.py       what is left of a text after it has been read; batches of such, and how far the weights have moved
 reading.py     any text in any pieces: the same steps, taken as soon as their tokens have arrived; what is done when
                learning has broken a reader
+halves.py      the two halves of the network side by side on a CPU
 captured.py    long stretches of it on a GPU, as replays of CUDA graphs, and when it is worth to capture one
 graphs.py      how a CUDA graph is captured, checked, and done without
 decoding.py    one token after the other, for writing, and the pool of the places in which that is done

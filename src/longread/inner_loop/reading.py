@@ -12,10 +12,12 @@ worse than one that knows nothing. Whether learning or the text is to blame show
 (`rescue`): a strange text is strange to every reader, and nothing is lost by having learned from it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
+from longread.inner_loop.halves import Ahead, lower_stretches, threads_below
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState, begin
 from longread.inner_loop.step import Carry, Recorded, Step, inner_step, recorded, step_norm_limit
@@ -163,6 +166,21 @@ class _Pauses:
         """What `Transformer.upper` calls before each of its blocks; to be called once more before the head."""
         return functools.partial(self._before, self._upper * tokens / self._upper_parts) if self._pause else None
 
+    def after_lower(self, tokens: int) -> None:
+        """After all of the lower half, where another thread has computed it."""
+        if self._pause:
+            self._before(self._lower * tokens)
+
+    @contextlib.contextmanager
+    def within(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """While reading stands still only within such a context."""
+        pause = self._pause
+        self._pause = pause and functools.partial(_call_within, context, pause)
+        try:
+            yield
+        finally:
+            self._pause = pause
+
     def before_passes(self, passes: int, tokens: int) -> None:
         """Before all of the upper half and the head, so many times."""
         if self._pause:
@@ -173,6 +191,11 @@ class _Pauses:
             self._done %= self._most
             self._pause()
         self._done += work
+
+
+def _call_within(context: Callable[[], AbstractContextManager[None]], pause: Callable[[], None]) -> None:
+    with context():
+        pause()
 
 
 @dataclass
@@ -260,18 +283,36 @@ class _Reader:
             if self.state.hidden.shape[1] == M:
                 self._finish(tokens[:, done : done + 1], mask[:, done : done + 1])
             room = M - self.state.hidden.shape[1]
+            threads = threads_below(self.model, len(tokens), n - done) if room == M else 0
+            if threads:
+                self._learn_side_by_side(tokens[:, done:], mask[:, done:], threads)
+                return
             end = min(n, done + (room if room < M else stretch))
-            hidden = self._lower(tokens[:, done:end])
-            for first in range(done, end, M):
-                last = min(first + M, end)
-                part = hidden[:, first - done : last - done]
-                following = slice(first + 1, last + 1)
-                if last - first == M and last < n:
-                    self._whole(part, tokens[:, following], mask[:, following])
-                    continue
-                known = slice(first if self.state.hidden.shape[1] else first + 1, last)
-                self._part(part, tokens[:, following], tokens[:, known], mask[:, known])
+            self._learn_from(self._lower(tokens[:, done:end]), tokens[:, done:], mask[:, done:])
             done = end
+
+    def _learn_side_by_side(self, tokens: Tensor, mask: Tensor, threads: int) -> None:
+        """Reads from the border of two mini-batches on, while so many threads run the lower half ahead."""
+        stretches, done = lower_stretches(self.model, tokens, self.state.lower_pasts, self.state.start), 0
+        with Ahead(stretches, threads) as ahead, self.pauses.within(ahead.undivided):
+            for hidden, lower_pasts in ahead:
+                self.pauses.after_lower(hidden.shape[1])
+                self._move(lower_pasts=lower_pasts)
+                self._learn_from(hidden, tokens[:, done:], mask[:, done:])
+                done += hidden.shape[1]
+
+    def _learn_from(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> None:
+        """The upper half over a stretch [B, T, D], the first of the tokens that are still to be read: whole
+        mini-batches, or what is left of one."""
+        M, end, n = self.model.config.mini_batch_size, hidden.shape[1], tokens.shape[1]
+        for first in range(0, end, M):
+            last = min(first + M, end)
+            part, following = hidden[:, first:last], slice(first + 1, last + 1)
+            if last - first == M and last < n:
+                self._whole(part, tokens[:, following], mask[:, following])
+                continue
+            known = slice(first if self.state.hidden.shape[1] else first + 1, last)
+            self._part(part, tokens[:, following], tokens[:, known], mask[:, known])
 
     def _replay(self, tokens: Tensor, mask: Tensor) -> int:
         """Reads the mini-batches that the tokens fill as CUDA graphs, if they can be; returns the tokens read."""
