@@ -88,10 +88,10 @@ EXACT = EqualRun("e2e", "e2e", (0, 1, 2), equal="tokens")
 RUNS = (
     EqualRun("swa-equal", "swa", (0, 1, 2)),
     EqualRun("first-order-equal", "e2e", (0, 1, 2), meta_gradient="first-order"),
-    EqualRun("large-e2e", "e2e", large=True, equal="tokens"),
+    EqualRun("large-e2e", "e2e", (0, 1, 2), large=True, equal="tokens"),
     EqualRun("large-swa", "swa", large=True, equal="tokens"),
-    EqualRun("large-swa-equal", "swa", large=True),
-    EqualRun("large-first-order-equal", "e2e", large=True, meta_gradient="first-order"),
+    EqualRun("large-swa-equal", "swa", (0, 1, 2), large=True),
+    EqualRun("large-first-order-equal", "e2e", (0, 1, 2), large=True, meta_gradient="first-order"),
     EqualRun("large-full", "full", large=True, equal="tokens"),
 )
 LENGTHS = (8, 32)
