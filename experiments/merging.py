@@ -18,6 +18,7 @@ RUNS, RUN_OF, EARLIER = "runs", "run of", "earlier"
 Rows = Mapping[str, Sequence[str]]
 """Table -> names of its rows, in the order of the page; others follow."""
 KNOWN = ("commit", "started", "gpus", "torch")
+HASH, SHORT_HASH = 40, 9
 
 
 def merged(before: Data, new: Data, run: Data, rows: Rows) -> dict[str, Any]:
@@ -64,9 +65,11 @@ def runs_table(results: Data) -> Iterator[Table]:
         return
     rows = []
     for number, run in enumerate(runs):
-        names = [name for of in results[RUN_OF].values() for name, n in of.items() if n == number]
-        known = {key: run.get(key) for key in KNOWN}
-        gpus = known["gpus"] or []
-        known["gpus"] = f"{len(gpus)} × {gpus[0]}" if gpus else None
-        rows.append([str(number + 1), *(known[key] or "" for key in KNOWN), "; ".join(dict.fromkeys(names))])
+        gpus = run.get("gpus") or []
+        known = run | {"gpus": f"{len(gpus)} × {gpus[0]}" if gpus else None}
+        if len(known.get("commit") or "") == HASH:
+            known["commit"] = known["commit"][:SHORT_HASH]
+        of = {table: [name for name, n in each.items() if n == number] for table, each in results[RUN_OF].items()}
+        named = "; ".join(f"{table}: {', '.join(names)}" for table, names in of.items() if names)
+        rows.append([str(number + 1), *(known.get(key) or "" for key in KNOWN), named])
     yield Table("Runs, and the rows that are of each:", ["", *KNOWN, "rows"], rows)

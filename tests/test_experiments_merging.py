@@ -59,7 +59,9 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_later_archive_adds_its_rows_and_drops_none(page: Any, tmp_path: Path) -> None:
     first = archive(tmp_path / "1.tar.xz", "aaa", {"first-order": 3.25, "swa": 3.5, "dial-base": 4.0})
-    later = archive(tmp_path / "2.tar.xz", "bbb", {"first-order": 3.125, "dial-suffix-4": 4.5, "first-order-s1": 3.0})
+    later = archive(
+        tmp_path / "2.tar.xz", 10 * "bbbb", {"first-order": 3.125, "dial-suffix-4": 4.5, "first-order-s1": 3.0}
+    )
     _, text = page(first)
     assert "Runs, and" not in text
     (tmp_path / "out" / f"day_{adapted.SLUG}" / "README.md").write_text(text.replace("What came out", "By hand"))
@@ -69,15 +71,16 @@ def test_a_later_archive_adds_its_rows_and_drops_none(page: Any, tmp_path: Path)
     assert results["models"]["first-order"]["learning"]["0–1K"] == 3.125
     assert results["run of"]["models"] == {"SWA twin": 0, "first-order": 1, "first-order, seed 1": 1}
     assert results["run of"]["dials"] == {"base": 0, "4 blocks learn": 1}
-    assert [run["commit"] for run in results["runs"]] == ["aaa", "bbb"]
+    assert [run["commit"] for run in results["runs"]] == ["aaa", 10 * "bbbb"]
     ((run, row),) = results["earlier"]["models"]["first-order"]
     assert (run, row["learning"]["0–1K"]) == (0, 3.25)
     assert "By hand" in text
     assert "| base | 4.000 |" in text
     assert "| 4 blocks learn | 4.500 |" in text
     assert "| first-order, learning | 1 | 3.250 | 2 | 3.125 | −0.125 |" in text
-    assert "| 1 | aaa | when aaa | 1 × a card | 2 | SWA twin; base |" in text
-    assert "| 2 | bbb | when bbb | 1 × a card | 2 | first-order; first-order, seed 1; 4 blocks learn |" in text
+    assert "| 1 | aaa | when aaa | 1 × a card | 2 | models: SWA twin; dials: base |" in text
+    rows = "models: first-order, first-order, seed 1; dials: 4 blocks learn"
+    assert f"| 2 | {9 * 'b'} | when {40 * 'b'} | 1 × a card | 2 | {rows} |" in text
     assert (results, text) == page(later), "what is there is not added again"
     assert (results, text) == page(first, later), "nor does what was replaced come back"
 

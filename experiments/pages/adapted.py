@@ -187,7 +187,8 @@ def tables(results: Data) -> Iterator[Table]:
     rows = list(_seeds(models))
     if len(rows) > 2:
         yield Table(_SEEDS, ["", *OCTAVES], rows)
-    rows = [_speeds(name, model) for name, model in models.items() if "training, tokens/s" in model]
+    trained = models | {f"dial: {name}": model for name, model in dials.items()}
+    rows = [_speeds(name, model) for name, model in trained.items() if "training, tokens/s" in model]
     if rows:
         yield Table(_SPEED, _SPEED_HEAD, rows)
     if dials:
@@ -206,7 +207,7 @@ def tables(results: Data) -> Iterator[Table]:
 _SPEED = "Speed beside other jobs on the same GPU, tokens a second:"
 _SPEED_HEAD = ["", "training, fastest step", "median", "GiB at most", "reading, learning", "reading, frozen"]
 _DIALS = "One dial changed, 3.28M tokens of training each, learning:"
-_DIAL_HEAD = ["", *OCTAVES, "below base, 16–32K", "at equal operations", "gain", "session, MiB", "operations"]
+_DIAL_HEAD = ["", *OCTAVES, f"below base, {AT}", "at equal operations", "gain", "session, MiB", "operations"]
 """A session of low-rank steps would take what is in parentheses; operations of a token of training, × the base's."""
 _SEEDS = "Seeds apart, nats per token by which first-order, learning, is below:"
 _AGAIN = f"The same job in two runs, nats per token at {AT}:"
