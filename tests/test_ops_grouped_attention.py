@@ -101,7 +101,7 @@ def test_views_for_kernels_that_do_not_share(
         met.append(None if mask is None else mask.ndim)
         return banded._attend_to_views(q, k, v, mask, is_causal)
 
-    monkeypatch.setattr(banded, "_attend", attend)
+    monkeypatch.setattr(banded, "attend", attend)
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(2, G, T, P, 4)]
     agree(
         derivatives(banded_attention, tensors, 1, window=window),

@@ -6,6 +6,7 @@ checkout of the repository in `models`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from longread.checkpoint import LoadedModel, find_tokenizer, load_model
 from longread.config import InnerConfig, UserError
 from longread.inner_loop import precompile_reading
-from longread.model import Transformer, find_device
+from longread.model import Transformer, find_device, fingerprint_of, undrawn
 from longread.session import Session
 from longread.tokenizer import Tokenizer, load_tokenizer
 
@@ -48,6 +49,23 @@ class OpenModel(NamedTuple):
         """
         learn = self.learns if learn is None else learn
         return Session(self.model, self.inner, learn=learn, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
+
+    def keeping(self, tokens: int, *, run: int = 32, distance: int | None = None) -> OpenModel:
+        """The same weights, which see beside each window so many tokens that have left it (`longread.inner_loop.kept`).
+
+        Nothing is trained for it. Its sessions are those of another model: they hold what is kept.
+
+        Args:
+            tokens, run, distance: `kept_tokens`, `kept_run` and `kept_distance` of `longread.ModelConfig`.
+
+        Raises:
+            UserError: a value is out of range, or the network has more than windowed attention.
+        """
+        config = dataclasses.replace(self.model.config, kept_tokens=tokens, kept_run=run, kept_distance=distance)
+        model = undrawn(config)
+        model.load_state_dict(self.model.state_dict(), assign=True)
+        model.compute_dtype, model.known_tokens = self.model.compute_dtype, self.model.known_tokens
+        return self._replace(model=model.requires_grad_(False), fingerprint=fingerprint_of(model))
 
     def restore(self, path: str | Path) -> Session:
         """The session that was saved at `path`.

@@ -134,6 +134,7 @@ def export_official(directory: str | Path, model: Transformer, inner: InnerConfi
         raise UserError(f"mixer {config.mixer} has no name in the official layout; export a model of attention only")
     if config.attention == "hybrid":
         raise UserError("attention hybrid has no name in the official layout; export a window or full model")
+    config.check_nothing_kept("the official layout")
     if inner.surprise:
         raise UserError(
             f"inner.surprise {inner.surprise:g} has no name in the official layout; export a model trained with 0"

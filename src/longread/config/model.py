@@ -117,6 +117,14 @@ class ModelConfig(Checked):
     logit_soft_cap: float | None = field(default=None, metadata=_LATER)
     """c: x becomes c tanh(x / c)."""
 
+    # Beyond the paper: what attention sees that has left its window (`longread.inner_loop.kept`).
+    kept_tokens: int = field(default=0, metadata=_LATER)
+    """Keys and values that each attention keeps of tokens that have left the window, those that surprised most."""
+    kept_run: int = field(default=32, metadata=_LATER)
+    """A token counts as surprising as the most surprising of so many, the last of which it is."""
+    kept_distance: int | None = field(default=None, metadata=_LATER)
+    """How far before a mini-batch kept tokens seem to lie at most; None: a window."""
+
     def _check(self) -> None:
         known = (*typing.get_args(Mixer), *REGISTERED_MIXERS)
         if self.mixer not in known:
@@ -128,6 +136,7 @@ class ModelConfig(Checked):
         self._at_least(1, "mini_batch_size")
         self._at_least(0, "num_suffix_blocks")
         self._check_pretrained()
+        self._check_kept()
         if self.head_size is None and self.width % self.num_heads:
             raise UserError(
                 f"model.width {self.width} does not divide into model.num_heads, {self.num_heads}; choose a multiple, "
@@ -183,6 +192,33 @@ class ModelConfig(Checked):
                 raise UserError(f"model.{name} is {value}; it must be positive")
         if self.mixer in ("mamba2", "gated_deltanet", "ttt_kvb") and self.head_size is not None:
             raise UserError(f"model.mixer {self.mixer} takes no model.head_size; leave it out")
+
+    def _check_kept(self) -> None:
+        self._at_least(0, "kept_tokens")
+        self._at_least(1, "kept_run")
+        if not self.kept_tokens:
+            return
+        if (self.mixer, self.attention) != ("attention", "window") or self.block_windows or self.attention_soft_cap:
+            raise UserError(
+                f"model.kept_tokens is {self.kept_tokens}; it goes with windowed attention in every block alike, "
+                "without model.block_windows and model.attention_soft_cap: set it to 0"
+            )
+        if self.window_size < self.mini_batch_size:
+            raise UserError(
+                f"model.kept_tokens is {self.kept_tokens}, and model.window_size {self.window_size} is less than "
+                f"model.mini_batch_size {self.mini_batch_size}; choose a window of a mini-batch at least"
+            )
+        self._at_least(self.window_size, "kept_distance")
+
+    def check_nothing_kept(self, where: str) -> None:
+        """Raises `UserError` if the network keeps tokens, which `where` there are none of."""
+        if self.kept_tokens:
+            raise UserError(f"model.kept_tokens is {self.kept_tokens}; {where} knows no kept tokens, so set it to 0")
+
+    @property
+    def decodes_in_place(self) -> bool:
+        """Whether a token can change the state of reading in place (`longread.inner_loop.places`)."""
+        return self.mixer == "attention" and not self.kept_tokens
 
     @property
     def head_dim(self) -> int:

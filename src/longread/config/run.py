@@ -170,6 +170,7 @@ class RunConfig(Checked):
             raise UserError(
                 "loss end-to-end needs fast weights: set model.num_suffix_blocks to 1 or more, or use loss static"
             )
+        self.model.check_nothing_kept("training")
         if self.recompute != "auto":
             recomputation(self.recompute, self.model, self.loss, self.context_length)
 

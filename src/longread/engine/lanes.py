@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longread.engine.records import Job, RecordsLock, Tier
 from longread.inner_loop import ReadingState
+from longread.inner_loop.kept import kept_nbytes
 from longread.inner_loop.places import Places
 from longread.inner_loop.state import compact
 from longread.model import Transformer
@@ -28,8 +29,8 @@ class Lanes:
 
     def __init__(self, model: Transformer, most: int, lock: RecordsLock, *, apart: bool = False) -> None:
         self.model, self.most, self._lock, self._apart = model, most, lock, apart
-        self.possible = model.config.mixer == "attention"
-        """Whether this model decodes in lanes; one with recurrent mixers is read token by token instead."""
+        self.possible = model.config.decodes_in_place
+        """Whether this model decodes in lanes; others are read token by token instead."""
         self.jobs: list[Job] = []
         self._places: Places | SeparatePlaces | None = None
 
@@ -240,7 +241,7 @@ def largest_session(model: Transformer) -> int:
     windows = [config.window_of(i) for i in range(config.num_blocks) if "attention" in config.mixers_of(i)]
     tokens = sum(2 * window for window in windows if window is not None) + 2 * above * M
     numbers = tokens * config.kv_width + (M + 1) * config.width
-    return fast_nbytes(model) + numbers * itemsize + max(0, M - 1) * 9
+    return fast_nbytes(model) + numbers * itemsize + max(0, M - 1) * 9 + kept_nbytes(model)
 
 
 def fast_nbytes(model: Transformer) -> int:

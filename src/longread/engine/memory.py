@@ -286,7 +286,7 @@ def session_sizes(model: Transformer, position: int) -> SessionBytes:
     config, itemsize = model.config, model.dtype.itemsize
     endless = sum(config.window_of(i) is None for i in range(config.num_blocks))
     resting = largest_session(model) + 2 * endless * position * config.kv_width * itemsize
-    if config.mixer != "attention":
+    if not config.decodes_in_place:
         return SessionBytes(resting, 0, 0)
     return SessionBytes(resting, place_nbytes(model, position), fast_nbytes(model))
 

@@ -37,7 +37,9 @@ def projection_flops(config: ModelConfig) -> float:
 
 def score_flops(config: ModelConfig, block: int, tokens: int) -> float:
     """Of one token's scores in the attention of `block`, and of mixing values by them."""
-    return 4 * config.num_heads * config.head_dim * visible_keys(tokens, config.window_of(block))
+    beyond = max(0, tokens - config.window_size) if config.kept_tokens else 0
+    kept = visible_keys(beyond, config.kept_tokens) * beyond / tokens if beyond else 0.0
+    return 4 * config.num_heads * config.head_dim * (visible_keys(tokens, config.window_of(block)) + kept)
 
 
 def mlp_flops(config: ModelConfig, *, fast: bool = False) -> float:
@@ -91,5 +93,6 @@ def decoding_bytes(config: ModelConfig, position: int, itemsize: int) -> float:
     """
     windows = (config.window_of(block) or position for block in range(config.num_blocks))
     seen = sum(min(window, position) for window in windows)
+    seen += config.num_blocks * min(config.kept_tokens, max(0, position - config.window_size))
     embedding = 0 if config.tie_embeddings else config.vocab_size * config.width  # of which a token reads one row
     return itemsize * (config.num_parameters - embedding + 2 * config.kv_width * seen)

@@ -3,6 +3,7 @@
 optimizers.py  the rules of the inner step, and where another is registered
 step.py        the loss of a mini-batch, one step on it, the scan over mini-batches (paper Eq. 2 and 5)
 state.py       what is left of a text after it has been read; batches of such, and how far the weights have moved
+kept.py        what has left the window and is seen all the same: the tokens that surprised most
 reading.py     any text in any pieces: the same steps, taken as soon as their tokens have arrived; what is done when
                learning has broken a reader
 halves.py      the two halves of the network side by side on a CPU

@@ -340,7 +340,7 @@ def captured_reader(
     config, waiting = model.config, state.hidden.shape[1]
     if waiting not in (0, config.mini_batch_size):
         return None
-    if (config.mixer, config.attention) != ("attention", "window"):
+    if (config.mixer, config.attention) != ("attention", "window") or config.kept_tokens:
         return None
     windows = [config.window_of(i) or 0 for i in range(config.num_blocks)]
     split, before = model.num_lower_attentions, state.position - waiting

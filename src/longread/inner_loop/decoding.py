@@ -84,7 +84,7 @@ class Decoder:
             self.texts.append(Text(lanes, one.position, refused, one if self.learn else _without_waiting(one)))
             lane = lanes.stop
         self._lanes = lane
-        self._has_places = model.config.mixer == "attention"
+        self._has_places = model.config.decodes_in_place
         self._pooled: PooledPlaces | None = None  # while it works
 
     @property

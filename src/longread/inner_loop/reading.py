@@ -27,10 +27,11 @@ from torch import Tensor
 from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
 from longread.inner_loop.halves import Ahead, lower_stretches, threads_below
+from longread.inner_loop.kept import Kept, decided, long_pasts, undecided
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState, begin
 from longread.inner_loop.step import Carry, Recorded, Step, inner_step, recorded, step_norm_limit
-from longread.model import Past, Transformer, can_capture
+from longread.model import MixerPast, Past, Transformer, can_capture
 from longread.ops.clipped_sgd import refused
 
 STRETCH = 2048
@@ -216,6 +217,11 @@ class _Reader:
     top_log_p: list[Tensor] = field(default_factory=list)
     top_ids: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    begun: int = field(init=False)
+    """Position of the first token."""
+
+    def __post_init__(self) -> None:
+        self.begun = self.state.position
 
     def result(self, tokens: Tensor, learn: bool, loss_mask: Tensor | None = None) -> Reading:
         """Reads the tokens [B, n]; once only."""
@@ -273,7 +279,7 @@ class _Reader:
 
     def _learn(self, tokens: Tensor, mask: Tensor) -> None:
         M, n = self.model.config.mini_batch_size, tokens.shape[1]
-        stretch = M * max(1, STRETCH // M)
+        stretch = M * max(1, STRETCH // M) if self.state.kept is None else M
         done = 0
         while done < n:
             replayed = self._replay(tokens[:, done:], mask[:, done:])
@@ -282,6 +288,8 @@ class _Reader:
                 continue
             if self.state.hidden.shape[1] == M:
                 self._finish(tokens[:, done : done + 1], mask[:, done : done + 1])
+            if not self.state.hidden.shape[1]:
+                self._decide()
             room = M - self.state.hidden.shape[1]
             threads = threads_below(self.model, len(tokens), n - done) if room == M else 0
             if threads:
@@ -332,16 +340,51 @@ class _Reader:
         empty = self.state.hidden[:, :0]
         self._move(hidden=empty, targets=self.state.targets[:, :0], targets_mask=self.state.targets_mask[:, :0])
         stretch = GPU_STRETCH if tokens.is_cuda else STRETCH
-        for first in range(0, tokens.shape[1], stretch):
-            part = tokens[:, first : first + stretch]
-            self._upper(self._lower(part), tokens[:, first + 1 : first + stretch + 1], keep=0)
+        first = 0
+        while first < tokens.shape[1]:
+            last = first + self._until_decision(stretch)
+            self._upper(self._lower(tokens[:, first:last]), tokens[:, first + 1 : last + 1], keep=0)
+            first = last
+
+    def _until_decision(self, most: int) -> int:
+        """Tokens, `most` at most, that are read frozen until it is decided again which are kept, which it does if due."""
+        window = self.model.config.window_size
+        if self.state.kept is None:
+            return most
+        if undecided(self.model, self.state.kept) >= window:
+            self._decide()
+        return min(most, window - undecided(self.model, self.state.kept))
+
+    def _decide(self) -> None:
+        """Where a mini-batch begins: which tokens are kept while it is read."""
+        state = self.state
+        if state.kept is not None:
+            self._move(kept=decided(self.model, state.kept, state.lower_pasts, state.upper_pasts, state.start))
+
+    def _remembered(self, tokens: int) -> Kept | None:
+        """What is kept, after so many tokens more, which have been scored."""
+        state = self.state
+        if state.kept is None:
+            return None
+        known = torch.cat(self.nll, dim=1)[:, state.position - self.begun :]
+        return state.kept.after(known[:, :tokens])
+
+    def _seen(
+        self, pasts: tuple[MixerPast, ...], tokens: int, start: int | Tensor, *, lower: bool = False
+    ) -> tuple[MixerPast, ...]:
+        """These pasts, and what is kept beside them, as so many tokens from `start` on see it."""
+        state = self.state
+        if state.kept is None:
+            return pasts
+        return long_pasts(self.model, state.kept, pasts, lower=lower, position=state.start, start=start, tokens=tokens)
 
     def _move(self, **changes: object) -> None:
         self.state = dataclasses.replace(self.state, **changes)  # type: ignore[arg-type]
 
     def _lower(self, tokens: Tensor) -> Tensor:
         pause, start = self.pauses.in_lower(tokens.shape[1]), self.state.start
-        hidden, own = self.model.lower(tokens, self.state.lower_pasts, start=start, pause=pause)
+        pasts = self._seen(self.state.lower_pasts, tokens.shape[1], start, lower=True)
+        hidden, own = self.model.lower(tokens, pasts, start=start, pause=pause)
         self._move(lower_pasts=self.model.advance(self.state.lower_pasts, own, 0))
         return hidden
 
@@ -349,7 +392,8 @@ class _Reader:
         """Scores tokens with the weights as they are; the pasts keep the window and `keep` tokens more."""
         state, model, pause = self.state, self.model, self.pauses.in_upper(hidden.shape[1])
         if run is None:
-            output, own = model.upper(hidden, state.fast, state.upper_pasts, start=state.start, order=0, pause=pause)
+            pasts = self._seen(state.upper_pasts, hidden.shape[1], state.start)
+            output, own = model.upper(hidden, state.fast, pasts, start=state.start, order=0, pause=pause)
             if pause is not None:
                 pause()
         else:
@@ -360,6 +404,7 @@ class _Reader:
             self._look(output[:, : targets.shape[1]])
         self._move(
             **state.moved(hidden.shape[1]),
+            kept=self._remembered(hidden.shape[1]),
             upper_pasts=model.advance(state.upper_pasts, own, model.num_lower_attentions, extra=keep),
             output=output[:, -1],
             run=run,
@@ -371,10 +416,11 @@ class _Reader:
         waiting = torch.cat((state.hidden, hidden), dim=1)
         # on a GPU memory is dearer than a second run
         whole = hidden.shape[1] == self.model.config.mini_batch_size and not hidden.is_cuda
-        carry = Carry(state.fast, state.upper_pasts)
+        run = None
         if whole:
             self.pauses.before_passes(1, hidden.shape[1])
-        run = recorded(self.model, carry, waiting, start=state.start) if whole else None
+            carry = Carry(state.fast, self._seen(state.upper_pasts, hidden.shape[1], state.start))
+            run = recorded(self.model, carry, waiting, start=state.start)
         self._move(
             hidden=waiting,
             targets=torch.cat((state.targets, known), dim=1),
@@ -399,10 +445,10 @@ class _Reader:
         """A mini-batch that came with all its targets: scored and learned from in one pass."""
         state = self.state
         self.pauses.before_passes(STEP, hidden.shape[1])
-        before = state.upper_pasts
-        self._move(**state.moved(hidden.shape[1]))  # a token follows, and with it the output
-        step = self._take_step(hidden, before, targets, mask, start=state.start)
+        step = self._take_step(hidden, state.upper_pasts, targets, mask, start=state.start)
         self.nll.append(step.nll)
+        # a token follows, and with it the output
+        self._move(**state.moved(hidden.shape[1]), kept=self._remembered(hidden.shape[1]))
         self.outputs += [step.output] if self.keep_outputs else []
         self._look(step.output)
 
@@ -420,7 +466,7 @@ class _Reader:
         model, state = self.model, self.state
         step = inner_step(
             model,
-            Carry(state.fast, before),
+            Carry(state.fast, self._seen(before, hidden.shape[1], start)),
             hidden,
             targets,
             mask,

@@ -37,7 +37,7 @@ def rehearse_reading(
         learn: whether it learns as it reads.
     """
     config, inner = few_blocks(ModelConfig.from_dict(model_config)), InnerConfig.from_dict(inner_config)
-    if config.mixer != "attention":
+    if not config.decodes_in_place:
         return
     model = undrawn(config).requires_grad_(False)
     for parameter in model.parameters():

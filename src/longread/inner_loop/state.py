@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longread.inner_loop.kept import Kept, nothing_kept
 from longread.inner_loop.step import Recorded, from_matrices, matrices
 from longread.model import FastWeights, MixerPast, Transformer
 
@@ -49,6 +50,8 @@ class ReadingState:
     """`Transformer.upper`'s output for the last token, [B, D]; [B, 0] before the first."""
     positions: Tensor | None = None
     """Tokens read by each sequence, int64 [B], where sequences of the same shapes are at different positions."""
+    kept: Kept | None = None
+    """What has left the window and is seen all the same, where the model keeps any of it."""
     run: Recorded | None = field(default=None, repr=False, compare=False)
     """Of the unfinished mini-batch, where it is full and came as one: so the step need not run it again. No part of
     what has been read: a copy goes without it."""
@@ -67,7 +70,8 @@ class ReadingState:
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state."""
         pasts = [x for past in (*self.lower_pasts, *self.upper_pasts) for x in past]
-        return [*matrices(self.fast), *pasts, self.hidden, self.targets, self.targets_mask, self.output]
+        kept = self.kept.tensors if self.kept else []
+        return [*matrices(self.fast), *pasts, self.hidden, self.targets, self.targets_mask, self.output, *kept]
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +87,7 @@ def begin(model: Transformer, batch_size: int = 1) -> ReadingState:
     """The state of sequences that have read nothing."""
     with torch.no_grad():
         lower_pasts, upper_pasts = model.empty_pasts(batch_size)
+        kept = nothing_kept(model, batch_size) if model.config.kept_tokens else None
     fast = tuple(type(w)(*(x.detach() for x in w)) for w in model.initial_fast_weights(batch_size))
     none = torch.empty(batch_size, 0, device=model.device, dtype=model.dtype)
     return ReadingState(
@@ -94,6 +99,7 @@ def begin(model: Transformer, batch_size: int = 1) -> ReadingState:
         targets=none.long(),
         targets_mask=none.bool(),
         output=none,
+        kept=kept,
     )
 
 
@@ -158,6 +164,7 @@ def _mapped(state: ReadingState, change: Callable[[Tensor], Tensor]) -> ReadingS
     )
     names = ("hidden", "targets", "targets_mask", "output")
     rest: dict[str, Any] = {name: change(getattr(state, name)) for name in names}
+    rest["kept"] = state.kept and state.kept.mapped(change)
     return dataclasses.replace(state, fast=fast, lower_pasts=lower, upper_pasts=upper, run=None, **rest)
 
 

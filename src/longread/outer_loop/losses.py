@@ -76,6 +76,7 @@ def static_loss(
     """
     M = model.config.mini_batch_size
     _check_length(input_ids, M)
+    model.config.check_nothing_kept("training")
     _refuse_divided(model)
     again = _settled(recompute, "static", model, input_ids).blocks
     lower, upper = model.empty_pasts(input_ids.shape[0])
@@ -126,6 +127,7 @@ def end_to_end_loss(
     """
     M = model.config.mini_batch_size
     _check_length(input_ids, M)
+    model.config.check_nothing_kept("training")
     _refuse_divided(model)
     if meta_gradient not in get_args(MetaGradient):
         raise ValueError(f"meta_gradient is {meta_gradient!r}; it must be one of {', '.join(get_args(MetaGradient))}")

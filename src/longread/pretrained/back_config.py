@@ -45,6 +45,7 @@ def plain_of(config: ModelConfig, provenance: Mapping[str, Any]) -> Plain:
     if config.mixer != "attention" or not config.pre_norm:
         what = f"mixer {config.mixer}" if config.mixer != "attention" else "no norms before its sub-layers"
         raise UserError(f"the model has {what}, which no Transformers model with windows has; convert another")
+    config.check_nothing_kept("a plain model")
     kind = _architecture(config)
     context = int(provenance.get("context") or _CONTEXT)
     turned = [config.rope_of(block) for block in range(config.num_blocks)]

@@ -18,13 +18,15 @@ from torch import Tensor
 from longread.config import UserError
 from longread.files import Layout
 from longread.inner_loop import ReadingState, begin
+from longread.inner_loop.kept import Kept
 from longread.inner_loop.step import from_matrices, matrices
-from longread.model import Attention, MixerPast, Transformer
+from longread.model import Attention, MixerPast, Past, Transformer
 
 Storage = Literal["exact", "bfloat16", "delta"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 _FLOATS = {"BF16", "F16", "F32", "F64"}
 _PARTS = ("hidden", "targets", "targets_mask", "output")
+_Shapes = dict[str, tuple[set[str], tuple[int, ...]]]
 
 
 def packed(state: ReadingState, recent: list[int], model: Transformer, storage: Storage) -> dict[str, Tensor]:
@@ -43,6 +45,8 @@ def packed(state: ReadingState, recent: list[int], model: Transformer, storage: 
         for i, past in enumerate(pasts):
             tensors |= {f"{half}.{i}.{name}": x for name, x in zip(past._fields, past, strict=True)}
     tensors |= {name: getattr(state, name) for name in _PARTS}
+    if state.kept is not None:
+        tensors |= dict(zip(_kept_names(model), state.kept.tensors, strict=True))
     for name, x in tensors.items():
         if not _finite(x):
             raise UserError(f"the session's {name} holds numbers that are not finite; go on from an older file instead")
@@ -61,6 +65,8 @@ def check_layout(path: object, layout: Layout, model: Transformer, position: int
     if waiting > min(M, position):
         raise UserError(f"{path} is no valid session: {waiting} tokens wait in it; a mini-batch has {M}")
     expected = _shapes(model, position, waiting)
+    if model.config.kept_tokens:
+        expected |= _shapes_of_kept(path, layout, model, position)
     if unknown := sorted(layout.keys() - expected.keys()):
         raise UserError(f"{path} is no valid session of this model: {unknown[0]!r:.60} is no part of one")
     for name, (kinds, shape) in expected.items():
@@ -109,6 +115,12 @@ def unpacked(
     if storage == "delta":
         fast = [w0.to(device) + w for w0, w in zip(initial, fast, strict=True)]
     rest: dict[str, Any] = {name: part(name, getattr(empty, name)) for name in _PARTS}
+    if empty.kept is not None:
+        positions = tensors["kept.position"]
+        if ((positions < 0) | (positions >= position)).any():
+            raise UserError(f"{path} is no valid session: it keeps tokens that are none of its {position}")
+        names = iter(_kept_names(model))
+        rest["kept"] = empty.kept.mapped(lambda like: part(next(names), like))
     state = ReadingState(
         position=position,
         fast=from_matrices(fast),
@@ -123,7 +135,31 @@ def _finite(x: Tensor) -> bool:
     return not x.is_floating_point() or bool(x.isfinite().all())
 
 
-def _shapes(model: Transformer, position: int, waiting: int) -> dict[str, tuple[set[str], tuple[int, ...]]]:
+def _kept_names(model: Transformer) -> list[str]:
+    """Of the tensors of what is kept, in the order of `Kept.tensors`."""
+    pasts = [f"kept.{i}.{name}" for i in range(model.config.num_blocks) for name in Past._fields]
+    return [*pasts, *(f"kept.{name}" for name in Kept._fields[2:])]
+
+
+def _shapes_of_kept(path: object, layout: Layout, model: Transformer, position: int) -> _Shapes:
+    """As `_shapes`, of what is kept. About how many tokens nothing is decided yet, only the file says."""
+    config, older = model.config, model.config.kept_run - 1
+    _, found = layout.get("kept.nll", ("", ()))
+    undecided = (found[-1] if found else 0) - older
+    fewest = min(position, config.window_size - config.mini_batch_size)
+    if not fewest <= undecided <= min(position, config.window_size):
+        raise UserError(
+            f"{path} is no valid session: {undecided} tokens of it wait to be kept or not; they may be {fewest} to "
+            f"{min(position, config.window_size)}"
+        )
+    n = min(config.kept_tokens, position - undecided)
+    vectors = (1, config.num_kv_heads, n, config.head_dim)
+    shapes: _Shapes = dict.fromkeys(_kept_names(model), (_FLOATS, vectors))
+    shapes |= {"kept.position": ({"I64"}, (1, n)), "kept.surprise": (_FLOATS, (1, n))}
+    return shapes | {"kept.nll": (_FLOATS, (1, older + undecided))}
+
+
+def _shapes(model: Transformer, position: int, waiting: int) -> _Shapes:
     """Of each tensor of a session file: the types it may have, and its shape."""
     empty = begin(model)
     floats = {f"fast.{i}": tuple(w.shape) for i, w in enumerate(matrices(empty.fast))}

@@ -56,6 +56,7 @@ class Speculation:
             raise UserError(
                 f"mixer {verifier.model.config.mixer} cannot take tokens back, so it cannot verify; let it draft"
             )
+        verifier.model.config.check_nothing_kept("a verifier")
         self.verifier, self.drafter, self.draft_tokens = verifier, drafter, draft_tokens
         self.rounds: list[Round] = []
         """Of all calls of `generate`."""

@@ -22,7 +22,7 @@ class Verifier:
     """One text that goes on from `state`, read with the weights as they are.
 
     Raises:
-        UserError: the model has recurrent mixers, whose states cannot be taken back.
+        UserError: the model has recurrent mixers or keeps tokens, whose states cannot be taken back.
     """
 
     def __init__(self, model: Transformer, state: ReadingState) -> None:
@@ -30,6 +30,7 @@ class Verifier:
             raise UserError(
                 f"mixer {model.config.mixer} cannot take tokens back; verify with a model of attention alone"
             )
+        model.config.check_nothing_kept("a verifier")
         self.model, self.position = model, state.position
         self._fast = state.fast
         windows = [model.config.window_of(i) for i in range(model.config.num_blocks)]

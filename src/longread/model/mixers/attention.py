@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from longread.config import ModelConfig
 from longread.model.layers import Linear, NoNorm, RMSNorm, shared_as_one
-from longread.ops.attention import attention
+from longread.ops.attention import Further, attention
 
 
 class Past(NamedTuple):
@@ -33,6 +33,13 @@ class Past(NamedTuple):
 
     def detach(self) -> "Past":
         return Past(self.key.detach(), self.value.detach())
+
+
+class LongPast(NamedTuple):
+    """A past, and beside it older tokens that each token sees or does not."""
+
+    near: Past
+    further: Further
 
 
 class Ring(NamedTuple):
@@ -77,12 +84,12 @@ class Attention(nn.Module):
             heads += f" over {self.num_kv_heads} of keys and values"
         return f"{heads}, {'full' if self.window is None else f'window {self.window:,}'}"
 
-    def forward(self, x: Tensor, past: Past, *, rotary: Tensor | None, order: int) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, past: Past | LongPast, *, rotary: Tensor | None, order: int) -> tuple[Tensor, Past]:
         """Adds the sub-layer to x.
 
         Args:
             x: [B, T, D]
-            past: what came before; only its newest window − 1 tokens are looked at.
+            past: what came before; only its newest window − 1 tokens are looked at, and what lies beside it.
             rotary: the embedding of the tokens' positions, [T, H/2] or [B, 1, T, H/2] (see `longread.ops.rotary`);
                 None: this block has none.
             order: order of derivative that will be taken (see `longread.ops.attention`).
@@ -91,15 +98,17 @@ class Attention(nn.Module):
             [B, T, D], and the tokens' own keys and values.
         """
         query, key, value = self.heads(x, rotary)
+        near, further = past if isinstance(past, LongPast) else (past, None)
         mixed = attention(
             query,
             key,
             value,
-            past=past,
+            past=near,
             window=self.window,
             order=order,
             gains=self._gains,
             soft_cap=self.soft_cap,
+            further=further,
         )
         return self.joined(mixed, x), Past(key, value)
 

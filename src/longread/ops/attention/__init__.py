@@ -7,14 +7,18 @@ out N times.
 reference.py   every score in one matrix; any order of derivative; the twin that defines the result
 banded.py      blocks of queries over their band of keys, by PyTorch's fused kernels; order 1; memory O(T)
 triton.py      kernels of our own for NVIDIA GPUs; order 2; memory O(T)
+further.py     also over a few older tokens, each query told which; order 1; memory T × all keys
 ring.py        one new token a sequence over a ring of keys, for decoding: a contract of its own
 """
 
 from torch import Tensor
 
 from longread.ops.attention.banded import banded_attention
+from longread.ops.attention.further import Further, further_attention
 from longread.ops.attention.reference import check_heads, reference_attention
 from longread.ops.fusible import fusible
+
+__all__ = ["KEPT_OPERATIONS", "LARGEST_HEAD_DIM", "Further", "attention"]
 
 LARGEST_HEAD_DIM = 128
 """Of the kernels. Larger heads are answered as on a CPU: at order 2 by the reference, with its memory."""
@@ -40,6 +44,7 @@ def attention(
     order: int,
     gains: tuple[Tensor, Tensor] | None = None,
     soft_cap: float | None = None,
+    further: Further | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √H) v, where each query sees the `window` tokens that end with its own.
 
@@ -55,6 +60,7 @@ def attention(
             since. They change nothing in the result: kernels that know how large a score can be are faster.
         soft_cap: c, where a score s = q kᵀ / √H enters the softmax as c tanh(s / c) (Gemma 2, arXiv 2408.00118). The
             reference answers then, at every order: memory T × (P + T).
+        further: older tokens that are seen beside the window, at order 0 and 1 and without a soft cap.
 
     Returns:
         [B, N, T, H].
@@ -64,6 +70,10 @@ def attention(
     if query.shape[-2] != key.shape[-2]:
         raise ValueError(f"{query.shape[-2]} queries for {key.shape[-2]} keys; older keys belong into past")
     check_heads(query, key, value, *(past or ()))
+    if further is not None:
+        if order == 2 or soft_cap is not None:
+            raise ValueError("further tokens are seen at order 0 and 1, and without a soft cap")
+        return further_attention(query, key, value, past=past, window=window, further=further)
     if soft_cap is not None:
         return reference_attention(query, key, value, past=past, window=window, soft_cap=soft_cap)
     dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= query.shape[-2])

@@ -26,15 +26,15 @@ def banded_attention(
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if window is None or window >= num_keys:
         if num_queries == num_keys:
-            return _attend(query, key, value, is_causal=num_keys > 1)
+            return attend(query, key, value, is_causal=num_keys > 1)
         mask = visible(num_queries, num_keys, None, query.device) if num_queries > 1 else None
-        return _attend(query, key, value, mask)
+        return attend(query, key, value, mask)
 
     block = min(LARGEST_BLOCK, max(16, window // 2))
     if num_queries <= block:
         recent = min(num_keys, window - 1 + num_queries)
         mask = _band(num_queries, recent, window, query) if num_queries > 1 else None
-        return _attend(query, key[..., -recent:, :], value[..., -recent:, :], mask)
+        return attend(query, key[..., -recent:, :], value[..., -recent:, :], mask)
 
     # Blocks are laid so that the first query opens one; keys before the first token and after the last are zeros.
     num_blocks, blocks_back = -(-num_queries // block), -(-(window - 1) // block)
@@ -55,7 +55,7 @@ def banded_attention(
         first_key = torch.arange(num_blocks, device=query.device)[:, None] * block
         exists = first_key + torch.arange(reach + block, device=query.device) >= absent  # [blocks, reach + block]
         mask = mask & exists[:, None, None, :]
-    out = _attend(blocks, bands(key), bands(value), mask)
+    out = attend(blocks, bands(key), bands(value), mask)
     B, N = query.shape[:2]
     return out.unflatten(1, (B, N)).permute(1, 2, 0, 3, 4).flatten(2, 3)[..., :num_queries, :]
 
@@ -80,16 +80,13 @@ def _blocks_first(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3, 4).flatten(1, 2)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool = False
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
     """PyTorch's attention of [b, N, Tq, H] over [b, G, Tk, H]; the mask is [Tq, Tk] or [b, 1, Tq, Tk]."""
-    attend = F.scaled_dot_product_attention
     if query.shape[1] == key.shape[1]:
-        return attend(query, key, value, attn_mask=mask, is_causal=is_causal)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
     if query.is_cuda and (mask is not None or query.itemsize > 2 or query.shape[-1] > LARGEST_GROUPED_HEAD_DIM):
         return _attend_to_views(query, key, value, mask, is_causal)
-    return attend(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
 
 
 def _attend_to_views(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -100,10 +97,9 @@ def _attend_to_views(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     """
     b, N, Tq, H = query.shape
     G = key.shape[1]
-    attend = F.scaled_dot_product_attention
     if mask is not None and mask.ndim == 4:
-        rows = attend(folded(query, G), key, value, attn_mask=mask.repeat(1, 1, N // G, 1))
+        rows = F.scaled_dot_product_attention(folded(query, G), key, value, attn_mask=mask.repeat(1, 1, N // G, 1))
         return rows.unflatten(2, (N // G, Tq)).flatten(1, 2)
     key, value = (x.reshape(b * G, 1, *x.shape[2:]).expand(-1, N // G, -1, -1) for x in (key, value))
     query = query.reshape(b * G, N // G, Tq, H)
-    return attend(query, key, value, attn_mask=mask, is_causal=is_causal).reshape(b, N, Tq, H)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal).reshape(b, N, Tq, H)
