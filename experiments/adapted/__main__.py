@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.adapted import answers, low_rank, pack, plan, recall, rehearsal
+from experiments.adapted import answers, kept, low_rank, pack, plan, recall, rehearsal
 from experiments.plan import Job
 from experiments.run import Runner
 
-PARTS = (plan, recall, answers)
+PARTS = (plan, recall, answers, kept)
 """Modules whose `jobs(plan)` add jobs."""
 
 

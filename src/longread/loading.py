@@ -50,7 +50,7 @@ class OpenModel(NamedTuple):
         learn = self.learns if learn is None else learn
         return Session(self.model, self.inner, learn=learn, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
 
-    def keeping(self, tokens: int, *, run: int = 32, distance: int | None = None) -> OpenModel:
+    def keeping(self, tokens: int, *, run: int = 16, distance: int | None = None) -> OpenModel:
         """The same weights, which see beside each window so many tokens that have left it (`longread.inner_loop.kept`).
 
         Nothing is trained for it. Its sessions are those of another model: they hold what is kept.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop import Decoder, begin, read
+from longread.inner_loop import Decoder, ReadingState, begin, read
 from longread.model import Transformer
 from longread.session.sampling import Sampling, choose, seeded
 
@@ -45,6 +45,7 @@ def continue_texts(
     forbidden: Sequence[int] = (),
     probe: Tensor | None = None,
     enough: Callable[[Tensor], bool] | None = None,
+    state: ReadingState | None = None,
 ) -> BatchContinuation:
     """Reads a prompt into each sequence, then writes and reads (and, if `learn`, learns from) what `sampling` asks for.
 
@@ -55,8 +56,10 @@ def continue_texts(
         forbidden: ids that are never written.
         probe: int64 [B, p], p >= 1, scored after the prompt as if these tokens came next, and forgotten again.
         enough: given what was written so far [B, m], says from time to time whether to stop early.
+        state: what comes before the prompts, already read; None: nothing.
     """
-    reading = read(model, begin(model, len(prompts)), prompts.to(model.device), inner=inner, learn=learn)
+    state = begin(model, len(prompts)) if state is None else state
+    reading = read(model, state, prompts.to(model.device), inner=inner, learn=learn)
     probed = None
     if probe is not None:
         probed = read(model, reading.state, probe.to(model.device), inner=inner, learn=False).nll.cpu()
@@ -82,4 +85,4 @@ def continue_texts(
     decoder.rest()
     tokens = torch.stack(written, 1) if written else prompts.new_empty(len(prompts), 0)
     first = [next((i for i, fine in enumerate(row) if not fine), None) for row in sound[:, : len(written)].tolist()]
-    return BatchContinuation(tokens.cpu(), [None if i is None else prompts.shape[1] + i for i in first], probed)
+    return BatchContinuation(tokens.cpu(), [None if i is None else reading.state.position + i for i in first], probed)

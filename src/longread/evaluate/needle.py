@@ -24,6 +24,7 @@ from longread.evaluate.estimate import Estimate, ratio, wilson
 from longread.evaluate.figures import Chart, Figures, Grid, colors, estimate_line, share_cell
 from longread.evaluate.haystack import VARIANTS, Probe, Sample
 from longread.evaluate.summary import finite
+from longread.inner_loop import ReadingState
 from longread.model import Transformer
 from longread.session import Sampling
 from longread.tokenizer import Tokenizer
@@ -117,6 +118,7 @@ def search(
     batch_size: int = 8,
     max_tokens: int = ANSWER_TOKENS,
     on_samples: Callable[[int], None] | None = None,
+    begun: Callable[[Sequence[Sample]], ReadingState] | None = None,
 ) -> Search:
     """Reads each prompt and answers it, prompts of one length side by side.
 
@@ -125,6 +127,7 @@ def search(
     Args:
         samples: encoded with `tokenizer`, the model's own.
         on_samples: told how many more prompts have been answered.
+        begun: reads the first tokens of a batch of prompts, at least one less than they have; None: nobody does.
     """
     learn = learn and model.config.num_suffix_blocks > 0
     reading = "static" if not model.config.num_suffix_blocks else "learning" if learn else "frozen"
@@ -142,8 +145,17 @@ def search(
         probe = torch.zeros(len(batch), max(map(len, values)), dtype=torch.long)
         for row, ids in zip(probe, values, strict=True):
             row[: len(ids)] = torch.tensor(ids)
+        state = begun(batch) if begun else None
         answers = continue_texts(
-            model, inner, prompts, sampling, learn=learn, forbidden=unknown, probe=probe, enough=enough
+            model,
+            inner,
+            prompts if state is None else prompts[:, state.position :],
+            sampling,
+            learn=learn,
+            forbidden=unknown,
+            probe=probe,
+            enough=enough,
+            state=state,
         )
         for i, sample in enumerate(batch):
             nats = math.nan if answers.probe_nll is None else answers.probe_nll[i, : len(values[i])].sum().item()

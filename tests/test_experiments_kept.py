@@ -1,0 +1,75 @@
+"""Jobs with kept tokens: models of the same weights, and what is kept where something else than surprise decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from experiments.adapted import kept, recall
+
+from longread.evaluate import VARIANTS, Sample, essays, make_samples
+from longread.loading import OpenModel, open_model
+from tests.small_model import TEXT, save_small_model
+
+CONTEXT = 700
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_small_model(tmp_path / "model", seed=1)
+    assert kept.main(["save", str(tmp_path / "model"), str(tmp_path / "kept"), "--tokens", "240", "--run", "4"]) == 0
+    return tmp_path / "kept"
+
+
+def prompts(opened: OpenModel) -> list[Sample]:
+    hay = essays([TEXT], opened.tokenizer, CONTEXT, repeat=True)
+    return make_samples(opened.tokenizer, VARIANTS[2], hay, CONTEXT, (0.2, 0.5), 1, seed=0)
+
+
+def test_the_same_weights_keep_tokens(model: Path) -> None:
+    opened, base = open_model(model, "cpu"), open_model(model.parent / "model", "cpu")
+    assert (opened.model.config.kept_tokens, opened.model.config.kept_run) == (240, 4)
+    assert torch.equal(opened.model.embedding.weight, base.model.embedding.weight)
+    assert opened.session().read(TEXT)[1:40].equal(base.session().read(TEXT)[1:40])
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_an_oracle_keeps_each_needle_and_the_first_tokens(model: Path, learn: bool) -> None:
+    opened = open_model(model, "cpu")
+    samples = prompts(opened)
+    state = kept.read_choosing(opened, samples, learn=learn, choose=kept.NEEDLES)
+    assert state.position == (CONTEXT - 1 - 1) // 32 * 32
+    assert state.kept is not None
+    for row, sample in zip(state.kept.position.tolist(), samples, strict=True):
+        assert {*range(4), *range(sample.needle_start, sample.needle_end)} <= {*row}
+
+
+def test_by_chance_the_first_tokens_stay_and_what_else_has_nothing_to_do_with_its_loss(model: Path) -> None:
+    opened = open_model(model, "cpu")
+    samples = prompts(opened)
+    states = [kept.read_choosing(opened, samples, learn=False, choose=kept.CHANCE) for _ in range(2)]
+    assert states[0].kept is not None
+    assert states[1].kept is not None
+    assert torch.equal(states[0].kept.position, states[1].kept.position)
+    assert states[0].kept.position[:, :4].tolist() == [[0, 1, 2, 3]] * 2
+    assert states[0].kept.surprise[:, 4:].max() < 1
+
+
+@pytest.mark.parametrize("choose", [None, kept.NEEDLES])
+def test_needles_are_asked_for_as_the_command_line_asks(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choose: str | None
+) -> None:
+    for name, value in (("VARIANTS", (2,)), ("DEPTHS", (0.3,)), ("PER_DEPTH", 2), ("ANSWER_TOKENS", 3)):
+        monkeypatch.setattr(recall, name, value)
+    (tmp_path / "book.txt").write_text(TEXT * 9, encoding="utf-8")
+    out = tmp_path / "out" / "asked.json"
+    arguments = ["ask", str(model), "--haystack", str(tmp_path / "book.txt"), "--contexts", str(CONTEXT)]
+    arguments += ["--longest", str(CONTEXT), "--json", str(out), *(["--choose", choose] if choose else [])]
+    assert kept.main(arguments) == 0
+    results = json.loads(out.read_text())["results"]
+    assert [result["reading"] for result in results] == ["learning", "frozen"]
+    assert all(len(result["trials"]) == 2 for result in results)
+    costs = [trial["value_nats"] for trial in results[1]["trials"]]
+    assert all(0 < cost < 100 for cost in costs)
