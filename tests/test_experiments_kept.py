@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from experiments.adapted import kept, recall
+from experiments.pages import kept_tokens as page
+from experiments.results import Results
 
 from longread.evaluate import VARIANTS, Sample, essays, make_samples
 from longread.loading import OpenModel, open_model
@@ -73,3 +75,25 @@ def test_needles_are_asked_for_as_the_command_line_asks(
     assert all(len(result["trials"]) == 2 for result in results)
     costs = [trial["value_nats"] for trial in results[1]["trials"]]
     assert all(0 < cost < 100 for cost in costs)
+
+
+def test_the_page_says_which_needles_were_found_at_which_context() -> None:
+    def trial(context: int, inside: bool, found: bool) -> dict[str, object]:
+        where = {"variant": "S-NIAH-2", "context_length": context, "inside_window": inside}
+        return where | {"found": found, "value_nats": 1.0 if found else 20.0, "diverged_at": None}
+
+    far = [4096, 4096, 4096, 16384]
+    found = Results()
+    for job, right in (("needle-first-order", "0000"), ("kept-256", "1110"), ("kept-256-needle", "1111")):
+        trials = [trial(4096, True, True), *(trial(c, False, r == "1") for c, r in zip(far, right, strict=True))]
+        found.evaluations[job] = {"question": {"results": [{"reading": "frozen", "trials": trials}]}}
+    tables = {table.caption: table for table in page.tables(page.gather(found))}
+    shown = tables["S-NIAH-2, frozen, needles found:"]
+    assert shown.head == ["", "beyond, 4,096", "beyond, 16,384"]
+    assert [list(row) for row in shown.rows] == [
+        ["reader", "0 of 3", "0 of 1"],
+        ["256 kept", "3 of 3", "0 of 1"],
+        ["256 kept, the needle always", "3 of 3", "1 of 1"],
+    ]
+    pairs = [list(row) for row in tables[page._PAIRS].rows]
+    assert pairs[0][:5] == ["256 kept, reader: both frozen", "S-NIAH-2", "4", "3", "0"]

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from longread.checkpoint import save_model
+from longread.cli import main as command
 from longread.config import ModelConfig, OptimizerConfig, RunConfig, UserError
-from longread.engine import largest_session
+from longread.engine import Engine, Limits, Sampling as EngineSampling, largest_session
 from longread.files import read_tensors, write_tensors_atomically
 from longread.flops import decoding_bytes, reading_flops
 from longread.inner_loop import begin, read
@@ -21,6 +23,7 @@ from longread.ops.attention.reference import reference_attention
 from longread.outer_loop import end_to_end_loss, static_loss
 from longread.session import Session
 from longread.speculative import Speculation
+from longread.tokenizer import ByteTokenizer
 from tests import tiny
 from tests.small_model import TEXT, save_small_model
 from tests.tiny import INNER, M, make, text
@@ -101,6 +104,20 @@ def test_what_it_writes_it_has_read(learn: bool) -> None:
     reader.read(written)
     for x, y in zip(session.state.tensors, reader.state.tensors, strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_an_engine_reads_and_writes_side_by_side_what_a_session_does() -> None:
+    model, texts = keeping(), [text(18, 1), text(37, 2)]
+    with Engine(model, INNER, limits=Limits(device_bytes=2 * largest_session(model), batch_invariant=False)) as engine:
+        ids = [engine.create().id for _ in texts]
+        for sid, tokens in zip(ids, texts, strict=True):
+            engine.append(sid, tokens).result(60)
+        tasks = [engine.generate(sid, EngineSampling(max_tokens=15, temperature=0)) for sid in ids]
+        written = [[token.id for token in task] for task in tasks]
+    for tokens, found in zip(texts, written, strict=True):
+        session = Session(model, INNER)
+        session.read(tokens)
+        assert list(session.generate(15, temperature=0)) == found
 
 
 def test_texts_at_other_positions_are_read_together_as_alone() -> None:
@@ -192,6 +209,22 @@ def test_a_model_that_was_not_trained_for_it_is_opened_keeping(tmp_path: Path) -
     assert not torch.allclose(found[100:], before[100:])
     session.save(tmp_path / "a.session")
     assert torch.equal(keeps.restore(tmp_path / "a.session").read("More."), session.read("More."))
+
+
+def test_the_command_line_takes_a_model_that_keeps_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_small_model(tmp_path / "model", seed=1)
+    keeps = open_model(tmp_path / "model", "cpu").keeping(16, run=4)
+    save_model(tmp_path / "kept", keeps.model, keeps.inner, ByteTokenizer().fingerprint)
+    ByteTokenizer().save(tmp_path / "kept")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    kept, book, saved = (str(tmp_path / name) for name in ("kept", "text.txt", "a.session"))
+    assert command(["estimate", kept]) == 0
+    assert "of that 16 tokens kept beyond the window" in capsys.readouterr().out
+    assert command(["evaluate", kept, "--full", kept, "--data", book, "--max-tokens", "257"]) == 0
+    assert command(["read", book, "--model", kept, "--save", saved]) == 0
+    assert command(["generate", "--model", kept, "--session", saved, "--max-tokens", "5"]) == 0
+    assert command(["train", kept, "--data", book, "--out", str(tmp_path / "run")]) == 2
+    assert "training knows no kept tokens" in capsys.readouterr().err
 
 
 def test_sizes_and_operations_count_what_is_kept() -> None:

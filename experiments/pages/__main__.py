@@ -30,6 +30,7 @@ from experiments.pages import (
     demo,
     derivation,
     equal,
+    kept_tokens,
     meta,
     needles,
     pretrained,
@@ -59,6 +60,7 @@ PAGES = (
     adapted,
     answers,
     recall,
+    kept_tokens,
 )
 OTHERS = (demo, pretrained, speculative)
 """Of other commands, each of which left several files of figures."""

@@ -101,13 +101,14 @@ def _sessions(config: ModelConfig, precision: str, context: int, memory: float |
     """The memory of a session at rest and while it writes and, of a device's memory, how many of them fit."""
     from longread.engine import capacity, session_sizes
     from longread.engine.memory import MOST_TOGETHER, SHARE
+    from longread.inner_loop.kept import kept_nbytes
 
     model = _on_no_device(config, precision)
     item = model.dtype.itemsize
     weights = config.num_parameters * item
     full = any(config.window_of(i) is None for i in range(config.num_blocks))
     session = session_sizes(model, context)
-    dense_config = dataclasses.replace(config, attention="full", mixer="attention", num_suffix_blocks=0)
+    dense_config = dataclasses.replace(config, attention="full", mixer="attention", num_suffix_blocks=0, kept_tokens=0)
     dense = session_sizes(_on_no_device(dense_config, precision), context)
     rows = [
         (f"parameters, {config.num_parameters / 1e6:,.1f} million in {precision}", weights),
@@ -115,6 +116,9 @@ def _sessions(config: ModelConfig, precision: str, context: int, memory: float |
     ]
     if config.num_fast_weights:
         rows.append(("  of that fast weights, in float32", config.num_fast_weights * 4))
+    if config.kept_tokens:
+        rows.append((f"  of that {config.kept_tokens:,} tokens kept beyond the window", kept_nbytes(model)))
+    elif config.num_fast_weights:
         rows.append(("more in the place where it writes", session.writing - session.resting))
     beside_dense = dense.resting > session.resting and config != dense_config
     if beside_dense:

@@ -51,7 +51,9 @@ def read_whole(opened: OpenModel) -> OpenModel:
     config = opened.model.config
     if config.mixer != "attention":
         raise UserError(f"{opened.name} has model.mixer {config.mixer}; leave it out of --full")
-    whole = _read_by(opened, dataclasses.replace(config, attention="full"), f"{opened.name}, full attention")
+    whole = _read_by(
+        opened, dataclasses.replace(config, attention="full", kept_tokens=0), f"{opened.name}, full attention"
+    )
     return whole._replace(learns=False)
 
 

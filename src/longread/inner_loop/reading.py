@@ -347,7 +347,7 @@ class _Reader:
             first = last
 
     def _until_decision(self, most: int) -> int:
-        """Tokens, `most` at most, that are read frozen until it is decided again which are kept, which it does if due."""
+        """Tokens, at most so many, to read frozen until what is kept is decided again; decides now if that is due."""
         window = self.model.config.window_size
         if self.state.kept is None:
             return most
