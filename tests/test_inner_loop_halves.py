@@ -148,3 +148,13 @@ def test_large_networks_share_every_operation(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(halves, "MOST_WORK", 2 * model.config.num_parameters * M - 1)
     assert halves.threads_below(model, 1, 8 * M)
     assert not halves.threads_below(model, 2, 8 * M)
+
+
+def test_where_tokens_are_kept_the_halves_take_turns(stretches: list[tuple[str, int]]) -> None:
+    threads = []
+    for count in (0, 5):
+        reading(make(3, kept_tokens=count), 12 * M)
+        threads.append({name for name, _ in stretches})
+        stretches.clear()
+    assert len(threads[0]) == 2
+    assert threads[1] == {threading.current_thread().name}

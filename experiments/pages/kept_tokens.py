@@ -43,6 +43,10 @@ def gather(found: Results) -> dict[str, Any]:
 
 
 def tables(results: Data) -> Iterator[Table]:
+    yield from (table for table in _tables(results) if table.rows)
+
+
+def _tables(results: Data) -> Iterator[Table]:
     asked = results["asked"]
     for reading in ("learning", "frozen"):
         for variant in recall.VARIANTS:

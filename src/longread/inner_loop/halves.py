@@ -48,6 +48,8 @@ def threads_below(model: Transformer, batch_size: int, num_tokens: int) -> int:
     small = config.num_parameters * config.mini_batch_size * batch_size <= MOST_WORK
     if model.device.type != "cpu" or threads < 2 or not small or num_tokens < FEWEST * stretch_of(config):
         return 0
+    if config.kept_tokens:  # which the lower half sees is decided by what the upper one has predicted
+        return 0
     below = lower_flops(config, num_tokens) / reading_flops(config, num_tokens)
     count = min(max(1, round(threads * below)), threads - 1)
     uneven = threads * max(below / count, (1 - below) / (threads - count))
