@@ -6,6 +6,7 @@ out N times.
 
 reference.py   every score in one matrix; any order of derivative; the twin that defines the result
 banded.py      blocks of queries over their band of keys, by PyTorch's fused kernels; order 1; memory O(T)
+inner.py       one mini-batch over a past without a gradient, on one thread of a CPU; order 1
 triton.py      kernels of our own for NVIDIA GPUs; order 2; memory O(T)
 further.py     also over a few older tokens, each query told which; order 1; memory T × all keys
 ring.py        one new token a sequence over a ring of keys, for decoding: a contract of its own
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from longread.ops.attention.banded import banded_attention
 from longread.ops.attention.further import Further, further_attention
+from longread.ops.attention.inner import inner_attention, pays
 from longread.ops.attention.reference import check_heads, reference_attention
 from longread.ops.fusible import fusible
 
@@ -82,5 +84,7 @@ def attention(
         from longread.ops.attention.triton import triton_attention
 
         return triton_attention(query, key, value, past=past, window=window, gains=gains)
+    if past is not None and order == 1 and pays(query, past, window):
+        return inner_attention(query, key, value, past=past, window=window)
     implementation = reference_attention if order == 2 else banded_attention
     return implementation(query, key, value, past=past, window=window)

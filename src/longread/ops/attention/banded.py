@@ -63,13 +63,14 @@ def banded_attention(
 def _band(num_queries: int, num_keys: int, window: int, query: Tensor) -> Tensor:
     """What `visible` says, as PyTorch's kernel for this query takes it in: on a CPU as numbers to add."""
     if query.is_cpu:
-        return _added(num_queries, num_keys, window, query.dtype)
+        return added_mask(num_queries, num_keys, window, query.dtype)
     return visible(num_queries, num_keys, window, query.device)
 
 
 @functools.lru_cache(maxsize=4)
-def _added(num_queries: int, num_keys: int, window: int, dtype: torch.dtype) -> Tensor:
-    """Kept, since making it takes a good part of the attention of one mini-batch. Changed by nobody."""
+def added_mask(num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What `visible` says, as numbers to add to scores. Kept, since making it takes a good part of the attention of one
+    mini-batch. Changed by nobody."""
     with torch.inference_mode(False):
         mask = visible(num_queries, num_keys, window, torch.device("cpu"))
         return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
