@@ -126,20 +126,36 @@ def test_what_fails_below_fails_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "tokens", "threads"),
+    ("tokens", "threads", "found"), [(4 * M, 2, 1), (4 * M - 1, 2, 0), (4 * M, 1, 0)], ids=["", "short", "one thread"]
+)
+def test_short_texts_and_a_single_thread_are_not_divided(tokens: int, threads: int, found: int) -> None:
+    torch.set_num_threads(threads)
+    assert halves.threads_below(make(0), 1, tokens) == found
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_blocks": 4, "num_suffix_blocks": 4}, {"num_blocks": 8, "num_suffix_blocks": 1}]
+)
+def test_halves_of_much_unlike_work_take_turns(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(0, **changes)
+    assert halves.threads_below(model, 1, 8 * M) == 1
+    monkeypatch.setattr(halves, "MOST_UNEVEN", 1.25)
+    assert halves.threads_below(model, 1, 8 * M) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
     [
-        pytest.param({}, 8 * M, 1, id="one thread"),
-        pytest.param({}, 5 * M, ALL, id="a short text"),
-        pytest.param({"num_blocks": 4, "num_suffix_blocks": 4}, 8 * M, 2, id="all above"),
-        pytest.param({"num_blocks": 8, "num_suffix_blocks": 1}, 8 * M, 2, id="much more below"),
+        (4 * M, [2 * M, M, M]),
+        (7 * M + 1, [2 * M, 2 * M, M, M, M, 1]),
+        (8 * M, [2 * M, 2 * M, 2 * M, M, M]),
     ],
 )
-def test_elsewhere_the_halves_take_turns(
-    changes: dict[str, object], tokens: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(halves, "MOST_UNEVEN", 1.25)
-    torch.set_num_threads(threads)
-    assert halves.threads_below(make(0, **changes), 1, tokens) == 0
+def test_stretches_are_short_at_the_end(tokens: int, sizes: list[int]) -> None:
+    model = make(0)
+    lower, _ = model.empty_pasts(1)
+    found = halves.lower_stretches(model, torch.tensor([text(tokens)]), lower, 0)
+    assert [hidden.shape[1] for hidden, _ in found] == sizes
 
 
 def test_large_networks_share_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:

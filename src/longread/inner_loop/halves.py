@@ -23,11 +23,12 @@ from longread.flops import lower_flops, reading_flops
 from longread.model import Past, Transformer
 
 STRETCH = 256
-"""Tokens for which the lower half runs at once here, or a mini-batch, if that is longer."""
+"""Tokens for which the lower half runs at once here, or a mini-batch, if that is longer, and at the end of the tokens:
+the last stretch is left to the upper half alone."""
 AHEAD = 2
 """Stretches by which it is ahead at most."""
-FEWEST = 3
-"""Stretches that are worth it: the upper half has to wait for the first."""
+FEWEST = 2
+"""Stretches that are worth it: the first is computed before, by all threads."""
 MOST_WORK = 2e9
 """Parameters times tokens of the mini-batches of all sequences; with more, operations are long enough to be shared."""
 MOST_UNEVEN = 1.25
@@ -61,7 +62,10 @@ def lower_stretches(
     model: Transformer, tokens: Tensor, pasts: Sequence[Past], start: int | Tensor
 ) -> Iterator[tuple[Tensor, tuple[Past, ...]]]:
     """`Transformer.lower` over tokens [B, n] at positions from `start` on, and the pasts after each stretch."""
-    for part in tokens.split(stretch_of(model.config), dim=1):
+    stretch = stretch_of(model.config)
+    while left := tokens.shape[1]:
+        size = min(left, stretch if left >= 2 * stretch else model.config.mini_batch_size)
+        part, tokens = tokens[:, :size], tokens[:, size:]
         hidden, own = model.lower(part, pasts, start=start)
         pasts = model.advance(pasts, own, 0)
         start = start + part.shape[1]

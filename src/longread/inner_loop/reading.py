@@ -15,6 +15,7 @@ worse than one that knows nothing. Whether learning or the text is to blame show
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -302,8 +303,9 @@ class _Reader:
     def _learn_side_by_side(self, tokens: Tensor, mask: Tensor, threads: int) -> None:
         """Reads from the border of two mini-batches on, while so many threads run the lower half ahead."""
         stretches, done = lower_stretches(self.model, tokens, self.state.lower_pasts, self.state.start), 0
+        first = next(stretches)
         with Ahead(stretches, threads) as ahead, self.pauses.within(ahead.undivided):
-            for hidden, lower_pasts in ahead:
+            for hidden, lower_pasts in itertools.chain((first,), ahead):
                 self.pauses.after_lower(hidden.shape[1])
                 self._move(lower_pasts=lower_pasts)
                 self._learn_from(hidden, tokens[:, done:], mask[:, done:])
