@@ -73,7 +73,10 @@ def jobs(plan: Plan) -> None:
         commands = [Command(save, model / "config.json")]
         if arm.reads_books and not arm.chosen:
             commands += [plan.evaluation(arm.name, BOOK_UNITS), plan.size(arm.name)]
-        contexts, longest = (sorted({plan.shown(u) * plan.unit for u in units}) for units in (arm.contexts, CONTEXTS))
+        contexts, longest = (
+            sorted({max(recall.SHORTEST, plan.shown(units) * plan.unit) for units in given})
+            for given in (arm.contexts, CONTEXTS)
+        )
         ask = ["-m", __name__, "ask", str(model), "--haystack", str(plan.data / "books"), "--contexts"]
         ask += [*map(str, contexts), "--longest", str(longest[-1]), "--json", str(result)]
         commands.append(Command((*ask, *(["--choose", arm.chosen] if arm.chosen else [])), result))
