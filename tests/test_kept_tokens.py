@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longread.checkpoint import save_model
+from longread.checkpoint import export_official, save_model
 from longread.cli import main as command
 from longread.config import ModelConfig, OptimizerConfig, RunConfig, UserError
 from longread.engine import Engine, Limits, Sampling as EngineSampling, largest_session
@@ -21,6 +21,7 @@ from longread.model import Transformer
 from longread.ops.attention import Further, attention
 from longread.ops.attention.reference import reference_attention
 from longread.outer_loop import end_to_end_loss, static_loss
+from longread.pretrained.back_config import plain_of
 from longread.session import Session
 from longread.speculative import Speculation
 from longread.tokenizer import ByteTokenizer
@@ -172,6 +173,14 @@ def test_training_is_refused() -> None:
         RunConfig(
             name="a", model=model.config, optimizer=OptimizerConfig(lr=1e-3), context_length=8, batch_size=1, steps=1
         )
+
+
+def test_formats_that_cannot_say_it_are_refused(tmp_path: Path) -> None:
+    model = keeping()
+    with pytest.raises(UserError, match="the official layout knows no kept tokens"):
+        export_official(tmp_path / "official", model, INNER)
+    with pytest.raises(UserError, match="a plain model knows no kept tokens"):
+        plain_of(model.config, {})
 
 
 def test_a_verifier_takes_no_tokens_back_then() -> None:
