@@ -51,8 +51,13 @@ def row(name: str, nbytes: float, ours: Callable[[], Any], peer: Callable[[], An
 
 def second(function: Any, saved: tuple[Any, ...], *cotangents: Any, **more: Any) -> Callable[[], Any]:
     """The backward of a Function as autograd would call it, without autograd."""
-    ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True,) * 32, next_functions=(), **more)
+    ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True,) * 32, next_functions=((None, 0),) * 32, **more)
     return lambda: function.backward(ctx, *cotangents)
+
+
+def norm_gradient(x: Tensor, gain: Tensor, dy: Tensor, scale: Tensor, table: Tensor | None, with_gain: bool) -> Any:
+    """That of the kernels, where nothing else comes for x."""
+    return fused_norm._NormGradient.apply(x, gain, dy, None, None, scale, table, None, with_gain, False)
 
 
 def time_copy() -> None:
@@ -88,13 +93,13 @@ def time_norms(size: str, tokens: int) -> None:
         row(
             f"  backward{' with gain' if flag else ''}",
             3 * once,
-            lambda flag=flag: ours._NormGradient.apply(x, gain, dy, scale, None, flag),
+            lambda flag=flag: norm_gradient(x, gain, dy, scale, None, flag),
             lambda flag=flag: theirs._NormGradient.apply(wide, gain, wide_dy, wide_scale, flag),
         )
     row(
         "  second order",
         5 * once,
-        second(ours._NormGradient, (x, gain, dy, scale, None), u, None),
+        second(ours._NormGradient, (x, gain, dy, scale, None), u, None, None, sums=None),
         second(theirs._NormGradient, (wide, gain, wide_dy, wide_scale, s), wide_u, None),
     )
 
@@ -107,19 +112,17 @@ def time_norms(size: str, tokens: int) -> None:
         lambda: ours.triton_rms_norm(heads, head_gain, EPS, rotary=rotary),
         lambda: theirs.explicit_rms_norm(heads, head_gain, EPS),
     )
-    row(
-        "    backward", 3 * once, lambda: ours._NormGradient.apply(heads, head_gain, heads_dy, head_scale, table, False)
-    )
+    row("    backward", 3 * once, lambda: norm_gradient(heads, head_gain, heads_dy, head_scale, table, False))
     dense = heads_dy.contiguous()
     row(
         "    backward, dy [B, N, T, H]",
         3 * once,
-        lambda: ours._NormGradient.apply(heads, head_gain, dense, head_scale, table, False),
+        lambda: norm_gradient(heads, head_gain, dense, head_scale, table, False),
     )
     row(
         "    second order",
         5 * once,
-        second(ours._NormGradient, (heads, head_gain, heads_dy, head_scale, table), heads_u, None),
+        second(ours._NormGradient, (heads, head_gain, heads_dy, head_scale, table), heads_u, None, None, sums=None),
     )
     row(
         f"  rotate heads of {H}",
@@ -142,10 +145,14 @@ def time_gate(size: str, tokens: int) -> None:
     row(
         "  backward",
         5 * a.nbytes,
-        lambda: ours._GateGradient.apply(a, b, dh),
-        lambda: theirs._GateGradient.apply(a, b, dh),
+        lambda: ours._GateGradient.apply(a, b, dh, "silu"),
+        lambda: theirs._GateGradient.apply(a, b, dh, "silu"),
     )
-    row("  second order", 8 * a.nbytes, *(second(m._GateGradient, (a, b, dh), u, v) for m in (ours, theirs)))
+    row(
+        "  second order",
+        8 * a.nbytes,
+        *(second(m._GateGradient, (a, b, dh), u, v, activation="silu") for m in (ours, theirs)),
+    )
 
 
 def time_loss(size: str, tokens: int) -> None:
@@ -276,10 +283,12 @@ def norm_cases(size: str) -> dict[str, Callable[[], Any]]:
     table, head_gain = fused_rotary.table_of(rotary, heads), torch.ones(D // N, device="cuda")
     return {
         f"{size} forward": lambda: f.triton_rms_norm(x, gain, EPS),
-        f"{size} backward and gain": lambda: f._NormGradient.apply(x, gain, dy, scale, None, True),
-        f"{size} second": second(f._NormGradient, (x, gain, dy, scale, None), u, None),
+        f"{size} backward and gain": lambda: norm_gradient(x, gain, dy, scale, None, True),
+        f"{size} second": second(f._NormGradient, (x, gain, dy, scale, None), u, None, None, sums=None),
         f"{size} heads forward": lambda: f.triton_rms_norm(heads, head_gain, EPS, rotary=rotary),
-        f"{size} heads second": second(f._NormGradient, (heads, head_gain, heads_dy, head_scale, table), heads_u, None),
+        f"{size} heads second": second(
+            f._NormGradient, (heads, head_gain, heads_dy, head_scale, table), heads_u, None, None, sums=None
+        ),
     }
 
 
@@ -299,7 +308,7 @@ def sweeps() -> None:
         [{"BLOCK": block, "WARPS": warps} for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8))],
         {
             "forward": lambda: fused_gate.triton_swiglu(a, b),
-            "second": second(fused_gate._GateGradient, (a, b, dh), u, v),
+            "second": second(fused_gate._GateGradient, (a, b, dh), u, v, activation="silu"),
         },
     )
 

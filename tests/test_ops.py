@@ -21,8 +21,8 @@ from longread.ops.cross_entropy.reference import reference_cross_entropy
 from longread.ops.fast_mlp import fast_mlp
 from longread.ops.fast_mlp.reference import reference_fast_mlp
 from longread.ops.linear import SharedWeight, linear
-from longread.ops.needed import needed_inputs
-from longread.ops.rms_norm import rms_norm
+from longread.ops.needed import handed_on, needed_inputs
+from longread.ops.rms_norm import rms_norm, rms_norm_and_input, shared_gain
 from longread.ops.rms_norm.reference import reference_rms_norm
 from longread.ops.swiglu import Activation, swiglu
 from longread.ops.swiglu.reference import reference_swiglu
@@ -77,6 +77,17 @@ def test_rms_norm_whose_gain_is_held_constant() -> None:
         mixed = (dx * draw(2, 5, 7, seed=2).detach()).sum()
         results.append([dx, *torch.autograd.grad(mixed, [x, gain, cotangent])])
     agree(*results)
+
+
+def test_a_shared_gain_gathers_the_gradient_of_all_its_uses() -> None:
+    gain, x, results = draw(7, seed=9), draw(2, 5, 7), []
+    for shared in (True, False):
+        weight = shared_gain(gain) if shared else gain
+        normed, beside = rms_norm_and_input(x, weight, 1e-5)
+        out = rms_norm(normed.sin(), weight, 1e-5, residual=beside).cos().sum()
+        (inner,) = torch.autograd.grad(out, [x], create_graph=True)  # as the inner step does
+        results.append(torch.autograd.grad((inner * draw(2, 5, 7, seed=3).detach()).sum() + out, [x, gain]))
+    agree(list(results[0]), list(results[1]))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -388,6 +399,22 @@ def test_several_weights_shared_as_one(biased: bool) -> None:
     agree(list(results[0]), list(results[1]))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_several_wider_weights_as_one(biased: bool) -> None:
+    weights, biases = [draw(5, 3), draw(2, 3, seed=4)], [draw(5, seed=5), draw(2, seed=6)] if biased else []
+    results = []
+    for dtype in (torch.float32, D64):  # of float64 the weights are not cast
+        x = draw(2, 4, 3, seed=1).detach().to(dtype).requires_grad_()
+        out = linear(x, weights, biases or None)
+        parts = torch.cat([linear(x, *pair) for pair in zip(weights, biases or [None, None], strict=True)], dim=-1)
+        torch.testing.assert_close(out, parts)
+        first = torch.autograd.grad(out.sin().sum(), [x, *weights, *biases], create_graph=True)
+        total = sum((g * draw(*g.shape, seed=3 + i).detach()).sum() for i, g in enumerate(first)) + out.sum()
+        results.append([*first, *torch.autograd.grad(total, [x, *weights, *biases])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-5, atol=1e-5)
+
+
 def test_a_shared_weight_refuses_to_have_its_gradient_recorded() -> None:
     weight, x = draw(5, 3), draw(4, 3, seed=1)
     with pytest.raises(RuntimeError, match="taken once, at the end"):
@@ -407,3 +434,33 @@ def test_fast_mlp_and_all_its_derivatives(masked: tuple[int, ...], activation: A
         mixed = sum((g * draw(*g.shape, seed=5 + i).detach()).sum() for i, g in enumerate(first))
         results.append([out, *first, *torch.autograd.grad(mixed, inputs)])
     agree(*results)
+
+
+def test_what_a_derivative_leaves_for_an_input_comes_to_the_op_itself() -> None:
+    """Apart from its own gradient, also where it alone comes, and not for what takes none."""
+    came: list[list[bool]] = []
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            read = handed_on(ctx, x, y)
+            ctx.save_for_backward(*read)
+            ctx.set_materialize_grads(False)
+            return x**3 * y, *read
+
+        @staticmethod
+        def backward(ctx: Any, d: Tensor | None, left_x: Tensor | None, left_y: Tensor | None) -> tuple[Any, Any]:
+            came.append([d is not None, left_x is not None, left_y is not None])
+            x, y = ctx.saved_tensors
+            own = torch.zeros_like(x) if d is None else 3 * x**2 * y * d
+            return own if left_x is None else own + left_x, None
+
+    x, y = draw(3), draw(3, seed=1).detach()
+    (first,) = torch.autograd.grad(Cube.apply(x, y)[0].sum(), [x], create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), [x])
+    torch.testing.assert_close(second, 6 * x * y)
+    out = Cube.apply(x, y)[0].sum()
+    (first,) = torch.autograd.grad(out, [x], create_graph=True)
+    (both,) = torch.autograd.grad(first.sum() + out, [x])
+    torch.testing.assert_close(both, 6 * x * y + 3 * x**2 * y)
+    assert came == [[True, False, False], [False, True, False], [True, False, False], [True, True, False]]

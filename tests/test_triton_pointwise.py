@@ -21,6 +21,7 @@ from longread.ops.clipped_sgd import clipped_sgd
 from longread.ops.clipped_sgd.reference import reference_clipped_sgd
 from longread.ops.cross_entropy import cross_entropy
 from longread.ops.cross_entropy.reference import reference_cross_entropy
+from longread.ops.rms_norm import shared_gain
 from longread.ops.rms_norm.reference import reference_rms_norm
 from longread.ops.rotary import frequencies, rotation
 from longread.ops.rotary.reference import reference_rotate
@@ -124,6 +125,65 @@ def test_rms_norm_of_any_strides() -> None:
             lambda x, g, view=view: reference_rms_norm(view(x), g, 1e-5),
             [draw(2, 2, 3, 4, 3), gain],
         )
+
+
+def sub_layer(x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """x is normed and used beside the norm, by kernels but in float64."""
+    if x.dtype == torch.float64:
+        return reference_rms_norm(reference_rms_norm(x, before, 1e-5).sin(), after, 1e-5, residual=x)
+    normed, beside = kernels("rms_norm").triton_rms_norm_and_input(x, before, 1e-5)
+    return kernels("rms_norm").triton_rms_norm(normed.sin(), after, 1e-5, residual=beside)
+
+
+@pytest.mark.parametrize("inner", [None, [0]], ids=["all", "x"])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 70, 64)], ids=str)
+def test_rms_norm_around_a_sub_layer(shape: tuple[int, ...], inner: list[int] | None) -> None:
+    """Two of them; what comes back for x is the sum of both of its uses, at both orders."""
+
+    def twice(x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        return sub_layer(sub_layer(x, before, after), after, before)
+
+    check(twice, twice, [draw(*shape), draw(shape[-1], seed=1), draw(shape[-1], seed=2)], 1e-5, inner)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_norms_that_share_a_gain_sum_its_gradient_once(frozen: bool) -> None:
+    """Of different numbers of rows, under an inner step; a sum that was taken is not taken again."""
+    module, results = kernels("rms_norm"), []
+    x, y, gain = draw(300, 5), draw(2, 3, 5, seed=1), draw(5, seed=2).requires_grad_(not frozen)
+    for dtype, repeat in ((torch.float32, 2), (torch.float64, 1)):
+        given = [z.detach().to(dtype).requires_grad_(z.requires_grad) for z in (x, y, gain)]
+        wanted = given[:2] if frozen else given
+        shared = given[2] if dtype == torch.float64 else shared_gain(given[2])
+        norm = reference_rms_norm if dtype == torch.float64 else module.triton_rms_norm
+        out = norm(given[0], shared, 1e-5).sin().sum() + norm(norm(given[1], shared, 1e-5), shared, 1e-5).cos().sum()
+        (inner,) = torch.autograd.grad(out, given[:1], create_graph=True)
+        total = out + inner.square().sum()
+        found = [torch.autograd.grad(total, wanted, retain_graph=True) for _ in range(repeat)]
+        results += [list(gradients) for gradients in found]
+    for found in results[:-1]:
+        agree(found, results[-1], 1e-5)
+
+
+def test_the_gradient_of_a_shared_gain_cannot_be_recorded() -> None:
+    gain = draw(5, seed=2)
+    out = kernels("rms_norm").triton_rms_norm(draw(4, 5), shared_gain(gain), 1e-5).sin().sum()
+    with pytest.raises(RuntimeError, match="taken once, at the end"):
+        torch.autograd.grad(out, [gain], create_graph=True)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_second_derivative_of_a_gate_alone(halves: bool) -> None:
+    """Nothing comes back for the gate itself then."""
+    module, results = kernels("swiglu"), []
+    for x in (draw(2, 3, 10), *wide([draw(2, 3, 10)])):
+        if x.dtype == torch.float64:
+            h = reference_swiglu(*x.chunk(2, -1))
+        else:
+            h = module.triton_swiglu_of_halves(x) if halves else module.triton_swiglu(*x.chunk(2, -1))
+        (first,) = torch.autograd.grad(h, [x], draw(2, 3, 5, seed=4).detach().to(h), create_graph=True)
+        results.append([first, *torch.autograd.grad((first * draw(2, 3, 10, seed=5).detach().to(h)).sum(), [x])])
+    agree(*results)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 2049)], ids=str)
@@ -413,7 +473,9 @@ def test_on_the_shapes_of_the_paper(width: int, heads: int, dtype: torch.dtype) 
     norm, nll = kernels("rms_norm").triton_rms_norm, kernels("cross_entropy").triton_cross_entropy
     x, gain = draw(2, 501, width, dtype=dtype), draw(width, seed=1)
     check(lambda x, g: norm(x, g, 1e-6), lambda x, g: reference_rms_norm(x, g, 1e-6), [x, gain], tolerance)
+    check(sub_layer, sub_layer, [x, gain, draw(width, seed=2)], tolerance, inner=[0])
     check(kernels("swiglu").triton_swiglu, reference_swiglu, [x, draw(*x.shape, seed=2, dtype=dtype)], tolerance)
+    check(kernels("swiglu").triton_swiglu_of_halves, lambda x: reference_swiglu(*x.chunk(2, -1)), [x], tolerance)
     check(
         lambda a, b: kernels("swiglu").triton_swiglu(a, b, "gelu_tanh"),
         lambda a, b: reference_swiglu(a, b, "gelu_tanh"),

@@ -1,8 +1,23 @@
-"""Which gradients a backward pass really asks for."""
+"""Which gradients a backward pass really asks for, and where two of them meet.
+
+An op and its derivative both read x, and PyTorch would add what comes back to x from each of them in a pass of its own.
+So an op gives x out once more, beside its result, and its derivative reads that. What is left there in the second
+backward pass is then an adjoint of the op's own output, which the op adds where it makes its own gradient of x.
+"""
 
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def handed_on(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Inputs of a custom Function as more outputs of it, for the Function of its derivative; for its `forward` to call
+    once. Those that take no gradient still take none.
+    """
+    outputs = tuple(x.view_as(x) for x in inputs)
+    ctx.mark_non_differentiable(*(y for x, y in zip(inputs, outputs, strict=True) if not x.requires_grad))
+    return outputs
 
 
 def needed_inputs(ctx: Any) -> tuple[bool, ...]:

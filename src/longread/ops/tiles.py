@@ -100,13 +100,31 @@ def tile_of(row_length: int, elements_per_warp: int = ELEMENTS_PER_WARP) -> Tile
     return Tile(rows, width, max(1, min(32, rows * width // elements_per_warp)))
 
 
-def partial_sums(rows: Rows, tile: Tile) -> Tensor:
-    """Space for the sums over rows of a kernel whose programs walk over many tiles, float32 [programs, D]."""
-    like = rows.tensors[0]
-    if not rows.total:
-        return like.new_zeros(1, like.shape[-1], dtype=torch.float32)
-    programs = min(rows.grid(tile)[0], processors(like) * max(1, WARPS_PER_PROCESSOR // tile.warps))
-    return like.new_empty(programs, like.shape[-1], dtype=torch.float32)
+class PartialSums(NamedTuple):
+    """The sums over rows of a kernel whose programs walk over many tiles, one for each program."""
+
+    sums: Tensor
+    """float32 [at least `programs`, D]."""
+    programs: int
+    goes_on: bool
+    """Whether kernels to come add to them."""
+
+    @classmethod
+    def over(cls, rows: Rows, tile: Tile, kept: list[Tensor] | None) -> "PartialSums":
+        """Space for them, not yet set; with `kept` what that holds, zeros at first, for the kernel to add to."""
+        like = rows.tensors[0]
+        most = processors(like) * max(1, WARPS_PER_PROCESSOR // tile.warps)
+        programs = min(rows.grid(tile)[0], most)
+        if kept is None:
+            new = like.new_empty if programs else like.new_zeros
+            return cls(new(max(1, programs), like.shape[-1], dtype=torch.float32), programs, False)
+        if not kept:
+            kept.append(like.new_zeros(most, like.shape[-1], dtype=torch.float32))
+        return cls(kept[0], programs, True)
+
+    def total(self, dtype: torch.dtype) -> Tensor | None:
+        """[D], unless kernels to come add to it."""
+        return None if self.goes_on else self.sums.sum(0).to(dtype)
 
 
 def processors(x: Tensor) -> int:
@@ -127,3 +145,14 @@ def row_offsets(rows, middle, inner, strides):
 def load_wide(pointer, offsets, inside):
     """A tile in float32, 0 where nothing is."""
     return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_partial_sum(pointer, tile, D: tl.constexpr, WIDTH: tl.constexpr, ONTO: tl.constexpr):
+    """The sum over the rows of a tile as this program's partial sum, or onto it."""
+    columns = tl.arange(0, WIDTH)[None, :]
+    place = pointer + tl.program_id(0) * D + columns
+    total = tl.sum(tile, axis=0, keep_dims=True)
+    if ONTO:
+        total += tl.load(place, mask=columns < D, other=0.0)
+    tl.store(place, total, mask=columns < D)

@@ -18,6 +18,8 @@ A head of 80 or 96 is 64 + 16 or 64 + 32: a tile is a tuple of one or two parts 
 every product is one instruction a part. Tiles are moved by tensor descriptors: rows beyond the end read as zeros and
 are not written, so only probabilities need masks.
 
+What the second derivative leaves for an input is added in the pass of the first (`longread.ops.needed`).
+
 Where heads share keys and values, a sweep over keys reads those of its head's group, and a program that has a block of
 keys sweeps over the queries of the whole group: its sums are complete, in an order that is always the same.
 """
@@ -31,7 +33,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from longread.ops.needed import needed_inputs
+from longread.ops.needed import handed_on, needed_inputs
 from longread.ops.precompile import settle_names
 
 
@@ -173,6 +175,19 @@ def _scale(x, by):
         return (x[0] * by,)
     else:
         return (x[0] * by, x[1] * by)
+
+
+@triton.jit
+def _plus(x, more0, more1, b, n, row):
+    """x + the tile of a tensor, if there is one."""
+    if more0 is None:
+        return x
+    else:
+        more = _load(_parts(more0, more1), b, n, row)
+        if len(x) == 1:
+            return (x[0] + more[0].to(tl.float32),)
+        else:
+            return (x[0] + more[0].to(tl.float32), x[1] + more[1].to(tl.float32))
 
 
 @triton.jit
@@ -420,7 +435,8 @@ def _query_gradient_step(dq, staying, moving, b, n, row, visible, scale, BLOCK: 
 
 @triton.jit(do_not_specialize=["T", "P", "window"])
 def _query_gradient_kernel(
-    q0, q1, o0, o1, do0, do1, dq0, dq1, k0, k1, v0, v1, pk0, pk1, pv0, pv1, lse, delta, T, P, window, scale,
+    q0, q1, o0, o1, do0, do1, dq0, dq1, left0, left1, k0, k1, v0, v1, pk0, pk1, pv0, pv1,
+    lse, delta, T, P, window, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     b, n, first_query = _position(QUERIES)
@@ -436,7 +452,7 @@ def _query_gradient_kernel(
         _query_gradient_step, _zeros(QUERIES, outputs), staying, own, past, b, n, first_query, T, P, window, scale,
         QUERIES, KEYS, GROUP, PAST, CLIPPED,
     )  # fmt: skip
-    _store(outputs, b, n, first_query, _scale(dq, scale))
+    _store(outputs, b, n, first_query, _plus(_scale(dq, scale), left0, left1, b, n, first_query))
 
 
 @triton.jit
@@ -453,7 +469,8 @@ def _key_gradient_step(state, staying, moving, b, n, row, visible, scale, BLOCK:
 
 @triton.jit(do_not_specialize=["T", "P", "window"])
 def _key_gradient_kernel(
-    q0, q1, do0, do1, k0, k1, v0, v1, dk0, dk1, dv0, dv1, lse, delta, T, P, window, scale,
+    q0, q1, do0, do1, k0, k1, v0, v1, dk0, dk1, dv0, dv1, k_left0, k_left1, v_left0, v_left1,
+    lse, delta, T, P, window, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, OWN: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
     """Of own keys, or with OWN False of the past, where k0 … dv1 and the rows of the grid are the past's."""
@@ -467,8 +484,8 @@ def _key_gradient_kernel(
         _key_gradient_step, state, staying, moving, b, g, first - shift, T, P, window, scale,
         QUERIES, KEYS, GROUP, OWN, CLIPPED,
     )  # fmt: skip
-    _store(key_outputs, b, g, first, _scale(dk, scale))
-    _store(value_outputs, b, g, first, dv)
+    _store(key_outputs, b, g, first, _plus(_scale(dk, scale), k_left0, k_left1, b, g, first))
+    _store(value_outputs, b, g, first, _plus(dv, v_left0, v_left1, b, g, first))
 
 
 # Second derivative: r, ȯ and φ first, then what they make of the queries, and of the keys and values. `moving` or
@@ -648,7 +665,7 @@ class _Problem(NamedTuple):
     def launch(
         self,
         kernel: Any,
-        by_query: list[Tensor],
+        by_query: list[Tensor | None],
         by_key: list[Tensor | None],
         statistics: list[Any],
         past_alone: bool | None = None,
@@ -660,7 +677,7 @@ class _Problem(NamedTuple):
             statistics: one number a query, from `_row_of`; and whatever else the kernel takes there.
             past_alone: None for a sweep over keys; else whether the keys are the past's or the queries' own.
         """
-        query = by_query[0]
+        query: Any = by_query[0]
         key: Any = by_key[0]
         group = query.shape[1] // key.shape[1]
         name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
@@ -674,10 +691,11 @@ class _Problem(NamedTuple):
             flags = (not past_alone, window < T + P * past_alone)
             shape = [*query.shape[:2], T]
             numbers = [TensorDescriptor(x, shape, list(x.stride()), [1, 1, blocks.queries]) for x in statistics]
-        arguments = [part for x in by_query for part in _descriptors(_ready(x), blocks.queries)]
-        for x in by_key:  # an empty past is never looked at, but a descriptor of nothing cannot be
-            x = key if x is not None and x.numel() == 0 else x
-            arguments += [None, None] if x is None else _descriptors(_ready(x), blocks.keys)
+        arguments: list[Any] = []
+        for tensors, rows_of_tile in ((by_query, blocks.queries), (by_key, blocks.keys)):
+            for x in tensors:  # an empty past is never looked at, but a descriptor of nothing cannot be
+                x = key if x is not None and x.numel() == 0 else x
+                arguments += [None, None] if x is None else _descriptors(_ready(x), rows_of_tile)
         grid = (triton.cdiv(rows, step), heads, query.shape[0])
         with torch.cuda.device_of(query):
             kernel[grid](
@@ -723,7 +741,10 @@ _attend = torch.ops.longread.attention.default
 
 
 class _Attention(torch.autograd.Function):
-    """(query, key, value, past key, past value) -> output; an absent past is empty."""
+    """(query, key, value, past key, past value) -> (output; these for `_AttentionGradient`)
+
+    An absent past is empty.
+    """
 
     @staticmethod
     def forward(
@@ -735,25 +756,48 @@ class _Attention(torch.autograd.Function):
         past_v: Tensor,
         problem: _Problem,
         gains: tuple[Tensor | None, Tensor | None],
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         o, lse = _attend(q, k, v, past_k, past_v, problem.window, problem.scale, *gains)
-        ctx.save_for_backward(q, k, v, past_k, past_v, o, lse)
+        read = handed_on(ctx, q, k, v, past_k, past_v)
+        ctx.save_for_backward(*read, o, lse)
+        ctx.set_materialize_grads(False)
         ctx.problem = problem
-        return o
+        return o, *read
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor | None, *left: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, past_k, past_v, o, lse = ctx.saved_tensors
+        if do is None:
+            return *left, None, None
         needs = needed_inputs(ctx)
         with_own, with_past = any(needs[1:3]), any(needs[3:5]) and ctx.problem.P > 0
+        recorded = torch.is_grad_enabled()
         gradients = _AttentionGradient.apply(
-            q, k, v, past_k, past_v, do, o.detach(), lse, ctx.problem, with_own, with_past
+            q,
+            k,
+            v,
+            past_k,
+            past_v,
+            do,
+            o.detach(),
+            lse,
+            ctx.problem,
+            with_own,
+            with_past,
+            (None,) * 5 if recorded else left,
         )
+        if recorded:
+            gradients = (
+                more if d is None else d if more is None else d + more for d, more in zip(gradients, left, strict=True)
+            )
         return *gradients, None, None
 
 
 class _AttentionGradient(torch.autograd.Function):
-    """(q, k, v, past k, past v, do) -> their gradients; o and lse are by-products of these inputs."""
+    """(q, k, v, past k, past v, do) -> their gradients, with what is left for them
+
+    o and lse are by-products of these inputs.
+    """
 
     @staticmethod
     def forward(
@@ -769,14 +813,18 @@ class _AttentionGradient(torch.autograd.Function):
         problem: _Problem,
         with_own: bool,
         with_past: bool,
+        left: tuple[Tensor | None, ...],
     ) -> tuple[Tensor | None, ...]:
         dq, delta = _new(q), _row_of(q)
-        problem.launch(_query_gradient_kernel, [q, o, do, dq], [k, v, past_k, past_v], [lse, delta])
+        problem.launch(_query_gradient_kernel, [q, o, do, dq, left[0]], [k, v, past_k, past_v], [lse, delta])
         gradients: list[Tensor | None] = [dq]
-        for wanted, keys, values, past_alone in ((with_own, k, v, False), (with_past, past_k, past_v, True)):
+        for wanted, keys, values, more, past_alone in (
+            (with_own, k, v, left[1:3], False),
+            (with_past, past_k, past_v, left[3:5], True),
+        ):
             if wanted:
                 dk, dv = _new(keys), _new(values)
-                problem.launch(_key_gradient_kernel, [q, do], [keys, values, dk, dv], [lse, delta], past_alone)
+                problem.launch(_key_gradient_kernel, [q, do], [keys, values, dk, dv, *more], [lse, delta], past_alone)
                 gradients += [dk, dv]
             else:
                 gradients += [None, None]
@@ -792,9 +840,9 @@ class _AttentionGradient(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v, past_k, past_v, do, o, lse, delta = ctx.saved_tensors
         problem, needs = ctx.problem, needed_inputs(ctx)
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         if all(x is None for x in (a, b, c, past_b, past_c)):
-            return *nothing, *nothing, None
+            return *nothing, *nothing
         a = torch.zeros_like(q) if a is None else a
         b, c = _both_or_none(b, c, k)
         past_b, past_c = _both_or_none(past_b, past_c, past_k)
@@ -842,7 +890,7 @@ def triton_attention(
     window = everything if window is None else min(window, everything)
     problem = _Problem(T, P, window, query.shape[-1] ** -0.5)
     bounds = (None, None) if gains is None else tuple(gain.detach().contiguous() for gain in gains)
-    return _Attention.apply(query, key, value, past_key, past_value, problem, bounds)
+    return _Attention.apply(query, key, value, past_key, past_value, problem, bounds)[0]
 
 
 settle_names(globals())

@@ -18,37 +18,62 @@ from torch.autograd.function import once_differentiable
 from longread.ops.needed import needed_inputs
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor] | None = None) -> Tensor:
     """x Wᵀ + bias for x [..., in], in its type: [..., out]; differentiable twice.
 
-    The gradient of a weight [out, in] of another type is made in that type, not rounded to that of x before.
+    The gradient of a weight of another type is made in that type, not rounded to that of x before.
+
+    Args:
+        weight: [out, in], or several with one `in`, which become one, the first on top.
+        bias: [out], one for each weight.
     """
-    if weight.dtype != x.dtype and weight.requires_grad and torch.is_grad_enabled():
-        return _WiderProduct.apply(x, weight, bias)
-    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    weights, biases = _several(weight), _several(bias)
+    if casts_for_a_gradient(x, weights[0]):
+        return _WiderProduct.apply(x, *weights, *biases, len(weights))
+    whole, *rest = (
+        torch.cat([part.to(x.dtype) for part in parts]) if len(parts) > 1 else parts[0].to(x.dtype)
+        for parts in (weights, biases)
+        if parts
+    )
+    return torch.nn.functional.linear(x, whole, *rest)
+
+
+def casts_for_a_gradient(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product casts the weight and will be differentiated."""
+    return weight.dtype != x.dtype and weight.requires_grad and torch.is_grad_enabled()
 
 
 class _WiderProduct(torch.autograd.Function):
+    """(x, W, …, bias, …) -> the product with all weights"""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        cast = weight.to(x.dtype)
-        ctx.save_for_backward(x, weight, cast)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.nn.functional.linear(x, cast, None if bias is None else bias.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, *tensors_and_count: Any) -> Tensor:
+        *tensors, count = tensors_and_count
+        weights, biases = tensors[:count], tensors[count:]
+        cast = _cast(weights, x.dtype)
+        ctx.save_for_backward(x, cast, *weights)
+        ctx.bias_dtype = biases[0].dtype if biases else None
+        return torch.nn.functional.linear(x, cast, _cast(biases, x.dtype) if biases else None)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, cast = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = (*needed_inputs(ctx), False)[:3]
+        x, cast, *weights = ctx.saved_tensors
+        heights = [len(weight) for weight in weights]
+        needs_x, *needs = needed_inputs(ctx)
         recorded = torch.is_grad_enabled()
         dx = dweight = dbias = None
         if needs_x:
-            dx = dy @ (weight.to(x.dtype) if recorded else cast)
-        if needs_weight:
-            dweight = _weight_gradient(_flat(x), _flat(dy), weight.dtype, recorded=recorded)
-        if needs_bias:
+            dx = dy @ (torch.cat([weight.to(x.dtype) for weight in weights]) if recorded else cast)
+        if any(needs[: len(weights)]):
+            dweight = _weight_gradient(_flat(x), _flat(dy), weights[0].dtype, recorded=recorded)
+        if any(needs[len(weights) :]):
             dbias = _flat(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, dweight, dbias
+        has_bias = ctx.bias_dtype is not None
+        return dx, *_apart(dweight, heights), *(_apart(dbias, heights) if has_bias else ()), None
+
+
+def _apart(whole: Tensor | None, heights: Sequence[int]) -> Sequence[Tensor | None]:
+    return [None] * len(heights) if whole is None else whole.split(heights)
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype, *, recorded: bool = False) -> Tensor:
@@ -115,11 +140,7 @@ class _Share(torch.autograd.Function):
     def backward(ctx: Any, unused: Tensor | None, unused_bias: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = _Share._gradients(ctx, unused, unused_bias)
         has_bias = ctx.dtypes[1] is not None
-        parts = [
-            part
-            for whole in gradients[: 1 + has_bias]
-            for part in ([None] * len(ctx.heights) if whole is None else whole.split(ctx.heights))
-        ]
+        parts = [part for whole in gradients[: 1 + has_bias] for part in _apart(whole, ctx.heights)]
         return None, None, None, *parts
 
     @staticmethod

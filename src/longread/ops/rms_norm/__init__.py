@@ -3,6 +3,7 @@
 reference.py   the definition
 explicit.py    the same with its first and second derivative written out: fewer, larger passes
 triton.py      the same, each derivative one pass; with what stands around the norms of a block in the same pass
+shared.py      a gain that many norms of one graph share
 """
 
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from longread.ops.fusible import fusible
 from longread.ops.rms_norm.explicit import explicit_rms_norm
+from longread.ops.rms_norm.shared import SharedGain, shared_gain
+
+__all__ = ["WIDEST", "Gain", "SharedGain", "rms_norm", "rms_norm_and_input", "shared_gain"]
 
 WIDEST = 16_384
 """Longest row that one program holds."""
@@ -25,7 +29,12 @@ class Gain(NamedTuple):
 
 
 def rms_norm(
-    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, rotary: Tensor | None = None
+    x: Tensor,
+    gain: Tensor | SharedGain,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    rotary: Tensor | None = None,
 ) -> Tensor:
     """gain ∘ x / √(mean x² + eps) over the last dimension; then turned, then added to a residual, if these are given.
 
@@ -39,8 +48,28 @@ def rms_norm(
     Returns:
         [..., D] of the type of x.
     """
-    if fusible(x, gain) and x.shape[-1] <= WIDEST:
+    if _fits(x, gain):
         from longread.ops.rms_norm.triton import triton_rms_norm
 
         return triton_rms_norm(x, gain, eps, residual=residual, rotary=rotary)
-    return explicit_rms_norm(x, gain, eps, residual=residual, rotary=rotary)
+    return explicit_rms_norm(x, _weight(gain), eps, residual=residual, rotary=rotary)
+
+
+def rms_norm_and_input(x: Tensor, gain: Tensor | SharedGain, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x, and x for who uses it beside the norm too: the sum of both gradients is no pass of its own then.
+
+    Args as in `rms_norm`.
+    """
+    if _fits(x, gain):
+        from longread.ops.rms_norm.triton import triton_rms_norm_and_input
+
+        return triton_rms_norm_and_input(x, gain, eps)
+    return explicit_rms_norm(x, _weight(gain), eps), x
+
+
+def _weight(gain: Tensor | SharedGain) -> Tensor:
+    return gain.weight if isinstance(gain, SharedGain) else gain
+
+
+def _fits(x: Tensor, gain: Tensor | SharedGain) -> bool:
+    return fusible(x, _weight(gain)) and x.shape[-1] <= WIDEST

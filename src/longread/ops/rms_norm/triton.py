@@ -2,7 +2,11 @@
 
 The formulas are those of explicit.py. A rotation R (`longread.ops.rotary`) after the norm is undone where dy is read
 and done where y or (dy)^ is written, so all that lies between is the plain norm. Only x and ρ are kept. Sums over rows
-are made of one partial sum for each program, so they are the same in every run.
+are made of one partial sum for each program, so they are the same in every run; those of a shared gain go on from norm
+to norm.
+
+x is given out twice more: for who uses it beside the norm, and for the derivative (`longread.ops.needed`). What comes
+back for either is added to dx in its pass. So is, in the derivative of that, what a residual passes on of dy to (dy)^.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -14,29 +18,59 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longread.ops.needed import needed_inputs
+from longread.ops.needed import handed_on, needed_inputs
+from longread.ops.rms_norm.shared import SharedGain
 from longread.ops.rotary.triton import rotate_pairs, table_of
 from longread.ops.tiles import (
     FORWARD_ELEMENTS_PER_WARP,
     ROW_COUNTS,
+    PartialSums,
     load_wide,
-    partial_sums,
     row_offsets,
     rows_of,
+    store_partial_sum,
     tile_of,
 )
 
 
 def triton_rms_norm(
-    x: Tensor, gain: Tensor, eps: float, *, residual: Tensor | None = None, rotary: Tensor | None = None
+    x: Tensor,
+    gain: Tensor | SharedGain,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    rotary: Tensor | None = None,
 ) -> Tensor:
     """The contract of `longread.ops.rms_norm.rms_norm`, for rows of at most `WIDEST` numbers."""
-    return _Norm.apply(x, gain.contiguous(), residual, None if rotary is None else table_of(rotary, x), eps)
+    return _norm(x, gain, residual, rotary, eps)[0]
+
+
+def triton_rms_norm_and_input(x: Tensor, gain: Tensor | SharedGain, eps: float) -> tuple[Tensor, Tensor]:
+    """The contract of `longread.ops.rms_norm.rms_norm_and_input`, for rows of at most `WIDEST` numbers."""
+    return _norm(x, gain, None, None, eps)[:2]
+
+
+def _norm(
+    x: Tensor, gain: Tensor | SharedGain, residual: Tensor | None, rotary: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, sums = gain if isinstance(gain, SharedGain) else (gain, None)
+    table = None if rotary is None else table_of(rotary, x)
+    return _Norm.apply(x, weight.contiguous(), residual, table, eps, sums)
 
 
 class _Norm(torch.autograd.Function):
+    """(x, gain, residual) -> (y; x for others; x for `_NormGradient`)"""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, residual: Tensor | None, table: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gain: Tensor,
+        residual: Tensor | None,
+        table: Tensor | None,
+        eps: float,
+        sums: list[Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         tile = tile_of(x.shape[-1], FORWARD_ELEMENTS_PER_WARP)
         # an absent tensor is stood for by x, which the kernel then does not read there
         rows = rows_of(x, x if table is None else table, x if residual is None else residual, outputs=1)
@@ -58,34 +92,62 @@ class _Norm(torch.autograd.Function):
                 RESIDUAL=residual is not None,
                 num_warps=tile.warps,
             )
-        ctx.save_for_backward(x, gain, scale, table)
-        return rows.tensors[-1]
+        aside, read = handed_on(ctx, x, x)
+        ctx.save_for_backward(read, gain, scale, table)
+        ctx.set_materialize_grads(False)
+        ctx.sums = sums
+        return rows.tensors[-1], aside, read
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor | None, aside: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, ...]:
         x, gain, scale, table = ctx.saved_tensors
-        dx, dgain = _NormGradient.apply(x, gain, dy, scale, table, needed_inputs(ctx)[1])
-        return dx, dgain, dy if ctx.needs_input_grad[2] else None, None, None
+        _, with_gain, passes_on = (*needed_inputs(ctx), False)[:3]
+        recorded = torch.is_grad_enabled()
+        if aside is None or (left is not None and (recorded or dy is None)):
+            aside, left = left if aside is None else aside + left, None  # type: ignore[operator]
+        if dy is None:
+            return aside, None, None, None, None, None
+        if recorded and with_gain and ctx.sums is not None:
+            raise RuntimeError("the gradient of a shared gain is taken once, at the end; it cannot be recorded")
+        dx, dgain, dresidual = _NormGradient.apply(
+            x, gain, dy, aside, left, scale, table, ctx.sums, with_gain, passes_on
+        )
+        return dx, dgain, dresidual, None, None, None
 
 
 class _NormGradient(torch.autograd.Function):
-    """(x, gain, dy) -> (dx, dgain); the scale is a by-product of x and takes no gradient of its own."""
+    """(x, gain, dy, what else came for x) -> (dx, dgain, dy for the residual)
+
+    The scale is a by-product of x and takes no gradient of its own.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, dy: Tensor, scale: Tensor, table: Tensor | None, with_gain: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any,
+        x: Tensor,
+        gain: Tensor,
+        dy: Tensor,
+        aside: Tensor | None,
+        left: Tensor | None,
+        scale: Tensor,
+        table: Tensor | None,
+        sums: list[Tensor] | None,
+        with_gain: bool,
+        passes_on: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.save_for_backward(x, gain, dy, scale, table)
         ctx.set_materialize_grads(False)
+        ctx.sums = sums
         tile = tile_of(x.shape[-1])
-        rows = rows_of(x, x if table is None else table, dy, outputs=1)
-        partial = partial_sums(rows, tile) if with_gain else scale
+        added = [x if more is None else more for more in (aside, left)]
+        rows = rows_of(x, x if table is None else table, dy, *added, outputs=1)
+        partial = PartialSums.over(rows, tile, sums) if with_gain else None
         if rows.total:
-            _norm_backward[(len(partial),) if with_gain else rows.grid(tile)](
+            _norm_backward[rows.grid(tile) if partial is None else (partial.programs,)](
                 *rows.tensors,
                 gain,
                 scale,
-                partial,
+                scale if partial is None else partial.sums,
                 rows.total,
                 rows.middle,
                 rows.inner,
@@ -94,28 +156,32 @@ class _NormGradient(torch.autograd.Function):
                 WIDTH=tile.width,
                 ROWS=tile.rows,
                 TURN=table is not None,
+                ADDED=(aside is not None) + (left is not None),
                 WITH_GAIN=with_gain,
+                ONTO=with_gain and sums is not None,
                 num_warps=tile.warps,
             )
-        return rows.tensors[-1], partial.sum(0).to(gain.dtype) if with_gain else None
+        dgain = None if partial is None else partial.total(gain.dtype)
+        return rows.tensors[-1], dgain, handed_on(ctx, dy)[0] if passes_on else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, u: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, u: Tensor | None, q: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
         x, gain, dy, scale, table = ctx.saved_tensors
+        others = u if ctx.needs_input_grad[3] else None, *[None] * 6
         if u is None and q is None:
-            return None, None, None, None, None, None
-        tile = tile_of(x.shape[-1])
-        u = torch.zeros_like(x) if u is None else u
-        rows = rows_of(x, x if table is None else table, dy, u, outputs=2)
-        partial = partial_sums(rows, tile)
+            return None, None, v, *others
+        tile, with_gain = tile_of(x.shape[-1]), needed_inputs(ctx)[1]
+        direction = torch.zeros_like(x) if u is None else u
+        rows = rows_of(x, x if table is None else table, dy, direction, x if v is None else v, outputs=2)
+        partial = PartialSums.over(rows, tile, ctx.sums) if with_gain else None
         if rows.total:
-            _norm_second[(len(partial),)](
+            _norm_second[rows.grid(tile) if partial is None else (partial.programs,)](
                 *rows.tensors,
                 gain,
                 gain if q is None else q.contiguous(),
                 scale,
-                partial,
+                scale if partial is None else partial.sums,
                 rows.total,
                 rows.middle,
                 rows.inner,
@@ -125,10 +191,13 @@ class _NormGradient(torch.autograd.Function):
                 ROWS=tile.rows,
                 TURN=table is not None,
                 FROM_GAIN=q is not None,
+                ADDED=v is not None,
+                WITH_GAIN=with_gain,
+                ONTO=with_gain and ctx.sums is not None,
                 num_warps=tile.warps,
             )
         dx_hat, dy_hat = rows.tensors[-2:]
-        return dx_hat, partial.sum(0).to(gain.dtype), dy_hat, None, None, None
+        return dx_hat, None if partial is None else partial.total(gain.dtype), dy_hat, *others
 
 
 @triton.jit(do_not_specialize_on_alignment=ROW_COUNTS)
@@ -174,6 +243,8 @@ def _norm_backward(
     x_ptr,
     table_ptr,
     dy_ptr,
+    aside_ptr,
+    left_ptr,
     dx_ptr,
     gain_ptr,
     scale_ptr,
@@ -184,12 +255,16 @@ def _norm_backward(
     x_strides,
     table_strides,
     dy_strides,
+    aside_strides,
+    left_strides,
     dx_strides,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     TURN: tl.constexpr,
+    ADDED: tl.constexpr,
     WITH_GAIN: tl.constexpr,
+    ONTO: tl.constexpr,
 ):
     columns = tl.arange(0, WIDTH)[None, :]
     gain = load_wide(gain_ptr, columns, columns < D)
@@ -203,14 +278,19 @@ def _norm_backward(
         if TURN:
             table = load_wide(table_ptr, row_offsets(rows, middle, inner, table_strides) + columns, inside)
             dy = rotate_pairs(dy, table, True)
+        added = tl.zeros((ROWS, WIDTH), tl.float32)
+        if ADDED > 0:
+            added = load_wide(aside_ptr, row_offsets(rows, middle, inner, aside_strides) + columns, inside)
+        if ADDED > 1:
+            added += load_wide(left_ptr, row_offsets(rows, middle, inner, left_strides) + columns, inside)
         k = dy * gain
         s = tl.sum(n * k, axis=1)[:, None] / D
         dx = row_offsets(rows, middle, inner, dx_strides) + columns
-        tl.store(dx_ptr + dx, scale * (k - n * s), mask=inside)
+        tl.store(dx_ptr + dx, scale * (k - n * s) + added, mask=inside)
         if WITH_GAIN:
             dgain += dy * n
     if WITH_GAIN:
-        tl.store(partial_ptr + tl.program_id(0) * D + columns, tl.sum(dgain, axis=0, keep_dims=True), mask=columns < D)
+        store_partial_sum(partial_ptr, dgain, D, WIDTH, ONTO)
 
 
 @triton.jit(do_not_specialize_on_alignment=ROW_COUNTS)
@@ -219,6 +299,7 @@ def _norm_second(
     table_ptr,
     dy_ptr,
     u_ptr,
+    v_ptr,
     dx_hat_ptr,
     dy_hat_ptr,
     gain_ptr,
@@ -232,6 +313,7 @@ def _norm_second(
     table_strides,
     dy_strides,
     u_strides,
+    v_strides,
     dx_hat_strides,
     dy_hat_strides,
     D: tl.constexpr,
@@ -239,6 +321,9 @@ def _norm_second(
     ROWS: tl.constexpr,
     TURN: tl.constexpr,
     FROM_GAIN: tl.constexpr,
+    ADDED: tl.constexpr,
+    WITH_GAIN: tl.constexpr,
+    ONTO: tl.constexpr,
 ):
     columns = tl.arange(0, WIDTH)[None, :]
     gain = load_wide(gain_ptr, columns, columns < D)
@@ -255,6 +340,9 @@ def _norm_second(
         if TURN:
             table = load_wide(table_ptr, row_offsets(rows, middle, inner, table_strides) + columns, inside)
             dy = rotate_pairs(dy, table, True)
+        added = tl.zeros((ROWS, WIDTH), tl.float32)
+        if ADDED:
+            added = load_wide(v_ptr, row_offsets(rows, middle, inner, v_strides) + columns, inside)
         k = dy * gain
         s = tl.sum(n * k, axis=1)[:, None] / D
         m = tl.sum(n * u, axis=1)[:, None] / D
@@ -274,6 +362,8 @@ def _norm_second(
         else:
             dy_hat_turned = dy_hat
         out = row_offsets(rows, middle, inner, dy_hat_strides) + columns
-        tl.store(dy_hat_ptr + out, dy_hat_turned, mask=inside)
-        gain_hat += dy * n_dot
-    tl.store(partial_ptr + tl.program_id(0) * D + columns, tl.sum(gain_hat, axis=0, keep_dims=True), mask=columns < D)
+        tl.store(dy_hat_ptr + out, dy_hat_turned + added, mask=inside)
+        if WITH_GAIN:
+            gain_hat += dy * n_dot
+    if WITH_GAIN:
+        store_partial_sum(partial_ptr, gain_hat, D, WIDTH, ONTO)

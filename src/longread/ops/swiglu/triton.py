@@ -1,7 +1,8 @@
 """The gate on a GPU: each derivative one pass in float32, with the formulas of explicit.py.
 
 Inputs may be rows with gaps between them, such as the two halves of one product. So may the first two outputs, the
-adjoints of such halves; others are contiguous.
+adjoints of such halves; others are contiguous. What the second derivative leaves for a and b is added in the pass of
+the first (`longread.ops.needed`).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longread.ops.needed import handed_on
 from longread.ops.precompile import settle_names
 from longread.ops.swiglu import explicit
 from longread.ops.swiglu.reference import Activation
@@ -23,16 +25,22 @@ TWICE_KAPPA, CUBIC = tl.constexpr(explicit.TWICE_KAPPA), tl.constexpr(explicit.C
 
 def triton_swiglu(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     """The contract of `longread.ops.swiglu.swiglu`."""
-    return _Gate.apply(gate, up, activation)
+    return _Gate.apply(gate, up, activation)[0]
 
 
 def triton_swiglu_of_halves(both: Tensor, activation: Activation = "silu") -> Tensor:
     """The contract of `longread.ops.swiglu.swiglu_of_halves`."""
-    return _GateOfHalves.apply(both, activation)
+    return _GateOfHalves.apply(both, activation)[0]
 
 
 def _launch(
-    kernel: Any, inputs: tuple[Tensor, ...], outputs: int, activation: Activation, *, given: tuple[Tensor, ...] = ()
+    kernel: Any,
+    inputs: tuple[Tensor, ...],
+    outputs: int,
+    activation: Activation,
+    *,
+    given: tuple[Tensor, ...] = (),
+    **constants: bool,
 ) -> tuple[Tensor, ...]:
     """Runs an elementwise kernel over inputs of one shape; returns its outputs, new but for the two halves `given`."""
     shape = inputs[0].shape
@@ -56,9 +64,19 @@ def _launch(
         *((distance,) if outputs > 1 else ()),
         BLOCK=BLOCK,
         GELU=activation == "gelu_tanh",
+        **constants,
         num_warps=WARPS,
     )
     return made
+
+
+def _first(
+    inputs: tuple[Tensor, ...], left: tuple[Tensor, ...], activation: Activation, given: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
+    """(a, b, dh) -> (da, db), added to what the second derivative left for both, if it did."""
+    # absent tensors are stood for by a and b, which the kernel then does not read again
+    inputs = *inputs, *(left or inputs[:2])
+    return _launch(_swiglu_backward, inputs, 2, activation, given=given, ADDED=bool(left))
 
 
 def _as_matrix(x: Tensor) -> Tensor:
@@ -71,15 +89,25 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 
 class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, activation: Activation) -> Tensor:
-        ctx.save_for_backward(a, b)
-        ctx.activation = activation
-        return _launch(_swiglu_forward, (a, b), 1, activation)[0]
+    """(a, b) -> (h; a and b for `_GateGradient`)"""
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_GateGradient.apply(*ctx.saved_tensors, dh, ctx.activation), None
+    def forward(ctx: Any, a: Tensor, b: Tensor, activation: Activation) -> tuple[Tensor, ...]:
+        read = handed_on(ctx, a, b)
+        ctx.save_for_backward(*read)
+        ctx.activation = activation
+        ctx.set_materialize_grads(False)
+        return _launch(_swiglu_forward, (a, b), 1, activation)[0], *read
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, *left: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dh is None:
+            return *left, None
+        inputs, known = (*ctx.saved_tensors, dh), tuple(x for x in left if x is not None)
+        if not torch.is_grad_enabled():
+            return *_first(inputs, known, ctx.activation), None
+        found = _GateGradient.apply(*inputs, ctx.activation)
+        return *(x if more is None else x + more for x, more in zip(found, left, strict=True)), None
 
 
 class _GateGradient(torch.autograd.Function):
@@ -89,7 +117,7 @@ class _GateGradient(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, dh: Tensor, activation: Activation) -> tuple[Tensor, ...]:
         ctx.save_for_backward(a, b, dh)
         ctx.activation = activation
-        return _launch(_swiglu_backward, (a, b, dh), 2, activation)
+        return _first((a, b, dh), (), activation)
 
     @staticmethod
     @once_differentiable
@@ -98,15 +126,25 @@ class _GateGradient(torch.autograd.Function):
 
 
 class _GateOfHalves(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, both: Tensor, activation: Activation) -> Tensor:
-        ctx.save_for_backward(both)
-        ctx.activation = activation
-        return _launch(_swiglu_forward, _halves(both), 1, activation)[0]
+    """a and b -> (h; both for `_GateGradientOfHalves`)"""
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
-        return _GateGradientOfHalves.apply(*ctx.saved_tensors, dh, ctx.activation), None
+    def forward(ctx: Any, both: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+        (read,) = handed_on(ctx, both)
+        ctx.save_for_backward(read)
+        ctx.activation = activation
+        ctx.set_materialize_grads(False)
+        return _launch(_swiglu_forward, _halves(both), 1, activation)[0], read
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, None]:
+        if dh is None:
+            return left, None
+        (both,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _first_of_halves(both, dh, left, ctx.activation), None
+        found = _GateGradientOfHalves.apply(both, dh, ctx.activation)
+        return found if left is None else found + left, None
 
 
 class _GateGradientOfHalves(torch.autograd.Function):
@@ -116,9 +154,7 @@ class _GateGradientOfHalves(torch.autograd.Function):
     def forward(ctx: Any, both: Tensor, dh: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(both, dh)
         ctx.activation = activation
-        out = torch.empty(both.shape, device=both.device, dtype=both.dtype)
-        _launch(_swiglu_backward, (*_halves(both), dh), 2, activation, given=_halves(out))
-        return out
+        return _first_of_halves(both, dh, None, activation)
 
     @staticmethod
     @once_differentiable
@@ -128,6 +164,12 @@ class _GateGradientOfHalves(torch.autograd.Function):
         inputs = *_halves(both), dh, *_halves(u)
         *_, dh_hat = _launch(_swiglu_second, inputs, 3, ctx.activation, given=_halves(out))
         return out, dh_hat, None
+
+
+def _first_of_halves(both: Tensor, dh: Tensor, left: Tensor | None, activation: Activation) -> Tensor:
+    out = torch.empty(both.shape, device=both.device, dtype=both.dtype)
+    _first((*_halves(both), dh), () if left is None else _halves(left), activation, given=_halves(out))
+    return out
 
 
 def _halves(both: Tensor) -> tuple[Tensor, ...]:
@@ -182,6 +224,8 @@ def _swiglu_backward(
     a_ptr,
     b_ptr,
     dh_ptr,
+    a_left_ptr,
+    b_left_ptr,
     da_ptr,
     db_ptr,
     columns,
@@ -189,9 +233,12 @@ def _swiglu_backward(
     a_stride,
     b_stride,
     dh_stride,
+    a_left_stride,
+    b_left_stride,
     pair_stride,
     BLOCK: tl.constexpr,
     GELU: tl.constexpr,
+    ADDED: tl.constexpr,
 ):
     row, column, inside, _ = _place(columns, blocks, BLOCK)
     out = row * pair_stride + column
@@ -199,9 +246,13 @@ def _swiglu_backward(
     b = tl.load(b_ptr + row * b_stride + column, mask=inside).to(tl.float32)
     dh = tl.load(dh_ptr + row * dh_stride + column, mask=inside).to(tl.float32)
     sigmoid = gate_sigmoid(a, GELU)
-    slope = _slope(a, sigmoid, GELU)
-    tl.store(da_ptr + out, slope * b * dh, mask=inside)
-    tl.store(db_ptr + out, sigmoid * a * dh, mask=inside)
+    da = _slope(a, sigmoid, GELU) * b * dh
+    db = sigmoid * a * dh
+    if ADDED:
+        da += tl.load(a_left_ptr + row * a_left_stride + column, mask=inside).to(tl.float32)
+        db += tl.load(b_left_ptr + row * b_left_stride + column, mask=inside).to(tl.float32)
+    tl.store(da_ptr + out, da, mask=inside)
+    tl.store(db_ptr + out, db, mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["blocks"])
