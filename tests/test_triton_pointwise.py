@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longread.config import ModelConfig, Recompute
 from longread.model import Transformer, initialize
@@ -447,6 +449,42 @@ def test_the_outer_gradient_through_all_kernels(recompute: Recompute, monkeypatc
     for op in ("rms_norm", "swiglu", "rotary", "cross_entropy", "clipped_sgd"):
         monkeypatch.setattr(importlib.import_module(f"longread.ops.{op}"), "fusible", lambda *tensors: True)
     agree(gradients(torch.float32), expected, 1e-5)
+
+
+def test_an_outer_step_sums_no_gradients_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels add what comes from an op and its derivative, and from a sub-layer and the stream around it."""
+    B, M, D, F, H = 2, 4, 16, 24, 8
+    config = ModelConfig(
+        vocab_size=23,
+        width=D,
+        num_blocks=3,
+        num_heads=2,
+        mlp_hidden=F,
+        window_size=5,
+        mini_batch_size=M,
+        num_suffix_blocks=2,
+    )
+    model = Transformer(config)
+    initialize(model, seed=0)
+    model = model.to(DEVICE)
+    model.compute_dtype = torch.bfloat16
+    for op in ("rms_norm", "swiglu", "rotary", "cross_entropy", "clipped_sgd"):
+        monkeypatch.setattr(importlib.import_module(f"longread.ops.{op}"), "fusible", lambda *tensors: True)
+    sums: Counter[tuple[int, ...]] = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if function.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_) and out.dtype == torch.bfloat16:
+                sums[tuple(out.shape)] += 1
+            return out
+
+    tokens = torch.randint(23, (B, 3 * M + 1), device=DEVICE)
+    batch = tokens[:, :-1], tokens[:, 1:], torch.ones(B, 3 * M, dtype=torch.bool, device=DEVICE)
+    with torch.autograd.set_multithreading_enabled(False), Watch():
+        end_to_end_loss(model, *batch, inner_lr=0.7, inner_clip=0.3, recompute="none").loss.backward()
+    assert sums[B, 2, M, H] > 0, "keys and values serve several mini-batches"
+    assert not [shape for shape in sums if shape in ((B, M, D), (B, M, F), (B, F, D), (B, D, F))]
 
 
 @pytest.mark.gpu

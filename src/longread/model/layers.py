@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 from longread.config import Gate
 from longread.ops.collective import part
 from longread.ops.fast_mlp import fast_mlp
-from longread.ops.linear import SharedWeight, linear
-from longread.ops.rms_norm import rms_norm
+from longread.ops.linear import SharedWeight, casts_for_a_gradient, linear
+from longread.ops.rms_norm import SharedGain, rms_norm, rms_norm_and_input
 from longread.ops.rotary import rotate
 from longread.ops.swiglu import swiglu, swiglu_of_halves
 
@@ -29,7 +29,7 @@ class Linear(nn.Module):
         """For the outer optimizer."""
         self.shared: SharedWeight | None = None
         """Set while many products with this weight share a cast and a gradient (`Transformer.sharing_weights`); of
-        layers that are one then, the first has it for all (`shared_as_one`)."""
+        layers that are one then, the first has it for all (`product_of_all`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None:
@@ -40,9 +40,26 @@ class Linear(nn.Module):
         return "{1} → {0}".format(*self.weight.shape) + ("" if self.bias is None else ", with bias")
 
 
-def shared_as_one(layers: Sequence[Linear]) -> SharedWeight | None:
-    """What multiplies with all of the layers, one on top of the other, where they are one now."""
-    return layers[0].shared if layers[-1].shared is None else None
+def product_of_all(layers: Sequence[Linear], x: Tensor) -> Tensor | None:
+    """x through all of the layers, one output behind the other, where they are one: if casts would copy them anyway.
+
+    Of x one gradient comes back then, and a wide product fills a GPU better than narrow ones.
+    """
+    first, *_, last = layers
+    if first.shared is not None:
+        return first.shared(x) if last.shared is None else None
+    if not casts_for_a_gradient(x, first.weight):
+        return None
+    weights, biases = stacked(layers)
+    return linear(x, weights, biases)
+
+
+def stacked(layers: Sequence[Linear]) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Weights and biases of layers that become one; zeros where only others have a bias."""
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    if all(layer.bias is None for layer in layers):
+        return weights, None
+    return weights, [w.new_zeros(len(w)) if x.bias is None else x.bias for w, x in zip(weights, layers, strict=True)]
 
 
 class RMSNorm(nn.Module):
@@ -52,9 +69,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.shared: SharedGain | None = None
+        """Set while many norms by this gain share a gradient (`Transformer.sharing_weights`)."""
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, residual=residual, rotary=rotary)
+        return rms_norm(x, self.shared or self.weight, self.eps, residual=residual, rotary=rotary)
+
+    def and_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x, and x for the residual connection around what follows."""
+        return rms_norm_and_input(x, self.shared or self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return str(len(self.weight))
@@ -67,6 +90,12 @@ class NoNorm(nn.Module):
         if rotary is not None:
             x = rotate(x, rotary)
         return x if residual is None else residual + x
+
+    def and_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+Norm = RMSNorm | NoNorm
 
 
 class SwiGLU(NamedTuple):
@@ -84,22 +113,20 @@ class MLP(nn.Module):
     each sequence's own matrices and only the norms are the module's.
     """
 
-    def __init__(
-        self, width: int, hidden: int, pre_norm: nn.Module, post_norm: nn.Module, activation: Gate = "silu"
-    ) -> None:
+    def __init__(self, width: int, hidden: int, pre_norm: Norm, post_norm: Norm, activation: Gate = "silu") -> None:
         super().__init__()
         self.pre_norm, self.post_norm, self.activation = pre_norm, post_norm, activation
         self.gate, self.up, self.down = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
 
     def forward(self, x: Tensor, weights: SwiGLU | None = None, group: ProcessGroup | None = None) -> Tensor:
         """x: [B, T, D], `weights` as in `SwiGLU`, with a `group` this rank's part of them; returns [B, T, D]."""
-        normed = self.pre_norm(x)
+        normed, x = self.pre_norm.and_input(x)
         if weights is None:
-            both = shared_as_one(self.stacks[0])
+            both = product_of_all(self.stacks[0], normed)
             if both is None:
                 hidden = swiglu(self.gate(normed), self.up(normed), activation=self.activation)
             else:
-                hidden = swiglu_of_halves(both(normed), activation=self.activation)
+                hidden = swiglu_of_halves(both, activation=self.activation)
             out = self.down(hidden)
         else:
             out = fast_mlp(normed, *weights, activation=self.activation, group=group)

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longread.config import BlockRope, ModelConfig
-from longread.model.layers import MLP, Linear, NoNorm, RMSNorm, SwiGLU
+from longread.model.layers import MLP, Linear, NoNorm, Norm, RMSNorm, SwiGLU, stacked
 from longread.model.mixers.attention import Attention, Past
 from longread.model.mixers.recurrent import RecurrentMixer
 from longread.model.mixers.registry import RECURRENT
@@ -27,6 +27,7 @@ from longread.ops.attention import KEPT_OPERATIONS
 from longread.ops.cross_entropy import capped, cross_entropy
 from longread.ops.gemv import gemv
 from longread.ops.linear import SharedWeight
+from longread.ops.rms_norm import shared_gain
 from longread.ops.rotary import Scaling, frequencies, rotation
 
 FastWeights = tuple[SwiGLU, ...]
@@ -57,7 +58,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
 
-        def norm(wanted: bool) -> nn.Module:
+        def norm(wanted: bool) -> Norm:
             return RMSNorm(config.width, config.norm_eps) if wanted else NoNorm()
 
         def mlp(hidden: int, pre_norm: bool, post_norm: bool) -> MLP:
@@ -172,15 +173,21 @@ class Transformer(nn.Module):
 
     def upper_parameters(self) -> list[nn.Parameter]:
         """The parameters that `upper` and `token_losses` use, but for W_0, which comes in as fast weights."""
-        modules: list[nn.Module] = [self.head or self.embedding, self.final_norm]
+        modules = [self.head or self.embedding, *self._upper_modules()]
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def _upper_modules(self) -> list[nn.Module]:
+        """The modules of `upper` with slow weights alone."""
+        modules: list[nn.Module] = [self.final_norm]
         for index, block in enumerate(self.suffix):
             modules += [] if index == 0 else [block.attention]
             modules += [block.fast_mlp.pre_norm, block.fast_mlp.post_norm, block.static_mlp]
-        return [parameter for module in modules for parameter in module.parameters()]
+        return modules
 
     @contextlib.contextmanager
     def sharing_weights(self) -> Iterator[None]:
-        """While many mini-batches pass through `upper` and `token_losses`: each slow matrix is cast only once.
+        """While many mini-batches pass through `upper` and `token_losses`: each slow matrix is cast only once, and the
+        gradients of a matrix or gain are summed only once.
 
         Layers that multiply the same vectors are cast into one, which would be a copy where there is no cast.
         """
@@ -190,9 +197,11 @@ class Transformer(nn.Module):
         if not self.casts:
             stacks = [(layer,) for stack in stacks for layer in stack]
         for stack in stacks:
-            weights, biased = [layer.weight for layer in stack], any(layer.bias is not None for layer in stack)
-            biases = [w.new_zeros(len(w)) if b is None else b for w, b in ((x.weight, x.bias) for x in stack)]
-            stack[0].shared = SharedWeight(weights, self.dtype, biases if biased else None)
+            weights, biases = stacked(stack)
+            stack[0].shared = SharedWeight(weights, self.dtype, biases)
+        norms = [norm for upper in self._upper_modules() for norm in upper.modules() if isinstance(norm, RMSNorm)]
+        for norm in norms:
+            norm.shared = shared_gain(norm.weight)
         object.__setattr__(self, "_shared_head", self.head_weight.to(self.dtype))  # never a parameter of its own
         try:
             yield
@@ -200,6 +209,8 @@ class Transformer(nn.Module):
             self._shared_head = None
             for first, *_ in stacks:
                 first.shared = None
+            for norm in norms:
+                norm.shared = None
 
     def initial_fast_weights(self, batch_size: int, group: ProcessGroup | None = None) -> FastWeights:
         """W_0 for every sequence of a batch, as views of the parameters; with a `group` this rank's part of it."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longread.config import ModelConfig
-from longread.model.layers import Linear, NoNorm, RMSNorm, shared_as_one
+from longread.model.layers import Linear, NoNorm, Norm, RMSNorm, product_of_all
 from longread.ops.attention import Further, attention
 
 
@@ -67,7 +67,7 @@ class Ring(NamedTuple):
 class Attention(nn.Module):
     """One attention sub-layer: x + post_norm(output(attend(pre_norm(x))))."""
 
-    def __init__(self, config: ModelConfig, window: int | None, pre_norm: nn.Module, post_norm: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, window: int | None, pre_norm: Norm, post_norm: Norm) -> None:
         super().__init__()
         D, H, queries = config.width, config.head_dim, config.num_heads * config.head_dim
         self.window, self.num_heads, self.head_dim = window, config.num_heads, H
@@ -97,7 +97,8 @@ class Attention(nn.Module):
         Returns:
             [B, T, D], and the tokens' own keys and values.
         """
-        query, key, value = self.heads(x, rotary)
+        normed, x = self.pre_norm.and_input(x)
+        query, key, value = self._heads(normed, rotary)
         near, further = past if isinstance(past, LongPast) else (past, None)
         mixed = attention(
             query,
@@ -114,7 +115,9 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, T, H], keys and values [B, G, T, H] of x [B, T, D], as `attention` takes them in."""
-        normed = self.pre_norm(x)
+        return self._heads(self.pre_norm(x), rotary)
+
+    def _heads(self, normed: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in self._products(normed))
         return self.query_norm(query, rotary=rotary), self.key_norm(key, rotary=rotary), value
 
@@ -124,10 +127,10 @@ class Attention(nn.Module):
 
     def _products(self, normed: Tensor) -> tuple[Tensor, ...]:
         layers = self.stacks[0]
-        together = shared_as_one(layers)
+        together = product_of_all(layers, normed)
         if together is None:
             return tuple(layer(normed) for layer in layers)
-        return together(normed).split([len(layer.weight) for layer in layers], dim=-1)
+        return together.split([len(layer.weight) for layer in layers], dim=-1)
 
     @property
     def stacks(self) -> tuple[tuple[Linear, ...], ...]:
