@@ -8,14 +8,17 @@ reference.py   every score in one matrix; any order of derivative; the twin that
 banded.py      blocks of queries over their band of keys, by PyTorch's fused kernels; order 1; memory O(T)
 inner.py       one mini-batch over a past without a gradient, on one thread of a CPU; order 1
 triton.py      kernels of our own for NVIDIA GPUs; order 2; memory O(T)
+overlapped.py  its forward pass once more, for Hopper GPUs and normed queries and keys; hopper.py says when
 further.py     also over a few older tokens, each query told which; order 1; memory T × all keys
 ring.py        one new token a sequence over a ring of keys, for decoding: a contract of its own
 """
 
+import torch
 from torch import Tensor
 
 from longread.ops.attention.banded import banded_attention
 from longread.ops.attention.further import Further, further_attention
+from longread.ops.attention.hopper import overlaps
 from longread.ops.attention.inner import inner_attention, pays
 from longread.ops.attention.reference import check_heads, reference_attention
 from longread.ops.fusible import fusible
@@ -80,7 +83,8 @@ def attention(
         return reference_attention(query, key, value, past=past, window=window, soft_cap=soft_cap)
     dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= query.shape[-2])
     fits = query.numel() > 0 and query.shape[-1] <= LARGEST_HEAD_DIM
-    if fits and fusible(query, key, value, *(past or ())) and not (dense and order < 2):
+    pytorch = dense and order < 2 and _pytorch_is_faster(query, key, value, gains)
+    if fits and fusible(query, key, value, *(past or ())) and not pytorch:
         from longread.ops.attention.triton import triton_attention
 
         return triton_attention(query, key, value, past=past, window=window, gains=gains)
@@ -88,3 +92,9 @@ def attention(
         return inner_attention(query, key, value, past=past, window=window)
     implementation = reference_attention if order == 2 else banded_attention
     return implementation(query, key, value, past=past, window=window)
+
+
+def _pytorch_is_faster(query: Tensor, key: Tensor, value: Tensor, gains: tuple[Tensor, Tensor] | None) -> bool:
+    """Where neither a window nor a past hides a key: with a derivative, and where no forward pass overlaps."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return learns or gains is None or not overlaps(query, key, gains[0])

@@ -33,6 +33,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from longread.ops.attention.hopper import overlaps
 from longread.ops.needed import handed_on, needed_inputs
 from longread.ops.precompile import settle_names
 
@@ -52,7 +53,7 @@ FLOAT32 = Blocks(16, 16, 8, 1)
 _SMALL = Blocks(64, 64, 4, 3)
 TABLE: dict[str, dict[int, Blocks]] = {
     "forward": {64: _SMALL, 80: Blocks(128, 64, 4, 3), 96: Blocks(64, 128, 4, 2), 128: Blocks(128, 64, 8, 2)},
-    "query_gradient": {64: _SMALL, 80: _SMALL, 96: _SMALL, 128: Blocks(128, 64, 8, 2)},
+    "query_gradient": {64: _SMALL, 80: Blocks(128, 64, 8, 3), 96: _SMALL, 128: Blocks(128, 64, 8, 2)},
     "key_gradient": {64: _SMALL, 80: _SMALL, 96: _SMALL, 128: Blocks(64, 128, 8, 2)},
     "tangent": {
         64: Blocks(64, 32, 4, 3),
@@ -353,7 +354,8 @@ def _position(QUERIES: tl.constexpr):
 
 
 # Forward. Normed queries and keys bound their scores: then the running maximum, and an eighth of the time, can be left
-# out. Only the GPU knows the bound, so both kernels are launched, and one of them returns at once.
+# out. Only the GPU knows the bound, so both kernels are launched, and one of them returns at once. On a Hopper GPU the
+# one for normed queries and keys is that of overlapped.py.
 
 LARGEST_BOUND = tl.constexpr(60.0)
 """At which even the smallest possible exp2 is a normal float32."""
@@ -718,14 +720,22 @@ def _launch_forward(
     """Output and log-sum-exp, as an operation that PyTorch knows by name (see `KEPT_OPERATIONS`)."""
     o, lse = _new(q), _row_of(q)
     problem = _Problem(q.shape[2], past_k.shape[2], window, scale)
-    for bounded in (False,) if query_gain is None else (True, False):
+    bounded = query_gain is not None
+    if query_gain is not None and key_gain is not None and overlaps(q, k, query_gain):
+        from longread.ops.attention.overlapped import overlapped_forward
+
+        q, k, v, past_k, past_v = (_ready(x) for x in (q, k, v, past_k, past_v))
+        gains = query_gain, key_gain
+        overlapped_forward(q, k, v, (past_k, past_v), window, scale, gains, LARGEST_BOUND.value, o, lse)
+        bounded = False
+    for bound in (True, False) if bounded else (False,):
         problem.launch(
             _forward_kernel,
             [q, o],
             [k, v, past_k, past_v],
             [lse, query_gain, key_gain],
             H=q.shape[-1],
-            BOUNDED=bounded,
+            BOUNDED=bound,
         )
     return o, lse
 
