@@ -87,9 +87,9 @@ class Strips(Generic[Result]):
 
     def append(self, own: Sequence[Past]) -> None:
         """Writes the keys and values of the tokens that come now."""
-        for *places, made in zip(*self._strips, own, strict=True):
-            for place, x in zip(places, made, strict=True):
-                place.narrow(2, self.K + self._first, x.shape[2]).copy_(x)
+        for rows, made in zip(self._strips, zip(*own, strict=True), strict=True) if own else ():
+            places = [row.narrow(2, self.K + self._first, x.shape[2]) for row, x in zip(rows, made, strict=True)]
+            torch._foreach_copy_(places, made)
 
     def run(
         self, tokens: int, runs: int, compute: Callable[[], Result], *kept: Tensor, replayed: bool = True
