@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longread.ops.attention import triton as kernels
+from longread.ops.attention import hopper, triton as kernels
 from longread.ops.attention.banded import banded_attention
 from longread.ops.attention.reference import reference_attention
 
@@ -204,6 +204,13 @@ def launches(case: Case) -> dict[str, tuple[Callable[[], None], float]]:
             flops(8, 0),
         ),
     }
+    if hopper.overlaps(q, k, gain):
+        from longread.ops.attention.overlapped import overlapped_forward
+
+        def overlapped() -> None:
+            overlapped_forward(q, k, v, (past_k, past_v), problem.window, problem.scale, (gain, gain), math.inf, o, lse)
+
+        made["forward, overlapped"] = (overlapped, flops(2, 2))
     if case.P:
         made["key_gradient past"] = (
             run("key_gradient", [q, do], [*past, past_out_k, past_out_v], [lse, delta], True),
@@ -225,9 +232,10 @@ def report_times() -> None:
             own, past = case.pairs
             made = launches(case)
             if case in LONG:
-                made = {"forward": made["forward"]}
+                made = {name: f for name, f in made.items() if name.startswith("forward")}
             elif case in WHOLE:
-                made = {name: made[name] for name in ("forward", "query_gradient", "key_gradient own")}
+                shown = "forward", "query_gradient", "key_gradient own"
+                made = {name: f for name, f in made.items() if name.startswith(shown)}
             ms = {name: milliseconds(f) for name, (f, _) in made.items()}
             print(f"\n{case.name}  (B={case.B} N={case.N} H={case.H} window={case.window})")
             for name, (_, flops) in made.items():
