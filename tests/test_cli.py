@@ -116,20 +116,6 @@ def test_help_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_python_looks_for_no_garbage_while_it_imports_torch() -> None:
-    """Nor later in what was imported; a process that has imported it is left alone."""
-    code = """
-import gc, sys, longread.cli as c
-def look(phase, facts):
-    during.append("torch" in sys.modules and getattr(sys.modules["torch"].__spec__, "_initializing", False))
-during = []
-gc.callbacks.append(look)
-frozen = [c.main(["generate", "--model", "nowhere"]) and gc.get_freeze_count() for _ in range(2)]
-sys.exit(any(during) or not gc.isenabled() or not frozen[0] == frozen[1] > 100_000)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_preparing_says_what_it_made(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.txt").write_text(SENTENCES)

@@ -26,7 +26,7 @@ _UNTIL_WRITING = """
 import json, sys, time
 began, path, device, threads, text = json.load(sys.stdin)
 from longread.cli import import_torch
-import_torch()
+import_torch(device)
 import torch
 from longread import open_model
 torch.set_num_threads(threads)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import importlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger().handlers[0].setLevel(logging.ERROR)
     settle_model(options)
     try:
-        import_torch()
+        import_torch(getattr(options, "device", "cpu"))
         return int(options.run(options))
     except UserError as error:
         if not getattr(error, "is_said_elsewhere", False):
@@ -89,19 +91,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def import_torch() -> None:
-    """Imports PyTorch, if that is still to be done, and looks for no garbage meanwhile.
+def import_torch(device: str = "cpu") -> None:
+    """Imports PyTorch, if that is still to be done, looks for no garbage meanwhile, and opens the GPU beside it.
 
     Looking takes a sixth of the time. What is imported stays, so no later collection looks at it either.
+
+    Args:
+        device: as `longread.loading.open_model` takes it; "cpu" opens none.
     """
     if "torch" in sys.modules:
         return
+    name, _, index = device.partition(":")
+    if name in ("auto", "cuda") and os.environ.get("WORLD_SIZE", "1") == "1":  # ranks choose theirs later
+        threading.Thread(target=_open_gpu, args=(index or "0",), name="open GPU", daemon=True).start()
     gc.disable()
     try:
         import torch  # noqa: F401
     finally:
         gc.enable()
     gc.freeze()
+
+
+def _open_gpu(index: str) -> None:
+    """Starts the driver and the context of a GPU, which PyTorch takes over; what fails here PyTorch will say."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        driver, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), int(index)) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 _OUT_OF_MEMORY = (
