@@ -60,6 +60,26 @@ def test_what_is_launched_was_compiled_ahead(work: str, count: int, tmp_path: Pa
     assert len(found["cached"]) >= count
 
 
+def test_a_later_process_does_not_hash_triton_again(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what the process beside an earlier one has kept, until Triton is another."""
+    told("launches('gates', ahead=True)", tmp_path)
+    (kept,) = tmp_path.glob("longread-triton-*")
+    assert kept.read_text() == triton.runtime.cache.triton_key()
+    monkeypatch.setattr(triton.runtime.cache, "triton_key", triton.runtime.cache.triton_key)
+    kept.write_text("kept")
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    with pytest.raises(OSError, match="no such program"):
+        precompile.begin(precompiled.gates, [16], 90)
+    assert triton.runtime.cache.triton_key() == "kept"
+    library = SimpleNamespace(__file__=str(tmp_path / "triton" / "__init__.py"))
+    (tmp_path / "triton" / "runtime").mkdir(parents=True)
+    (tmp_path / "triton" / "runtime" / "cache.py").touch()
+    monkeypatch.setitem(sys.modules, "triton", library)  # type: ignore[arg-type]
+    before = precompile._state_of_triton()
+    (tmp_path / "triton" / "runtime" / "cache.py").write_text("x")
+    assert precompile._state_of_triton() != before
+
+
 @pytest.mark.parametrize("recompute", ["15-steps", "5-blocks"])
 def test_a_rehearsed_step_runs_again_what_it_has(recompute: str) -> None:
     """It has fewer steps and blocks than the run."""

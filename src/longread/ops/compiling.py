@@ -25,12 +25,19 @@ def compile_noted(rehearsal: Callable[..., None], request: dict[str, Any]) -> No
 
     signal.alarm(request["longest"])
     trace_nothing()
-    triton_key()  # hashes hundreds of megabytes, once for all forks
+    _keep(Path(request["key"]), triton_key())  # hashes hundreds of megabytes, once for all forks
     forks = Forks(request["workers"], request["longest"])
     forks.do(_build_driver)
     note_launches(rehearsal, request["arguments"], request["capability"], forks.do)
     if forks.all_well():
         Path(request["done"]).touch()
+
+
+def _keep(place: Path, text: str) -> None:
+    """Writes a small file, which is there whole or not at all."""
+    own = place.with_name(f"{place.name}.{os.getpid()}")
+    own.write_text(text)
+    own.replace(place)
 
 
 def note_launches(
