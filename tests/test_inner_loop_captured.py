@@ -96,9 +96,21 @@ def test_a_short_text_is_read_plainly_until_such_texts_recur(device: str, graphs
     for _ in range(4):
         read(model, begin(model), tokens, inner=INNER)
         counts.append(len(graphs))
-    assert counts == [0, 0, 4, 4]  # of two pasts and two halves
+    assert counts == [0, 0, 3, 3]  # of two pasts of the upper half, and of both mini-batches of the lower one
     read(model, begin(model, 2), tokens.expand(2, -1), inner=INNER)
-    assert len(graphs) == 4
+    assert len(graphs) == 3
+
+
+def test_the_lower_half_reads_in_few_runs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the first ones fill the window; their lengths are few, too."""
+    monkeypatch.setattr(captured, "STRETCH", 4 * M)
+    model, runs = model_on(device, window_size=6 * M), list[int]()
+    real = captured.CapturedReader._run_lower
+    monkeypatch.setattr(
+        captured.CapturedReader, "_run_lower", lambda reader, tokens: runs.append(tokens // M) or real(reader, tokens)
+    )
+    read(model, begin(model), torch.tensor([text(17 * M + 5)], device=device), inner=INNER)
+    assert runs == [4, 2, 4, 4, 2, 1]
 
 
 def test_what_is_appended_piece_by_piece_is_captured_once_it_recurs(device: str, graphs: list[object]) -> None:

@@ -232,10 +232,10 @@ class CapturedReader:
 
     def rehearse(self, state: ReadingState) -> None:
         """Computes once, plainly and on one stream, what graphs from `state` on are made of."""
-        for tokens in (self.M, self.stretch):
+        for longest in (self.M, self.stretch):
             self._lower.load(state.lower_pasts, state.position, state.start)
-            if tokens > self.M and self._lower.missing:
-                continue  # a window is filled mini-batch by mini-batch
+            filling = self.M * math.ceil(self._lower.missing / self.M)
+            tokens = min(longest, filling or longest)
             self._lower.run(tokens, 1, functools.partial(self._run_lower, tokens), replayed=False)
         self._upper.load(state.upper_pasts, state.position, state.start)
         self._upper.run(self.M, 1, self._run_upper, replayed=False)
@@ -254,8 +254,7 @@ class CapturedReader:
         """The input of the upper half, mini-batch after mini-batch: what is waiting, and what the lower half makes of
         the tokens, whose next run is under way by then."""
         filling = min(tokens.shape[1], self.M * math.ceil(self._lower.missing / self.M))
-        stretches, rest = divmod(tokens.shape[1] - filling, self.stretch)
-        lengths = [self.M] * (filling // self.M) + [self.stretch] * stretches + [self.M] * (rest // self.M)
+        lengths = self._lengths(filling) + self._lengths(tokens.shape[1] - filling)
         upper, lower = torch.cuda.current_stream(), self._lower_graphs.stream
         parts, made = tokens.split(lengths, 1), []
         for i in range(len(parts) + 1):
@@ -273,6 +272,14 @@ class CapturedReader:
             else:
                 upper.wait_event(made[i - 1])
                 yield from self._ahead[(i - 1) % 2, :, : lengths[i - 1]].split(self.M, 1)
+
+    def _lengths(self, tokens: int) -> list[int]:
+        """Of the runs of the lower half: stretches, then mini-batches times powers of two. So there are few runs, which
+        cost launches while they are plain, and few lengths, of which each has graphs of its own."""
+        stretches, rest = divmod(tokens, self.stretch)
+        count = rest // self.M
+        powers = [1 << i for i in reversed(range(count.bit_length())) if count >> i & 1]
+        return [self.stretch] * stretches + [self.M * power for power in powers]
 
     def _run_lower(self, tokens: int) -> Tensor:
         strips = self._lower
