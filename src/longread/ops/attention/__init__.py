@@ -27,6 +27,9 @@ __all__ = ["KEPT_OPERATIONS", "LARGEST_HEAD_DIM", "Further", "attention"]
 
 LARGEST_HEAD_DIM = 128
 """Of the kernels. Larger heads are answered as on a CPU: at order 2 by the reference, with its memory."""
+LONGEST_ALONE = 2048
+"""Tokens without a past up to which the kernels answer at every order: PyTorch's would be as fast, but a process that
+reads a text would begin cuDNN for its first mini-batch alone, which takes longer than to read all of it."""
 KEPT_OPERATIONS = frozenset(
     (
         "longread::attention",
@@ -81,7 +84,8 @@ def attention(
         return further_attention(query, key, value, past=past, window=window, further=further)
     if soft_cap is not None:
         return reference_attention(query, key, value, past=past, window=window, soft_cap=soft_cap)
-    dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= query.shape[-2])
+    T = query.shape[-2]
+    dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= T) and T > LONGEST_ALONE
     fits = query.numel() > 0 and query.shape[-1] <= LARGEST_HEAD_DIM
     pytorch = dense and order < 2 and _pytorch_is_faster(query, key, value, gains)
     if fits and fusible(query, key, value, *(past or ())) and not pytorch:
