@@ -158,3 +158,10 @@ def test_against_transformers(name: str) -> None:
     if scaling.kind == "yarn":
         weights = {name: given[name] for name in ("mscale", "mscale_all_dim") if name in given}
         assert yarn_attention_factor(scaling.factor, **weights) == pytest.approx(enlarged)
+
+
+def test_what_is_kept_can_be_differentiated_whoever_asked_first() -> None:
+    with torch.inference_mode():
+        first = frequencies(6, 12345.0)
+    assert frequencies(6, 12345.0) is first
+    assert not first.is_inference()

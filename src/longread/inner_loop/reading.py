@@ -140,7 +140,7 @@ def rescue(
 
 def _mean_nll(nll: Tensor, newest: int) -> float:
     """Of the newest tokens; the first token of a text has no loss."""
-    nll = nll[0, -newest:]
+    nll = nll[0, -newest:].cpu()  # waits for the device once, and loads no kernels there
     return (nll[1:] if nll[0].isnan() else nll).mean().item()
 
 

@@ -1,5 +1,6 @@
 """How far each pair of a head turns per token: the rotary embedding's own angles, and those of stretched contexts."""
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -28,6 +29,7 @@ class Scaling(NamedTuple):
     """yarn: the borders are rounded outwards to whole pairs."""
 
 
+@functools.cache
 def frequencies(
     head_dim: int, base: float, scaling: Scaling | None = None, *, device: torch.device | str | None = None
 ) -> Tensor:
@@ -41,12 +43,18 @@ def frequencies(
 
     Args:
         head_dim: H, even.
-        device: where the tokens are; a transfer could not be captured in a CUDA graph.
+        device: where the tokens are.
 
     Returns:
-        float64 [H/2], radians a token.
+        float64 [H/2], radians a token. Computed on the host and kept, so that a CUDA graph finds it where it was: a
+        first call cannot be captured. Changed by nobody.
     """
-    pair = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
+    with torch.inference_mode(False), torch.no_grad():
+        return _on_the_host(head_dim, base, scaling).to(device or "cpu")
+
+
+def _on_the_host(head_dim: int, base: float, scaling: Scaling | None) -> Tensor:
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64)
     plain = base ** (-pair / head_dim)
     if scaling is None:
         return plain
