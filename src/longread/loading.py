@@ -6,8 +6,10 @@ checkout of the repository in `models`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +112,8 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
         UserError: there is no model, no tokenizer, or they do not belong together; or the device cannot be used.
     """
     place, path = find_device(device), find_model(path_or_name)
+    if place.type == "cuda":
+        threading.Thread(target=_multiply, args=(place,), name="begin cuBLAS", daemon=True).start()
     loaded = load_model(path, device=place, dtype=torch.bfloat16 if place.type == "cuda" else None)
     if place.type == "cuda":
         precompile_reading(loaded.model, loaded.inner, learn=loaded.learns)
@@ -123,6 +127,13 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
     return OpenModel(
         path.name or str(path), loaded.model, loaded.inner, tokenizer, loaded.fingerprint, provenance, loaded.learns
     )
+
+
+def _multiply(device: torch.device) -> None:
+    """A first product, for which cuBLAS loads what takes a tenth of a second: beside what else there is to open."""
+    with contextlib.suppress(RuntimeError):  # what fails here fails where it matters too
+        one = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+        one @ one
 
 
 def tokenizer_of(loaded: LoadedModel, path: Path) -> Tokenizer:
