@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longread.inner_loop import graphs, reading
+from longread.inner_loop import captured, graphs
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
 
@@ -123,6 +123,6 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
         "stream": contextlib.nullcontext,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    for module in (graphs, reading):
+    for module in (captured, graphs):
         monkeypatch.setattr(module, "can_capture", lambda device: True)
     return FakeGraph

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
 from torch import Tensor
 
-from longread.inner_loop import Reading, ReadingState, begin, captured, read, reading
+from longread.inner_loop import Reading, ReadingState, begin, captured, read
 from longread.model import Transformer
 from tests.fake_graphs import fake_graphs
+from tests.held import Held
 from tests.tiny import BY_BLOCK, GROUPED, INNER, make, text
 
 __all__ = ["fake_graphs"]
@@ -69,7 +71,7 @@ def test_every_place_and_past_is_read_as_without_graphs(
     n = 11 * M + 5
     tokens = torch.tensor([text(n, seed) for seed in range(2)], device=device)
     with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(reading, "can_capture", lambda device: False)
+        plain.setattr(captured, "can_capture", lambda device: False)
         expected = in_pieces(model, tokens, [n])
     close = {"rtol": 1e-9, "atol": 1e-11} if device == "cpu" else {"rtol": 1e-3, "atol": 5e-3}
     for worth, pieces in ((3, [n]), (1, [3, 5 * M, 6 * M + 2]), (1, [3 * M, 3 * M, 3 * M, 2 * M + 5])):
@@ -123,6 +125,64 @@ def test_what_is_appended_piece_by_piece_is_captured_once_it_recurs(device: str,
     assert state.hidden.shape[1] == M
     assert counts[5] == 0
     assert counts[7:] == [3] * 5  # the step on what waits; new tokens, by both halves
+
+
+def test_steps_of_a_text_that_comes_token_by_token_are_one_graph(
+    device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a session that writes: once the window is full, and without memory for the lower half."""
+    model, tokens = model_on(device), torch.tensor([text(12 * M + 3)], device=device)
+    found = dict[bool, list[Reading]]()
+    guard = device == "cuda"  # a CPU waits for what it says, which cannot be captured
+    for captures in (True, False):
+        monkeypatch.setattr(captured, "can_capture", lambda device, captures=captures: captures)
+        state, found[captures] = begin(model), []
+        for token in tokens.split(1, 1):
+            found[captures].append(read(model, state, token, inner=INNER, guard=guard))
+            state = found[captures][-1].state
+    assert len(graphs) == 1
+    (reader,) = captured._READERS[model].values()
+    assert "_lower" not in vars(reader)
+    close = {"rtol": 1e-9, "atol": 1e-11} if device == "cpu" else {"rtol": 1e-3, "atol": 5e-3}
+    for ours, plain in zip(found[True], found[False], strict=True):
+        for a, b in zip((*ours.state.tensors, *ours[1:4]), (*plain.state.tensors, *plain[1:4]), strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True, **close)
+
+
+def test_a_step_is_taken_plainly_where_memory_is_short(
+    device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that writes has not asked for memory as who reads a long text has."""
+    monkeypatch.setattr(captured, "WORTH", 1)
+    model, tokens = model_on(device), torch.tensor([text(5 * M)], device=device)
+    state = read(model, begin(model), tokens[:, : 5 * M - 1], inner=INNER).state
+    del captured._READERS[model]
+    for free, captures in ((0, 0), (1 << 40, 1)):
+        monkeypatch.setattr(captured, "free_bytes", lambda device, free=free: free)
+        graphs.clear()
+        full = read(model, state, tokens[:, -1:], inner=INNER).state
+        found = read(model, full, tokens[:, :1], inner=INNER)
+        assert found.inner_grad_norm.shape == (1, 1)
+        assert len(graphs) == captures
+
+
+def test_threads_that_share_a_reader_take_turns(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is held amid its step, which the other would take up otherwise."""
+    model = model_on(device)
+    begun = [read(model, begin(model), torch.tensor([text(M, i)], device=device), inner=INNER).state for i in range(2)]
+    token = torch.tensor([[3]], device=device)
+    expected = [read(model, state, token, inner=INNER).state for state in begun]
+    score = Held(captured.CapturedReader._score)
+    monkeypatch.setattr(captured.CapturedReader, "_score", lambda *args: score(*args))
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(read, model, begun[0], token, inner=INNER)
+        assert score.entered.wait(120)
+        second = threads.submit(read, model, begun[1], token, inner=INNER)
+        wait([second], timeout=0.5)
+        score.go()
+        for found, state in zip((first.result(120).state, second.result(120).state), expected, strict=True):
+            for a, b in zip(found.tensors, state.tensors, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_the_number_of_graphs_is_bounded(device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:

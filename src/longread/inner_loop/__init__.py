@@ -8,6 +8,7 @@ reading.py     any text in any pieces: the same steps, taken as soon as their to
                learning has broken a reader
 halves.py      the two halves of the network side by side on a CPU
 captured.py    long stretches of it on a GPU, as replays of CUDA graphs, and when it is worth to capture one
+finishing.py   the step on a mini-batch that was complete before its last target was known
 graphs.py      how a CUDA graph is captured, checked, and done without
 decoding.py    one token after the other, for writing, and the pool of the places in which that is done
 places.py      where that is done

@@ -12,19 +12,20 @@ import collections
 import functools
 import itertools
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop.graphs import CheckedGraphs, put_back_later
-from longread.inner_loop.optimizers import optimizer_named
+from longread.inner_loop.optimizers import Update, optimizer_named
 from longread.inner_loop.state import ReadingState
-from longread.inner_loop.step import from_matrices, inner_gradient, matrices
-from longread.model import FastWeights, Past, Transformer, free_bytes
+from longread.inner_loop.step import Carry, from_matrices, inner_gradient, matrices
+from longread.model import Past, Transformer, can_capture, free_bytes
 
 STRETCH = 2048
 """Tokens for which the lower half runs at once, or one mini-batch if that is longer."""
@@ -39,6 +40,7 @@ busy without graphs."""
 WORTH = 3
 """Plain runs that one capture costs: the run that it is compared with, and twice the launches."""
 
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -137,6 +139,19 @@ class _Scored(NamedTuple):
     output: Tensor
 
 
+def _alone(
+    method: Callable[Concatenate[CapturedReader, Arguments], Result],
+) -> Callable[Concatenate[CapturedReader, Arguments], Result]:
+    """For one thread at a time, from what it loads to what it copies out."""
+
+    @functools.wraps(method)
+    def alone(reader: CapturedReader, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with reader.lock:
+            return method(reader, *args, **kwargs)
+
+    return alone
+
+
 class CapturedReader:
     """Reads B sequences, whole mini-batches of them."""
 
@@ -160,9 +175,8 @@ class CapturedReader:
             tolerance=TOLERANCE,
             warning=warning.format("score a token {:.2g} nats off"),
         )
-        split, blocks = model.num_lower_attentions, config.num_blocks
-        self._lower = Strips(model, batch_size, range(split), self.stretch, self._lower_graphs)
-        self._upper = Strips(model, batch_size, range(split, blocks), self.M, self._upper_graphs)
+        above = range(model.num_lower_attentions, config.num_blocks)
+        self._batch_size, self._upper = batch_size, Strips(model, batch_size, above, self.M, self._upper_graphs)
         self._tokens = torch.zeros(batch_size, self.stretch, dtype=torch.long, device=device)
         width = config.width
         self._ahead = torch.zeros(2, batch_size, self.stretch, width, dtype=model.dtype, device=device)
@@ -174,6 +188,7 @@ class CapturedReader:
         self._working = [w.to(model.dtype) for w in self._fast]
         self._max_step_norm = torch.zeros((), device=device) if guard else None
         self.weights_at = model.embedding.weight.data_ptr()
+        self.lock = threading.Lock()
 
     @property
     def model(self) -> Transformer:
@@ -182,11 +197,18 @@ class CapturedReader:
             raise ReferenceError("the model of this reader is gone")
         return model
 
+    @functools.cached_property
+    def _lower(self) -> Strips[Tensor]:
+        """Most of the memory; what only takes steps does without."""
+        model = self.model
+        return Strips(model, self._batch_size, range(model.num_lower_attentions), self.stretch, self._lower_graphs)
+
     @property
     def usable(self) -> bool:
         """False once a graph has turned out to compute something else; a reading goes on here without, to its end."""
         return self._lower_graphs.usable and self._upper_graphs.usable
 
+    @_alone
     def read(
         self, state: ReadingState, tokens: Tensor, mask: Tensor, max_step_norm: Tensor | None
     ) -> tuple[ReadingState, list[Tensor], list[Tensor], list[Tensor]]:
@@ -201,9 +223,9 @@ class CapturedReader:
         """
         M, n, waiting = self.M, tokens.shape[1], state.hidden.shape[1]
         read, steps = n // M * M, (waiting + n - 1) // M
-        self._load(state)
-        if self._max_step_norm is not None and max_step_norm is not None:
-            self._max_step_norm.copy_(max_step_norm)
+        carry = Carry(state.fast, tuple(past.before(waiting) for past in state.upper_pasts))
+        self._load(carry, state.position - waiting, state.start - waiting, max_step_norm)
+        self._lower.load(state.lower_pasts, state.position, state.start)
         targets = torch.cat((state.targets, tokens), 1)[:, 0 if waiting else 1 :]
         counted = torch.cat((state.targets_mask, mask), 1)[:, 0 if waiting else 1 :]
         hidden, runs = self._hidden_states(state.hidden, tokens[:, :read]), (waiting + read) // M
@@ -211,7 +233,7 @@ class CapturedReader:
             self._score(x, targets[:, i * M :][:, :M], counted[:, i * M :][:, :M], runs - i)
             for i, x in enumerate(itertools.islice(hidden, steps))
         ]
-        nll, fast = [one.nll for one in found[waiting // M :]], self._fast_weights()
+        nll, fast = [one.nll for one in found[waiting // M :]], from_matrices(self._fast_weights())
         waits, rest, rest_counted = runs > steps, targets[:, steps * M :], counted[:, steps * M :]
         if waits:
             found.append(self._score(next(hidden), rest, rest_counted, 1))
@@ -229,6 +251,23 @@ class CapturedReader:
         taken = found[:steps]
         refusals = [one.refused for one in taken if one.refused is not None]
         return after, nll, [one.grad_norm for one in taken], refusals
+
+    @_alone
+    def step(
+        self,
+        carry: Carry,
+        hidden: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        *,
+        position: int,
+        start: int | Tensor,
+        max_step_norm: Tensor | None,
+    ) -> Update:
+        """Takes the step on one mini-batch and nothing else; args as in `longread.inner_loop.finishing.finish`."""
+        self._load(carry, position, start, max_step_norm)
+        found = self._score(hidden, targets, mask, 1)
+        return Update(self._fast_weights(), found.grad_norm, found.refused)
 
     def rehearse(self, state: ReadingState) -> None:
         """Computes once, plainly and on one stream, what graphs from `state` on are made of."""
@@ -314,19 +353,18 @@ class CapturedReader:
         )
         return _Scored(step.nll, update.grad_norm, update.refused, step.output[:, -1])
 
-    def _load(self, state: ReadingState) -> None:
+    def _load(self, carry: Carry, position: int, start: int | Tensor, max_step_norm: Tensor | None) -> None:
+        """Takes up what the upper half needs at `position`; `start` says it of each sequence."""
         torch.cuda.current_stream().wait_stream(self._lower_graphs.stream)  # at what a reading left that was broken off
-        waiting = state.hidden.shape[1]
-        self._lower.load(state.lower_pasts, state.position, state.start)
-        self._upper.load(
-            [p.before(waiting) for p in state.upper_pasts], state.position - waiting, state.start - waiting
-        )
-        for place, copy, w in zip(self._fast, self._working, matrices(state.fast), strict=True):
+        if self._max_step_norm is not None and max_step_norm is not None:
+            self._max_step_norm.copy_(max_step_norm)
+        self._upper.load(carry.pasts, position, start)
+        for place, copy, w in zip(self._fast, self._working, matrices(carry.fast), strict=True):
             place.copy_(w)
             copy.copy_(w)
 
-    def _fast_weights(self) -> FastWeights:
-        return from_matrices([w.clone() for w in self._fast])
+    def _fast_weights(self) -> tuple[Tensor, ...]:
+        return tuple(w.clone() for w in self._fast)
 
 
 def _copied(pasts: Sequence[Past]) -> tuple[Past, ...]:
@@ -345,23 +383,51 @@ def captured_reader(
     """On a device with CUDA graphs a reader that can go on from `state`; None amid a mini-batch, where pasts are of odd
     lengths, and where memory is short."""
     config, waiting = model.config, state.hidden.shape[1]
-    if waiting not in (0, config.mini_batch_size):
+    before, B = state.position - waiting, state.output.shape[0]
+    if waiting not in (0, config.mini_batch_size) or not _can_capture_from(model, before):
         return None
-    if (config.mixer, config.attention) != ("attention", "window") or config.kept_tokens:
-        return None
-    windows = [config.window_of(i) or 0 for i in range(config.num_blocks)]
-    split, before = model.num_lower_attentions, state.position - waiting
+    windows, split = _windows(model), model.num_lower_attentions
     lengths = [past.key.shape[2] for past in (*state.lower_pasts, *state.upper_pasts)]
     whole = [min(w, state.position) for w in windows[:split]] + [min(w, before) + waiting for w in windows[split:]]
-    if lengths != whole or (before < max(windows) and before % config.mini_batch_size):
+    return _kept_reader(model, B, inner, guard, B > 1, config.num_blocks) if lengths == whole else None
+
+
+def captured_step(
+    model: Transformer, batch_size: int, position: int, inner: InnerConfig, *, guard: bool
+) -> CapturedReader | None:
+    """The same for a step alone, on a mini-batch that begins at `position`: where memory is short, one sequence is
+    spared as well."""
+    if not _can_capture_from(model, position):
         return None
-    readers = _READERS.setdefault(model, {})
-    B = state.output.shape[0]
-    key = B, inner, guard
+    lower = model.num_lower_attentions if batch_size == 1 else 0  # which do without strips
+    return _kept_reader(model, batch_size, inner, guard, True, model.config.num_blocks - lower)
+
+
+def _windows(model: Transformer) -> list[int]:
+    return [model.config.window_of(i) or 0 for i in range(model.config.num_blocks)]
+
+
+def _can_capture_from(model: Transformer, position: int) -> bool:
+    """Whether there are CUDA graphs, every attention sees a window and nothing else, and at `position` these are full,
+    or full of mini-batches."""
+    config = model.config
+    windowed = (config.mixer, config.attention) == ("attention", "window") and not config.kept_tokens
+    if not can_capture(model.device) or not windowed:
+        return False
+    return position >= max(_windows(model)) or position % config.mini_batch_size == 0
+
+
+def _kept_reader(
+    model: Transformer, batch_size: int, inner: InnerConfig, guard: bool, frugal: bool, blocks: int
+) -> CapturedReader | None:
+    """The model's reader of so many sequences; a new one that is `frugal` takes only a `SHARE` of the free memory for
+    the strips of so many blocks, or is not made."""
+    readers, key = _READERS.setdefault(model, {}), (batch_size, inner, guard)
     reader = readers.pop(key, None)
     if reader is None or reader.weights_at != model.embedding.weight.data_ptr():
-        strips = B * 2 * max(*windows, STRETCH) * 2 * config.num_blocks * config.kv_width * model.dtype.itemsize
-        if B > 1 and strips * SHARE > free_bytes(model.device):
+        tokens = 2 * max(*_windows(model), STRETCH)
+        strips = batch_size * tokens * 2 * blocks * model.config.kv_width * model.dtype.itemsize
+        if frugal and strips * SHARE > free_bytes(model.device):
             return None
         reader = CapturedReader(model, *key)
     readers[key] = reader

@@ -27,12 +27,13 @@ from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
+from longread.inner_loop.finishing import finish
 from longread.inner_loop.halves import Ahead, lower_stretches, threads_below
 from longread.inner_loop.kept import Kept, decided, long_pasts, undecided
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState, begin
-from longread.inner_loop.step import Carry, Recorded, Step, inner_step, recorded, step_norm_limit
-from longread.model import MixerPast, Past, Transformer, can_capture
+from longread.inner_loop.step import Carry, Recorded, from_matrices, inner_step, recorded, step_norm_limit
+from longread.model import FastWeights, MixerPast, Transformer
 from longread.ops.clipped_sgd import refused
 
 STRETCH = 2048
@@ -326,8 +327,7 @@ class _Reader:
 
     def _replay(self, tokens: Tensor, mask: Tensor) -> int:
         """Reads the mini-batches that the tokens fill as CUDA graphs, if they can be; returns the tokens read."""
-        possible = can_capture(self.model.device) and tokens.shape[1] >= self.model.config.mini_batch_size
-        possible = possible and not self.top and not self.keep_outputs
+        possible = tokens.shape[1] >= self.model.config.mini_batch_size and not self.top and not self.keep_outputs
         reader = captured_reader(self.model, self.state, self.inner, guard=self.guard) if possible else None
         if reader is None:
             return 0
@@ -432,63 +432,63 @@ class _Reader:
 
     def _finish(self, target: Tensor, mask: Tensor) -> None:
         """The step on an unfinished mini-batch, whose last target has come."""
-        state, M = self.state, self.state.hidden.shape[1]
+        model, state, M = self.model, self.state, self.state.hidden.shape[1]
         self.pauses.before_passes(STEP - 1, M)
-        # its tokens' own keys and values are made again, with a graph, after those of the window before it
-        before = tuple(past.before(M) for past in state.upper_pasts)
+        before, start = tuple(past.before(M) for past in state.upper_pasts), state.start - M
         run = state.run
-        if run is not None and not run.is_of(self.model, state.fast, state.hidden):
+        if run is not None and not run.is_of(model, state.fast, state.hidden):
             run = None
-        targets = torch.cat((state.targets, target), dim=1)
-        counted = torch.cat((state.targets_mask, mask), dim=1)
-        self._take_step(state.hidden, before, targets, counted, start=state.start - M, run=run)
+        update = finish(
+            model,
+            Carry(state.fast, self._seen(before, M, start)),
+            state.hidden,
+            torch.cat((state.targets, target), dim=1),
+            torch.cat((state.targets_mask, mask), dim=1),
+            position=state.position - M,
+            start=start,
+            inner=self.inner,
+            max_step_norm=self.max_step_norm,
+            run=run,
+        )
+        own = tuple(past.last(M) for past in state.upper_pasts)
+        self._move(
+            hidden=state.hidden[:, :0], targets=state.targets[:, :0], targets_mask=state.targets_mask[:, :0], run=None
+        )
+        self._stepped(from_matrices(update.weights), before, own, update.grad_norm, update.refused)
 
     def _whole(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
         """A mini-batch that came with all its targets: scored and learned from in one pass."""
-        state = self.state
-        self.pauses.before_passes(STEP, hidden.shape[1])
-        step = self._take_step(hidden, state.upper_pasts, targets, mask, start=state.start)
-        self.nll.append(step.nll)
-        # a token follows, and with it the output
-        self._move(**state.moved(hidden.shape[1]), kept=self._remembered(hidden.shape[1]))
-        self.outputs += [step.output] if self.keep_outputs else []
-        self._look(step.output)
-
-    def _take_step(
-        self,
-        hidden: Tensor,
-        before: tuple[Past, ...],
-        targets: Tensor,
-        mask: Tensor,
-        *,
-        start: int | Tensor,
-        run: Recorded | None = None,
-    ) -> Step:
-        """The inner step on a whole mini-batch, which is finished with it; `before` is the window before its tokens."""
-        model, state = self.model, self.state
+        state, M = self.state, hidden.shape[1]
+        self.pauses.before_passes(STEP, M)
         step = inner_step(
-            model,
-            Carry(state.fast, self._seen(before, hidden.shape[1], start)),
+            self.model,
+            Carry(state.fast, self._seen(state.upper_pasts, M, state.start)),
             hidden,
             targets,
             mask,
-            start=start,
+            start=state.start,
             lr=self.inner.lr,
             clip=self.inner.clip,
             order=0,
             surprise=self.inner.surprise,
             max_step_norm=self.max_step_norm,
             optimizer=optimizer_named(self.inner.optimizer),
-            run=run,
         )
-        self.norms.append(step.grad_norm)
-        self.refusals += [] if step.refused is None else [step.refused]
-        self._move(
-            fast=step.fast,
-            upper_pasts=model.advance(before, step.own, model.num_lower_attentions),
-            hidden=state.hidden[:, :0],
-            targets=state.targets[:, :0],
-            targets_mask=state.targets_mask[:, :0],
-            run=None,
-        )
-        return step
+        self._stepped(step.fast, state.upper_pasts, step.own, step.grad_norm, step.refused)
+        self.nll.append(step.nll)
+        self._move(**state.moved(M), kept=self._remembered(M))  # a token follows, and with it the output
+        self.outputs += [step.output] if self.keep_outputs else []
+        self._look(step.output)
+
+    def _stepped(
+        self,
+        fast: FastWeights,
+        before: tuple[MixerPast, ...],
+        own: tuple[MixerPast, ...],
+        grad_norm: Tensor,
+        refused: Tensor | None,
+    ) -> None:
+        """Books a step on a mini-batch with these keys and values; `before` is the window before its tokens."""
+        self.norms.append(grad_norm)
+        self.refusals += [] if refused is None else [refused]
+        self._move(fast=fast, upper_pasts=self.model.advance(before, own, self.model.num_lower_attentions))
