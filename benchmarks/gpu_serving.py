@@ -99,8 +99,7 @@ def gate(model: Transformer, sessions: int = 5) -> float:
         tokens = texts[:, step]
         for lane in range(sessions):
             if places.due(lane):
-                states[lane] = read(model, places.take(lane), tokens[lane].view(1, 1), inner=INNER).state
-                places.put(lane, states[lane], learn=True)
+                places.step(lane, tokens[lane : lane + 1], INNER)
         places.read(tokens)
         for lane in range(sessions):
             states[lane] = read(model, states[lane], tokens[lane].view(1, 1), inner=INNER).state

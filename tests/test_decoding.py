@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.inner_loop import Decoder, begin, next_token_logits, places, read
+from longread.inner_loop import Decoder, begin, captured, next_token_logits, places, read
 from longread.model import Past, Ring, Transformer
 from longread.ops import fusible
 from longread.ops.attention.reference import reference_attention
@@ -255,13 +255,17 @@ def test_places_do_not_keep_their_model() -> None:
 @pytest.mark.parametrize("changes", [{}, {"attention": "full"}, GROUPED], ids=str)
 def test_captured_decoding_is_reading(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "SPARE", 16)
-    model, text = make_wide(width=32, mini_batch_size=8, window_size=24, **changes), tokens(50)
+    model, text = make_wide(width=32, mini_batch_size=8, window_size=24, **changes), tokens(66)
     state = read(model, begin(model, 2), text, inner=INNER).state
     expected = next_token_logits(model, state)
     model = model.float().cuda()
     decoder = Decoder(model, read(model, begin(model, 2), text[:, :5].cuda(), inner=INNER).state, INNER)
-    for i in range(5, 50):
+    for i in range(5, 66):
         decoder.read(text[:, i].cuda())
+    readers = captured._READERS.get(model, {}).values()
+    assert [len(reader._upper_graphs._graphs) for reader in readers] == ([] if "attention" in changes else [1])
+    assert decoder.steps == 8
+    assert decoder.rolled_back.item() == 0
     torch.testing.assert_close(decoder.logits().cpu().double(), expected, rtol=0, atol=2e-3)
     for x, y in zip(decoder.state().tensors, state.tensors, strict=True):
         torch.testing.assert_close(x.cpu().double(), y.double(), rtol=0, atol=5e-3)

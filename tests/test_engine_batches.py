@@ -146,9 +146,7 @@ def test_lanes_are_filled_left_and_moved_at_any_time(changes: dict, monkeypatch:
         for i in range(3):
             lane = where[i]
             if places.due(lane):
-                states[i] = places.take(lane)
-                states[i] = read(model, states[i], torch.tensor([[4]]), inner=INNER).state
-                places.put(lane, states[i], learn=True)
+                places.step(lane, new[i : i + 1], INNER)
         tokens = torch.empty(3, dtype=torch.long)
         for i in range(3):
             tokens[where[i]] = new[i]
@@ -238,16 +236,10 @@ def test_lanes_on_a_gpu(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
         places.put(i, read(model, begin(model), begun, inner=INNER).state, learn=True)
     for step in range(40):
         tokens = [texts[i][n + step] for i, n in enumerate(lengths)]
-        stepped = []
         for i in range(len(lengths)):
             if places.due(i):
-                state = read(model, places.take(i), torch.tensor([[tokens[i]]], device="cuda"), inner=INNER).state
-                stepped.append((i, state))
-                places.put(i, state, learn=True)
-        before = {i: places.take(i) for i, _ in stepped}
+                places.step(i, torch.tensor([tokens[i]]), INNER)
         places.read(torch.tensor(tokens, device="cuda"))
-        for i, _ in stepped:  # they had read it already
-            places.put(i, before[i], learn=True)
     for i, n in enumerate(lengths):
         expected = read(exact, begin(exact), torch.tensor([texts[i][: n + 40]]), inner=INNER).state
         torch.testing.assert_close(

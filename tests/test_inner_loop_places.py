@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from longread.inner_loop import Decoder, ReadingState, begin, next_token_logits, read
+from longread.config import InnerConfig
+from longread.inner_loop import Decoder, ReadingState, begin, next_token_logits, read, register_inner_optimizer
 from longread.inner_loop.places import SPARE, Places, place_nbytes, room
+from longread.inner_loop.step import matrices
 from longread.model import Transformer
 from tests.tiny import BY_BLOCK, GROUPED, INNER, M, make, text
 
@@ -54,7 +58,8 @@ def go_on(model: Transformer, places: Places, states: list[ReadingState], steps:
         tokens = torch.tensor(text(len(states), 90 + step))
         for lane, token in enumerate(tokens):
             if places.due(lane):
-                return
+                assert places.step(lane, token.view(1), INNER).tolist() == [False]
+                assert not places.due(lane)
             states[lane] = read(model, states[lane], token.view(1, 1), inner=INNER, learn=learn).state
         places.read(tokens)
         for lane, state in enumerate(states):
@@ -182,6 +187,55 @@ def test_several_sequences_come_and_go_together() -> None:
     spoiled(places)
     places._counts.fill_(False)
     assert all(torch.equal(a, b) for a, b in zip(found.tensors, before, strict=True))  # a value
+
+
+@pytest.mark.parametrize("n", [M, 3 * M])
+def test_several_sequences_step_together(n: int) -> None:
+    """In other lanes than the first; a mini-batch begins anew, with all of its targets."""
+    model = exact()
+    mask = torch.rand(2, n, generator=torch.Generator().manual_seed(0)) > 0.4
+    tokens = torch.tensor([text(n, seed) for seed in range(2)])
+    state = read(model, begin(model, 2), tokens, inner=INNER, loss_mask=mask).state
+    places, steps = spoiled(Places(model, 4, learn=True)), 0
+    places.put(1, state, learn=True)
+    for step in range(2 * M + 1):
+        tokens = torch.tensor([[0, 7, step, 0]])
+        if places.due(1):
+            places.step(1, tokens[0, 1:3], INNER)
+            steps += 1
+        places.read(tokens[0])
+        state = read(model, state, tokens.T[1:3], inner=INNER).state
+        assert_same(places.take(1, 2), state)
+    assert steps == 3
+
+
+def too_far(weights: Sequence[Tensor], gradients: Sequence[Tensor], **_: object) -> list[Tensor]:
+    """Steps of which the guard refuses those of the second sequence."""
+    odd = torch.arange(len(weights[0])).view(-1, 1, 1) % 2 == 1
+    return [torch.where(odd, w + 1e6, w - 0.1 * g) for w, g in zip(weights, gradients, strict=True)]
+
+
+register_inner_optimizer("too_far", too_far)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "too_far"])
+def test_a_refused_step_changes_nothing_but_that_the_mini_batch_is_over(optimizer: str) -> None:
+    """Whether the guard sees it by the gradient, or the rule says it itself; of one sequence of two."""
+    model, inner = exact(), InnerConfig(optimizer=optimizer, lr=0.7, clip=None)
+    state = after(model, M, 0, 1)
+    if optimizer == "sgd":
+        broken = state.hidden.index_fill(0, torch.tensor([1]), torch.nan)
+        state = dataclasses.replace(state, hidden=broken, run=None)
+    places, tokens = Places(model, 2, learn=True), torch.tensor([[3], [4]])
+    places.put(0, state, learn=True)
+    assert places.step(0, tokens[:, 0], inner).tolist() == [False, True]
+    stepped = places.take(0, 2)
+    assert stepped.hidden.shape[1] == 0
+    expected = read(model, state, tokens, inner=inner, guard=True)
+    for after_step, before, wanted in zip(*map(matrices, (stepped.fast, state.fast, expected.state.fast)), strict=True):
+        torch.testing.assert_close(after_step, wanted, rtol=1e-10, atol=1e-10)
+        assert torch.equal(after_step[1], before[1])
+        assert not torch.equal(after_step[0], before[0])
 
 
 def test_masked_targets_wait_as_masked() -> None:

@@ -147,7 +147,7 @@ def test_lanes_say_what_is_likeliest_there_now(passes_find: list[int]) -> None:
 
 
 def test_a_session_and_an_engine_take_what_passes_find(passes_find: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over inner steps, after which it is looked for elsewhere; beside one that asks for more, with equal numbers."""
+    """Over inner steps; beside one that asks for more, with equal numbers."""
     model, prompt, count = make(3, torch.float64), text(M + 1), 3 * M
     with monkeypatch.context() as plain:
         plain.setattr(places, "is_on_a_gpu", lambda x: False)
@@ -159,7 +159,7 @@ def test_a_session_and_an_engine_take_what_passes_find(passes_find: list[int], m
     session = Session(model, INNER)
     session.read(prompt)
     assert list(session.generate(count, temperature=0)) == expected
-    assert passes_find == [1, 1, 1]
+    assert passes_find == [1]  # of what has only been read
     passes_find.clear()
     found = []
     with Engine(model, INNER) as engine:
@@ -170,7 +170,7 @@ def test_a_session_and_an_engine_take_what_passes_find(passes_find: list[int], m
                 engine.append(sid, prompt).result()
             tasks = [engine.generate(sid, s) for sid, s in zip(ids, settings, strict=True)]
             found += [[token for token in task if isinstance(token, Token)] for task in tasks]
-    assert 3 <= len(passes_find) < count
+    assert 1 <= len(passes_find) < M  # fewer than inner steps
     for tokens in found:
         assert [token.id for token in tokens] == expected
         assert [token.logprob for token in tokens] == [token.logprob for token in found[0]]

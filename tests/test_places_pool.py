@@ -78,6 +78,15 @@ def test_two_sessions_that_answer_in_turn_copy_nothing(moves: Counter[str]) -> N
     assert moves == {"put": 3, "take": 1}
 
 
+def test_who_writes_copies_nothing_for_an_inner_step(moves: Counter[str]) -> None:
+    model = make()
+    states = [after(model, n, seed) for seed, n in enumerate((2 * M, 2 * M + 1, 2 * M + 3))]
+    decoder = Decoder(model, states, INNER)
+    greedy(decoder, 3 * M)
+    assert [text.steps for text in decoder.texts] == [3, 3, 3]
+    assert moves == {"put": 3}
+
+
 LOOKS: dict[str, tuple[Callable[[Session, Path], object], int]] = {
     "position": (lambda session, path: session.position, 0),
     "nbytes": (lambda session, path: session.nbytes, 0),
@@ -392,7 +401,7 @@ def test_an_interrupted_step_leaves_the_text_before_it(monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("longread.inner_loop.decoding.read", interrupted)
+        patch.setattr("longread.inner_loop.places.finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             decoder.read(torch.tensor([1, 2]))
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(decoder), before, strict=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longread.config import InnerConfig
 from longread.engine.records import Job, RecordsLock, Tier
 from longread.inner_loop import ReadingState
 from longread.inner_loop.kept import kept_nbytes
@@ -135,8 +136,17 @@ class Lanes:
         """Whether the next token of a job asks for an inner step first."""
         return self._places is not None and job.reader.lane is not None and self._places.due(job.reader.lane)
 
+    def step(self, job: Job, inner: InnerConfig) -> bool:
+        """Takes the inner step that the drawn token of a job asks for; says whether it was refused.
+
+        This and what follows is called with the lock let go.
+        """
+        if self._places is None or job.reader.lane is None or job.next is None:
+            raise LookupError(f"session {job.reader.id} is in no lane")
+        return bool(self._places.step(job.reader.lane, torch.tensor([job.next]), inner))
+
     def logits(self) -> Tensor:
-        """Of the next tokens of all jobs, [jobs, V]. This and what follows is called with the lock let go."""
+        """Of the next tokens of all jobs, [jobs, V]."""
         if self._places is None:
             raise LookupError("nobody is in a lane")
         return self._places.logits(len(self.jobs))
@@ -217,8 +227,12 @@ class SeparatePlaces:
         learning[origin], learning[lane] = learning[lane], learning[origin]
 
     def due(self, lane: int) -> bool:
-        """Whether the sequence must leave before its next token is read."""
+        """Whether the sequence must step before its next token is read."""
         return self._each[lane].due(0)
+
+    def step(self, lane: int, tokens: Tensor, inner: InnerConfig) -> Tensor:
+        """Takes the inner step of the sequence in a lane, as `Places.step` does."""
+        return self._each[lane].step(0, tokens, inner)
 
     def logits(self, count: int) -> Tensor:
         """Of the next token of the first `count` lanes, [count, V]."""

@@ -1,9 +1,10 @@
 """The thread that computes: it chooses who comes next, so that nobody waits for somebody else's long text.
 
-A turn is one token of every session that writes, then either the inner step of some of them or a piece of text of some
-that read. A piece of several mini-batches stands still after each mini-batch's work for a turn of all others, so that
-long is the most that a token waits (on a GPU the piece is one mini-batch instead). Owners share the device by the time
-that it has worked for them; the sessions of one owner come in the order in which they have waited.
+A turn is one token of every session that writes, after the inner steps of a few of them, and then a piece of text of
+some that read. A piece of several mini-batches stands still after each mini-batch's work for a turn of all others, so
+that long, and those few steps, is the most that a token waits (on a GPU the piece is one mini-batch instead). Owners
+share the device by the time that it has worked for them; the sessions of one owner come in the order in which they have
+waited.
 
 Everything known of sessions is under one lock, which this thread lets go whenever it computes. So who only asks, or
 changes what needs no computing, never waits for it. What must happen between two tokens or pieces is a command.
@@ -18,7 +19,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -133,7 +134,7 @@ class Scheduler(threading.Thread):
                 jobs.guarded([job], jobs.end_reading, job)
                 worked = True
         worked = slices.write(heads) or worked
-        worked = slices.step(heads) or slices.read(heads) or worked
+        worked = slices.read(heads) or worked
         jobs.tiers.balance(jobs.readers.values(), jobs.persistence)
         return worked
 
@@ -165,53 +166,71 @@ class Slices:
         """Whether a device computes by itself what it is given: clients are told meanwhile."""
 
     def write(self, heads: list[Job]) -> bool:
-        """Draws and reads the next token of all that write and whose inner step is not due; says whether any does."""
+        """Draws and reads the next token of all that write; says whether any does.
+
+        A token that asks for an inner step is read after it. A few of these are taken now, the other tokens wait.
+        """
         jobs, lanes = self._jobs, self._lanes
         writers = [job for job in heads if job.ready and not job.reads and job.sampling is not None]
         for job in [job for job in writers if job.next is None]:
             if job.task.cancelled or job.written >= sampling_of(job).max_tokens:
                 reason = "cancelled" if job.task.cancelled else "length"
                 jobs.guarded([job], jobs.end_writing, job, reason)
-        drawing = [job for job in writers if job.ready and job.next is None]
         if any(job.sampling is not None for job in heads):
             self._wrote_at = time.perf_counter()
-        for job in drawing:
+        going = [job for job in writers if job.ready]
+        for job in going:
             if lanes.possible and job.reader.lane is None and jobs.is_here(job):
                 jobs.guarded([job], self._enter, job)
-        late = next((job for job in drawing if job.ready and job.reader.lane is None), None)
+        late = next((job for job in going if job.ready and job.reader.lane is None), None)
         if lanes.possible and late is not None and len(lanes.jobs) == lanes.lanes:
             make_way(jobs, late, lane=True)
-        loose = [job for job in drawing if job.ready and not lanes.possible and jobs.is_here(job)]
+        loose = [job for job in going if job.ready and not lanes.possible and jobs.is_here(job)]
         present = [*lanes.jobs, *loose]
-        if not any(job.next is None or not lanes.due(job) for job in present):
+        if not present:
             return any(not job.ready for job in writers)
-        began = time.perf_counter()
-        jobs.guarded(present, self._round, loose)
+        news: list[tuple[Job, Token]] = []
+        self._timed(present, self._draw, [job for job in present if job.next is None], news)
+        due = sorted((job for job in lanes.jobs if job.next is not None and lanes.due(job)), key=lambda job: job.ticket)
+        if due or not self._launches:
+            self._tell(news)
+        for job in due[: self._pieces.most(jobs.model.config.mini_batch_size, hurried=True)]:
+            self._timed([job], self._step, job)
+        self._timed(present, self._read_drawn, news)
+        self._read_loose([job for job in loose if job.ready and job.next is not None])
         jobs.counts["rounds"] += 1
-        self._charge(present, began)
         return True
+
+    def _timed(self, group: list[Job], work: Callable[..., None], *args: Any) -> None:
+        """Does `work`, which fails these jobs alone and is charged to their owners."""
+        began = time.perf_counter()
+        self._jobs.guarded(group, work, *args)
+        self._charge(group, began)
 
     def _enter(self, job: Job) -> None:
         if self._jobs.tiers.make_lane(self._jobs.readers.values()):
             self._lanes.enter(job)
 
-    def _round(self, loose: list[Job]) -> None:
-        jobs, lanes = self._jobs, self._lanes
-        drawing = [job for job in (*lanes.jobs, *loose) if job.next is None]
-        news: list[tuple[Job, Token]] = []
+    def _draw(self, drawing: list[Job], news: list[tuple[Job, Token]]) -> None:
+        """Draws the next tokens; what clients are to be told of them is added to `news`."""
         for job, drawn in zip(drawing, self._drawn(drawing), strict=True):
             if drawn.id in sampling_of(job).stop_ids:
-                jobs.end_writing(job, "stop")
+                self._jobs.end_writing(job, "stop")
                 continue
             job.next = drawn.id
-            jobs.computing(job, wrote=True)
+            self._jobs.computing(job, wrote=True)
             news.append((job, Token(drawn.id, drawn.logprob, drawn.top, job.reader.position + 1)))
-        try:
-            if not self._launches:
-                self._tell(news)
-            self._read_drawn()
-        finally:
-            self._tell(news)
+
+    def _step(self, job: Job) -> None:
+        """Takes the inner step that the drawn token of a job in a lane asks for."""
+        jobs = self._jobs
+        with jobs.lock.released():
+            refused = self._lanes.step(job, jobs.inner)
+        job.reader.steps += 1
+        job.reader.rolled_back += refused
+        jobs.counts["steps"] += 1
+        jobs.counts["rolled_back"] += refused
+        jobs.to_the_end(job)  # of those whose steps are due
 
     def _tell(self, news: list[tuple[Job, Token]]) -> None:
         """Tells clients what was not told yet."""
@@ -219,19 +238,22 @@ class Slices:
             job, token = news.pop(0)
             job.task._emit(token)
 
-    def _read_drawn(self) -> None:
-        """Reads the drawn tokens of all in lanes whose inner step is not due."""
+    def _read_drawn(self, news: list[tuple[Job, Token]]) -> None:
+        """Reads the drawn tokens of all in lanes whose inner step is not due; clients are told while a GPU computes."""
         jobs, lanes = self._jobs, self._lanes
         others = [job for job in lanes.jobs if job.next is not None and not lanes.due(job)]
-        if jobs.alone:
+        try:
+            if jobs.alone:
+                for job in others:
+                    jobs.guarded([job], self._read_one, job)
+                return
+            lanes.first(others)
+            with jobs.lock.released():
+                lanes.read(len(others))
             for job in others:
-                jobs.guarded([job], self._read_one, job)
-            return
-        lanes.first(others)
-        with jobs.lock.released():
-            lanes.read(len(others))
-        for job in others:
-            self._jobs.written(job)
+                self._jobs.written(job)
+        finally:
+            self._tell(news)
 
     def _read_one(self, job: Job) -> None:
         with self._jobs.lock.released():
@@ -271,40 +293,20 @@ class Slices:
             job.generator = seeded(sampling_of(job).seed, self._jobs.model.device)
         return job.generator
 
-    def step(self, heads: list[Job]) -> bool:
-        """Takes the inner steps that the next tokens of a group of writers ask for, and reads these tokens.
-
-        They leave their lanes for it, since they need room twice, and come back.
-        """
-        jobs, lanes = self._jobs, self._lanes
-        due = sorted((job for job in lanes.jobs if job.next is not None), key=lambda job: job.ticket)
-        due = due[: self._pieces.most(jobs.model.config.mini_batch_size, hurried=True)]
-        for job in due:
-            jobs.guarded([job], lanes.leave, job)
-        # who had to leave for the host, or never is in a lane, reads when it is here
-        waiting = [job for job in heads if job.ready and job.next is not None and job.reader.lane is None]
-        waiting = [job for job in waiting if jobs.is_here(job)]
-        worked = stepped = False
-        while waiting and not stepped:
-            group = self._pieces.group(waiting, 1, hurried=True)
-            stepped = self._pieces.step_is_due(group[0])
-            for job in due:
-                if job not in group:
-                    self._come_back(job)
-            began = time.perf_counter()
-            jobs.guarded(group, self._pieces.read, group, 1)
-            self._charge(group, began)
-            for job in due:
-                self._come_back(job)
-            waiting = [job for job in waiting if job.next is not None and job.ready and job.reader.lane is None]
-            worked = True
-        return worked
-
-    def _come_back(self, job: Job) -> None:
-        """Lets a job that has just left its lane enter it again."""
-        reader = job.reader
-        if job.ready and reader.lane is None and reader.tier == "device":
-            self._jobs.guarded([job], self._lanes.enter, job)
+    def _read_loose(self, waiting: list[Job]) -> None:
+        """Reads the drawn tokens of a model that has no lanes; of those that ask for an inner step one group's."""
+        pieces = self._pieces
+        due = sorted((job for job in waiting if pieces.step_is_due(job)), key=lambda job: job.ticket)
+        quiet = [job for job in waiting if job not in due]
+        while quiet:
+            group = pieces.group(quiet, 1, hurried=True)
+            self._timed(group, pieces.read, group, 1)
+            quiet = [job for job in quiet if job not in group]
+        if due:
+            group = pieces.group(due, 1, hurried=True)
+            self._timed(group, pieces.read, group, 1)
+            for job in group:
+                self._jobs.to_the_end(job)
 
     def read(self, heads: list[Job]) -> bool:
         """Reads a piece of text with a group of readers; says whether there was any.

@@ -1,10 +1,9 @@
 """One token after the other: the state lies in places that a token changes in place.
 
-Between two inner steps a token costs one pass through the network, for which `read` would copy every window. The inner
-step itself stays `read`'s: when a mini-batch is complete, the state leaves its places, the next token is read, and the
-state comes back.
+A token costs one pass through the network, for which `read` would copy every window. When a mini-batch is complete, the
+inner step is taken in its place, and with the new fast weights the next token is read as any other.
 
-A model with other mixers than attention is read by `read` alone.
+A model that does not decode in place (`ModelConfig.decodes_in_place`) is read by `read` alone.
 
 A decoder owns its places while it works, so nobody else's token disturbs it. They are nobody else's then, and go with
 it. Places at rest are in the pool of their model. It keeps few: making them costs time, on a GPU that of capturing
@@ -128,38 +127,31 @@ class Decoder:
         """
         going = [text for text in self.texts if text.last_logits is None]
         if not self._has_places:
-            for text, state in zip(going, self._stepped(going, [_of(text) for text in going], tokens), strict=True):
-                text.state, text.position = state, text.position + 1
+            self._read_elsewhere(going, tokens)
         elif going:
             places = self._places()
-            due = [text for text in going if places.due(text.lanes.start)]
-            after = self._stepped(due, [places.take(text.lanes.start, text.size) for text in due], tokens)
-            for text, state in zip(due, after, strict=True):  # whatever is computed in their lanes now, nobody sees
-                text.state, text.position = state, text.position + 1
-                places.leave(text.lanes.start)
-            others = [text for text in going if text not in due]
-            if others:
-                places.read(tokens)
-            for text in others:
-                text.position += 1
+            for text in going:
+                if places.due(text.lanes.start):
+                    refused = places.step(text.lanes.start, tokens[text.lanes], self.inner)
+                    text.steps, text.rolled_back = text.steps + 1, text.rolled_back + refused.sum()
+            places.read(tokens)  # whatever is computed in the lanes of others, nobody sees
+        for text in going:
+            text.position += 1
 
-    def _stepped(self, texts: Sequence[Text], states: Sequence[ReadingState], tokens: Tensor) -> list[ReadingState]:
-        """The states after one more token of each of these texts, read by `read`."""
-        alike: dict[object, list[int]] = {}
-        for i, state in enumerate(states):
-            alike.setdefault(shapes_of(state), []).append(i)
-        after = list(states)
+    def _read_elsewhere(self, texts: Sequence[Text], tokens: Tensor) -> None:
+        """One more token of each of these texts, read by `read`, with the inner steps that it asks for."""
+        alike: dict[object, list[Text]] = {}
+        for text in texts:
+            alike.setdefault(shapes_of(_of(text)), []).append(text)
         for group in alike.values():
-            own = torch.cat([tokens[texts[i].lanes] for i in group]).unsqueeze(1).to(self.model.device)
-            state = together([states[i] for i in group])
-            found = read(self.model, state, own, inner=self.inner, learn=self.learn, guard=True)
-            found_states = [found.state] if len(group) == 1 else apart(found.state)
-            refusals = found.rolled_back.split([texts[i].size for i in group])
-            for i, moved, refused in zip(group, found_states, refusals, strict=True):
-                texts[i].steps += refused.shape[1]
-                texts[i].rolled_back = texts[i].rolled_back + refused.sum()
-                after[i] = moved
-        return after
+            own = torch.cat([tokens[text.lanes] for text in group]).unsqueeze(1).to(self.model.device)
+            before = together([_of(text) for text in group])
+            found = read(self.model, before, own, inner=self.inner, learn=self.learn, guard=True)
+            states = [found.state] if len(group) == 1 else apart(found.state)
+            refusals = found.rolled_back.split([text.size for text in group])
+            for text, state, refused in zip(group, states, refusals, strict=True):
+                text.state, text.steps = state, text.steps + refused.shape[1]
+                text.rolled_back = text.rolled_back + refused.sum()
 
     def leave(self, index: int) -> None:
         """Goes on without a text, which stays as it is and keeps its rows of the logits."""

@@ -3,8 +3,8 @@
 Sequences come and go, and are at positions of their own. New keys and values go into rings, the fast weights lie there
 in the type of the products, and on a GPU the pass for one token of every lane is one replay of a CUDA graph.
 
-The inner step is not taken here: a sequence whose mini-batch is complete leaves, `read` takes the step with the next
-token, and it may come back.
+A sequence whose mini-batch is complete takes the inner step where it is, by itself, once its next token is known; then
+that token is read with those of all others.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longread.config import InnerConfig
+from longread.inner_loop.finishing import finish
 from longread.inner_loop.graphs import CheckedGraphs, put_back_later
 from longread.inner_loop.state import ReadingState, StateFacts
-from longread.inner_loop.step import from_matrices, matrices
+from longread.inner_loop.step import Carry, from_matrices, matrices, step_norm_limit
 from longread.model import FastWeights, Past, Ring, Transformer, can_capture, decode
+from longread.ops.clipped_sgd import refused
 from longread.ops.fusible import is_on_a_gpu, without_kernels
 from longread.ops.likeliest import likeliest
 
@@ -164,7 +167,7 @@ class Places:
             return self._likeliest.wait(self._logits[:count])
 
     def due(self, lane: int) -> bool:
-        """Whether the sequence's mini-batch is complete: it must leave before its next token is read."""
+        """Whether the sequence's mini-batch is complete: it must `step` before its next token is read."""
         occupant = self._occupants[lane]
         return occupant is not None and occupant.learn and occupant.waiting == self._extra
 
@@ -263,6 +266,43 @@ class Places:
         self.lanes = lanes
         self._likeliest = LikeliestTokens(self._logits)
         self._graphs.clear()
+
+    @torch.no_grad()
+    def step(self, lane: int, tokens: Tensor, inner: InnerConfig) -> Tensor:
+        """Takes the inner step, guarded, of the sequences that came together into the lanes from `lane` on and are due.
+
+        Args:
+            tokens: that come next, int64 [B], on any device: the last targets. They are not read.
+
+        Returns:
+            which of them refused it, bool [B].
+        """
+        occupant, model, M, split = self._occupant(lane), self.model, self._extra, self._split
+        here, first = slice(lane, lane + len(tokens)), occupant.position - M
+        before = [
+            _part(ring, here).take(first if window is None else min(first, window), first)
+            for ring, (window, _) in zip(self._rings[split:], self._windows()[split:], strict=True)
+        ]
+        last, limit = tokens.to(self._read.device).unsqueeze(1), step_norm_limit(model)
+        found = finish(
+            model,
+            Carry(occupant.fast, tuple(before)),
+            self._hidden[here, :M],
+            torch.cat((self._read[here, 1:M], last), dim=1),
+            self._counts[here, 1:],
+            position=first,
+            start=first,
+            inner=inner,
+            max_step_norm=limit,
+        )
+        for place, w in zip(self._working, found.weights, strict=True):
+            place[here].copy_(w)
+        occupant.fast, occupant.waiting = from_matrices(found.weights), 0
+        self._slot[here] = 0
+        self._counts[here] = True
+        if found.refused is not None:
+            return found.refused
+        return refused(found.grad_norm, lr=inner.lr, clip=inner.clip, max_step_norm=limit)
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> None:
