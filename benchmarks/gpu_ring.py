@@ -4,7 +4,7 @@
 
 First the gate: at every timed shape the kernel must agree with float64. Times are of 32 rings one after the other, as
 in the blocks of a model, in one CUDA graph; the floor is reading every key and value once at the speed of copying
-measured in this run. `--sweep` tries other block sizes, shares and warps than those of `ring_triton`.
+measured in this run. `--sweep` tries other values of the constants of `ring_triton` that decide for these heads.
 """
 
 from __future__ import annotations
@@ -16,17 +16,27 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 
 from longread.bench.machine import measure_machine, seconds
 from longread.ops.attention import ring_triton
 from longread.ops.attention.ring import plain_ring_attention
 
+Sweep = dict[str, tuple[int, ...]]
 RINGS = 32
 REPEATS = 20
 TOLERANCE = 1e-2
 """Relative L2 error of bfloat16 outputs."""
-SWEEP = {"BLOCK": (16, 32, 64), "SHARE": (128, 256, 512, 1024), "WARPS": (2, 4, 8), "STAGES": (1, 3)}
+PIECES: Sweep = {
+    "BLOCK": (16, 32),
+    "SHARE": (64, 128, 256, 512),
+    "UNROLL": (1, 2, 4),
+    "REGISTERS": (128, 168, 200),
+    "ENOUGH_PROGRAMS": (0,),  # shares are as told
+}
+ROWS: Sweep = {"BLOCK": (16, 32, 64), "SHARE": (128, 256, 512, 1024), "WARPS": (2, 4, 8), "STAGES": (1, 3)}
+"""Where a program loads whole rows of keys and values."""
 
 
 def main() -> None:
@@ -54,12 +64,11 @@ def measure(heads: int, shape: tuple[int, int, int, int], device: torch.device, 
     new = [torch.randn(B, n, 1, H, device=device).bfloat16() for n in (heads, G, G)]
     position = torch.full((B,), 3 * R + 5, device=device)
     floor = 2 * rings[0][0].nbytes / bandwidth
-    chosen = {name: getattr(ring_triton, name) for name in SWEEP}
+    together = ring_triton.heads_of(heads // G, triton.next_power_of_2(H))
+    constants = PIECES if ring_triton.by_pieces(together, H) else ROWS
     found = []
-    for values in itertools.product(*SWEEP.values()) if sweep else [tuple(chosen.values())]:
-        settings = dict(zip(SWEEP, values, strict=True))
-        if settings["SHARE"] % settings["BLOCK"]:
-            continue
+    for values in itertools.product(*constants.values()) if sweep else [[getattr(ring_triton, x) for x in constants]]:
+        settings = dict(zip(constants, values, strict=True))
         with mock.patch.multiple(ring_triton, **settings):
             check(new, rings[0], position, R)
             found.append((time_of(lambda: [attend(new, ring, position, R) for ring in rings]), settings))

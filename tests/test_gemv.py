@@ -154,16 +154,23 @@ def test_which_answers(
         assert (isinstance(found, str) and found == "kernel") == where
 
 
+@pytest.mark.parametrize(("G", "H"), [(2, 10), (4, 48)], ids=["heads share a ring", "a head by pieces"])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
 def test_a_ring_takes_up_what_is_normed_and_turned(
-    normed: bool, turned: bool, interpreter: None, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
+    G: int,
+    H: int,
+    normed: bool,
+    turned: bool,
+    interpreter: None,
+    poisoned_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Several programs a head, whose counts of arrival are zeros again for the next call."""
     module = importlib.import_module("longread.ops.attention.ring_triton")
     monkeypatch.setattr(module, "SHARE", 16)
     monkeypatch.setattr(module, "SMALLEST_SHARE", 16)
-    B, N, G, H, R = 2, 4, 2, 10, 45
+    B, N, R = 2, 4, 45
     position = torch.tensor([3, 2 * R + 7], device=DEVICE)
     query, key, value = draw(B, N, 1, H), draw(B, G, 1, H, seed=1), draw(B, G, 1, H, seed=2)
     ring = [draw(B, G, R, H, seed=3), draw(B, G, R, H, seed=4)]
@@ -185,6 +192,23 @@ def test_a_ring_takes_up_what_is_normed_and_turned(
         )
         agree((found, ring), (expected, expected_ring), 1e-6)
         assert not arrivals.any()
+
+
+@pytest.mark.parametrize(
+    ("R", "N", "heads", "pieces", "share"),
+    [
+        (8192, 32, 1, True, 256),
+        (8192, 12, 1, True, 128),  # 384 programs would be too few
+        (1024, 12, 1, True, 64),  # so are 192, but shares are no smaller
+        (1024, 12, 1, False, 256),
+        (8192, 32, 4, False, 64),
+        (9, 9, 3, False, 80),
+        (1_000_000, 32, 1, True, 3920),  # 256 shares
+    ],
+)
+def test_a_ring_is_split_among_enough_programs(R: int, N: int, heads: int, pieces: bool, share: int) -> None:
+    module = importlib.import_module("longread.ops.attention.ring_triton")
+    assert module.share_of(R, N, heads, pieces=pieces) == share
 
 
 COMPILE = """
@@ -223,9 +247,11 @@ for warps, stages in ((8, 0), (4, 3)):
     ptx = compiled(gemv_triton._gemv, warps, D=2560, WIDTH=4096, ROWS=4, STAGES=stages, **flags)
     # the first rows are asked for 16 bytes a thread, others while those before are on their way
     assert "evict_first.L2::cache_hint.v4.b32" in ptx and ("cp.async" in ptx) == (stages > 0)
-flags = dict(HEADS=1, PARTS=1, NORM=True, TURN=True, SHARES=32)
-ptx = compiled(ring_triton._ring_kernel, 2, H=80, WIDTH=128, BLOCK=16, STAGES=3, **flags)
-assert "atom.global.gpu.acq_rel.add" in ptx and "cp.async" in ptx
+flags = dict(HEADS=1, PARTS=1, NORM=True, TURN=True, BLOCK=16, TOGETHER=32)
+for H, piece, unroll, warps, stages in ((80, 16, 2, 1, 1), (128, 128, 1, 2, 3)):
+    ptx = compiled(ring_triton._ring_kernel, warps, H=H, WIDTH=128, PIECE=piece, UNROLL=unroll, STAGES=stages, **flags)
+    assert "atom.global.gpu.acq_rel.add" in ptx and ("cp.async" in ptx) == (stages > 1)
+    assert ("evict_first.L2::cache_hint.v4.b32" in ptx) == (stages == 1)  # 16 bytes a thread
 """
 
 
