@@ -25,10 +25,10 @@ PROGRAMS = 2048
 """A smaller matrix is divided among so many programs at least, sixteen for each processor of an H200."""
 LARGE = 32_000_000
 """Bytes of matrices from which programs go on to other rows. With less, loops are too short to gain by it."""
-ELEMENTS_AT_A_TIME, MOST_LOOPING_WARPS, STAGES = 16_384, 4, 3
+ELEMENTS_AT_A_TIME, MOST_LOOPING_WARPS, STAGES = 8192, 4, 3
 """Of such a program."""
-RESIDENT = 2
-"""Such programs for each processor; they share the rows equally."""
+RESIDENT = 4
+"""Such programs for each processor, which shared memory has room for; they share the rows equally."""
 ELEMENTS_PER_WARP = 1024
 
 
