@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longread.ops.attention import KEPT_OPERATIONS, attention
+from longread.ops.attention import KEPT_OPERATIONS, LONGEST_ALONE, attention
 from longread.ops.attention.reference import reference_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -320,7 +320,10 @@ def test_dispatch_takes_the_kernels_on_a_gpu() -> None:
         fused = attention(q, k, v, past=given, window=300, order=2)
         assert type(fused.grad_fn).__name__ == "_AttentionBackward"
     assert type(attention(q, k, v, window=100, order=1).grad_fn).__name__ == "_AttentionBackward"
-    assert "ScaledDotProduct" in type(attention(q, k, v, window=256, order=1).grad_fn).__name__
+    assert type(attention(q, k, v, window=256, order=1).grad_fn).__name__ == "_AttentionBackward"
+    long = [torch.randn(1, 1, LONGEST_ALONE + 1, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    query, key, value = (x.requires_grad_() for x in long)
+    assert "ScaledDotProduct" in type(attention(query, key, value, window=None, order=1).grad_fn).__name__
 
 
 @pytest.mark.gpu
