@@ -18,7 +18,7 @@ from longread.ops.clipped_sgd import clipped_sgd, clipped_sgd_, refused
 from longread.ops.clipped_sgd.reference import reference_clipped_sgd
 from longread.ops.cross_entropy import chunked, cross_entropy
 from longread.ops.cross_entropy.reference import reference_cross_entropy
-from longread.ops.fast_mlp import fast_mlp
+from longread.ops.fast_mlp import fast_mlp, fast_mlp_of_halves
 from longread.ops.fast_mlp.reference import reference_fast_mlp
 from longread.ops.linear import SharedWeight, linear
 from longread.ops.needed import handed_on, needed_inputs
@@ -434,6 +434,15 @@ def test_fast_mlp_and_all_its_derivatives(masked: tuple[int, ...], activation: A
         mixed = sum((g * draw(*g.shape, seed=5 + i).detach()).sum() for i, g in enumerate(first))
         results.append([out, *first, *torch.autograd.grad(mixed, inputs)])
     agree(*results)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_fast_mlp_of_halves_and_all_its_derivatives(activation: Activation) -> None:
+    inputs = [draw(3, 4, 6), draw(3, 16, 6, seed=1), draw(3, 6, 8, seed=3)]
+    agree(
+        derivatives(lambda x, both, down: fast_mlp_of_halves(x, both, down, activation), inputs),
+        derivatives(lambda x, both, down: reference_fast_mlp(x, *both.chunk(2, dim=1), down, activation), inputs),
+    )
 
 
 def test_what_a_derivative_leaves_for_an_input_comes_to_the_op_itself() -> None:

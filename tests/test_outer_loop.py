@@ -15,6 +15,7 @@ from examples import ttt_e2e_minimal as minimal
 from longread.config import ModelConfig, RopeScaling
 from longread.inner_loop.step import Scan, scan
 from longread.model import Transformer, initialize
+from longread.model.layers import JoinedSwiGLU, SwiGLU
 from longread.outer_loop import (
     end_to_end_loss,
     static_loss,
@@ -398,3 +399,30 @@ def test_frozen_fast_weights_still_learn_and_change_no_other_gradient(frozen: tu
     for schedule, found in free.items():
         assert len(found) < len(whole), schedule
         same(found, {name: whole[name] for name in found}, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"recompute": "step"}, {"recompute": "1-steps"}, {"truncate_after": 2}, {"meta_gradient": "first-order"}],
+    ids=str,
+)
+def test_gate_and_up_as_one_matrix_give_the_same_gradient(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where weights are cast, here to a wider type; each is the gradient of two matrices within rounding."""
+    model = make(small()).float()
+    model.compute_dtype = torch.float64
+    tokens = batch(model.config)
+    joined: list[type] = []
+
+    def step(*args: Any, **others: Any) -> Scan:
+        joined.append(type(args[1].fast[0]))
+        return scan(*args, **others)
+
+    monkeypatch.setattr("longread.outer_loop.losses.scan", step)
+    found = gradients(model, end_to_end_loss(model, *tokens, inner_lr=0.7, inner_clip=0.3, **options).loss)
+    monkeypatch.setattr(Transformer, "joined_initial_fast_weights", Transformer.initial_fast_weights)
+    same(found, gradients(model, end_to_end_loss(model, *tokens, inner_lr=0.7, inner_clip=0.3, **options).loss), 1e-5)
+    half = len(joined) // 2
+    assert set(joined[:half]) == {JoinedSwiGLU}
+    assert set(joined[half:]) == {SwiGLU}

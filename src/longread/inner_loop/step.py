@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from longread.inner_loop.optimizers import CLIPPED_SGD, InnerOptimizer
 from longread.model import FastWeights, Past, Transformer
-from longread.model.layers import SwiGLU
+from longread.model.layers import JoinedSwiGLU, SwiGLU
 
 INNER_STEP = "inner step"
 """Its range in a profile."""
@@ -84,9 +84,18 @@ def matrices(fast: FastWeights) -> list[Tensor]:
     return [matrix for block in fast for matrix in block]
 
 
-def from_matrices(flat: Sequence[Tensor]) -> FastWeights:
+Kind = type[SwiGLU] | type[JoinedSwiGLU]
+
+
+def kind_of(fast: FastWeights) -> Kind:
+    """How the matrices of a block are held."""
+    return type(fast[0]) if fast else SwiGLU
+
+
+def from_matrices(flat: Sequence[Tensor], kind: Kind = SwiGLU) -> FastWeights:
     """The inverse of `matrices`."""
-    return tuple(SwiGLU(*flat[i : i + 3]) for i in range(0, len(flat), 3))
+    count = len(kind._fields)
+    return tuple(kind(*flat[i : i + count]) for i in range(0, len(flat), count))
 
 
 def step_norm_limit(model: Transformer) -> Tensor:
@@ -153,16 +162,17 @@ def inner_gradient(
     surprise: float = 0.0,
     group: ProcessGroup | None = None,
     run: Recorded | None = None,
+    kind: Kind = SwiGLU,
 ) -> InnerGradient:
     """Scores one mini-batch and takes the gradient of its loss with respect to the fast weights.
 
     It holds everything else constant: the hidden states from below, the other parameters, and the keys and values
     of earlier mini-batches, which lie outside its path. Args as in `inner_step`; `working` are the fast weights in
-    the type of the products, and require a gradient; those of `run`, if that is given.
+    the type of the products, held in the given way, and require a gradient; those of `run`, if that is given.
     """
     with torch.enable_grad():
         if run is None:
-            fast = from_matrices(working)
+            fast = from_matrices(working, kind)
             output, own = model.upper(hidden, fast, pasts, start=start, order=max(1, order), group=group)
         else:
             output, own = run.output, run.own
@@ -212,7 +222,7 @@ def inner_step(
         run: what `recorded` made of the same mini-batch and carry, at order 0. It may serve again.
         cast: whether another mini-batch follows, and wants the new weights in the type of the products too.
     """
-    weights = matrices(carry.fast)
+    weights, kind = matrices(carry.fast), kind_of(carry.fast)
     weights = [w if order and w.requires_grad else w.detach().requires_grad_() for w in weights]
     # the gradient is taken where the products are, in their type; the step keeps the precision of the weights
     working: Sequence[Tensor]
@@ -235,6 +245,7 @@ def inner_step(
         surprise=surprise,
         group=group,
         run=run,
+        kind=kind,
     )
     if order == 0:
         weights = [w.detach() for w in weights]
@@ -247,7 +258,7 @@ def inner_step(
         group=group,
         working=model.dtype if cast else None,
     )
-    return Step(from_matrices(new), found.own, found.nll, found.loss, norm, found.output, refused, copies)
+    return Step(from_matrices(new, kind), found.own, found.nll, found.loss, norm, found.output, refused, copies)
 
 
 def scan(
@@ -284,7 +295,7 @@ def scan(
         for i, (*inputs, counts) in enumerate(parts):
             if i == count - 1 and not last_step:
                 first, last = start + i * M, min(order, 1)
-                fast = carry.fast if carry.working is None else from_matrices(carry.working)
+                fast = carry.fast if carry.working is None else from_matrices(carry.working, kind_of(carry.fast))
                 output, _ = model.upper(inputs[0], fast, carry.pasts, start=first, order=last, group=group)
                 nll.append(model.token_losses(output, inputs[1]))
                 loss.append(mini_batch_loss(nll[-1], counts))

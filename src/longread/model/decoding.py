@@ -6,6 +6,7 @@ first products of the next take both in (`longread.ops.gemv`). Only for attentio
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def decode(
     Returns:
         the input of the lowest fast MLP (without any, of the final norm), and what the head turns into logits, [B, D].
     """
-    stream, hidden, learning = Stream(model.embed(tokens)), None, iter(fast)
+    stream, hidden, learning = Stream(model.embed(tokens)), None, iter(cast("tuple[SwiGLU, ...]", fast))
     rotary = model.rotary(start, stream.x.unsqueeze(1), frequencies)
     arrivals = torch.zeros(len(tokens) * model.config.num_heads, dtype=torch.int32, device=tokens.device)
     for block, ring in zip((*model.prefix, *model.suffix), rings, strict=True):

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from longread.config import Gate
 from longread.ops.collective import part
-from longread.ops.fast_mlp import fast_mlp
+from longread.ops.fast_mlp import fast_mlp, fast_mlp_of_halves
 from longread.ops.linear import SharedWeight, casts_for_a_gradient, linear
 from longread.ops.rms_norm import SharedGain, rms_norm, rms_norm_and_input
 from longread.ops.rotary import rotate
@@ -106,6 +106,13 @@ class SwiGLU(NamedTuple):
     down: Tensor
 
 
+class JoinedSwiGLU(NamedTuple):
+    """The same with gate and up as one matrix, as the scan of a training step has them: both [B, 2F, D]."""
+
+    both: Tensor
+    down: Tensor
+
+
 class MLP(nn.Module):
     """down · (act(gate · x) ∘ (up · x)) between the norms of its sub-layer, added to x; act is silu or tanh-GELU.
 
@@ -118,7 +125,9 @@ class MLP(nn.Module):
         self.pre_norm, self.post_norm, self.activation = pre_norm, post_norm, activation
         self.gate, self.up, self.down = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
 
-    def forward(self, x: Tensor, weights: SwiGLU | None = None, group: ProcessGroup | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, weights: SwiGLU | JoinedSwiGLU | None = None, group: ProcessGroup | None = None
+    ) -> Tensor:
         """x: [B, T, D], `weights` as in `SwiGLU`, with a `group` this rank's part of them; returns [B, T, D]."""
         normed, x = self.pre_norm.and_input(x)
         if weights is None:
@@ -128,6 +137,8 @@ class MLP(nn.Module):
             else:
                 hidden = swiglu_of_halves(both, activation=self.activation)
             out = self.down(hidden)
+        elif isinstance(weights, JoinedSwiGLU):
+            out = fast_mlp_of_halves(normed, *weights, activation=self.activation, group=group)
         else:
             out = fast_mlp(normed, *weights, activation=self.activation, group=group)
         return self.post_norm(out, residual=x)
@@ -146,3 +157,8 @@ class MLP(nn.Module):
         if group is not None:
             matrices = [part(w, dim, group) for w, dim in zip(matrices, (0, 0, 1), strict=True)]
         return SwiGLU(*((w.float() if w.dtype.itemsize < 4 else w).expand(batch_size, -1, -1) for w in matrices))
+
+    def joined_initial_weights(self, batch_size: int, group: ProcessGroup | None = None) -> JoinedSwiGLU:
+        """The same; gate and up are copies."""
+        gate, up, down = (w[0] for w in self.initial_weights(1, group))
+        return JoinedSwiGLU(*(w.expand(batch_size, -1, -1) for w in (torch.cat((gate, up)), down)))

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longread.config import BlockRope, ModelConfig
-from longread.model.layers import MLP, Linear, NoNorm, Norm, RMSNorm, SwiGLU, stacked
+from longread.model.layers import MLP, JoinedSwiGLU, Linear, NoNorm, Norm, RMSNorm, SwiGLU, stacked
 from longread.model.mixers.attention import Attention, Past
 from longread.model.mixers.recurrent import RecurrentMixer
 from longread.model.mixers.registry import RECURRENT
@@ -30,7 +30,7 @@ from longread.ops.linear import SharedWeight
 from longread.ops.rms_norm import shared_gain
 from longread.ops.rotary import Scaling, frequencies, rotation
 
-FastWeights = tuple[SwiGLU, ...]
+FastWeights = tuple[SwiGLU | JoinedSwiGLU, ...]
 """The fast weights of one batch of sequences: the matrices of each suffix block, lowest first."""
 
 MixerPast = Any
@@ -95,7 +95,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         past: Past | None,
-        fast: SwiGLU | None,
+        fast: SwiGLU | JoinedSwiGLU | None,
         rotary: Rotary,
         order: int,
         group: ProcessGroup | None = None,
@@ -215,6 +215,10 @@ class Transformer(nn.Module):
     def initial_fast_weights(self, batch_size: int, group: ProcessGroup | None = None) -> FastWeights:
         """W_0 for every sequence of a batch, as views of the parameters; with a `group` this rank's part of it."""
         return tuple(block.fast_mlp.initial_weights(batch_size, group) for block in self.suffix)
+
+    def joined_initial_fast_weights(self, batch_size: int, group: ProcessGroup | None = None) -> FastWeights:
+        """The same with gate and up as one matrix each."""
+        return tuple(block.fast_mlp.joined_initial_weights(batch_size, group) for block in self.suffix)
 
     def empty_pasts(self, batch_size: int) -> tuple[tuple[MixerPast, ...], tuple[MixerPast, ...]]:
         """The pasts of sequences that begin: those of `lower`'s mixers, and those of `upper`'s."""

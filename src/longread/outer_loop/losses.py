@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from longread.config import Loss, MetaGradient, Recomputation, Recompute, UserError, recomputation
-from longread.inner_loop.optimizers import optimizer_named
-from longread.inner_loop.step import Carry, Scan, from_matrices, matrices, mini_batch_loss, scan
+from longread.inner_loop.optimizers import CLIPPED_SGD, optimizer_named
+from longread.inner_loop.step import Carry, Scan, from_matrices, kind_of, matrices, mini_batch_loss, scan
 from longread.model import FastWeights, Transformer
 from longread.outer_loop.memory import choose_recompute
 from longread.outer_loop.segments import run_again, segment_ends
@@ -159,7 +159,9 @@ def end_to_end_loss(
 
     lower_pasts, upper_pasts = model.empty_pasts(B)
     hidden, _ = model.lower(input_ids, lower_pasts, start=0, recompute=again.blocks, keep_attention=not again.attention)
-    initial = model.initial_fast_weights(B, group)
+    # one wide product fills a GPU better than two; only this rule does not care how matrices are cut
+    joined = model.casts and optimizer_named(inner_optimizer) is CLIPPED_SGD
+    initial = (model.joined_initial_fast_weights if joined else model.initial_fast_weights)(B, group)
     carry = Carry(initial, upper_pasts)
     order = 2 if meta_gradient == "exact" else 1
     parameters = [p for p in model.upper_parameters() if p.requires_grad]
@@ -208,4 +210,4 @@ def _refuse_divided(model: Transformer) -> None:
 def _cut(carry: Carry, initial: FastWeights) -> Carry:
     """The same values, with nothing left of their history but W_i = W_0 + constant."""
     kept = [w0 + (w - w0).detach() for w, w0 in zip(matrices(carry.fast), matrices(initial), strict=True)]
-    return Carry(from_matrices(kept), tuple(past.detach() for past in carry.pasts))
+    return Carry(from_matrices(kept, kind_of(initial)), tuple(past.detach() for past in carry.pasts))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from longread.inner_loop.step import Carry, Scan, from_matrices, matrices
+from longread.inner_loop.step import Carry, Kind, Scan, from_matrices, kind_of, matrices
 from longread.model import Past
 from longread.model.transformer import RECOMPUTE
 
@@ -29,9 +29,9 @@ def _flatten(carry: Carry) -> list[Tensor]:
     return [*matrices(carry.fast), *(x for past in carry.pasts for x in past)]
 
 
-def _unflatten(flat: Sequence[Tensor], num_fast: int) -> Carry:
+def _unflatten(flat: Sequence[Tensor], num_fast: int, kind: Kind) -> Carry:
     pasts = flat[num_fast:]
-    return Carry(from_matrices(flat[:num_fast]), tuple(Past(*pasts[i : i + 2]) for i in range(0, len(pasts), 2)))
+    return Carry(from_matrices(flat[:num_fast], kind), tuple(Past(*pasts[i : i + 2]) for i in range(0, len(pasts), 2)))
 
 
 def run_again(
@@ -46,13 +46,13 @@ def run_again(
     The graph of an inner step contains a backward pass of its own, which saved-tensor hooks, and hence
     `torch.utils.checkpoint`, do not serve; so the second run is a Function here.
     """
-    num_fast = len(matrices(carry.fast))
+    num_fast, kind = len(matrices(carry.fast)), kind_of(carry.fast)
     loss, nll, norms, output, *after = _Segment.apply(
-        run, order, num_fast, len(parameters), hidden, *_flatten(carry), *parameters
+        run, order, num_fast, kind, len(parameters), hidden, *_flatten(carry), *parameters
     )
     # An inner gradient asks for the fast weights: nothing else may come from their node, or it would look wanted too.
     after[:num_fast] = [x.view_as(x) for x in after[:num_fast]]
-    return Scan(_unflatten(after, num_fast), nll, loss, norms, output)
+    return Scan(_unflatten(after, num_fast, kind), nll, loss, norms, output)
 
 
 class _Segment(torch.autograd.Function):
@@ -62,14 +62,15 @@ class _Segment(torch.autograd.Function):
         run: Callable[[Tensor, Carry, int], Scan],
         order: int,
         num_fast: int,
+        kind: Kind,
         num_parameters: int,
         *tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        ctx.run, ctx.order, ctx.num_fast, ctx.num_parameters = run, order, num_fast, num_parameters
+        ctx.run, ctx.order, ctx.num_fast, ctx.kind, ctx.num_parameters = run, order, num_fast, kind, num_parameters
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         hidden, *flat = (x.detach() for x in tensors[: len(tensors) - num_parameters])
-        result = run(hidden, _unflatten(flat, num_fast), 0)
+        result = run(hidden, _unflatten(flat, num_fast, kind), 0)
         output = result.output
         ctx.mark_non_differentiable(*(x for x in (result.nll, result.grad_norm, output) if x is not None))
         return result.mini_batch_loss, result.nll, result.grad_norm, output, *_flatten(result.carry)
@@ -84,7 +85,7 @@ class _Segment(torch.autograd.Function):
         needs = ctx.needs_input_grad[-len(ctx.saved_tensors) :]  # a window that begins at a cut is constant
         hidden, *flat = (x.detach().requires_grad_(need) for x, need in zip(kept, needs, strict=False))
         with record_function(RECOMPUTE), torch.enable_grad():
-            result = ctx.run(hidden, _unflatten(flat, ctx.num_fast), ctx.order)
+            result = ctx.run(hidden, _unflatten(flat, ctx.num_fast, ctx.kind), ctx.order)
         outputs = result.mini_batch_loss, *_flatten(result.carry)
         # what nobody looks at, such as a carry that ends at a cut, gets no gradient, not one of zeros to go through
         due = [
@@ -96,4 +97,4 @@ class _Segment(torch.autograd.Function):
                 [out for out, _ in due], [x for x in inputs if x.requires_grad], [d for _, d in due], allow_unused=True
             )
         )
-        return None, None, None, None, *(next(gradients) if x.requires_grad else None for x in inputs)
+        return None, None, None, None, None, *(next(gradients) if x.requires_grad else None for x in inputs)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longread.ops.collective import enter, leave
-from longread.ops.fast_mlp.explicit import explicit_fast_mlp
+from longread.ops.fast_mlp.explicit import explicit_fast_mlp, explicit_fast_mlp_of_halves
 from longread.ops.swiglu import Activation
 
 
@@ -36,3 +36,12 @@ def fast_mlp(
     if group is None:
         return explicit_fast_mlp(x, gate, up, down, activation)
     return leave(explicit_fast_mlp(enter(x, group), gate, up, down, activation), group)
+
+
+def fast_mlp_of_halves(
+    x: Tensor, both: Tensor, down: Tensor, activation: Activation = "silu", *, group: ProcessGroup | None = None
+) -> Tensor:
+    """The same with gate and up in one tensor [B, 2F, D], the gate on top: fewer and wider products."""
+    if group is None:
+        return explicit_fast_mlp_of_halves(x, both, down, activation)
+    return leave(explicit_fast_mlp_of_halves(enter(x, group), both, down, activation), group)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longread.ops.needed import handed_on, needed_inputs
-from longread.ops.swiglu import Activation, swiglu
+from longread.ops.swiglu import Activation, swiglu, swiglu_of_halves
 
 
 def explicit_fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Activation = "silu") -> Tensor:
@@ -27,6 +27,12 @@ def explicit_fast_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activat
     gate, up, down = (w.to(x.dtype) for w in (gate, up, down))
     a, b, *_ = _Products.apply(x, gate, up)
     return _Products.apply(swiglu(a, b, activation), down)[0]
+
+
+def explicit_fast_mlp_of_halves(x: Tensor, both: Tensor, down: Tensor, activation: Activation = "silu") -> Tensor:
+    """The contract of `longread.ops.fast_mlp.fast_mlp_of_halves`."""
+    both, down = both.to(x.dtype), down.to(x.dtype)
+    return _Products.apply(swiglu_of_halves(_Products.apply(x, both)[0], activation), down)[0]
 
 
 def _sum(total: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
