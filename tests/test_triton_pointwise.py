@@ -188,6 +188,17 @@ def test_the_second_derivative_of_a_gate_alone(halves: bool) -> None:
     agree(*results)
 
 
+@pytest.mark.parametrize("constant", [0, 1])
+def test_a_gate_of_which_one_input_is_constant(constant: int) -> None:
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [draw(2, 3, 5, seed=i).detach().to(dtype).requires_grad_(i != constant) for i in range(2)]
+        h = (kernels("swiglu").triton_swiglu if dtype == torch.float32 else reference_swiglu)(*inputs)
+        (first,) = torch.autograd.grad(h.square().sum(), inputs[1 - constant], create_graph=True)
+        results.append([first, *torch.autograd.grad(first.square().sum() + h.sum(), inputs[1 - constant])])
+    agree(*results)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 2049)], ids=str)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gate(activation: Activation, shape: tuple[int, ...]) -> None:

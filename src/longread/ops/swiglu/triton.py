@@ -103,8 +103,10 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor | None, *left: Tensor | None) -> tuple[Tensor | None, ...]:
         if dh is None:
             return *left, None
-        inputs, known = (*ctx.saved_tensors, dh), tuple(x for x in left if x is not None)
+        inputs, any_left = (*ctx.saved_tensors, dh), any(x is not None for x in left)
         if not torch.is_grad_enabled():
+            # nothing is left for the one of a and b that takes no gradient
+            known = tuple(torch.zeros_like(dh) if x is None else x for x in left) if any_left else ()
             return *_first(inputs, known, ctx.activation), None
         found = _GateGradient.apply(*inputs, ctx.activation)
         return *(x if more is None else x + more for x, more in zip(found, left, strict=True)), None
