@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longread.ops.attention import attention, hopper
 from longread.ops.attention.reference import reference_attention, visible
+from longread.ops.fusible import without_kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,6 +151,16 @@ def test_other_heads_and_types_are_not_its(query: Any, head_dim: int, dtype: tor
     assert not hopper.overlaps(query, torch.empty(1, 4, 8, head_dim), torch.ones(head_dim))
 
 
-def test_a_cpu_goes_without() -> None:
-    q = torch.empty(1, 4, 8, 80, dtype=torch.bfloat16)
-    assert not hopper.overlaps(q, q, torch.ones(80))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_without_a_gpu_it_is_not_asked_for(device: str) -> None:
+    """Nor is Triton, which would not find one: the meta device stands for a GPU in a rehearsal alone."""
+    q, gain = torch.empty(1, 2, 2049, 80, dtype=torch.bfloat16, device=device), torch.ones(80, device=device)
+    assert not hopper.overlaps(q, q, gain)
+    assert attention(q, q, q, window=None, order=0, gains=(gain, gain)).shape == q.shape
+
+
+def test_nothing_is_compared_where_plain_pytorch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{attention.__module__}.overlaps", lambda *_: pytest.fail("a kernel is launched to compare it"))
+    q, gain = torch.zeros(1, 1, 2049, 80, dtype=torch.bfloat16), torch.ones(80)
+    with without_kernels():
+        assert attention(q, q, q, window=None, order=0, gains=(gain, gain)).shape == q.shape

@@ -87,8 +87,8 @@ def attention(
     T = query.shape[-2]
     dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= T) and T > LONGEST_ALONE
     fits = query.numel() > 0 and query.shape[-1] <= LARGEST_HEAD_DIM
-    pytorch = dense and order < 2 and _pytorch_is_faster(query, key, value, gains)
-    if fits and fusible(query, key, value, *(past or ())) and not pytorch:
+    fits = fits and fusible(query, key, value, *(past or ()))
+    if fits and not (dense and order < 2 and _pytorch_is_faster(query, key, value, gains)):
         from longread.ops.attention.triton import triton_attention
 
         return triton_attention(query, key, value, past=past, window=window, gains=gains)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longread.ops.attention.reference import reference_attention, visible
+from longread.ops.fusible import is_on_a_gpu
 
 CAPABILITY = 90
 TOLERANCE = 0.02
@@ -24,8 +25,10 @@ def overlaps(query: Tensor, key: Tensor, gain: Tensor) -> bool:
     """
     if not 64 < query.shape[-1] <= 96 or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if not query.is_cuda:
-        return query.is_meta and _is_hopper()  # stands for a GPU
+    if not is_on_a_gpu(query):
+        return False
+    if query.is_meta:
+        return _is_hopper()
     group = query.shape[1] // key.shape[1]
     kind = query.device, query.dtype, query.shape[-1], group, gain.dtype
     if kind not in _FOUND:
