@@ -42,12 +42,11 @@ CASES = [
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_is_the_reference(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+def test_it_is_the_reference(case: tuple[Any, ...]) -> None:
     B, N, G, T, P, H, window = case
     made = normed(B, N, T, H, 0), *(normed(B, G, n, H, i) for i, n in ((1, T), (2, T), (3, P), (4, P)))
-    q, k, v, *past = (x.to("cuda", dtype) for x in made)
+    q, k, v, *past = (x.to("cuda", torch.bfloat16) for x in made)
     gain = torch.ones(H, device="cuda")
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper GPU")
@@ -145,7 +144,7 @@ def test_nothing_is_compared_while_a_graph_is_captured(query: Any, monkeypatch: 
     assert hopper.overlaps(query, key, gain)
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (80, torch.float32)])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (80, torch.float16)])
 def test_other_heads_and_types_are_not_its(query: Any, head_dim: int, dtype: torch.dtype) -> None:
     query.shape, query.dtype = (1, 4, 8, head_dim), dtype
     assert not hopper.overlaps(query, torch.empty(1, 4, 8, head_dim), torch.ones(head_dim))
@@ -160,7 +159,7 @@ def test_without_a_gpu_it_is_not_asked_for(device: str) -> None:
 
 
 def test_nothing_is_compared_where_plain_pytorch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{attention.__module__}.overlaps", lambda *_: pytest.fail("a kernel is launched to compare it"))
+    monkeypatch.setattr(f"{attention.__module__}.overlaps", lambda *_: pytest.fail("a kernel is launched"))
     q, gain = torch.zeros(1, 1, 2049, 80, dtype=torch.bfloat16), torch.ones(80)
     with without_kernels():
         assert attention(q, q, q, window=None, order=0, gains=(gain, gain)).shape == q.shape

@@ -209,6 +209,17 @@ def test_gains_change_nothing(kernels: ModuleType, H: int, size: float) -> None:
         )
 
 
+def test_float16_does_without_the_bound(kernels: ModuleType) -> None:
+    """Far below it, as most scores are, exp2 is zero in float16."""
+    H, gain = 20, torch.full((20,), 2.5)
+    tensors = [torch.nn.functional.rms_norm(x, (H,)) for x in draw(1, 1, 40, 30, H)]
+    q, k, v, *past = (x.to(DEVICE, torch.float16) for x in (gain * x if i != 2 else x for i, x in enumerate(tensors)))
+    found = kernels.triton_attention(q, k, v, past=(past[0], past[1]), window=None, gains=(gain.to(DEVICE),) * 2)
+    wide = [x.double() for x in (q, k, v, *past)]
+    exact = reference_attention(*wide[:3], past=(wide[3], wide[4]), window=None)
+    agree([found.double()], [exact], 2e-3)
+
+
 @pytest.mark.parametrize(
     ("blocks", "window"),
     [

@@ -23,7 +23,7 @@ def overlaps(query: Tensor, key: Tensor, gain: Tensor) -> bool:
     can be compiled, there is a warning, and the answer is no from then on. While a CUDA graph is captured nothing can
     be compared: until then it is no, too.
     """
-    if not 64 < query.shape[-1] <= 96 or query.dtype not in (torch.bfloat16, torch.float16):
+    if not 64 < query.shape[-1] <= 96 or query.dtype != torch.bfloat16:
         return False
     if not is_on_a_gpu(query):
         return False

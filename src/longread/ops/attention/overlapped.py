@@ -12,7 +12,6 @@ Nothing is under way at a line: ptxas runs products one after the other where it
 Triton schedules products on its own, so this is Gluon, its experimental language one level below.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,7 +23,6 @@ FIRST = gl.constexpr(64)
 KEYS, STAGES, REGISTERS = 64, 4, 240
 """In a block; blocks that are loaded or looked at; of a thread that computes."""
 LOG2E = gl.constexpr(1.4426950408889634)
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def overlapped_forward(
@@ -42,7 +40,8 @@ def overlapped_forward(
     """Writes output and log-sum-exp, unless the bound of the scores is larger than `largest_bound`: then nothing.
 
     Args:
-        query: [B, N, T, H]; key, value: [B, G, T, H]; past: each [B, G, P, H]; all as a descriptor can address them.
+        query: [B, N, T, H]; key, value: [B, G, T, H]; past: each [B, G, P, H]; all bfloat16, as a descriptor
+            can address them.
         out: [B, N, T, H], its rows contiguous.
         lse: float32 [B, N, T rounded up to 4].
     """
@@ -60,7 +59,7 @@ def overlapped_forward(
 def _descriptors(x: Tensor, rows: int, second: int) -> list[TensorDescriptor]:
     strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in range(3)] + [1]
     blocks = [[1, 1, rows, width] for width in (FIRST.value, second)]
-    layouts = [gl.NVMMASharedLayout.get_default_for(block, _TYPES[x.dtype]) for block in blocks]
+    layouts = [gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16) for block in blocks]
     return [TensorDescriptor(x, list(x.shape), strides, *pair) for pair in zip(blocks, layouts, strict=True)]
 
 

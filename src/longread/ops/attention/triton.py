@@ -358,7 +358,8 @@ def _position(QUERIES: tl.constexpr):
 # one for normed queries and keys is that of overlapped.py.
 
 LARGEST_BOUND = tl.constexpr(60.0)
-"""At which even the smallest possible exp2 is a normal float32."""
+"""At which even the smallest possible exp2 is a normal float32 or bfloat16. In float16, where probabilities meet
+values, it would be zero from 25 on, so there the maximum runs."""
 
 
 @triton.jit
@@ -899,6 +900,8 @@ def triton_attention(
     everything = T + P
     window = everything if window is None else min(window, everything)
     problem = _Problem(T, P, window, query.shape[-1] ** -0.5)
+    if query.dtype == torch.float16:
+        gains = None
     bounds = (None, None) if gains is None else tuple(gain.detach().contiguous() for gain in gains)
     return _Attention.apply(query, key, value, past_key, past_value, problem, bounds)[0]
 
