@@ -185,16 +185,16 @@ def launches(case: Case) -> dict[str, tuple[Callable[[], None], float]]:
     def run(name: str, *arguments: Any, **constants: Any) -> Callable[[], None]:
         return lambda: problem.launch(getattr(kernels, f"_{name}_kernel"), *arguments, **constants)
 
-    gain = torch.ones(case.H, device="cuda")
+    gain = torch.ones(case.H, device=q.device)
     without_gains, with_gains = ({"H": case.H, "BOUNDED": bounded} for bounded in (False, True))
 
     statistics = [lse, delta, r, phi]
     made = {
         "forward": (run("forward", [q, o], own + past, [lse, None, None], **without_gains), flops(2, 2)),
         "forward, normed": (run("forward", [q, o], own + past, [lse, gain, gain], **with_gains), flops(2, 2)),
-        "query_gradient": (run("query_gradient", [q, o, do, out], own + past, [lse, delta]), flops(3, 3)),
+        "query_gradient": (run("query_gradient", [q, o, do, out, None], own + past, [lse, delta]), flops(3, 3)),
         "key_gradient own": (
-            run("key_gradient", [q, do], [*own, out_k, out_v], [lse, delta], False),
+            run("key_gradient", [q, do], [*own, out_k, out_v, None, None], [lse, delta], False),
             flops(4, 0),
         ),
         "tangent": (run("tangent", [q, a, o, do, out], tangents, [lse, r, phi]), flops(5, 3)),
@@ -213,7 +213,7 @@ def launches(case: Case) -> dict[str, tuple[Callable[[], None], float]]:
         made["forward, overlapped"] = (overlapped, flops(2, 2))
     if case.P:
         made["key_gradient past"] = (
-            run("key_gradient", [q, do], [*past, past_out_k, past_out_v], [lse, delta], True),
+            run("key_gradient", [q, do], [*past, past_out_k, past_out_v, None, None], [lse, delta], True),
             flops(0, 4),
         )
         made["key_second past"] = (
@@ -429,7 +429,7 @@ def make_launches_of(case: Case, name: str) -> None:
         "forward": lambda: problem.launch(
             kernel, [q, q.clone()], [k, v, *past], [statistics[0], None, None], H=case.H, BOUNDED=False
         ),
-        "query_gradient": lambda: problem.launch(kernel, [q, q, q, q.clone()], [k, v, *past], statistics[:2]),
+        "query_gradient": lambda: problem.launch(kernel, [q, q, q, q.clone(), None], [k, v, *past], statistics[:2]),
         "tangent": lambda: problem.launch(
             kernel, [q, q, q, q, q.clone()], [k, v, k, v, *past, None, None], statistics[:3]
         ),
@@ -440,13 +440,15 @@ def make_launches_of(case: Case, name: str) -> None:
     if name in rows:
         rows[name]()
         return
-    queries = [q, q] if name == "key_gradient" else [q, q, q]
-    used = statistics[:2] if name == "key_gradient" else statistics
-    with_tangents, without = ([k, v], []) if name == "key_gradient" else ([k, v], [None, None])
-    own = [k, v] if name == "key_gradient" else [k, v, *with_tangents]
-    problem.launch(kernel, queries, [*own, k.clone(), v.clone()], used, False)
+    new, new_past = [k.clone(), v.clone()], [past_k.clone(), past_v.clone()]
+    nothing = [None, None]  # is left for keys and values, or comes for the past's gradients
+    if name == "key_gradient":
+        queries, used, by_key, by_past = [q, q], statistics[:2], [k, v, *new, *nothing], [*past, *new_past, *nothing]
+    else:
+        queries, used, by_key, by_past = [q, q, q], statistics, [k, v, k, v, *new], [*past, *nothing, *new_past]
+    problem.launch(kernel, queries, by_key, used, False)
     if case.P:
-        problem.launch(kernel, queries, [*past, *without, past_k.clone(), past_v.clone()], used, True)
+        problem.launch(kernel, queries, by_past, used, True)
 
 
 def sweep() -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import gpu_attention
 from longread.ops.attention import KEPT_OPERATIONS, LONGEST_ALONE, attention
 from longread.ops.attention.reference import reference_attention
 
@@ -207,6 +208,18 @@ def test_gains_change_nothing(kernels: ModuleType, H: int, size: float) -> None:
             derivatives(reference_attention, tensors, torch.float64, window, slice(3)),
             2e-5 * size**2,
         )
+
+
+@pytest.mark.parametrize("P", [0, 9])
+def test_what_is_timed_are_the_kernels_with_all_they_take(
+    kernels: ModuleType, P: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_attention, "draw", lambda case: [x.to(DEVICE, torch.float32) for x in draw(*case[1:6])])
+    case = gpu_attention.Case("", 1, 1, 20, P, 8, 16)
+    timed = gpu_attention.launches(case)
+    for name in gpu_attention.CANDIDATES:
+        assert any(one.startswith(name) for one in timed)
+        gpu_attention.make_launches_of(case, name)
 
 
 def test_float16_does_without_the_bound(kernels: ModuleType) -> None:
