@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,14 @@ def test_the_budget_is_a_share_of_what_is_free(
     size = largest_session(model)
     given = Limits(**{name: n and n * size for name, n in (("device_bytes", device), ("host_bytes", host))})
     assert [n / size for n in memory.budget(model, given)] == pytest.approx(expected, abs=0.01)
+
+
+def test_on_a_gpu_memory_that_pytorch_holds_unused_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where weights lay before they were cast."""
+    for name, size in (("memory_reserved", 70), ("memory_allocated", 40), ("mem_get_info", (50, 200))):
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    model: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert memory.budget(model, Limits(host_bytes=0)) == (int(memory.SHARE * 80), 0)
 
 
 def test_a_machine_that_is_nearly_full_holds_one_session(free: Any) -> None:

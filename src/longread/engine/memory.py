@@ -48,7 +48,7 @@ def budget(model: Transformer, limits: Limits) -> tuple[int, int]:
     free = int(SHARE * free_bytes(HOST))
     if model.device.type == "cuda":
         if device is None:
-            device = int(SHARE * torch.cuda.mem_get_info(model.device)[0])
+            device = int(SHARE * free_bytes(model.device))
         return device, free if host is None else host
     if device is None:
         device = max(least_device_bytes(model), free - (host or 0))
