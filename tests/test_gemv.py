@@ -243,8 +243,8 @@ def compiled(kernel, warps, **fixed):
 
 
 flags = dict(MATRICES=3, ADD=True, NORM_ADDED=True, NORM=True, BIAS=False, GATE=False, GELU=False)
-for warps, stages in ((8, 0), (4, 3)):
-    ptx = compiled(gemv_triton._gemv, warps, D=2560, WIDTH=4096, ROWS=4, STAGES=stages, **flags)
+for rows, warps, stages in ((4, 8, 0), (2, 4, 3)):
+    ptx = compiled(gemv_triton._gemv, warps, D=2560, WIDTH=4096, ROWS=rows, STAGES=stages, **flags)
     # the first rows are asked for 16 bytes a thread, others while those before are on their way
     assert "evict_first.L2::cache_hint.v4.b32" in ptx and ("cp.async" in ptx) == (stages > 0)
 flags = dict(HEADS=1, PARTS=1, NORM=True, TURN=True, BLOCK=16, TOGETHER=32)

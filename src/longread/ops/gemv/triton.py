@@ -28,7 +28,7 @@ LARGE = 32_000_000
 ELEMENTS_AT_A_TIME, MOST_LOOPING_WARPS, STAGES = 8192, 4, 3
 """Of such a program."""
 RESIDENT = 4
-"""Such programs for each processor, which shared memory has room for; they share the rows equally."""
+"""Such programs for each processor, as many as shared memory holds with 16-bit weights; they share the rows equally."""
 ELEMENTS_PER_WARP = 1024
 
 
