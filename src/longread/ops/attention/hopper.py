@@ -1,6 +1,6 @@
 """Whether overlapped.py answers: on a Hopper GPU, where Triton brings its language and it computes what it should."""
 
-import importlib
+import importlib.util
 import math
 import warnings
 
@@ -41,9 +41,7 @@ def overlaps(query: Tensor, key: Tensor, gain: Tensor) -> bool:
 def _is_hopper() -> bool:
     from triton.runtime.driver import driver
 
-    try:
-        importlib.import_module("longread.ops.attention.overlapped")
-    except ImportError:  # the language is experimental
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
         return False
     target = driver.active.get_current_target()
     return bool(target.backend == "cuda" and target.arch == CAPABILITY)

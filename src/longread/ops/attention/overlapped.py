@@ -12,6 +12,7 @@ Nothing is under way at a line: ptxas runs products one after the other where it
 Triton schedules products on its own, so this is Gluon, its experimental language one level below.
 """
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,8 +41,7 @@ def overlapped_forward(
     """Writes output and log-sum-exp, unless the bound of the scores is larger than `largest_bound`: then nothing.
 
     Args:
-        query: [B, N, T, H]; key, value: [B, G, T, H]; past: each [B, G, P, H]; all bfloat16, as a descriptor
-            can address them.
+        query: [B, N, T, H]; key, value: [B, G, T, H]; past: each [B, G, P, H]; all bfloat16, for descriptors.
         out: [B, N, T, H], its rows contiguous.
         lse: float32 [B, N, T rounded up to 4].
     """
@@ -49,11 +49,12 @@ def overlapped_forward(
     P = past[0].shape[2]
     second = 16 if FIRST.value + 16 >= H else 32
     keys = [key, value, *(past if P else (key, value))]  # an absent past is never looked at
-    _overlapped_forward[((T + 255) // 256, N, B)](
-        *_descriptors(query, 64, second), *(part for x in keys for part in _descriptors(x, KEYS, second)),
-        out, lse, *gains, T, P, window, scale, largest_bound, *out.stride()[:3], lse.shape[-1], N // key.shape[1],
-        H, second, KEYS, STAGES, REGISTERS, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        _overlapped_forward[((T + 255) // 256, N, B)](
+            *_descriptors(query, 64, second), *(part for x in keys for part in _descriptors(x, KEYS, second)),
+            out, lse, *gains, T, P, window, scale, largest_bound, *out.stride()[:3], lse.shape[-1], N // key.shape[1],
+            H, second, KEYS, STAGES, REGISTERS, num_warps=4,
+        )  # fmt: skip
 
 
 def _descriptors(x: Tensor, rows: int, second: int) -> list[TensorDescriptor]:
