@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from longread.engine import Busy, Engine, Limits, Sampling, pieces
 from longread.engine.lanes import Lanes
 from longread.engine.records import Job
+from longread.inner_loop.places import Places
 from longread.session import Session
 from tests.held import Held
 from tests.test_engine_batches import INNER, NETWORKS, M, make, text
@@ -120,6 +124,42 @@ def test_a_step_that_fails_ends_one_task(apart: bool, monkeypatch: pytest.Monkey
         assert [token.id for token in engine.generate(ids[1], greedy(2 * M))] == list(
             session.generate(2 * M, temperature=0)
         )
+
+
+@each_way
+def test_a_step_whose_token_cannot_be_read_is_taken_back(
+    apart: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In memory, as on the disk after a crash: there no step is kept without the token that is its last target."""
+    real = Places.read
+
+    def failing(places: Places, tokens: Tensor) -> None:
+        if len(stepped) == 2:
+            stepped.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(places, tokens)
+
+    stepped, step, limits = list[Job](), Lanes.step, Limits(batch_invariant=apart)
+    with Engine(make(), INNER, directory=tmp_path / "here", limits=limits) as engine:
+        session = session_after(engine, M + 1, 0)
+        list(session.generate(2 * M - 1, temperature=0))
+        sid = engine.create().id
+        engine.append(sid, text(M + 1, 0)).result(120)
+        with monkeypatch.context() as patch:
+            patch.setattr(Lanes, "step", lambda lanes, job, *rest: stepped.append(job) or step(lanes, job, *rest))
+            patch.setattr(Places, "read", failing)
+            with pytest.raises(Busy, match="no memory left"):
+                engine.generate(sid, greedy(3 * M)).result(120)
+        shutil.copytree(tmp_path / "here", tmp_path / "there")
+        assert engine.info(sid).position == session.position == 3 * M
+        assert (engine.info(sid).steps, engine.stats()["steps"]) == (session.steps, session.steps)
+        written = list(session.generate(2 * M, temperature=0))
+        assert [token.id for token in engine.generate(sid, greedy(2 * M))] == written
+        assert engine.info(sid).steps == session.steps
+        assert engine.info(sid).drift == pytest.approx(session.drift(), rel=1e-10)
+    with Engine(make(), INNER, directory=tmp_path / "there", limits=limits) as engine:
+        assert [token.id for token in engine.generate(sid, greedy(2 * M))] == written
+        assert engine.info(sid).steps == session.steps
 
 
 @each_way

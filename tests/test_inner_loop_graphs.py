@@ -303,6 +303,23 @@ def test_the_step_of_who_writes_becomes_a_graph(replays: list[int], monkeypatch:
     assert counts == [70, 70 + 9 - 2 - 2]
 
 
+@pytest.mark.usefixtures("fake_graphs")
+def test_a_pass_that_cannot_be_captured_leaves_the_text_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it was computed once before, to be compared with."""
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, tokens = make(3, torch.float64), torch.tensor([text(5)])
+    decoder = Decoder(model, read(model, begin(model), tokens, inner=INNER).state, INNER)
+    before, logits = decoder.state(), decoder.logits()
+    monkeypatch.setattr(CheckedGraphs, "_captured", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.read(torch.tensor([3]))
+    assert torch.equal(decoder.logits(), logits)
+    assert torch.equal(decoder.state().output, before.output)
+
+
 @pytest.mark.parametrize("off", [0.0, 0.5])
 @pytest.mark.parametrize("changes", [{}, {"attention": "full"}, GROUPED], ids=str)
 def test_writing_by_graphs_is_writing(

@@ -229,13 +229,48 @@ def test_a_refused_step_changes_nothing_but_that_the_mini_batch_is_over(optimize
     places, tokens = Places(model, 2, learn=True), torch.tensor([[3], [4]])
     places.put(0, state, learn=True)
     assert places.step(0, tokens[:, 0], inner).tolist() == [False, True]
+    places.read(tokens[:, 0])
     stepped = places.take(0, 2)
-    assert stepped.hidden.shape[1] == 0
+    assert stepped.hidden.shape[1] == 1
     expected = read(model, state, tokens, inner=inner, guard=True)
     for after_step, before, wanted in zip(*map(matrices, (stepped.fast, state.fast, expected.state.fast)), strict=True):
         torch.testing.assert_close(after_step, wanted, rtol=1e-10, atol=1e-10)
         assert torch.equal(after_step[1], before[1])
         assert not torch.equal(after_step[0], before[0])
+
+
+@pytest.mark.parametrize("where", ["nowhere", "in the blocks", "in the head"])
+def test_a_step_is_taken_back_unless_its_token_is_read(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the pass does not come, or fails: so a state has never learned from what it has not read."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = exact()
+    tokens, mask = torch.tensor([text(2 * M, seed) for seed in range(2)]), torch.arange(2 * M).expand(2, -1) % 3 > 0
+    state = read(model, begin(model, 2), tokens, inner=INNER, loss_mask=mask).state
+    places, following = spoiled(Places(model, 3, learn=True)), torch.tensor([5, 6])
+    places.put(1, state, learn=True)
+    places.put(0, after(model, 1), learn=True)
+    before = places.take(1, 2)
+    places.step(1, following, INNER)
+    method = {"in the blocks": "longread.inner_loop.places.decode", "in the head": "longread.model.Transformer.logits"}
+    if where in method:
+        with monkeypatch.context() as patch:
+            patch.setattr(method[where], full)
+            with pytest.raises(torch.OutOfMemoryError):
+                places.read(torch.tensor([3, 8, 9]))
+    found = places.take(1, 2)
+    for name in ("hidden", "targets", "targets_mask", "output"):  # of keys the oldest may be gone, which no token sees
+        assert torch.equal(getattr(found, name), getattr(before, name))
+    assert all(map(torch.equal, matrices(found.fast), matrices(before.fast)))
+    assert places.due(1)
+    for _ in range(M + 1):
+        if places.due(1):
+            places.step(1, following, INNER)
+        places.read(torch.tensor([3, *following]))
+        state = read(model, state, following.unsqueeze(1), inner=INNER).state
+        assert_same(places.take(1, 2), state)
 
 
 def test_masked_targets_wait_as_masked() -> None:

@@ -392,7 +392,9 @@ def tensors_of(decoder: Decoder) -> list[Tensor]:
     return decoder.state().tensors
 
 
-def test_an_interrupted_step_leaves_the_text_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["finish", "decode"])
+def test_an_interrupted_step_leaves_the_text_before_it(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only the token after it has not been read."""
     model = make(3, torch.float64)
     decoder = Decoder(model, [after(model, M), after(model, M + 2, 1)], INNER)
     before = [x.clone() for x in tensors_of(decoder)]
@@ -401,9 +403,10 @@ def test_an_interrupted_step_leaves_the_text_before_it(monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("longread.inner_loop.places.finish", interrupted)
+        patch.setattr(f"longread.inner_loop.places.{where}", interrupted)
         with pytest.raises(KeyboardInterrupt):
             decoder.read(torch.tensor([1, 2]))
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(decoder), before, strict=True))
     assert [one.position for one in decoder.texts] == [M, M + 2]
+    assert decoder.steps == 0
     assert greedy(decoder, 3) == greedy(Decoder(model, after(model, M), INNER), 3)

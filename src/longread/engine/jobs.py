@@ -149,10 +149,15 @@ class Jobs:
             job.token_at = now
 
     def written(self, job: Job) -> None:
-        """Books that the drawn token has been read."""
+        """Books that the drawn token has been read, and the inner step in its lane that it asked for."""
         reader, token = job.reader, job.next
         if token is None:
             return
+        if job.refused is not None:
+            reader.steps, reader.rolled_back = reader.steps + 1, reader.rolled_back + job.refused
+            self.counts["steps"] += 1
+            self.counts["rolled_back"] += job.refused
+            job.refused = None
         reader.extend([token])
         if reader.durable:
             reader.unlogged.append(token)

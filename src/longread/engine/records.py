@@ -310,6 +310,8 @@ class Job:
     written: int = 0
     next: int | None = None
     """Drawn, and not yet read."""
+    refused: bool | None = None
+    """Whether the inner step that `next` has asked for was refused; None: none was taken for it."""
     accepted: float = field(default_factory=time.perf_counter)
     computed_for: bool = False
     """Whether anything was computed for it yet."""

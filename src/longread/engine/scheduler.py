@@ -222,14 +222,10 @@ class Slices:
             news.append((job, Token(drawn.id, drawn.logprob, drawn.top, job.reader.position + 1)))
 
     def _step(self, job: Job) -> None:
-        """Takes the inner step that the drawn token of a job in a lane asks for."""
+        """Takes the inner step that the drawn token of a job in a lane asks for; it counts once that token is read."""
         jobs = self._jobs
         with jobs.lock.released():
-            refused = self._lanes.step(job, jobs.inner)
-        job.reader.steps += 1
-        job.reader.rolled_back += refused
-        jobs.counts["steps"] += 1
-        jobs.counts["rolled_back"] += refused
+            job.refused = self._lanes.step(job, jobs.inner)
         jobs.to_the_end(job)  # of those whose steps are due
 
     def _tell(self, news: list[tuple[Job, Token]]) -> None:

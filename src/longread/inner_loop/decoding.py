@@ -130,11 +130,16 @@ class Decoder:
             self._read_elsewhere(going, tokens)
         elif going:
             places = self._places()
-            for text in going:
-                if places.due(text.lanes.start):
-                    refused = places.step(text.lanes.start, tokens[text.lanes], self.inner)
-                    text.steps, text.rolled_back = text.steps + 1, text.rolled_back + refused.sum()
-            places.read(tokens)  # whatever is computed in the lanes of others, nobody sees
+            due = [text for text in going if places.due(text.lanes.start)]
+            try:
+                refused = [places.step(text.lanes.start, tokens[text.lanes], self.inner).sum() for text in due]
+                places.read(tokens)  # whatever is computed in the lanes of others, nobody sees
+            except BaseException:
+                for text in due:
+                    places.take_back(text.lanes.start)
+                raise
+            for text, count in zip(due, refused, strict=True):
+                text.steps, text.rolled_back = text.steps + 1, text.rolled_back + count
         for text in going:
             text.position += 1
 

@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +90,15 @@ class LikeliestTokens:
         return list(zip(ids, log_p, strict=True))
 
 
+class _BeforeStep(NamedTuple):
+    """What an inner step and the token after it change of the state of B sequences."""
+
+    fast: FastWeights
+    hidden: Tensor
+    """Of the mini-batch's first token, [B, D]: the token after it takes its place."""
+    counts: Tensor
+
+
 @dataclass
 class _Occupant:
     """Facts about the sequences in some lanes without asking the device."""
@@ -98,7 +108,9 @@ class _Occupant:
     """Tokens of the unfinished mini-batch."""
     learn: bool
     fast: FastWeights
-    """As they came; float32 or wider."""
+    """As they came, or as the last step has made them; float32 or wider."""
+    before: _BeforeStep | None = None
+    """While the token after a step has not been read: it is the step's last target, and without it there is no step."""
 
 
 class Places:
@@ -206,6 +218,7 @@ class Places:
 
         On another `device` it arrives tensor by tensor, and takes no more than one of them where it comes from.
         """
+        self.take_back(lane)
         occupant = self._occupant(lane)
         here, m, position, split = slice(lane, lane + count), occupant.waiting, occupant.position, self._split
         pasts = []
@@ -271,6 +284,8 @@ class Places:
     def step(self, lane: int, tokens: Tensor, inner: InnerConfig) -> Tensor:
         """Takes the inner step, guarded, of the sequences that came together into the lanes from `lane` on and are due.
 
+        Until the tokens have been read the state that `take` gives is the one before.
+
         Args:
             tokens: that come next, int64 [B], on any device: the last targets. They are not read.
 
@@ -295,6 +310,7 @@ class Places:
             inner=inner,
             max_step_norm=limit,
         )
+        occupant.before = _BeforeStep(occupant.fast, self._hidden[here, 0].clone(), self._counts[here].clone())
         for place, w in zip(self._working, found.weights, strict=True):
             place[here].copy_(w)
         occupant.fast, occupant.waiting = from_matrices(found.weights), 0
@@ -303,6 +319,20 @@ class Places:
         if found.refused is not None:
             return found.refused
         return refused(found.grad_norm, lr=inner.lr, clip=inner.clip, max_step_norm=limit)
+
+    @torch.no_grad()
+    def take_back(self, lane: int) -> None:
+        """Undoes the step of the sequences in the lanes from `lane` on, if the token after it has not been read."""
+        occupant = self._occupant(lane)
+        if occupant.before is None:
+            return
+        (fast, hidden, counts), here = occupant.before, slice(lane, lane + len(occupant.before.hidden))
+        for place, w in zip(self._working, matrices(fast), strict=True):
+            place[here].copy_(w)
+        self._hidden[here, 0].copy_(hidden)
+        self._counts[here].copy_(counts)
+        self._slot[here] = self._extra
+        occupant.fast, occupant.waiting, occupant.before = fast, self._extra, None
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> None:
@@ -322,6 +352,7 @@ class Places:
         for occupant in present:
             occupant.position += 1
             occupant.waiting += occupant.learn
+            occupant.before = None
 
     def _compare(self, width: int) -> None:
         """Does without kernels from now on if those of a pass of so many lanes are wrong on this device."""
@@ -380,8 +411,8 @@ class Places:
         return [(config.window_of(i), 0 if i < split else self._extra) for i in range(config.num_blocks)]
 
     def _kept(self) -> Callable[[], None]:
-        """The undoing of a pass; its token gets the same places again."""
-        return put_back_later(self._position, self._slot)
+        """The undoing of a pass; its token gets the same places again, in which it hides nothing of the state."""
+        return put_back_later(self._position, self._slot, self._output, self._logits)
 
     def _pass(self, count: int) -> Tensor:
         """Reads a token of each of the first `count` lanes; returns `logits(count)`."""
@@ -392,8 +423,9 @@ class Places:
         if self._extra:
             self._hidden[here].scatter_(1, slot[:, None, None].expand(-1, 1, hidden.shape[1]), hidden.unsqueeze(1))
             self._read[here].scatter_(1, slot[:, None], tokens[:, None])
-        self._output[here].copy_(output)
-        self._logits[here].copy_(model.logits(output))
+        logits = model.logits(output)
+        self._output[here].copy_(output)  # only now: a pass that fails leaves the state as it was
+        self._logits[here].copy_(logits)
         start += 1
         slot.add_(self._learning[here]).clamp_(max=self._extra)
         if is_on_a_gpu(self._logits):
