@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -30,24 +31,63 @@ sys.exit(any(during) or not gc.isenabled() or not frozen[0] == frozen[1] > 100_0
 
 
 @pytest.mark.parametrize(
-    ("device", "ranks", "opened"),
-    [("auto", "1", "0"), ("cuda", "1", "0"), ("cuda:1", "1", "1"), ("cpu", "1", None), ("auto", "2", None)],
+    ("device", "ranks", "built", "opened"),
+    [
+        ("auto", "1", "'13.0'", "0"),
+        ("cuda", "1", "'12.8'", "0"),
+        ("cuda:1", "1", "'12.8'", "1"),
+        ("cpu", "1", "'12.8'", None),
+        ("auto", "2", "'12.8'", None),
+        ("auto", "1", "None", None),  # for CPUs or other GPUs
+    ],
 )
 def test_a_gpu_is_opened_while_torch_is_imported(
-    device: str, ranks: str, opened: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    device: str, ranks: str, built: str, opened: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    indices: list[str] = []
-    (tmp_path / "torch.py").touch()
+    found: list[tuple[str, str, bool]] = []
+
+    def note(index: str) -> None:
+        found.append((index, os.environ["CUDA_MODULE_LOADING"], threading.current_thread().daemon))
+
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text(f"debug = False\ncuda: Optional[str] = {built}\nhip = '7'\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setenv("WORLD_SIZE", ranks)
-    monkeypatch.setattr(cli, "_open_gpu", indices.append)
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "")
+    monkeypatch.delenv("CUDA_MODULE_LOADING")
+    monkeypatch.setattr(cli, "_open_gpu", note)
     monkeypatch.setattr(gc, "freeze", lambda: None)
     cli.import_torch(device)
     for thread in threading.enumerate():
         if thread.name == "open GPU":
             thread.join()
-    assert indices == ([opened] if opened else [])
+    assert found == ([(opened, "LAZY", False)] if opened else [])
+
+
+def test_a_command_that_ends_while_cublas_begins_is_not_aborted() -> None:
+    """As where its model turns out to be damaged: PyTorch aborts a process that ends amid an operation of a daemon."""
+    code = """
+import threading, sys, torch
+from longread import UserError, loading
+def multiply(place):
+    begun.set()
+    for _ in range(50):
+        torch.ones(400, 400) @ torch.ones(400, 400)
+def load(*_, **__):
+    begun.wait()
+    raise UserError("damaged")
+begun = threading.Event()
+loading.find_device = lambda name: torch.device("cuda")
+loading.find_model = lambda name: name
+loading._multiply, loading.load_model = multiply, load
+try:
+    loading.open_model("x")
+except UserError:
+    sys.exit(2)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 2
 
 
 def test_the_context_of_the_gpu_is_the_one_that_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,8 +112,8 @@ def open_model(path_or_name: str | Path, device: str = "auto") -> OpenModel:
         UserError: there is no model, no tokenizer, or they do not belong together; or the device cannot be used.
     """
     place, path = find_device(device), find_model(path_or_name)
-    if place.type == "cuda":
-        threading.Thread(target=_multiply, args=(place,), name="begin cuBLAS", daemon=True).start()
+    if place.type == "cuda":  # no daemon: a process that ends amid an operation of PyTorch's is aborted
+        threading.Thread(target=_multiply, args=(place,), name="begin cuBLAS").start()
     loaded = load_model(path, device=place, dtype=torch.bfloat16 if place.type == "cuda" else None)
     if place.type == "cuda":
         precompile_reading(loaded.model, loaded.inner, learn=loaded.learns)

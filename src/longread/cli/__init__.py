@@ -14,13 +14,15 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import importlib
+import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from longread import __version__
 from longread.cli.arguments import settle_model
@@ -102,14 +104,30 @@ def import_torch(device: str = "cpu") -> None:
     if "torch" in sys.modules:
         return
     name, _, index = device.partition(":")
-    if name in ("auto", "cuda") and os.environ.get("WORLD_SIZE", "1") == "1":  # ranks choose theirs later
-        threading.Thread(target=_open_gpu, args=(index or "0",), name="open GPU", daemon=True).start()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # ranks choose theirs later
+    if name in ("auto", "cuda") and alone and _torch_is_for_nvidia():
+        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # older drivers load all kernels otherwise
+        # no daemon: a process must not end amid a call of the driver
+        threading.Thread(target=_open_gpu, args=(index or "0",), name="open GPU").start()
+    looked = gc.isenabled()
     gc.disable()
     try:
         import torch  # noqa: F401
     finally:
-        gc.enable()
+        if looked:
+            gc.enable()
     gc.freeze()
+
+
+def _torch_is_for_nvidia() -> bool:
+    """Whether the PyTorch that is installed, and not imported yet, can use what is opened."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    with contextlib.suppress(OSError):
+        said = Path(found.origin).with_name("version.py").read_text()
+        return bool(re.search(r"^cuda\b.*= *['\"]", said, re.MULTILINE))
+    return False
 
 
 def _open_gpu(index: str) -> None:
