@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,6 +124,33 @@ def test_what_fails_below_fails_here() -> None:
         found += ahead
     assert found == [1]
     assert torch.get_num_threads() == ALL
+
+
+def test_interrupts_leave_all_threads_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While threads are divided, and once more while the end of the other thread is waited for."""
+    taken, waited = halves._take_threads, ThreadPoolExecutor.shutdown
+    interrupts = [False, True]  # the last is the first
+
+    def take(count: int, default: int) -> None:
+        taken(count, default)
+        if threading.current_thread() is threading.main_thread() and interrupts.pop():
+            raise KeyboardInterrupt
+
+    def shutdown(pool: ThreadPoolExecutor, **options: bool) -> None:
+        waited(pool, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(halves, "_take_threads", take)
+        with pytest.raises(KeyboardInterrupt), halves.Ahead(iter([1]), 1):
+            pass
+    assert (torch.get_num_threads(), default_threads()) == (ALL, ALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+        with pytest.raises(KeyboardInterrupt), halves.Ahead(iter([1]), 1) as ahead:
+            assert list(ahead) == [1]
+    assert (torch.get_num_threads(), default_threads()) == (ALL, ALL)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("longread-lower")]
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,12 @@ class Ahead(Generic[T]):
 
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(1, "longread-lower", _take_threads, (self._taken, self._all))
-        self._due = deque(self._pool.submit(next, self._items, None) for _ in range(AHEAD))
-        _take_threads(self._all - self._taken, self._all)
+        try:
+            self._due = deque(self._pool.submit(next, self._items, None) for _ in range(AHEAD))
+            _take_threads(self._all - self._taken, self._all)
+        except BaseException:  # an interrupt, or there can be no other thread
+            self._end()
+            raise
         return self
 
     def __iter__(self) -> Iterator[T]:
@@ -107,8 +111,13 @@ class Ahead(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        _take_threads(self._all, self._all)
+        self._end()
+
+    def _end(self) -> None:
+        try:
+            self._pool.shutdown(cancel_futures=True)
+        finally:  # who interrupts once more does not wait for what is being made
+            _take_threads(self._all, self._all)
 
 
 _taking = threading.Lock()
