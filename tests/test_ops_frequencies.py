@@ -165,3 +165,10 @@ def test_what_is_kept_can_be_differentiated_whoever_asked_first() -> None:
         first = frequencies(6, 12345.0)
     assert frequencies(6, 12345.0) is first
     assert not first.is_inference()
+
+
+def test_what_is_kept_is_on_its_device_whoever_asked_first() -> None:
+    with torch.device("meta"):
+        assert frequencies(6, 54321.0, device="meta").is_meta
+        assert frequencies(6, 54321.0, device="cpu").is_cpu
+    torch.testing.assert_close(frequencies(6, 54321.0, device="cpu")[0], torch.ones((), dtype=torch.float64))

@@ -54,7 +54,7 @@ def frequencies(
 
 
 def _on_the_host(head_dim: int, base: float, scaling: Scaling | None) -> Tensor:
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float64)
+    pair = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float64)  # whatever device is the default
     plain = base ** (-pair / head_dim)
     if scaling is None:
         return plain
