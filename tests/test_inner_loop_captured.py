@@ -185,6 +185,25 @@ def test_threads_that_share_a_reader_take_turns(device: str, monkeypatch: pytest
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_threads_that_come_at_once_share_one_reader(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second asks while the first one's is being made."""
+    model = model_on(device)
+    state, token = read(model, begin(model), torch.tensor([text(M)], device=device), inner=INNER).state, [[3]]
+    made, real = list[object](), captured.CapturedReader.__init__
+    make_it = Held(lambda reader, *args, **kwargs: made.append(reader) or real(reader, *args, **kwargs))
+    monkeypatch.setattr(captured.CapturedReader, "__init__", lambda *args, **kwargs: make_it(*args, **kwargs))
+    captured._READERS.pop(model, None)
+    with ThreadPoolExecutor(2) as threads:
+        one, other = (
+            threads.submit(read, model, state, torch.tensor(token, device=device), inner=INNER) for _ in range(2)
+        )
+        assert make_it.entered.wait(120)
+        wait([one, other], timeout=0.5)
+        make_it.go()
+        one.result(120), other.result(120)
+    assert len(made) == 1
+
+
 def test_the_number_of_graphs_is_bounded(device: str, graphs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "WORTH", 1)
     model, n = model_on(device, window_size=2 * M), 9 * M

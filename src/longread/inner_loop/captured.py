@@ -101,7 +101,7 @@ class Strips(Generic[Result]):
         A graph is of one length, one place in the strip and one length of the past. It is captured as soon as it has
         run, or is known to be going to run, `WORTH` times. In a text of which much is still to come that is at once:
         its runs go round R / tokens places. While a window fills, each past is met once a text, so there it is the
-        `WORTH`-th text. One reader has at most 2 R / tokens graphs of each length.
+        `WORTH`-th text. One reader has at most 2 R / M graphs of each length.
 
         Args:
             runs: of so many tokens that follow one another now, this included.
@@ -375,6 +375,7 @@ _READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bo
     weakref.WeakKeyDictionary()
 )
 """Captures take seconds and memory, so a model keeps its own until it is gone."""
+_LOCK = threading.Lock()
 
 
 def captured_reader(
@@ -422,15 +423,16 @@ def _kept_reader(
 ) -> CapturedReader | None:
     """The model's reader of so many sequences; a new one that is `frugal` takes only a `SHARE` of the free memory for
     the strips of so many blocks, or is not made."""
-    readers, key = _READERS.setdefault(model, {}), (batch_size, inner, guard)
-    reader = readers.pop(key, None)
-    if reader is None or reader.weights_at != model.embedding.weight.data_ptr():
-        tokens = 2 * max(*_windows(model), STRETCH)
-        strips = batch_size * tokens * 2 * blocks * model.config.kv_width * model.dtype.itemsize
-        if frugal and strips * SHARE > free_bytes(model.device):
-            return None
-        reader = CapturedReader(model, *key)
-    readers[key] = reader
-    if len(readers) > READERS:
-        del readers[next(iter(readers))]
-    return reader if reader.usable else None
+    with _LOCK:  # else threads that come at once would each make one
+        readers, key = _READERS.setdefault(model, {}), (batch_size, inner, guard)
+        reader = readers.pop(key, None)
+        if reader is None or reader.weights_at != model.embedding.weight.data_ptr():
+            tokens = 2 * max(*_windows(model), STRETCH)
+            strips = batch_size * tokens * 2 * blocks * model.config.kv_width * model.dtype.itemsize
+            if frugal and strips * SHARE > free_bytes(model.device):
+                return None
+            reader = CapturedReader(model, *key)
+        readers[key] = reader
+        if len(readers) > READERS:
+            del readers[next(iter(readers))]
+        return reader if reader.usable else None
