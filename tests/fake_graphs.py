@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longread.inner_loop import captured, graphs
+from longread.inner_loop import finishing, graphs, reading
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
 
@@ -123,6 +123,12 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
         "stream": contextlib.nullcontext,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    for module in (captured, graphs):
-        monkeypatch.setattr(module, "can_capture", lambda device: True)
+    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
+    set_capturing(monkeypatch, on=True)
     return FakeGraph
+
+
+def set_capturing(patch: pytest.MonkeyPatch, *, on: bool) -> None:
+    """Whether texts are read, and steps taken, as CUDA graphs wherever that is possible, or never."""
+    for module in (finishing, reading):
+        patch.setattr(module, "can_capture", lambda device: on)

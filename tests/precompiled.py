@@ -18,7 +18,7 @@ from triton.runtime.driver import driver
 
 from longread.config import InnerConfig, ModelConfig, RunConfig
 from longread.data import Batch
-from longread.inner_loop import captured, graphs, rehearsal
+from longread.inner_loop import finishing, graphs, reading as inner_loop_reading, rehearsal
 from longread.inner_loop.places import LikeliestTokens
 from longread.model import Transformer
 from longread.ops import compiling, fusible, precompile
@@ -54,7 +54,7 @@ def reading() -> None:
     """As on a GPU, but that its graphs are runs."""
     for name, stand_in in {"Stream": _Stream, "current_stream": _Stream, "stream": contextlib.nullcontext}.items():
         setattr(torch.cuda, name, stand_in)
-    captured.can_capture = graphs.can_capture = lambda device: True
+    finishing.can_capture = inner_loop_reading.can_capture = graphs.can_capture = lambda device: True
     graphs.CheckedGraphs.run = lambda self, key, compute, **_: compute()  # type: ignore[method-assign]
     wait = LikeliestTokens.wait
     LikeliestTokens.wait = lambda *given: [(0, p) for _, p in wait(*given)]  # type: ignore[method-assign]  # no kernel ran

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longread.inner_loop import Reading, ReadingState, begin, captured, read
 from longread.model import Transformer
-from tests.fake_graphs import fake_graphs
+from tests.fake_graphs import fake_graphs, set_capturing
 from tests.held import Held
 from tests.tiny import BY_BLOCK, GROUPED, INNER, make, text
 
@@ -71,7 +71,7 @@ def test_every_place_and_past_is_read_as_without_graphs(
     n = 11 * M + 5
     tokens = torch.tensor([text(n, seed) for seed in range(2)], device=device)
     with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(captured, "can_capture", lambda device: False)
+        set_capturing(plain, on=False)
         expected = in_pieces(model, tokens, [n])
     close = {"rtol": 1e-9, "atol": 1e-11} if device == "cpu" else {"rtol": 1e-3, "atol": 5e-3}
     for worth, pieces in ((3, [n]), (1, [3, 5 * M, 6 * M + 2]), (1, [3 * M, 3 * M, 3 * M, 2 * M + 5])):
@@ -135,7 +135,7 @@ def test_steps_of_a_text_that_comes_token_by_token_are_one_graph(
     found = dict[bool, list[Reading]]()
     guard = device == "cuda"  # a CPU waits for what it says, which cannot be captured
     for captures in (True, False):
-        monkeypatch.setattr(captured, "can_capture", lambda device, captures=captures: captures)
+        set_capturing(monkeypatch, on=captures)
         state, found[captures] = begin(model), []
         for token in tokens.split(1, 1):
             found[captures].append(read(model, state, token, inner=INNER, guard=guard))

@@ -15,7 +15,7 @@ from longread.config import InnerConfig
 from longread.inner_loop import Decoder, begin, captured, graphs, places, read, register_inner_optimizer
 from longread.inner_loop.graphs import CheckedGraphs, GraphRefused, can_capture, put_back_later, undisturbed
 from longread.model import Transformer
-from tests.fake_graphs import FakeGraph, fake_graphs
+from tests.fake_graphs import FakeGraph, fake_graphs, set_capturing
 from tests.tiny import BY_BLOCK, GROUPED, INNER, make, text
 
 __all__ = ["fake_graphs"]
@@ -230,7 +230,7 @@ def test_reading_by_graphs_is_reading(changes: dict, replays: list[int], monkeyp
     for inner, pieces in ((INNER, [7, 58, 12]), (InnerConfig(optimizer="wild"), [77])):
         options = {"inner": inner, "guard": inner.optimizer == "wild"}
         with pytest.MonkeyPatch.context() as plain:
-            plain.setattr(captured, "can_capture", lambda device: False)
+            set_capturing(plain, on=False)
             expected = read(model, begin(model, 2), tokens, loss_mask=mask, **options)
         assert expected.rolled_back[1].all() == options["guard"]
         replays.clear()
@@ -258,7 +258,7 @@ def test_a_reading_whose_graph_is_off_goes_on_without(
     monkeypatch.setattr(captured, "WORTH", 1)
     model, tokens = make(3, torch.float64, mini_batch_size=8, window_size=16), torch.tensor([text(90)])
     with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(captured, "can_capture", lambda device: False)
+        set_capturing(plain, on=False)
         expected = read(model, begin(model), tokens, inner=INNER)
     monkeypatch.setattr(fake_graphs, "off", property(lambda graph: 0.0 if len(replays) <= good else 0.5))
     with pytest.warns(GraphRefused, match=rf"^captured mini-batches {said} off; reading goes on without$") as warned:
@@ -290,7 +290,7 @@ def test_the_step_of_who_writes_becomes_a_graph(replays: list[int], monkeypatch:
     tokens, inner = torch.tensor([text(75, seed) for seed in range(2)]), InnerConfig(optimizer="wild")
     found, counts = [], []
     for captures in (False, True):
-        monkeypatch.setattr(captured, "can_capture", lambda device, captures=captures: captures)
+        set_capturing(monkeypatch, on=captures)
         replays.clear()
         decoder = Decoder(model, read(model, begin(model, 2), tokens[:, :5], inner=inner).state, inner)
         for token in tokens[:, 5:].unbind(1):
@@ -332,7 +332,7 @@ def test_writing_by_graphs_is_writing(
 ) -> None:
     """Also where a graph is off, from the token on with which that is found."""
     monkeypatch.setattr(places, "SPARE", 16)
-    monkeypatch.setattr(captured, "can_capture", lambda device: False)
+    set_capturing(monkeypatch, on=False)
     model, tokens = make(3, torch.float64, **changes), torch.tensor([text(40, seed) for seed in range(2)])
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(graphs, "can_capture", lambda device: False)

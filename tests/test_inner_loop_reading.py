@@ -22,7 +22,7 @@ from longread.inner_loop import (
     register_inner_optimizer,
 )
 from longread.model import Transformer
-from tests.fake_graphs import fake_graphs
+from tests.fake_graphs import fake_graphs, set_capturing
 from tests.tiny import INNER, M, make, text
 
 __all__ = ["fake_graphs"]
@@ -180,7 +180,7 @@ def test_whole_mini_batches_are_read_at_once(
     model, written = exact(), tokens(sum(pieces), 0, 1)
     mask = torch.rand(written.shape, generator=torch.Generator().manual_seed(0)) > 0.3
     with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(captured, "can_capture", lambda device: False)
+        set_capturing(plain, on=False)
         expected = read(model, begin(model, 2), written, inner=INNER, loss_mask=mask, guard=True)
     state, found = begin(model, 2), []
     for part, counted in zip(written.split(pieces, 1), mask.split(pieces, 1), strict=True):
@@ -207,7 +207,7 @@ def test_what_is_refused_is_told_by_whoever_reads_whole_mini_batches(mini_batche
     register_inner_optimizer("every_second", every_second)
     model, written, inner = exact(), tokens(5 * M + 2, 0, 1, 2), InnerConfig(optimizer="every_second")
     with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(captured, "can_capture", lambda device: False)
+        set_capturing(plain, on=False)
         expected = read(model, begin(model, 3), written, inner=inner, guard=True)
     begun = read(model, begin(model, 3), written[:, : M - 1], inner=inner, guard=True)
     found = read(model, begun.state, written[:, M - 1 : 4 * M + 1], inner=inner, guard=True)

@@ -19,7 +19,7 @@ from longread.session import Session
 from longread.train import accumulate_gradient
 from longread.transformers.training import Aligned, outer_loss
 from tests import tiny
-from tests.fake_graphs import FakeGraph, fake_graphs  # noqa: F401
+from tests.fake_graphs import FakeGraph, fake_graphs, set_capturing  # noqa: F401
 from tests.tiny import M, make, text
 
 LR, CLIP, ALPHA = 0.7, 0.5, 1.5
@@ -148,7 +148,7 @@ def test_reading_is_one_computation_with_training_in_any_pieces_and_by_graphs(
     for graphs in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if not graphs:
-                patch.setattr(captured, "can_capture", lambda device: False)
+                set_capturing(patch, on=False)
             state, nll, norms = begin(model, 2), [], []
             for part in tokens.split(pieces, 1):
                 found = read(model, state, part, inner=INNER)

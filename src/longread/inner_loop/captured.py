@@ -25,7 +25,7 @@ from longread.inner_loop.graphs import CheckedGraphs, put_back_later
 from longread.inner_loop.optimizers import Update, optimizer_named
 from longread.inner_loop.state import ReadingState
 from longread.inner_loop.step import Carry, from_matrices, inner_gradient, matrices
-from longread.model import Past, Transformer, can_capture, free_bytes
+from longread.model import Past, Transformer, free_bytes
 
 STRETCH = 2048
 """Tokens for which the lower half runs at once, or one mini-batch if that is longer."""
@@ -381,8 +381,8 @@ _LOCK = threading.Lock()
 def captured_reader(
     model: Transformer, state: ReadingState, inner: InnerConfig, *, guard: bool
 ) -> CapturedReader | None:
-    """On a device with CUDA graphs a reader that can go on from `state`; None amid a mini-batch, where pasts are of odd
-    lengths, and where memory is short."""
+    """A reader that can go on from `state`, for a device with CUDA graphs; None amid a mini-batch, where pasts are of
+    odd lengths, and where memory is short."""
     config, waiting = model.config, state.hidden.shape[1]
     before, B = state.position - waiting, state.output.shape[0]
     if waiting not in (0, config.mini_batch_size) or not _can_capture_from(model, before):
@@ -409,11 +409,10 @@ def _windows(model: Transformer) -> list[int]:
 
 
 def _can_capture_from(model: Transformer, position: int) -> bool:
-    """Whether there are CUDA graphs, every attention sees a window and nothing else, and at `position` these are full,
-    or full of mini-batches."""
+    """Whether every attention sees a window and nothing else, and at `position` these are full, or full of
+    mini-batches."""
     config = model.config
-    windowed = (config.mixer, config.attention) == ("attention", "window") and not config.kept_tokens
-    if not can_capture(model.device) or not windowed:
+    if (config.mixer, config.attention) != ("attention", "window") or config.kept_tokens:
         return False
     return position >= max(_windows(model)) or position % config.mini_batch_size == 0
 

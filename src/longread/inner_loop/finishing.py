@@ -10,7 +10,7 @@ from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_step
 from longread.inner_loop.optimizers import Update, optimizer_named
 from longread.inner_loop.step import Carry, Recorded, inner_step, matrices
-from longread.model import Transformer
+from longread.model import Transformer, can_capture
 
 
 def finish(
@@ -36,7 +36,9 @@ def finish(
         max_step_norm: guards the step (`longread.inner_loop.step.step_norm_limit`); None: every step is taken.
         run: what `longread.inner_loop.step.recorded` made of the same mini-batch and carry, if anything.
     """
-    reader = captured_step(model, len(hidden), position, inner, guard=max_step_norm is not None)
+    guard, reader = max_step_norm is not None, None
+    if can_capture(model.device):
+        reader = captured_step(model, len(hidden), position, inner, guard=guard)
     if reader is not None:
         return reader.step(carry, hidden, targets, mask, position=position, start=start, max_step_norm=max_step_norm)
     step = inner_step(

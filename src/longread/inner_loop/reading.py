@@ -33,7 +33,7 @@ from longread.inner_loop.kept import Kept, decided, long_pasts, undecided
 from longread.inner_loop.optimizers import optimizer_named
 from longread.inner_loop.state import ReadingState, begin
 from longread.inner_loop.step import Carry, Recorded, from_matrices, inner_step, recorded, step_norm_limit
-from longread.model import FastWeights, MixerPast, Transformer
+from longread.model import FastWeights, MixerPast, Transformer, can_capture
 from longread.ops.clipped_sgd import refused
 
 STRETCH = 2048
@@ -293,7 +293,8 @@ class _Reader:
             if not self.state.hidden.shape[1]:
                 self._decide()
             room = M - self.state.hidden.shape[1]
-            threads = threads_below(self.model, len(tokens), n - done) if room == M else 0
+            several = room == M and n - done >= 2 * M  # else the lower half has nothing to run ahead to
+            threads = threads_below(self.model, len(tokens), n - done) if several else 0
             if threads:
                 self._learn_side_by_side(tokens[:, done:], mask[:, done:], threads)
                 return
@@ -327,7 +328,8 @@ class _Reader:
 
     def _replay(self, tokens: Tensor, mask: Tensor) -> int:
         """Reads the mini-batches that the tokens fill as CUDA graphs, if they can be; returns the tokens read."""
-        possible = tokens.shape[1] >= self.model.config.mini_batch_size and not self.top and not self.keep_outputs
+        possible = can_capture(self.model.device) and tokens.shape[1] >= self.model.config.mini_batch_size
+        possible = possible and not self.top and not self.keep_outputs
         reader = captured_reader(self.model, self.state, self.inner, guard=self.guard) if possible else None
         if reader is None:
             return 0
