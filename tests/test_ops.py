@@ -436,6 +436,22 @@ def test_fast_mlp_and_all_its_derivatives(masked: tuple[int, ...], activation: A
     agree(*results)
 
 
+def test_fast_mlp_under_autocast() -> None:
+    """Products are of another type than what they are added to."""
+    inputs = [draw(3, 4, 6), draw(3, 8, 6, seed=1), draw(3, 8, 6, seed=2), draw(3, 6, 8, seed=3)]
+    inputs = [x.detach().float().requires_grad_() for x in inputs]
+
+    def gradients(f: Callable[..., Tensor]) -> list[Tensor]:
+        first = torch.autograd.grad(f(*inputs).float().sin().sum(), inputs, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.float().square().sum() for g in first), inputs)]
+
+    exact = gradients(reference_fast_mlp)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, plain = gradients(fast_mlp), gradients(reference_fast_mlp)
+    for a, b, c in zip(found, plain, exact, strict=True):
+        assert 0 < (a - c).norm() <= 2 * (b - c).norm()
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_fast_mlp_of_halves_and_all_its_derivatives(activation: Activation) -> None:
     inputs = [draw(3, 4, 6), draw(3, 16, 6, seed=1), draw(3, 6, 8, seed=3)]

@@ -36,10 +36,16 @@ def explicit_fast_mlp_of_halves(x: Tensor, both: Tensor, down: Tensor, activatio
 
 
 def _sum(total: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """total, in its place, plus the product of each pair; None counts nothing."""
+    """total, in its place where nothing is cast (autocast), plus the product of each pair; None counts nothing."""
     for left, right in pairs:
-        if left is not None and right is not None:
-            total = left @ right if total is None else total.baddbmm_(left, right)
+        if left is None or right is None:
+            continue
+        if total is None:
+            total = left @ right
+        elif total.dtype == left.dtype == right.dtype:
+            total = total.baddbmm_(left, right)
+        else:
+            total = total + left @ right
     return total
 
 
