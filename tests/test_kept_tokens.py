@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -218,6 +219,33 @@ def test_a_model_that_was_not_trained_for_it_is_opened_keeping(tmp_path: Path) -
     assert not torch.allclose(found[100:], before[100:])
     session.save(tmp_path / "a.session")
     assert torch.equal(keeps.restore(tmp_path / "a.session").read("More."), session.read("More."))
+
+
+def test_its_fingerprint_is_of_no_type_of_numbers_and_no_history(tmp_path: Path) -> None:
+    save_small_model(tmp_path / "model", seed=1)
+    opened = open_model(tmp_path / "model", "cpu")
+    half = opened._replace(model=copy.deepcopy(opened.model).bfloat16())
+    keeping = opened.keeping(16)
+    assert half.keeping(16).fingerprint == keeping.fingerprint == opened.keeping(8).keeping(16).fingerprint
+    assert len({opened.fingerprint, keeping.fingerprint, opened.keeping(16, run=4).fingerprint}) == 3
+    assert keeping.keeping(16) is keeping
+    session = opened.keeping(16, run=4).session()
+    session.read(TEXT)
+    session.save(tmp_path / "s")
+    assert opened.restore(tmp_path / "s").model.config.kept_run == 4
+
+
+@pytest.mark.parametrize("kept", [3, "all", {"tokens": 16}, {"tokens": -1, "run": 1, "distance": None}])
+def test_files_that_do_not_say_what_is_kept_are_refused(tmp_path: Path, kept: object) -> None:
+    save_small_model(tmp_path / "model", seed=1)
+    opened = open_model(tmp_path / "model", "cpu")
+    session = opened.keeping(16).session()
+    session.read(TEXT)
+    session.save(tmp_path / "s")
+    tensors, metadata = read_tensors(tmp_path / "s", kind="session")
+    write_tensors_atomically(tmp_path / "s", tensors, metadata | {"kept": kept}, kind="session")
+    with pytest.raises(UserError, match=r"is no valid session: it keeps|model.kept_tokens is -1"):
+        opened.restore(tmp_path / "s")
 
 
 def test_the_command_line_takes_a_model_that_keeps_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,10 @@ import torch
 
 from longread.checkpoint import LoadedModel, find_tokenizer, load_model
 from longread.config import InnerConfig, UserError
+from longread.files import open_tensors
 from longread.inner_loop import precompile_reading
-from longread.model import Transformer, find_device, fingerprint_of, undrawn
-from longread.session import Session
+from longread.model import Transformer, find_device, undrawn
+from longread.session import KIND, Session
 from longread.tokenizer import Tokenizer, load_tokenizer
 
 _INSTALLED = Path(__file__).parent / "box"
@@ -55,7 +56,8 @@ class OpenModel(NamedTuple):
     def keeping(self, tokens: int, *, run: int = 16, distance: int | None = None) -> OpenModel:
         """The same weights, which see beside each window so many tokens that have left it (`longread.inner_loop.kept`).
 
-        Nothing is trained for it. Its sessions are those of another model: they hold what is kept.
+        Nothing is trained for it. Its sessions are those of another model: they hold what is kept. Its fingerprint is
+        that of the weights and of what it keeps, the same whatever type they are computed in.
 
         Args:
             tokens, run, distance: `kept_tokens`, `kept_run` and `kept_distance` of `longread.ModelConfig`.
@@ -64,18 +66,37 @@ class OpenModel(NamedTuple):
             UserError: a value is out of range, or the network has more than windowed attention.
         """
         config = dataclasses.replace(self.model.config, kept_tokens=tokens, kept_run=run, kept_distance=distance)
+        if config == self.model.config:
+            return self
         model = undrawn(config)
         model.load_state_dict(self.model.state_dict(), assign=True)
         model.compute_dtype, model.known_tokens = self.model.compute_dtype, self.model.known_tokens
-        return self._replace(model=model.requires_grad_(False), fingerprint=fingerprint_of(model))
+        fingerprint = f"{self.fingerprint.partition('+')[0]}+{tokens}.{run}.{distance}"
+        return self._replace(model=model.requires_grad_(False), fingerprint=fingerprint)
+
+    def as_saved(self, path: str | Path) -> OpenModel:
+        """The same weights, which keep what the session keeps that was saved at `path`.
+
+        Raises:
+            UserError: as `restore` does, and as `keeping` does.
+        """
+        with open_tensors(Path(path), kind=KIND) as (_, metadata):
+            kept = metadata.get("kept")
+        if kept is None:
+            return self
+        try:
+            return self.keeping(kept["tokens"], run=kept["run"], distance=kept["distance"])
+        except (KeyError, TypeError):
+            raise UserError(f"{path} is no valid session: it keeps {kept!r:.60}") from None
 
     def restore(self, path: str | Path) -> Session:
-        """The session that was saved at `path`.
+        """The session that was saved at `path`, with the tokens kept that it keeps.
 
         Raises:
             UserError: the file is damaged, no session, no valid one, or of another model.
         """
-        return Session.restore(path, self.model, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
+        opened = self.as_saved(path)
+        return Session.restore(path, opened.model, fingerprint=opened.fingerprint, tokenizer=self.tokenizer)
 
 
 def boxed_models() -> dict[str, Path]:

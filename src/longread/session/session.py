@@ -397,6 +397,9 @@ class Session:
             "storage": storage,
             **{name: fixed_width(count) for name, count in counts.items()},
         }
+        config = self.model.config
+        if config.kept_tokens:  # so that whoever restores it need not say it
+            metadata["kept"] = {"tokens": config.kept_tokens, "run": config.kept_run, "distance": config.kept_distance}
         if self.text is not None:
             metadata["text"] = self.text.as_metadata()
         tensors = packed(state, self._recent, self.model, storage)
