@@ -42,32 +42,32 @@ COMMAND_LINE = {
     "--only --validation --init --resume --seed --set --update --state-parallel --deadline --profile-steps --tracker "
     "--device --json --quiet --force",
     "read": "FILE --model --device --encoding --errors --keep-line-ends --markup --session --save --resume "
-    "--save-every --control --learn --json --quiet --force --report",
+    "--save-every --control --learn --kept-tokens --json --quiet --force --report",
     "generate": "--model --device --session --prompt --prompt-file --interactive --max-tokens --temperature --top-p "
-    "--top-k --repetition-penalty --seed --stop --frozen --learn --save --draft --draft-session --draft-tokens "
-    "--json --quiet --force",
+    "--top-k --repetition-penalty --seed --stop --frozen --learn --kept-tokens --save --draft "
+    "--draft-session --draft-tokens --json --quiet --force",
     "evaluate": "MODEL --data --encoding --errors --keep-line-ends --markup "
     "--documents --max-tokens --min-tokens --lengths --indices --window --full --mini-batch "
-    "--batch-size --no-control --health --learn --json --quiet --force --plots --report --device",
+    "--batch-size --no-control --health --learn --kept-tokens --json --quiet --force --plots --report --device",
     "needle": "MODEL --variants --contexts --depths --probe --samples --seed --haystack --encoding --errors "
     "--keep-line-ends --markup --repeat-haystack --max-tokens "
-    "--batch-size --no-control --learn --json --quiet --force --plots --report --device",
+    "--batch-size --no-control --learn --kept-tokens --json --quiet --force --plots --report --device",
     "questions": "MODEL --data --encoding --errors --keep-line-ends --markup --contexts --documents --questions "
-    "--choices --seed --batch-size --no-control --learn --json --quiet --force --plots --report --device",
+    "--choices --seed --batch-size --no-control --learn --kept-tokens --json --quiet --force --plots --report --device",
     "judge": "MODEL --judge --data --encoding --errors --keep-line-ends --markup "
     "--context --written --documents --temperature --top-p --repetition-penalty --seed --bins "
-    "--batch-size --no-control --learn --json --quiet --force --plots --report --device",
+    "--batch-size --no-control --learn --kept-tokens --json --quiet --force --plots --report --device",
     "demo": "FILE --model --device --tokens",
     "convert": "SOURCE DIR --to --drop-fast --window --mini-batch --suffix --fast-hidden --scheme --dtype --tokenizer "
     "--size",
     "bench": "WORK --sizes --methods --contexts --sequences --gpus --update --state-parallel --repeats --profile "
     "--from --json --report --plots --force --device",
-    "serve": "--model --device --learn --directory --name --host --port --keys --metrics-keys "
+    "serve": "--model --device --learn --kept-tokens --directory --name --host --port --keys --metrics-keys "
     "--device-memory --host-memory --disk --max-sessions --max-batch --max-waiting --batch-invariant --keep-line-ends "
     "--reuse --limit",
     "think": "ACTION",
-    "estimate": "MODEL --context-length --train --only --precision --memory --gpus --nodes --gpu --batch-size --update "
-    "--state-parallel --recompute --price --json --quiet --force",
+    "estimate": "MODEL --context-length --train --only --precision --memory --kept-tokens --gpus --nodes --gpu "
+    "--batch-size --update --state-parallel --recompute --price --json --quiet --force",
 }
 
 

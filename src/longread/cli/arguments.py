@@ -47,17 +47,55 @@ def add_learn(parser: Any) -> None:
     )
 
 
-def settle_learning(options: argparse.Namespace, opened: OpenModel, *, restored: bool = False) -> OpenModel:
-    """The model as the command reads with it. One that was converted and not adapted reads frozen, which is said,
-    unless --learn lets it learn.
+def add_kept_tokens(parser: argparse.ArgumentParser) -> None:
+    """The option of a command whose model may see more than its windows."""
+    parser.add_argument(
+        "--kept-tokens",
+        type=positive,
+        metavar="N",
+        help="let attention see, beyond its window, the N tokens that surprised most: details come back that were read "
+        "long ago; without training, and for more memory a session (`longread estimate MODEL --kept-tokens N`)",
+    )
 
-    `restored`: a session is gone on with, which says itself whether it learns; then `say_if_frozen` follows.
+
+def settle_reading(options: argparse.Namespace, opened: OpenModel, session: str | None = None) -> OpenModel:
+    """The model as the command reads with it: it keeps --kept-tokens, and is called after them where it is not one that
+    does so by itself. One that was converted and not adapted reads frozen, which is said, unless --learn lets it learn.
+
+    Args:
+        session: the file of a session that is gone on with. It says itself what it keeps, and whether it learns; then
+            `say_if_frozen` follows.
+
+    Raises:
+        UserError: the model cannot keep tokens, or the session keeps others.
     """
+    opened = _keeping(options.kept_tokens, opened, session)
     if options.learn:
         return opened._replace(learns=True)
-    if not restored:
+    if session is None:
         say_if_frozen(options, opened, learns=opened.learns)
     return opened
+
+
+def _keeping(tokens: int | None, opened: OpenModel, session: str | None) -> OpenModel:
+    config = opened.model.config
+    if session is not None:
+        keeps = opened.as_saved(session)
+        found = keeps.model.config.kept_tokens
+        if tokens not in (None, found):
+            raise UserError(
+                f"--kept-tokens is {tokens}, and {session} keeps {found or 'none'}; leave the option out, or begin a "
+                "session with it"
+            )
+    elif tokens is not None:
+        try:
+            keeps = opened.keeping(tokens, run=config.kept_run, distance=config.kept_distance)
+        except UserError as error:
+            raise UserError(f"--kept-tokens with {opened.name}: {error}") from None
+    else:
+        return opened
+    found = keeps.model.config.kept_tokens
+    return keeps if found == config.kept_tokens else keeps._replace(name=f"{opened.name} with {found:,} tokens kept")
 
 
 def say_if_frozen(options: argparse.Namespace, opened: OpenModel, *, learns: bool) -> None:

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import MOST_TOKENS, add_json, positive
+from longread.cli.arguments import MOST_TOKENS, add_json, add_kept_tokens, positive
 from longread.cli.plans import AS_MANY_AS_FIT, EstimateRow, add_plan, check_plan, plan_rows, shown
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="of the device: say how many sessions fit, or which training"
     )
+    add_kept_tokens(parser)
     add_plan(parser)
     add_json(parser)
 
@@ -63,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     from longread.config import UserError
 
     check_outputs(options)
+    if options.kept_tokens is not None and options.train is not None:
+        raise UserError("--kept-tokens is about reading, and training keeps none; leave one of it and --train out")
     if options.memory is not None and not 0 < options.memory < 2**30:
         raise UserError(f"--memory is {options.memory:g}; give GiB, above 0 and below {2**30}")
     check_plan(options)
@@ -86,6 +89,8 @@ def _rows(options: argparse.Namespace) -> tuple[list[EstimateRow], dict[str, obj
 
     config, precision = _config(options.model), _precision(options.precision)
     context = options.context_length or DEFAULT_CONTEXT
+    if options.kept_tokens is not None:
+        config = dataclasses.replace(config, kept_tokens=options.kept_tokens)
     if options.train == AS_MANY_AS_FIT:
         raise UserError("--train has no number; say how many sequences at a time, or give --gpus for a plan")
     if options.train is not None:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from longread.cli.arguments import (
     add_device,
+    add_kept_tokens,
     add_learn,
     add_outputs,
     add_text_format,
     check_at_most,
     format_of,
     positive,
-    settle_learning,
+    settle_reading,
 )
 
 
@@ -57,6 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-control", action="store_true", help="leave out the frozen readings")
     parser.add_argument("--health", action="store_true", help="show gradient norms, clipping and drift by position")
     add_learn(parser)
+    add_kept_tokens(parser)
     add_outputs(parser)
     add_device(parser)
 
@@ -118,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
         opened = open_model(path, options.device)._replace(name=name)
         documents = texts[opened.tokenizer.fingerprint]
         if i < len(models):
-            variants = read_otherwise(settle_learning(options, opened), options.window, options.mini_batch)
+            variants = read_otherwise(settle_reading(options, opened), options.window, options.mini_batch)
         else:
             variants = [read_whole(opened)]
         for variant in variants:

@@ -19,7 +19,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_json, add_learn, add_model, say_if_frozen, settle_learning
+from longread.cli.arguments import add_json, add_kept_tokens, add_learn, add_model, say_if_frozen, settle_reading
 
 if TYPE_CHECKING:
     from longread.loading import OpenModel
@@ -61,6 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     learning = parser.add_mutually_exclusive_group()
     learning.add_argument("--frozen", action="store_true", help="do not learn from prompt and continuation")
     add_learn(learning)
+    add_kept_tokens(parser)
     parser.add_argument("--save", metavar="FILE", help="keep the session here afterwards")
     parser.add_argument(
         "--draft", metavar="MODEL", help="a faster model that guesses what --model writes, and learns from it"
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     if interactive and options.json:
         raise UserError("--json is about one continuation; give a prompt, or leave it out")
     prompt = _prompt(options)
-    opened = settle_learning(options, open_model(options.model, options.device), restored=bool(options.session))
+    opened = settle_reading(options, open_model(options.model, options.device), options.session)
     session = opened.restore(options.session) if options.session else opened.session()
     learns = session.learn or options.learn
     if options.session:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from longread.cli.arguments import (
     add_device,
+    add_kept_tokens,
     add_learn,
     add_outputs,
     add_text_format,
     check_at_most,
     format_of,
     positive,
-    settle_learning,
+    settle_reading,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-control", action="store_true", help="leave out the frozen readings")
     add_learn(parser)
+    add_kept_tokens(parser)
     add_outputs(parser)
     add_device(parser)
 
@@ -91,7 +93,9 @@ def run(options: argparse.Namespace) -> int:
     check_bins(bins, T - written, T)
     judge = _judge(options.judge, options.device)
     console = progress_console(options)
-    opened = [settle_learning(options, open_model(path, options.device)) for path in options.models]
+    names = table_names(options.models)
+    models = [open_model(path, options.device)._replace(name=n) for path, n in zip(options.models, names, strict=True)]
+    opened = [settle_reading(options, model) for model in models]
     tokenizer = opened[0].tokenizer
     for path, other in zip(options.models, opened, strict=True):
         if other.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -109,17 +113,15 @@ def run(options: argparse.Namespace) -> int:
         text_format=format_of(options),
     )
     human = prompts(documents, T)
-    names = table_names(options.models)
-    prints = [model.fingerprint for model in opened]
-    check_judge(judge, tokenizer, human, list(zip(names, prints, strict=True)))
+    check_judge(judge, tokenizer, human, [(model.name, model.fingerprint) for model in models])
     writings = [WrittenTexts(HUMAN, "human", human, written=written)]
-    for name, model in zip(names, opened, strict=True):
+    for model in opened:
         learns = model.learns and model.model.config.num_suffix_blocks > 0
         for learn in (True, False) if learns and not options.no_control else (learns,):
-            with console.status(f"{name} continues {len(human)} documents {'learning' if learn else 'frozen'}"):
+            with console.status(f"{model.name} continues {len(human)} documents {'learning' if learn else 'frozen'}"):
                 writings.append(
                     write(
-                        name,
+                        model.name,
                         model.model,
                         model.inner,
                         tokenizer,

@@ -17,13 +17,14 @@ from longread.cli.arguments import (
     MOST_TOKENS,
     add_contexts,
     add_device,
+    add_kept_tokens,
     add_learn,
     add_outputs,
     add_text_format,
     check_at_most,
     format_of,
     positive,
-    settle_learning,
+    settle_reading,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=8, metavar="B", help="prompts side by side (default 8)")
     parser.add_argument("--no-control", action="store_true", help="leave out the frozen readings")
     add_learn(parser)
+    add_kept_tokens(parser)
     add_outputs(parser)
     add_device(parser)
 
@@ -100,15 +102,15 @@ def run(options: argparse.Namespace) -> int:
     prompts = _prompts(options, list(tokenizers.values()))
     searches, console = [], progress_console(options)
     for path, name in zip(options.models, table_names(options.models), strict=True):
-        opened = settle_learning(options, open_model(path, options.device)._replace(name=name))
+        opened = settle_reading(options, open_model(path, options.device)._replace(name=name))
         samples = prompts[opened.tokenizer.fingerprint]
         learns = opened.learns and opened.model.config.num_suffix_blocks > 0
         for learn in (True, False) if learns and not options.no_control else (learns,):
             way = "learning" if learn else "frozen"
-            with counted(console, name, len(samples), f"needles, {way}") as show:
+            with counted(console, opened.name, len(samples), f"needles, {way}") as show:
                 searches.append(
                     search(
-                        name,
+                        opened.name,
                         opened.model,
                         opened.inner,
                         opened.tokenizer,

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 from longread.cli.arguments import (
     add_contexts,
     add_device,
+    add_kept_tokens,
     add_learn,
     add_outputs,
     add_text_format,
     check_at_most,
     format_of,
     positive,
-    settle_learning,
+    settle_reading,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-control", action="store_true", help="leave out frozen readings, and with nothing read")
     add_learn(parser)
+    add_kept_tokens(parser)
     add_outputs(parser)
     add_device(parser)
 
@@ -77,17 +79,17 @@ def run(options: argparse.Namespace) -> int:
     answers, console = [], progress_console(options)
     texts: list[AskedText] = []
     for path, name in zip(options.models, table_names(options.models), strict=True):
-        opened = settle_learning(options, open_model(path, options.device)._replace(name=name))
+        opened = settle_reading(options, open_model(path, options.device)._replace(name=name))
         texts = texts or _texts(options, opened)
         total = sum(len(text.questions) for text in texts)
         learns = opened.learns and opened.model.config.num_suffix_blocks > 0
         ways = [(learn, None) for learn in ((True, False) if learns and not options.no_control else (learns,))]
         for learn, beginning in ways if options.no_control else [*ways, (False, opened.tokenizer.beginning)]:
             way = "with nothing read" if beginning is not None else "learning" if learn else "frozen"
-            with counted(console, name, total, f"questions, {way}") as show:
+            with counted(console, opened.name, total, f"questions, {way}") as show:
                 answers.append(
                     answer_questions(
-                        name,
+                        opened.name,
                         opened.model,
                         opened.inner,
                         texts,

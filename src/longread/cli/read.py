@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING
 
 from longread.cli.arguments import (
     add_json,
+    add_kept_tokens,
     add_learn,
     add_model,
     add_text_format,
     format_of,
     say_if_frozen,
-    settle_learning,
+    settle_reading,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="read the frozen control too (default: of files of up to 256 KiB)",
     )
     add_learn(parser)
+    add_kept_tokens(parser)
     add_json(parser)
     parser.add_argument("--report", metavar="FILE", help="write an HTML page here")
 
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     from longread.cli.reading.progress import ReadingProgress
     from longread.cli.reading.readers import Readers
     from longread.cli.reading.results import write_results
-    from longread.cli.reading.session_file import Autosave, begin, check_room
+    from longread.cli.reading.session_file import Autosave, begin, check_room, session_file
     from longread.cli.reading.stops import StopSignals
     from longread.config import UserError
     from longread.loading import open_model
@@ -83,13 +85,13 @@ def run(options: argparse.Namespace) -> int:
     if options.resume and not (options.save or options.session):
         raise UserError("--resume does not say which reading to go on with; give --save or --session")
     inputs = Inputs(options.texts, format_of(options))
-    goes_on = bool(options.session or options.resume)
-    opened = settle_learning(options, open_model(options.model, options.device), restored=goes_on)
+    goes_on = session_file(options.session, options.save, resume=options.resume)
+    opened = settle_reading(options, open_model(options.model, options.device), goes_on)
     if options.save:
         check_room(options.save, opened.model)
     session, begun, file = begin(opened, inputs, session=options.session, save=options.save, resume=options.resume)
     session.learn = session.learn or options.learn
-    if goes_on:
+    if goes_on is not None:
         say_if_frozen(options, opened, learns=session.learn)
     readers = Readers(opened, session, control=_wants_control(options, inputs, begun))
     notes = readers.go_on(begun) if begun else []

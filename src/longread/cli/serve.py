@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longread.cli.arguments import add_learn, add_model, positive, settle_learning
+from longread.cli.arguments import add_kept_tokens, add_learn, add_model, positive, settle_reading
 
 if TYPE_CHECKING:
     from longread.engine import Limits
@@ -26,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     add_model(parser)
     add_learn(parser)
+    add_kept_tokens(parser)
     parser.add_argument("--directory", metavar="DIR", help="keep sessions here (default: only while the server runs)")
     parser.add_argument("--name", help="what the model is called in requests (default: its directory's name)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
@@ -89,7 +90,9 @@ def run(options: argparse.Namespace) -> int:
     from longread.server.service import Service
 
     listener = listen(options.host, options.port, has_keys=bool(keys))
-    opened = settle_learning(options, open_model(options.model, options.device))
+    opened = open_model(options.model, options.device)
+    name = options.name or opened.name
+    opened = settle_reading(options, opened)
     _check_room(options.device_memory, engine_limits, opened.model)
     logging.getLogger("longread.server").setLevel(logging.INFO)
     with _directory(options.directory) as directory:
@@ -100,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
             engine=engine,
             tokenizer=opened.tokenizer,
             config=opened.model.config,
-            name=options.name or opened.name,
+            name=name,
             fingerprint=opened.fingerprint,
             device=str(opened.model.device),
             keys=keys,

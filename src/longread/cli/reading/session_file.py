@@ -99,6 +99,11 @@ class Beginning(NamedTuple):
     """Where the session was kept."""
 
 
+def session_file(session: str | None, save: str | None, *, resume: bool) -> str | None:
+    """The file of the session that a command goes on with, by its options; None: it begins one."""
+    return save if resume and save and os.path.exists(save) else session
+
+
 def begin(opened: OpenModel, inputs: Inputs, *, session: str | None, save: str | None, resume: bool) -> Beginning:
     """The session of a command that reads.
 
@@ -111,7 +116,7 @@ def begin(opened: OpenModel, inputs: Inputs, *, session: str | None, save: str |
     """
     if resume and save:
         remove_temporaries(Path(save).parent, of=Path(save).name)
-    file = save if resume and save and os.path.exists(save) else session
+    file = session_file(session, save, resume=resume)
     if file is None:
         return Beginning(opened.session())
     restored = opened.restore(file)
