@@ -1,6 +1,6 @@
 """The attention kernels on an NVIDIA GPU: right first, then how fast, then which blocks are best.
 
-    PYTHONPATH=src python3 -m benchmarks.gpu_attention [check] [time] [peers] [sweep]     (all four by default)
+    PYTHONPATH=src python3 -m benchmarks.gpu_attention [check] [time] [sweep]     (all three by default)
 
 TFLOP/s count useful products only: 2 H floating-point operations for each visible pair of a query and a key, in the
 forward 2 products, in the backward 5 (3 where a past takes no gradient), in the second order 15 (11 for such a past).
@@ -10,7 +10,6 @@ Kernels that make scores again do more than that; their own rows count what they
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import multiprocessing
 import sys
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor
 
 from longread.ops.attention import hopper, triton as kernels
-from longread.ops.attention.banded import banded_attention
 from longread.ops.attention.reference import reference_attention
 
 
@@ -257,127 +255,6 @@ def report_times() -> None:
         torch.cuda.empty_cache()
 
 
-def report_peers() -> None:
-    """What PyTorch offers for the same work."""
-    import triton
-    from torch.nn.attention.bias import causal_lower_right
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
-
-    def timed(label: str, case: Case, f: Callable[..., Tensor], tensors: list[Tensor], products: int = 2) -> None:
-        try:
-            leaves = [x.detach().requires_grad_() for x in tensors]
-            with torch.no_grad():
-                forward = triton.testing.do_bench(lambda: f(*leaves), warmup=5, rep=20, return_mode="median")
-            out = f(*leaves)
-            do = torch.randn_like(out)
-            backward = triton.testing.do_bench(
-                lambda: torch.autograd.grad(out, leaves, do, retain_graph=True), warmup=5, rep=20, return_mode="median"
-            )
-            work = 2.0 * case.H * sum(case.pairs) / 1e9
-            print(
-                f"    {label:42} forward {forward:8.3f} ms {2 * work / forward:5.0f} TFLOP/s"
-                f"   backward {backward:8.3f} ms {5 * work / backward:5.0f} TFLOP/s",
-                flush=True,
-            )
-        except Exception as error:
-            print(f"    {label}: {type(error).__name__} {str(error)[:200]}")
-        torch.cuda.empty_cache()
-
-    for name, (B, N, H) in SIZES.items():
-        print(f"\npeers, {name}")
-        case = Case(name, B, N, 1024, 7168, H, 8192)
-        q, k, v, past_k, past_v = draw(case)
-        k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
-        latest = functools.partial(sdpa, attn_mask=causal_lower_right(1024, 8192))
-        timed("suffix P=7168, SDPA causal_lower_right", case, latest, [q, k, v])
-        case = Case(name, B, N, 8192, 0, H, 8192)
-        tensors = draw(case)[:3]
-        timed("whole T=8192, SDPA causal", case, lambda q, k, v: sdpa(q, k, v, is_causal=True), tensors)
-        timed("whole T=8192, ours", case, lambda q, k, v: kernels.triton_attention(q, k, v, window=None), tensors)
-        case = Case(name, 1, N, 32768, 0, H, 8192)
-        tensors = draw(case)[:3]
-        timed(
-            "whole T=32768 window 8192, banded SDPA",
-            case,
-            lambda q, k, v: banded_attention(q, k, v, window=8192),
-            tensors,
-        )
-        timed(
-            "whole T=32768 window 8192, ours",
-            case,
-            lambda q, k, v: kernels.triton_attention(q, k, v, window=8192),
-            tensors,
-        )
-        timed("whole T=32768 window 8192, FlexAttention", case, flex_attention_for(case), tensors)
-        case = Case(name, B, N, 4096, 8192, H, 8192)
-        tensors = draw(case)
-
-        def ours(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
-            return kernels.triton_attention(q, k, v, past=(past_k, past_v), window=8192)
-
-        timed("stretch T=4096 P=8192, ours", case, ours, tensors)
-        joined = [tensors[0], *(torch.cat((tensors[i + 2], tensors[i]), 2) for i in (1, 2))]
-        timed("stretch T=4096 P=8192, FlexAttention", case, flex_attention_for(case), joined)
-
-    case = Case("3B", 1, 32, 1024, 7168, 80, 8192)
-    tensors = draw(case)
-    for label, f in (("reference, eager", reference_attention), ("ours, launched eagerly", kernels.triton_attention)):
-        try:
-            ms = triton.testing.do_bench(
-                lambda f=f: derivatives_on_device(f, tensors, 8192), warmup=5, rep=60, return_mode="median"
-            )
-            print(f"    suffix 3B P=7168, forward + inner backward + outer backward, {label:24} {ms:8.2f} ms")
-        except Exception as error:
-            print(f"    {label}: {type(error).__name__} {str(error)[:200]}")
-        torch.cuda.empty_cache()
-
-
-def flex_attention_for(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """PyTorch's FlexAttention, compiled for one case when it is first called; keys and values hold the past first."""
-
-    def visible(b: Tensor, n: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        age = query + case.P - key
-        return (age >= 0) & (age < case.window)
-
-    @functools.cache
-    def parts() -> tuple[Callable[..., Tensor], Any]:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        torch._dynamo.reset()  # past its limit of shapes it would run uncompiled
-        mask = create_block_mask(visible, None, None, case.T, case.T + case.P, device="cuda")
-        return torch.compile(flex_attention, dynamic=False), mask
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        compiled, mask = parts()
-        return compiled(q, k, v, block_mask=mask)
-
-    def checked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Once, before any time is taken: FlexAttention must compute what the kernels do."""
-        if not seen:
-            own, past = [x[:, :, case.P :] for x in (k, v)], [x[:, :, : case.P] for x in (k, v)]
-            with torch.no_grad():
-                mine = kernels.triton_attention(
-                    q, *own, past=(past[0], past[1]) if case.P else None, window=case.window
-                )
-                theirs = attend(q, k, v)
-            seen.append(float((mine - theirs).norm() / mine.norm()))
-            if not seen[0] < 0.02:
-                raise ValueError(f"relative difference {seen[0]:.1e} from ours")
-        return attend(q, k, v)
-
-    seen: list[float] = []
-    return checked
-
-
-def derivatives_on_device(f: Callable[..., Tensor], tensors: list[Tensor], window: int) -> tuple[Tensor, ...]:
-    """One forward, one inner backward without the past, one outer backward through both."""
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    q, k, v, past_k, past_v = leaves
-    out = f(q, k, v, past=(past_k, past_v), window=window)
-    first = torch.autograd.grad(out, leaves[:3], out.detach(), create_graph=True)
-    return torch.autograd.grad((out, *first), leaves, (out.detach(), *(x.detach() for x in first)))
-
-
 # Blocks.
 
 CANDIDATES: dict[str, list[tuple[int, int, int, int]]] = {
@@ -481,11 +358,11 @@ def sweep() -> None:
 
 def main() -> None:
     """Runs the parts named on the command line."""
-    parts = {"check": check, "time": report_times, "peers": report_peers, "sweep": sweep}
+    parts = {"check": check, "time": report_times, "sweep": sweep}
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     chosen = sys.argv[1:] or list(parts)
     tasks = list(CHECKS) if "check" in chosen else []
-    if "time" in chosen or "peers" in chosen:
+    if "time" in chosen:
         tasks += [(case, torch.bfloat16, 3) for case in (*SUFFIX, *WHOLE)]
     if tasks:
         in_parallel(compile_default, sorted(tasks, key=lambda task: (task[1] != torch.float32, -task[0].H)))

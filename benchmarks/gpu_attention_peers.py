@@ -1,4 +1,4 @@
-"""Windowed attention of order 0 and 1 beside FlashAttention-4, FlexAttention and cuDNN's window on an NVIDIA GPU.
+"""Windowed attention beside FlashAttention-4, cuDNN's window, FlexAttention and PyTorch's own on an NVIDIA GPU.
 
     PYTHONPATH=src python3 -m benchmarks.gpu_attention_peers
 
@@ -6,7 +6,8 @@ Peers are the packages `flash-attn-4` and `nvidia-cudnn-frontend`, and PyTorch's
 FLASH backend (which needs the first). Each must agree with ours before it is timed, in its output, and for the backward
 pass in its gradients; who is not installed, refuses or is wrong is named with the reason. Attention with a past gets
 keys and values of both in one tensor where a peer has no other way; its gradient is then that of the past too, which
-ours is asked for as well. They take turns. TFLOP/s count useful products, as in `benchmarks.gpu_attention`.
+ours is asked for as well. They take turns. TFLOP/s count useful products, as in `benchmarks.gpu_attention`. No peer has
+a second derivative: there the reference in plain PyTorch stands beside ours.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from benchmarks.gpu_attention import SIZES, Case, draw
 from longread.ops.attention import triton as kernels
+from longread.ops.attention.banded import banded_attention
+from longread.ops.attention.reference import reference_attention
 
 ROUNDS = 5
 TOLERANCE = 0.02
@@ -40,9 +43,10 @@ def main() -> None:
     for name, (B, N, H) in SIZES.items():
         for case in (Case(f"{name}, {T} tokens after {P}", B if P else 1, N, T, P, H, 8192) for T, P in SHAPES):
             compare(case)
+    compare_second_order(Case("3B, 1024 tokens after 7168", 1, 32, 1024, 7168, 80, 8192))
 
 
-SHAPES = (32768, 0), (4096, 8192), (1024, 7168)
+SHAPES = (32768, 0), (4096, 8192), (1024, 7168), (8192, 0)
 
 
 def version(package: str) -> str:
@@ -127,6 +131,25 @@ def longread(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Ours, of views: the past apart."""
     past = (k[:, :, : case.P], v[:, :, : case.P]) if case.P else None
     return kernels.triton_attention(q, k[:, :, case.P :], v[:, :, case.P :], past=past, window=case.window)
+
+
+def pytorch_attention(case: Case) -> Attend:
+    """PyTorch's fused kernels with a causal mask, where nobody sees less than the window allows."""
+    from torch.nn.attention.bias import causal_lower_right
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if case.window < case.T + case.P:
+        raise ValueError("it has no window")
+    if not case.P:
+        return functools.partial(scaled_dot_product_attention, is_causal=True)
+    return functools.partial(scaled_dot_product_attention, attn_mask=causal_lower_right(case.T, case.T + case.P))
+
+
+def bands(case: Case) -> Attend:
+    """PyTorch's fused kernels over bands of keys, what answers where there are no kernels of ours."""
+    return lambda q, k, v: banded_attention(
+        q, k[:, :, case.P :], v[:, :, case.P :], past=(k[:, :, : case.P], v[:, :, : case.P]), window=case.window
+    )
 
 
 def flash_attention(case: Case) -> Attend:
@@ -224,7 +247,28 @@ PEERS: dict[str, Callable[[Case], Attend]] = {
     "cuDNN": cudnn_attention,
     "FlexAttention, Triton": functools.partial(flex_attention, "TRITON"),
     "FlexAttention, FLASH": functools.partial(flex_attention, "FLASH"),
+    "PyTorch's": pytorch_attention,
+    "PyTorch's, by bands": bands,
 }
+
+
+def compare_second_order(case: Case) -> None:
+    """Forward, inner backward without the past, and outer backward through both, launched one by one."""
+    import triton
+
+    print(f"\n{case.name}: forward, inner and outer backward, ms")
+    tensors = draw(case)
+    for name, f in (("Longread", kernels.triton_attention), ("reference", reference_attention)):
+
+        def run(f: Callable[..., Tensor] = f) -> object:
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            out = f(*leaves[:3], past=(leaves[3], leaves[4]), window=case.window)
+            first = torch.autograd.grad(out, leaves[:3], out.detach(), create_graph=True)
+            return torch.autograd.grad((out, *first), leaves, (out.detach(), *(x.detach() for x in first)))
+
+        taken = [triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median") for _ in range(ROUNDS)]
+        print(f"    {name:24} {statistics.median(taken):6.2f} ({min(taken):.2f}-{max(taken):.2f})", flush=True)
+
 
 if __name__ == "__main__":
     main()

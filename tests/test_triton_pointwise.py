@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -15,10 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from longread.config import ModelConfig, Recompute
-from longread.model import Transformer, initialize
 from longread.ops.clipped_sgd import clipped_sgd
 from longread.ops.clipped_sgd.reference import reference_clipped_sgd
 from longread.ops.cross_entropy import cross_entropy
@@ -29,7 +25,6 @@ from longread.ops.rotary import frequencies, rotation
 from longread.ops.rotary.reference import reference_rotate
 from longread.ops.swiglu import Activation
 from longread.ops.swiglu.reference import reference_swiglu
-from longread.outer_loop import end_to_end_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -429,73 +424,6 @@ def test_dispatch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert getattr(unit, name)(*arguments[op], **options) == "fused"
     if op == "cross_entropy":
         assert getattr(unit, name)(*arguments[op], soft_cap=3.0) != "fused"
-
-
-@pytest.mark.parametrize("recompute", ["none", pytest.param("blocks", marks=pytest.mark.slow), "step"])
-def test_the_outer_gradient_through_all_kernels(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig(
-        vocab_size=23,
-        width=16,
-        num_blocks=4,
-        num_heads=2,
-        mlp_hidden=24,
-        window_size=5,
-        mini_batch_size=4,
-        num_suffix_blocks=2,
-    )
-    tokens = torch.randint(23, (2, 9), device=DEVICE)
-    mask = torch.rand(2, 8, device=DEVICE) > 0.2
-
-    def gradients(dtype: torch.dtype) -> list[Tensor]:
-        model = Transformer(config)
-        initialize(model, seed=0)
-        model = model.to(DEVICE, dtype)
-        batch = tokens[:, :-1], tokens[:, 1:], mask
-        lr = torch.tensor(0.7, device=DEVICE, dtype=dtype)
-        out = end_to_end_loss(model, *batch, inner_lr=lr, inner_clip=0.3, recompute=recompute)
-        out.loss.backward()
-        return [out.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-
-    expected = gradients(torch.float64)
-    for op in ("rms_norm", "swiglu", "rotary", "cross_entropy", "clipped_sgd"):
-        monkeypatch.setattr(importlib.import_module(f"longread.ops.{op}"), "fusible", lambda *tensors: True)
-    agree(gradients(torch.float32), expected, 1e-5)
-
-
-def test_an_outer_step_sums_no_gradients_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels add what comes from an op and its derivative, and from a sub-layer and the stream around it."""
-    B, M, D, F, H = 2, 4, 16, 24, 8
-    config = ModelConfig(
-        vocab_size=23,
-        width=D,
-        num_blocks=3,
-        num_heads=2,
-        mlp_hidden=F,
-        window_size=5,
-        mini_batch_size=M,
-        num_suffix_blocks=2,
-    )
-    model = Transformer(config)
-    initialize(model, seed=0)
-    model = model.to(DEVICE)
-    model.compute_dtype = torch.bfloat16
-    for op in ("rms_norm", "swiglu", "rotary", "cross_entropy", "clipped_sgd"):
-        monkeypatch.setattr(importlib.import_module(f"longread.ops.{op}"), "fusible", lambda *tensors: True)
-    sums: Counter[tuple[int, ...]] = Counter()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            if function.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_) and out.dtype == torch.bfloat16:
-                sums[tuple(out.shape)] += 1
-            return out
-
-    tokens = torch.randint(23, (B, 3 * M + 1), device=DEVICE)
-    batch = tokens[:, :-1], tokens[:, 1:], torch.ones(B, 3 * M, dtype=torch.bool, device=DEVICE)
-    with torch.autograd.set_multithreading_enabled(False), Watch():
-        end_to_end_loss(model, *batch, inner_lr=0.7, inner_clip=0.3, recompute="none").loss.backward()
-    assert sums[B, 2, M, H] > 0, "keys and values serve several mini-batches"
-    assert not [shape for shape in sums if shape in ((B, M, D), (B, M, F), (B, F, D), (B, D, F))]
 
 
 @pytest.mark.gpu
