@@ -194,6 +194,14 @@ def test_large_networks_share_every_operation(monkeypatch: pytest.MonkeyPatch) -
     assert not halves.threads_below(model, 2, 8 * M)
 
 
+def test_threads_that_spin_share_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(0)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert halves.threads_below(model, 1, 8 * M)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert not halves.threads_below(model, 1, 8 * M)
+
+
 def test_where_tokens_are_kept_the_halves_take_turns(stretches: list[tuple[str, int]]) -> None:
     threads = []
     for count in (0, 5):
