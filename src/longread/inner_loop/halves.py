@@ -51,9 +51,7 @@ def threads_below(model: Transformer, batch_size: int, num_tokens: int) -> int:
     small = config.num_parameters * config.mini_batch_size * batch_size <= MOST_WORK
     if model.device.type != "cpu" or threads < 2 or not small or num_tokens < FEWEST * stretch_of(config):
         return 0
-    if (
-        os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE"
-    ):  # one half's threads would wait on the other's processors
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE":  # then idle threads of one half hold up the other
         return 0
     if config.kept_tokens:  # which the lower half sees is decided by what the upper one has predicted
         return 0
