@@ -29,7 +29,7 @@ LARGEST_HEAD_DIM = 128
 """Of the kernels. Larger heads are answered as on a CPU: at order 2 by the reference, with its memory."""
 LONGEST_ALONE = 2048
 """Tokens without a past up to which the kernels answer at every order: else a process that reads a text would begin
-cuDNN for its first mini-batch alone, 0.2 s. Which is faster on so few tokens was not measured; on 8192 PyTorch's are."""
+cuDNN for its first mini-batch alone, 0.2 s. Which is faster on so few tokens was not measured; on 8192 PyTorch's is."""
 KEPT_OPERATIONS = frozenset(
     (
         "longread::attention",
