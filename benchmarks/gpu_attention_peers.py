@@ -6,7 +6,7 @@ Peers are the packages `flash-attn-4` and `nvidia-cudnn-frontend`, and PyTorch's
 FLASH backend (which needs the first). Each must agree with ours before it is timed, in its output, and for the backward
 pass in its gradients; who is not installed, refuses or is wrong is named with the reason. Attention with a past gets
 keys and values of both in one tensor where a peer has no other way; its gradient is then that of the past too, which
-ours is asked for as well. They take turns. TFLOP/s count useful products, as in `benchmarks.gpu_attention`. No peer has
+ours is asked for as well. FlashAttention-4 gets its own layout, tokens before heads. They take turns. TFLOP/s count useful products, as in `benchmarks.gpu_attention`. No peer has
 a second derivative: there the reference in plain PyTorch stands beside ours.
 """
 
@@ -69,9 +69,11 @@ def compare(case: Case) -> None:
     expected = results(ours, leaves, upstream)
     passes: dict[str, list[Callable[[], object]]] = {}
     for name, make in (("Longread", lambda case: ours), *PEERS.items()):
+        own, above = leaves, upstream
+        if name == FLASH:
+            own, above = [tokens_first(x).requires_grad_() for x in leaves], tokens_first(upstream)
         try:
-            attend = make(case)
-            passes[name] = passes_of(attend, leaves, upstream, expected, name)
+            passes[name] = passes_of(make(case), own, above, expected, name)
         except Exception as error:
             print(f"    {name:24} not compared: {type(error).__name__}: {str(error).strip()[:160]}")
     times: dict[str, list[list[float]]] = {name: [[] for _ in runs] for name, runs in passes.items()}
@@ -84,6 +86,11 @@ def compare(case: Case) -> None:
         cells = [spread([products * flops / ms for ms in taken]) for products, taken in zip((2, 5), both, strict=False)]
         print(f"    {name:24} forward {'   backward '.join(cells)}", flush=True)
     torch.cuda.empty_cache()
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """The same of [B, N, T, H], in memory [B, T, N, H]."""
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def spread(values: list[float]) -> str:
@@ -153,7 +160,7 @@ def bands(case: Case) -> Attend:
 
 
 def flash_attention(case: Case) -> Attend:
-    """FlashAttention-4; heads and tokens the other way round."""
+    """FlashAttention-4."""
     from flash_attn.cute import flash_attn_func
 
     def attend(*qkv: Tensor) -> Tensor:
@@ -242,8 +249,9 @@ def cudnn_attention(case: Case) -> Attend:
     return lambda q, k, v: Attention.apply(q, k, v)
 
 
+FLASH = "FlashAttention-4"
 PEERS: dict[str, Callable[[Case], Attend]] = {
-    "FlashAttention-4": flash_attention,
+    FLASH: flash_attention,
     "cuDNN": cudnn_attention,
     "FlexAttention, Triton": functools.partial(flex_attention, "TRITON"),
     "FlexAttention, FLASH": functools.partial(flex_attention, "FLASH"),

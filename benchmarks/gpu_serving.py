@@ -151,8 +151,8 @@ def writing_speeds(
 
         command(plant).result()
         for repeat in range(repeats + 1):
-            count = tokens if repeat else min(8, tokens)  # the first round captures graphs
-            tasks = [engine.generate(session, Sampling(max_tokens=count, temperature=0)) for session in ids]
+            # the first round, as long as the others, compiles and captures: inner steps too
+            tasks = [engine.generate(session, Sampling(max_tokens=tokens, temperature=0)) for session in ids]
             times = [note_tokens(task) for task in tasks]
             for task in tasks:
                 task.result()
@@ -241,7 +241,7 @@ def main() -> None:
     context = 2 * max(model.config.window_size, model.config.mini_batch_size)
     rows = sweep(model, "e2e", context, options.sessions, options.tokens, options.repeats, machine.bandwidth)
     whole = model.config.mini_batch_size + 1
-    rows += sweep(model, "e2e", context, options.step_sessions, whole, 1, machine.bandwidth)
+    rows += sweep(model, "e2e", context, options.step_sessions, whole, options.repeats, machine.bandwidth)
     del model
     free_memory(device)
     if options.full_sessions:

@@ -20,7 +20,7 @@ CONTEXT = 700
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    save_small_model(tmp_path / "model", seed=1)
+    save_small_model(tmp_path / "model", seed=1, window_size=64)
     assert kept.main(["save", str(tmp_path / "model"), str(tmp_path / "kept"), "--tokens", "240", "--run", "4"]) == 0
     return tmp_path / "kept"
 

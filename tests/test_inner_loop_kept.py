@@ -45,17 +45,17 @@ def rows(*seeds: int, n: int = T) -> Tensor:
 def kept_by_definition(nll: list[float], position: int, count: int, run: int) -> list[int]:
     """Positions that a mini-batch which begins at `position` keeps of the text before, whose tokens cost `nll`, having
     dropped before what earlier ones did not keep."""
-    kept: list[int] = []
+
+    def cost(q: int) -> float:
+        return math.inf if q == 0 else nll[q] if q > 0 else 0.0
+
+    kept: dict[int, float] = {}
     for start in range(0, position + 1, M):
-        known = range(max(0, start - M + M - W), max(0, start + M - W))
-        pool = sorted({*kept, *known})
-
-        def surprise(p: int) -> float:
-            costs = [math.inf if q == 0 else nll[q] for q in range(max(0, p - run + 1), p + 1)]
-            return max(costs)
-
-        kept = sorted(sorted(pool, key=lambda p: (surprise(p), p))[-count:])
-    return kept
+        for p in range(max(0, start - W), max(0, start + M - W)):  # they leave while this mini-batch is read
+            ends = range(p, min(p + run, start))
+            kept[p] = max(sum(cost(q) for q in range(end - run + 1, end + 1)) for end in ends)
+        kept = dict(sorted(kept.items(), key=lambda entry: (entry[1], entry[0]))[-count:])
+    return sorted(kept)
 
 
 def seen_by_definition(nll: list[float], n: int, count: int, run: int) -> Tensor:

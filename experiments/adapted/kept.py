@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from longread.inner_loop import ReadingState
     from longread.loading import OpenModel
 
-CONTEXTS, FEW = (2, 4, 8, 16, 32), (4, 16)
-"""In units; all beyond the window."""
+CONTEXTS, FEW, FAR = (2, 4, 8, 16, 32), (4, 16), (128,)
+"""In units; all beyond the window. The last is 16 times as long as what the reader was adapted on."""
 READ_PER_SECOND = {"learning": 40e3, "frozen": 120e3}
 """Tokens, without CUDA graphs. A guess."""
 GIBIBYTES, BOOK_UNITS = 40, 32
@@ -47,18 +47,19 @@ class Arm(NamedTuple):
     contexts: Sequence[int] = FEW
     chosen: str = ""
     """Empty: by surprise."""
+    variants: Sequence[int] = recall.VARIANTS
     reads_books: bool = True
 
 
 ARMS = (
-    Arm("kept-256", 1, 256, 16, CONTEXTS),
-    Arm("kept-1024-run-48", 1, 1024, 48, CONTEXTS),
-    Arm("kept-first", 1, 16, 16, (4,)),
-    Arm("kept-256-needle", 1, 256, 16, CONTEXTS, NEEDLES, reads_books=False),
-    Arm("kept-256-chance", 2, 256, 16, FEW, CHANCE),
-    Arm("kept-1024", 2, 1024, 16, CONTEXTS),
-    Arm("kept-64", 2, 64, 16, FEW),
-    Arm("kept-256-run-48", 3, 256, 48, FEW, reads_books=False),
+    Arm("kept-256", 1, 256, 48, CONTEXTS),
+    Arm("kept-1024", 1, 1024, 48, CONTEXTS),
+    Arm("kept-first", 1, 48, 48, (4,)),
+    Arm("kept-256-needle", 1, 256, 48, FEW, NEEDLES, reads_books=False),
+    Arm("kept-1024-far", 1, 1024, 48, FAR, variants=(2, 3), reads_books=False),
+    Arm("kept-256-run-24", 2, 256, 24, FEW, reads_books=False),
+    Arm("kept-256-chance", 2, 256, 48, FEW, CHANCE),
+    Arm("kept-128", 3, 128, 48, FEW),
 )
 """The third keeps the first tokens of all alone: what a pretrained model leans on, and nothing of what it has read."""
 
@@ -75,12 +76,14 @@ def jobs(plan: Plan) -> None:
             commands += [plan.evaluation(arm.name, BOOK_UNITS), plan.size(arm.name)]
         contexts, longest = (
             sorted({max(recall.SHORTEST, plan.shown(units) * plan.unit) for units in given})
-            for given in (arm.contexts, CONTEXTS)
+            for given in (arm.contexts, (*CONTEXTS, *arm.contexts))
         )
         ask = ["-m", __name__, "ask", str(model), "--haystack", str(plan.data / "books"), "--contexts"]
         ask += [*map(str, contexts), "--longest", str(longest[-1]), "--json", str(result)]
+        ask += ["--variants", *map(str, arm.variants)]
         commands.append(Command((*ask, *(["--choose", arm.chosen] if arm.chosen else [])), result))
-        asked = sum(arm.contexts) * recall.SIDE_BY_SIDE + arm.reads_books * BOOKS * BOOK_UNITS
+        prompts = recall.PER_DEPTH * len(recall.DEPTHS) * len(arm.variants)
+        asked = sum(arm.contexts) * prompts + arm.reads_books * BOOKS * BOOK_UNITS
         seconds = recall.START + asked * UNIT * sum(1 / speed for speed in READ_PER_SECOND.values())
         plan.job(
             arm.name,
@@ -106,6 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     asking.add_argument("model", type=Path)
     asking.add_argument("--haystack", type=Path, required=True)
     asking.add_argument("--contexts", type=int, nargs="+", required=True)
+    asking.add_argument("--variants", type=int, nargs="+", choices=recall.VARIANTS, default=recall.VARIANTS)
     asking.add_argument("--longest", type=int, required=True, help="for which the haystack is made")
     asking.add_argument("--choose", choices=(NEEDLES, CHANCE), help="default: by surprise")
     asking.add_argument("--json", type=Path, required=True)
@@ -143,7 +147,7 @@ def ask(options: argparse.Namespace) -> dict[str, Any]:
     hay["essay"] = essays(read_texts([str(options.haystack)]), opened.tokenizer, options.longest)
     samples = [
         sample
-        for number in recall.VARIANTS
+        for number in options.variants
         for context in options.contexts
         for sample in make_samples(
             opened.tokenizer,
@@ -190,6 +194,8 @@ def read_choosing(opened: OpenModel, samples: Sequence[Sample], *, learn: bool, 
 
     model = opened.model
     M, device = model.config.mini_batch_size, model.device
+    if model.config.window_size % M:
+        raise ValueError("the window is no multiple of the mini-batch: it would be decided amid one, by its real costs")
     prompts = torch.tensor([sample.tokens.tolist() for sample in samples], device=device)
     starts, ends = (
         torch.tensor([getattr(s, n) for s in samples], device=device) for n in ("needle_start", "needle_end")

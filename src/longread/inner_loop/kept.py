@@ -1,9 +1,10 @@
 """A memory beyond the window at constant cost: keys and values of the tokens that surprised most.
 
 Each attention sees, beside its window, `ModelConfig.kept_tokens` tokens that have left it. Which ones is decided by
-what they cost when they were predicted. A surprising token says little by itself: what follows it is the fact. So a
-token counts as surprising as the most surprising of the newest `kept_run` tokens, its own included. The first token of
-all, which nothing predicts, and its run stay for good: models lean on it (attention sinks, arXiv 2309.17453).
+what they cost when they were predicted. One rare word costs much and says little, while a fact that cannot be guessed
+costs something at every token. So runs of `kept_run` tokens are weighed, by their mean cost, and a token counts as
+surprising as the most surprising run that it lies in. The first token of all, which nothing predicts, and its run stay
+for good: models lean on it (attention sinks, arXiv 2309.17453).
 
 It is decided where a mini-batch begins, about all tokens that leave the window while it is read; until it has left the
 window, a kept token is not seen twice. So a token sees its window, and of all tokens before it those that were kept
@@ -16,6 +17,7 @@ one position, as in InfLLM (arXiv 2402.04617), since at distances that training 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -94,8 +96,10 @@ def decided(
     leaving = u + config.mini_batch_size - config.window_size
     if leaving <= 0:
         return kept
-    runs = kept.nll[:, : leaving + config.kept_run - 1].unfold(1, config.kept_run, 1)
-    surprise = torch.cat((kept.surprise, runs.amax(-1)), dim=1)
+    runs = kept.nll.unfold(1, config.kept_run, 1).mean(-1)  # that end with each undecided token
+    to_come = runs.new_full((len(runs), config.kept_run - 1), -math.inf)
+    around = torch.cat((runs, to_come), dim=1).unfold(1, config.kept_run, 1)[:, :leaving].amax(-1)
+    surprise = torch.cat((kept.surprise, around), dim=1)
     first = torch.as_tensor(position, device=surprise.device).reshape(-1, 1) - u
     new = (first + torch.arange(leaving, device=surprise.device)).expand(len(surprise), -1)
     chosen = _most_surprising(surprise, config.kept_tokens)
