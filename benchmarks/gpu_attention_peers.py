@@ -6,8 +6,9 @@ Peers are the packages `flash-attn-4` and `nvidia-cudnn-frontend`, and PyTorch's
 FLASH backend (which needs the first). Each must agree with ours before it is timed, in its output, and for the backward
 pass in its gradients; who is not installed, refuses or is wrong is named with the reason. Attention with a past gets
 keys and values of both in one tensor where a peer has no other way; its gradient is then that of the past too, which
-ours is asked for as well. FlashAttention-4 gets its own layout, tokens before heads. They take turns. TFLOP/s count useful products, as in `benchmarks.gpu_attention`. No peer has
-a second derivative: there the reference in plain PyTorch stands beside ours.
+ours is asked for as well. FlashAttention-4 gets its own layout, tokens before heads. They take turns. TFLOP/s count
+useful products, as in `benchmarks.gpu_attention`. No peer has a second derivative: there the reference in plain PyTorch
+stands beside ours.
 """
 
 from __future__ import annotations

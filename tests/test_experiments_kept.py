@@ -78,22 +78,25 @@ def test_needles_are_asked_for_as_the_command_line_asks(
 
 
 def test_the_page_says_which_needles_were_found_at_which_context() -> None:
-    def trial(context: int, inside: bool, found: bool) -> dict[str, object]:
-        where = {"variant": "S-NIAH-2", "context_length": context, "inside_window": inside}
+    def trial(context: int, inside: bool, found: bool, depth: float = 0.5) -> dict[str, object]:
+        where = {"variant": "S-NIAH-2", "context_length": context, "inside_window": inside, "depth": depth}
         return where | {"found": found, "value_nats": 1.0 if found else 20.0, "diverged_at": None}
 
     far = [4096, 4096, 4096, 16384]
     found = Results()
     for job, right in (("needle-first-order", "0000"), ("kept-256", "1110"), ("kept-256-needle", "1111")):
         trials = [trial(4096, True, True), *(trial(c, False, r == "1") for c, r in zip(far, right, strict=True))]
-        found.evaluations[job] = {"question": {"results": [{"reading": "frozen", "trials": trials}]}}
+        trials.append(trial(4096, False, True, 0.0))
+        found.evaluations[job] = {"question": {"results": [{"reading": "learning", "trials": trials, "seconds": 4.0}]}}
     tables = {table.caption: table for table in page.tables(page.gather(found))}
-    shown = tables["S-NIAH-2, frozen, needles found:"]
-    assert shown.head == ["", "beyond, 4,096", "beyond, 16,384"]
+    shown = tables["S-NIAH-2, needles found:"]
+    assert shown.head == ["", "4,096", "16,384"]
     assert [list(row) for row in shown.rows] == [
-        ["reader", "0 of 3", "0 of 1"],
-        ["256 kept", "3 of 3", "0 of 1"],
-        ["256 kept, the needle always", "3 of 3", "1 of 1"],
+        ["reader, learning", "0 of 3", "0 of 1"],
+        ["256 kept, learning", "3 of 3", "0 of 1"],
+        ["256 kept, the needle always, learning", "3 of 3", "1 of 1"],
     ]
+    beginning = tables["S-NIAH-2, needles found at the beginning of the text:"]
+    assert [row[1] for row in beginning.rows] == ["1 of 1"] * 3
     pairs = [list(row) for row in tables[page._PAIRS].rows]
-    assert pairs[0][:5] == ["256 kept, reader: both frozen", "S-NIAH-2", "4", "3", "0"]
+    assert pairs[0][:5] == ["256 kept, reader", "S-NIAH-2", "4", "3", "0"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu_attention
-from longread.ops.attention import KEPT_OPERATIONS, LONGEST_ALONE, attention
+from longread.ops.attention import FEWEST_ROWS, KEPT_OPERATIONS, attention
 from longread.ops.attention.reference import reference_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -345,9 +345,9 @@ def test_dispatch_takes_the_kernels_on_a_gpu() -> None:
         assert type(fused.grad_fn).__name__ == "_AttentionBackward"
     assert type(attention(q, k, v, window=100, order=1).grad_fn).__name__ == "_AttentionBackward"
     assert type(attention(q, k, v, window=256, order=1).grad_fn).__name__ == "_AttentionBackward"
-    long = [torch.randn(1, 1, LONGEST_ALONE + 1, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    query, key, value = (x.requires_grad_() for x in long)
-    assert "ScaledDotProduct" in type(attention(query, key, value, window=None, order=1).grad_fn).__name__
+    for shape in ((1, 1, FEWEST_ROWS, 64), (8, 2, FEWEST_ROWS // 16, 64)):
+        many = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        assert "ScaledDotProduct" in type(attention(*many, window=None, order=1).grad_fn).__name__
 
 
 @pytest.mark.gpu

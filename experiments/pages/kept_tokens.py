@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from experiments.figures import panel
+from experiments.merging import merged, runs_table
 from experiments.page import Data, Plot, Table
 from experiments.pages import recall
 from experiments.results import Results
+
+from longread.evaluate import Line
 
 SLUG = "kept-tokens"
 HEADING = """# Does a constant memory of surprising tokens bring recall back?
@@ -18,28 +24,55 @@ NEEDS = ("kept-256",)
 BASE = recall.BASE
 MODELS = {
     "first-order": BASE,
-    "kept-first": "first 16 tokens kept",
-    "kept-64": "64 kept",
+    "kept-first": "first 48 tokens kept",
+    "kept-128": "128 kept",
     "kept-256": "256 kept",
-    "kept-256-run-48": "256 kept, runs of 48",
+    "kept-256-run-24": "256 kept, runs of 24",
     "kept-1024": "1024 kept",
-    "kept-1024-run-48": "1024 kept, runs of 48",
+    "kept-1024-far": "1024 kept, 128K",
     "kept-256-chance": "256 kept by chance",
     "kept-256-needle": "256 kept, the needle always",
 }
-"""By job. Runs are of 16 tokens where nothing is said."""
+"""By job. Runs are of 48 tokens where nothing is said."""
 
 
 def gather(found: Results) -> dict[str, Any]:
-    asked: dict[str, Any] = {}
+    """What is asked about the beginning of a text is apart: the first run stays for good, whatever it says."""
+    parts: dict[str, dict[str, Any]] = {"asked": {}, "asked about the beginning": {}}
     for job, name in MODELS.items():
-        searches = (found.evaluations.get(f"needle-{job}") or found.evaluations.get(job, {})).get("question", {})
-        answers = {
-            each["reading"]: {"question": recall._trials(each["trials"])} for each in searches.get("results", [])
-        }
-        asked |= {name: answers} if answers else {}
+        for part, asked in parts.items():
+            answers = {}
+            for search in _searches(found, job):
+                trials = [trial for trial in search["trials"] if (trial["depth"] > 0) == (part == "asked")]
+                answers[search["reading"]] = {"question": recall._trials(trials)}
+            asked |= {name: answers} if answers else {}
     books = {name: recall._books(found, job) for job, name in MODELS.items()}
-    return {"asked": asked, "books": {name: row for name, row in books.items() if row}}
+    speeds = {name: _speeds(found, job) for job, name in MODELS.items()}
+    return parts | {
+        "books": {name: row for name, row in books.items() if row},
+        "tokens/s": {name: speed for name, speed in speeds.items() if speed},
+    }
+
+
+ROWS = dict.fromkeys(("asked", "asked about the beginning", "books", "tokens/s"), tuple(MODELS.values()))
+
+
+def merge(before: Data, new: Data, run: Data) -> dict[str, Any]:
+    return merged(before, new, run, ROWS)
+
+
+def _searches(found: Results, job: str) -> Sequence[dict[str, Any]]:
+    results = found.evaluations.get(f"needle-{job}") or found.evaluations.get(job, {})
+    return results.get("question", {}).get("results", ())
+
+
+def _speeds(found: Results, job: str) -> dict[str, float]:
+    """Tokens of the prompts by the seconds of reading and answering them, by reading."""
+    return {
+        search["reading"]: sum(trial["context_length"] for trial in search["trials"]) / search["seconds"]
+        for search in _searches(found, job)
+        if search.get("seconds")
+    }
 
 
 def tables(results: Data) -> Iterator[Table]:
@@ -47,41 +80,69 @@ def tables(results: Data) -> Iterator[Table]:
 
 
 def _tables(results: Data) -> Iterator[Table]:
-    asked = results["asked"]
-    for reading in ("learning", "frozen"):
-        for variant in recall.VARIANTS:
-            found = {name: recall._Answers(answers.get(reading, {}), variant) for name, answers in asked.items()}
-            contexts = sorted({context for said in found.values() for context in said.by_context}, key=int)
-            far = [c for c in contexts if any(said.part(False, [c])[0] for said in found.values())]
-            head = ["", *(f"beyond, {int(context):,}" for context in far)]
-            for what, cell in (("needles found", recall._share), ("nats of the value", recall._mean)):
-                rows = [[name, *(cell(*said.part(False, [c])) for c in far)] for name, said in found.items()]
-                yield Table(f"{variant}, {reading}, {what}:", head, [row for row in rows if any(row[1:])])
-    yield Table(_PAIRS, _PAIR_HEAD, list(_pairs(asked)))
+    readers = _readers(results["asked"])
+    for variant in recall.VARIANTS:
+        for what, cell in (("needles found", recall._share), ("nats of the value", recall._mean)):
+            yield _by_context(readers, variant, f"{variant}, {what}:", cell)
+    beginning = _readers(results["asked about the beginning"])
+    for variant in recall.VARIANTS[1:]:
+        yield _by_context(beginning, variant, f"{variant}, needles found at the beginning of the text:", recall._share)
+    yield Table(_PAIRS, _PAIR_HEAD, list(_pairs(results["asked"])))
     yield Table(recall._BOOKS, recall._BOOK_HEAD, list(recall._book_rows(results["books"])))
+    speeds = ([name, *(f"{s[r]:,.0f}" if r in s else "" for r in _READINGS)] for name, s in results["tokens/s"].items())
+    yield Table(_SPEED, ["", *_READINGS], list(speeds))
+    yield from runs_table(results)
 
 
-_PAIRS = "Needles beyond the window, two readers of the same prompts, in contexts that both have read:"
+_READINGS = ("learning", "frozen")
+_SPEED = "Prompts read and answered, tokens a second, 60 side by side, beside other jobs on the GPU:"
+
+
+def _readers(asked: Data) -> dict[str, Data]:
+    return {f"{name}, {reading}": told for name, answers in asked.items() for reading, told in answers.items()}
+
+
+def _by_context(readers: Mapping[str, Data], variant: str, caption: str, cell: Callable[..., str]) -> Table:
+    """Of needles beyond the window."""
+    found = {name: recall._Answers(told, variant) for name, told in readers.items()}
+    contexts = sorted({context for said in found.values() for context in said.by_context}, key=int)
+    far = [c for c in contexts if any(said.part(False, [c])[0] for said in found.values())]
+    rows = [[name, *(cell(*said.part(False, [c])) for c in far)] for name, said in found.items()]
+    return Table(caption, ["", *(f"{int(context):,}" for context in far)], [row for row in rows if any(row[1:])])
+
+
+_PAIRS = "Two readers of the same prompts, both learning, needles beyond the window and not at the beginning:"
 _PAIR_HEAD = ["", "needles", "prompts", "found by the first alone", "by the second alone", "p, McNemar", "nats less"]
 _COMPARED = (
     ("256 kept", BASE),
-    ("256 kept", "first 16 tokens kept"),
+    ("1024 kept", BASE),
     ("256 kept", "256 kept by chance"),
+    ("256 kept", "256 kept, runs of 24"),
+    ("1024 kept", "256 kept"),
     ("256 kept, the needle always", "256 kept"),
-    ("1024 kept, runs of 48", "256 kept"),
 )
 
 
 def _pairs(asked: Data) -> Iterator[list[str]]:
-    for one, other in _COMPARED:
-        for reading in ("learning", "frozen"):
-            for variant in recall.VARIANTS:
-                pair = [recall._Answers(asked.get(name, {}).get(reading, {}), variant) for name in (one, other)]
-                row = recall._paired(*pair, False)
-                if row:
-                    yield [f"{one}, {other}: both {reading}", variant, *row]
+    for (one, other), variant in itertools.product(_COMPARED, recall.VARIANTS):
+        pair = [recall._Answers(asked.get(name, {}).get("learning", {}), variant) for name in (one, other)]
+        row = recall._paired(*pair, False)
+        if row:
+            yield [f"{one}, {other}", variant, *row]
 
 
-def plots(_: Results) -> Iterator[Plot]:
-    """None: the tables say it."""
-    return iter(())
+def plots(results: Data) -> Iterator[Plot]:
+    charts = []
+    for variant in recall.VARIANTS[1:]:
+        lines = []
+        for name in PLOTTED:
+            said = recall._Answers(results["asked"].get(name, {}).get("learning", {}), variant)
+            found = {int(context): said.part(False, [context])[0] for context in said.by_context}
+            points = [(float(context), statistics.mean(map(float, at))) for context, at in sorted(found.items()) if at]
+            lines += [Line(name, points)] if points else []
+        charts += [panel(variant, lines, "share found", ticks=recall.TICKS)] if lines else []
+    if charts:
+        yield Plot("found", "Share of needles found beyond the window, by context, learning", charts)
+
+
+PLOTTED = (BASE, "256 kept", "1024 kept", "256 kept, the needle always")

@@ -27,9 +27,10 @@ __all__ = ["KEPT_OPERATIONS", "LARGEST_HEAD_DIM", "Further", "attention"]
 
 LARGEST_HEAD_DIM = 128
 """Of the kernels. Larger heads are answered as on a CPU: at order 2 by the reference, with its memory."""
-LONGEST_ALONE = 2048
-"""Tokens without a past up to which the kernels answer at every order: else a process that reads a text would begin
-cuDNN for its first mini-batch alone, 0.2 s. Which is faster on so few tokens was not measured; on 8192 PyTorch's is."""
+FEWEST_ROWS = 1 << 14
+"""Queries of all heads, without a past, from which on PyTorch's kernels answer at order 0 and 1. They are faster on
+fewer too, 0.2 to 1 ms forward and back instead of 1.5 to 2 (one H200), but a process that reads a text would begin
+cuDNN for its first mini-batch alone, 0.1 to 0.2 s."""
 KEPT_OPERATIONS = frozenset(
     (
         "longread::attention",
@@ -85,7 +86,8 @@ def attention(
     if soft_cap is not None:
         return reference_attention(query, key, value, past=past, window=window, soft_cap=soft_cap)
     T = query.shape[-2]
-    dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= T) and T > LONGEST_ALONE
+    dense = (past is None or past[0].shape[-2] == 0) and (window is None or window >= T)
+    dense = dense and query.shape[:-1].numel() >= FEWEST_ROWS
     fits = query.numel() > 0 and query.shape[-1] <= LARGEST_HEAD_DIM
     fits = fits and fusible(query, key, value, *(past or ()))
     if fits and not (dense and order < 2 and _pytorch_is_faster(query, key, value, gains)):
