@@ -53,18 +53,20 @@ class OpenModel(NamedTuple):
         learn = self.learns if learn is None else learn
         return Session(self.model, self.inner, learn=learn, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
 
-    def keeping(self, tokens: int, *, run: int = 16, distance: int | None = None) -> OpenModel:
+    def keeping(self, tokens: int, *, run: int | None = None, distance: int | None = None) -> OpenModel:
         """The same weights, which see beside each window so many tokens that have left it (`longread.inner_loop.kept`).
 
         Nothing is trained for it. Its sessions are those of another model: they hold what is kept. Its fingerprint is
         that of the weights and of what it keeps, the same whatever type they are computed in.
 
         Args:
-            tokens, run, distance: `kept_tokens`, `kept_run` and `kept_distance` of `longread.ModelConfig`.
+            tokens, run, distance: `kept_tokens`, `kept_run` (None: the model's) and `kept_distance` of
+                `longread.ModelConfig`.
 
         Raises:
             UserError: a value is out of range, or the network has more than windowed attention.
         """
+        run = self.model.config.kept_run if run is None else run
         config = dataclasses.replace(self.model.config, kept_tokens=tokens, kept_run=run, kept_distance=distance)
         if config == self.model.config:
             return self

@@ -2,9 +2,9 @@
 
 Each attention sees, beside its window, `ModelConfig.kept_tokens` tokens that have left it. Which ones is decided by
 what they cost when they were predicted. One rare word costs much and says little, while a fact that cannot be guessed
-costs something at every token. So runs of `kept_run` tokens are weighed, by their mean cost, and a token counts as
-surprising as the most surprising run that it lies in. The first token of all, which nothing predicts, and its run stay
-for good: models lean on it (attention sinks, arXiv 2309.17453).
+costs something at every token. So runs of `kept_run` tokens are weighed, by the mean of log(1 + cost) in nats, which
+gives a rare word little, and a token counts as surprising as the most surprising run that it lies in. The first token
+of all, which nothing predicts, and its run stay for good: models lean on it (attention sinks, arXiv 2309.17453).
 
 It is decided where a mini-batch begins, about all tokens that leave the window while it is read; until it has left the
 window, a kept token is not seen twice. So a token sees its window, and of all tokens before it those that were kept
@@ -96,7 +96,8 @@ def decided(
     leaving = u + config.mini_batch_size - config.window_size
     if leaving <= 0:
         return kept
-    runs = kept.nll.unfold(1, config.kept_run, 1).mean(-1)  # that end with each undecided token
+    weights = torch.where(kept.nll < FIRST, kept.nll.clamp(min=0).log1p(), kept.nll)
+    runs = weights.unfold(1, config.kept_run, 1).mean(-1)  # that end with each undecided token
     to_come = runs.new_full((len(runs), config.kept_run - 1), -math.inf)
     around = torch.cat((runs, to_come), dim=1).unfold(1, config.kept_run, 1)[:, :leaving].amax(-1)
     surprise = torch.cat((kept.surprise, around), dim=1)
