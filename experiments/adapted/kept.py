@@ -4,7 +4,7 @@ Nothing is trained. Needles are asked for with a few sizes of the memory, and in
 kept, which tell why one is not found: by chance, and by an oracle that keeps each needle, whatever it cost. The same
 prompts for all, those of `recall` too.
 
-    python -m experiments.adapted.kept save RUN OUT --tokens 256 --run 16
+    python -m experiments.adapted.kept save RUN OUT --tokens 256 --run 48
     python -m experiments.adapted.kept ask MODEL --haystack BOOKS --contexts 4096 --longest 32768 --json OUT
 """
 
