@@ -28,9 +28,9 @@ __all__ = ["KEPT_OPERATIONS", "LARGEST_HEAD_DIM", "Further", "attention"]
 LARGEST_HEAD_DIM = 128
 """Of the kernels. Larger heads are answered as on a CPU: at order 2 by the reference, with its memory."""
 FEWEST_ROWS = 1 << 14
-"""Queries of all heads, without a past, from which on PyTorch's kernels answer at order 0 and 1. They are faster on
-fewer too, 0.2 to 1 ms forward and back instead of 1.5 to 2 (one H200), but a process that reads a text would begin
-cuDNN for its first mini-batch alone, 0.1 to 0.2 s."""
+"""Queries of all heads and sequences, without a past, from which on PyTorch's kernels answer at order 0 and 1. They are
+faster on fewer too, 0.2 to 1 ms forward and back instead of 1.4 to 2.1 (one H200), but a process that reads a text
+would begin cuDNN for its first mini-batch alone, 0.1 to 0.2 s."""
 KEPT_OPERATIONS = frozenset(
     (
         "longread::attention",
