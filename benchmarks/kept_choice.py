@@ -41,7 +41,9 @@ TO_KEY = 7
 """Tokens of a needle before its key, about."""
 AROUND = 70
 """Tokens of the book beside a needle that do not compete: runs of them hold some of the needle."""
-CONTEXTS, SIZES = (4096, 8192, 16384, 26000), (256, 1024)
+CONTEXTS, SIZES = (4096, 16384, 131072), (256, 1024, 4096)
+"""The longest is longer than a text: what competes there is taken to be as surprising as in the text."""
+WINDOW, MINI_BATCH = 1024, 256
 
 
 def newest(costs: Costs, run: int) -> Costs:
@@ -56,16 +58,37 @@ def mean(costs: Costs, run: int, largest: int | None = None) -> Costs:
     return sliding_window_view(np.pad(means, (0, run - 1), constant_values=-np.inf), run).max(-1)
 
 
+def capped(costs: Costs, run: int, most: float) -> Costs:
+    """The largest mean of a run that holds a token, where none counts for more than `most` nats."""
+    return mean(np.minimum(costs, most), run)
+
+
+def above_usual(
+    costs: Costs, runs: Sequence[int], most: float, window: int = WINDOW, mini_batch: int = MINI_BATCH
+) -> Costs:
+    """The same of runs of several lengths, less the mean of the window, times the root of the length."""
+    costs = np.minimum(costs, most)
+    begins = np.arange(len(costs)) // mini_batch * mini_batch
+    usual = np.array([costs[begin : begin + window].mean() for begin in begins])
+    return np.maximum.reduce([(mean(costs, run) - usual) * run**0.5 for run in runs])
+
+
 def rules() -> dict[str, Rule]:
-    """By name; the last ones are that of `longread.inner_loop.kept` with other runs."""
+    """By name; the last ones are that of `longread.inner_loop.kept` with other runs and other nats."""
     found: dict[str, Rule] = {"the largest of the newest 16": lambda costs: newest(costs, 16)}
-    for largest in (1, 4):
-        found[f"mean of the {largest} largest of 48"] = functools.partial(mean, run=48, largest=largest)
-    for run in (24, 32, 48, 64):
+    found["mean of the 4 largest of 48"] = functools.partial(mean, run=48, largest=4)
+    for run in (24, 48):
         found[f"mean of {run}"] = functools.partial(mean, run=run)
-    found["mean root of 48"] = lambda costs: mean(np.sqrt(costs), 48)
-    for run in (24, 32, 40, 48, 56, 64):
         found[f"mean log(1 + cost) of {run}"] = lambda costs, run=run: mean(np.log1p(costs), run)  # type: ignore[misc]
+    for most in (1.0, 2.0, 2.5, 3.0, 4.0):
+        found[f"at most {most:g} nats, mean of 48"] = functools.partial(capped, run=48, most=most)
+    for run in (16, 24, 32, 64):
+        found[f"at most 2.5 nats, mean of {run}"] = functools.partial(capped, run=run, most=2.5)
+    for most, runs in ((2.5, (48,)), (2.5, (24, 48)), (2.0, (16, 48)), (2.5, (16, 48)), (3.0, (16, 48))):
+        named = " and ".join(map(str, runs))
+        found[f"at most {most:g} nats, runs of {named} above usual"] = functools.partial(
+            above_usual, runs=runs, most=most
+        )
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longread.inner_loop import ReadingState, begin, read
+from longread.inner_loop import ReadingState, begin, kept as kept_module, read
 from longread.inner_loop.reading import Reading
 from longread.model import Transformer
 from longread.model.mixers import attention as attention_module
@@ -18,6 +18,12 @@ from tests.tiny import GROUPED, INNER, M, make, text
 
 W, T = 8, 46
 KEPT = {"window_size": W, "kept_tokens": 5, "kept_run": 2, "kept_distance": 2 * T}
+
+
+@pytest.fixture(autouse=True)
+def _most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tokens of these models cost more, and some less, so that few runs are alike."""
+    monkeypatch.setattr(kept_module, "MOST", 3.1)
 
 
 def wide(**changes: object) -> Transformer:
@@ -47,13 +53,19 @@ def kept_by_definition(nll: list[float], position: int, count: int, run: int) ->
     dropped before what earlier ones did not keep."""
 
     def cost(q: int) -> float:
-        return math.inf if q == 0 else math.log1p(nll[q]) if q > 0 else 0.0
+        return 1e6 if q == 0 else min(nll[q], kept_module.MOST) if q > 0 else 0.0
+
+    def surprise(p: int, length: int, window: range) -> float:
+        """Of the runs of that length which hold p, and have been read."""
+        usual = sum(kept_module.MOST if q == 0 else cost(q) for q in window) / len(window)
+        runs = [range(end - length + 1, end + 1) for end in range(p, min(p + length, window.stop))]
+        return max((sum(map(cost, one)) / length - usual) * math.sqrt(length) for one in runs)
 
     kept: dict[int, float] = {}
     for start in range(0, position + 1, M):
         for p in range(max(0, start - W), max(0, start + M - W)):  # they leave while this mini-batch is read
-            ends = range(p, min(p + run, start))
-            kept[p] = max(sum(cost(q) for q in range(end - run + 1, end + 1)) for end in ends)
+            window = range(max(0, start - W), start)
+            kept[p] = max(surprise(p, length, window) for length in (run, max(1, run // 3)))
         kept = dict(sorted(kept.items(), key=lambda entry: (entry[1], entry[0]))[-count:])
     return sorted(kept)
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from benchmarks import kept_choice
-from benchmarks.kept_choice import kept, mean, newest, rules, tables
-from longread.inner_loop.kept import decided, nothing_kept
+from benchmarks.kept_choice import above_usual, capped, kept, mean, newest, rules, tables
+from longread.inner_loop.kept import MOST, SHORTER, decided, nothing_kept
 from tests.tiny import M, config, make
 
 RESULTS = Path(kept_choice.__file__).parent / "results"
 RUN = config().kept_run
-NAME = f"mean log(1 + cost) of {RUN}"
+RUNS = RUN // SHORTER, RUN
+NAME = f"at most {MOST} nats, runs of {RUNS[0]} and {RUNS[1]} above usual"
 
 
 def test_a_run_counts_for_each_of_its_tokens() -> None:
@@ -27,6 +28,7 @@ def test_a_run_counts_for_each_of_its_tokens() -> None:
         expected = [max(means[i : i + run]) for i in range(len(costs))]
         np.testing.assert_allclose(mean(costs, run, largest), expected)
     assert newest(costs, 3).tolist() == [1, 5, 5, 5, 3, 9]
+    np.testing.assert_allclose(capped(costs, 2, 3.0), [2, 2, 1.5, 2.5, 2.5, 2.5])
 
 
 def test_the_rule_of_the_library_is_among_them() -> None:
@@ -39,7 +41,8 @@ def test_the_rule_of_the_library_is_among_them() -> None:
                     for half in (state.lower, state.upper))  # fmt: skip
     found = decided(model, state, lower, upper, 60)
     assert found.surprise.shape == (1, M)
-    np.testing.assert_allclose(found.surprise[0].numpy(), rules()[NAME](nll[0].numpy())[:M])
+    expected = above_usual(nll[0].numpy(), RUNS, MOST, window=60, mini_batch=M)
+    np.testing.assert_allclose(found.surprise[0].numpy(), expected[:M])
 
 
 @pytest.mark.parametrize(("cost", "size", "expected"), [(9.0, 60, True), (0.1, 60, False), (9.0, 10, False)])

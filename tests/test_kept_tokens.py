@@ -248,6 +248,20 @@ def test_files_that_do_not_say_what_is_kept_are_refused(tmp_path: Path, kept: ob
         opened.restore(tmp_path / "s")
 
 
+def test_files_of_another_rule_of_choice_are_refused(tmp_path: Path) -> None:
+    """Surprise on another scale would never be replaced, or at once."""
+    save_small_model(tmp_path / "model", seed=1)
+    opened = open_model(tmp_path / "model", "cpu")
+    session = opened.keeping(16).session()
+    session.read(TEXT)
+    session.save(tmp_path / "s")
+    tensors, metadata = read_tensors(tmp_path / "s", kind="session")
+    del metadata["kept"]["rule"]
+    write_tensors_atomically(tmp_path / "s", tensors, metadata, kind="session")
+    with pytest.raises(UserError, match="by another rule; read its text again"):
+        opened.restore(tmp_path / "s")
+
+
 def test_the_command_line_takes_a_model_that_keeps_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_small_model(tmp_path / "model", seed=1)
     keeps = open_model(tmp_path / "model", "cpu").keeping(16, run=4)

@@ -33,8 +33,6 @@ READ_PER_SECOND = {"learning": 40e3, "frozen": 120e3}
 """Tokens, without CUDA graphs. A guess."""
 GIBIBYTES, BOOK_UNITS = 40, 32
 NEEDLES, CHANCE = "needle", "chance"
-FORCED = 5e5
-"""Surprise of what the oracle keeps, nats: more than any token costs, less than the first."""
 
 
 class Arm(NamedTuple):
@@ -185,12 +183,13 @@ def _reader(opened: OpenModel, learn: bool, choose: str) -> Callable[[Sequence[S
 def read_choosing(opened: OpenModel, samples: Sequence[Sample], *, learn: bool, choose: str) -> ReadingState:
     """Reads all whole mini-batches of the prompts, of equal length, but the last tokens.
 
-    What is kept is chosen as if tokens had cost something else: those of the needle (`NEEDLES`) `FORCED`, or all a
-    number drawn between 0 and 1 (`CHANCE`). The first of all stays what it is.
+    What is kept is chosen as if tokens had cost something else: those of the needle (`NEEDLES`) as much as the first
+    of all, or all a number drawn between 0 and 1 (`CHANCE`). The first of all stays what it is.
     """
     import torch
 
     from longread.inner_loop import begin, read
+    from longread.inner_loop.kept import FIRST
 
     model = opened.model
     M, device = model.config.mini_batch_size, model.device
@@ -210,7 +209,7 @@ def read_choosing(opened: OpenModel, samples: Sequence[Sample], *, learn: bool, 
         at, cost = torch.arange(first, first + M, device=device), kept.nll[:, -M:]
         if choose == NEEDLES:
             inside = (at >= starts[:, None]) & (at < ends[:, None])
-            cost = cost.masked_fill(inside, FORCED)
+            cost = cost.masked_fill(inside, FIRST)
         else:
             drawn = torch.rand(cost.shape, generator=draw).to(cost)
             cost = torch.where(at == 0, cost, drawn)

@@ -2,9 +2,11 @@
 
 Each attention sees, beside its window, `ModelConfig.kept_tokens` tokens that have left it. Which ones is decided by
 what they cost when they were predicted. One rare word costs much and says little, while a fact that cannot be guessed
-costs something at every token. So runs of `kept_run` tokens are weighed, by the mean of log(1 + cost) in nats, which
-gives a rare word little, and a token counts as surprising as the most surprising run that it lies in. The first token
-of all, which nothing predicts, and its run stay for good: models lean on it (attention sinks, arXiv 2309.17453).
+costs something at every token. So no token counts for more than `MOST` nats, and runs of tokens are weighed: a run by
+how much its mean is above that of the text around it, times the root of its length, as a scan statistic weighs
+stretches of several lengths (Kulldorff 1997, https://doi.org/10.1080/03610929708831995). Lengths are `kept_run` and a
+third of it, and a token counts as surprising as the most surprising run that it lies in. The first token of all, which
+nothing predicts, and its run stay for good: models lean on it (attention sinks, arXiv 2309.17453).
 
 It is decided where a mini-batch begins, about all tokens that leave the window while it is read; until it has left the
 window, a kept token is not seen twice. So a token sees its window, and of all tokens before it those that were kept
@@ -28,8 +30,14 @@ from longread.model import LongPast, Past, Rotary, Transformer
 from longread.ops.attention import Further
 from longread.ops.rotary import rotate
 
+RULE = 3
+"""Of choosing what is kept: session files say it, since surprise by another rule is on another scale."""
 FIRST = 1e6
-"""Surprise of what nothing predicts, nats; a number, as files hold no infinities."""
+"""Cost of what nothing predicts, nats; a number, as files hold no infinities."""
+MOST = 2.5
+"""Nats that one token counts for at most: about what a digit costs that nothing foretells, ln 10 = 2.3."""
+SHORTER = 3
+"""Runs of `kept_run`, and of so many times fewer tokens."""
 
 
 class Kept(NamedTuple):
@@ -96,10 +104,7 @@ def decided(
     leaving = u + config.mini_batch_size - config.window_size
     if leaving <= 0:
         return kept
-    weights = torch.where(kept.nll < FIRST, kept.nll.clamp(min=0).log1p(), kept.nll)
-    runs = weights.unfold(1, config.kept_run, 1).mean(-1)  # that end with each undecided token
-    to_come = runs.new_full((len(runs), config.kept_run - 1), -math.inf)
-    around = torch.cat((runs, to_come), dim=1).unfold(1, config.kept_run, 1)[:, :leaving].amax(-1)
+    around = _surprises(kept.nll, u, config.kept_run)[:, :leaving]
     surprise = torch.cat((kept.surprise, around), dim=1)
     first = torch.as_tensor(position, device=surprise.device).reshape(-1, 1) - u
     new = (first + torch.arange(leaving, device=surprise.device)).expand(len(surprise), -1)
@@ -118,6 +123,23 @@ def decided(
         surprise.take_along_dim(chosen, 1),
         kept.nll[:, leaving:],
     )
+
+
+def _surprises(nll: Tensor, undecided: int, run: int) -> Tensor:
+    """Of the newest tokens, [B, undecided]: of runs that end among them, as all that is read yet.
+
+    Args:
+        nll: of these and of the `run` − 1 tokens before them.
+    """
+    costs = nll.clamp(0, MOST)
+    usual = costs[:, -undecided:].mean(1, keepdim=True)
+    costs = torch.where(nll < FIRST, costs, nll)
+    found = []
+    for length in {run, max(1, run // SHORTER)}:
+        means = costs[:, 1 - length - undecided :].unfold(1, length, 1).mean(-1)  # of the runs that end with each
+        above = torch.nn.functional.pad((means - usual) * length**0.5, (0, length - 1), value=-math.inf)
+        found.append(above.unfold(1, length, 1).amax(-1))
+    return torch.stack(found).amax(0)
 
 
 def _most_surprising(surprise: Tensor, count: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from longread.config import InnerConfig, UserError
 from longread.files import Layout, read_tensors, write_tensors_atomically
 from longread.inner_loop import Decoder, ReadingState, begin, drift, read_guarded
+from longread.inner_loop.kept import RULE
 from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
 from longread.session.sampling import Sampling, choose, seeded
@@ -399,7 +400,8 @@ class Session:
         }
         config = self.model.config
         if config.kept_tokens:  # so that whoever restores it need not say it
-            metadata["kept"] = {"tokens": config.kept_tokens, "run": config.kept_run, "distance": config.kept_distance}
+            kept = {"tokens": config.kept_tokens, "run": config.kept_run, "distance": config.kept_distance}
+            metadata["kept"] = kept | {"rule": RULE}
         if self.text is not None:
             metadata["text"] = self.text.as_metadata()
         tensors = packed(state, self._recent, self.model, storage)
@@ -455,6 +457,9 @@ class Session:
         session = cls(model, inner, learn=learn, fingerprint=fingerprint)
         if metadata.get("model_fingerprint") != session._model_fingerprint():
             raise UserError(f"{path} belongs to another model; give the model that read it")
+        kept = metadata.get("kept")
+        if model.config.kept_tokens and (kept.get("rule") if isinstance(kept, dict) else None) != RULE:
+            raise UserError(f"{path} keeps tokens that another version chose by another rule; read its text again")
         session._counted(*counts[1:])
         session.text = text
         return session, counts[0]
