@@ -112,15 +112,15 @@ def decided(
 
     def of(held: Past, past: Past) -> Past:
         begin = past.key.shape[2] - u
-        index = chosen[:, None, :, None]
-        pairs = zip(held, past, strict=True)
-        return Past(*(torch.cat((x, y[:, :, begin : begin + leaving]), 2).take_along_dim(index, 2) for x, y in pairs))
+        found = (torch.cat((x, y[:, :, begin : begin + leaving]), 2) for x, y in zip(held, past, strict=True))
+        index = chosen[:, None, :, None].expand(-1, held.key.shape[1], -1, held.key.shape[3])
+        return Past(*(x.gather(2, index) for x in found))
 
     return Kept(
         tuple(map(of, kept.lower, lower)),
         tuple(map(of, kept.upper, upper)),
-        torch.cat((kept.position, new), dim=1).take_along_dim(chosen, 1),
-        surprise.take_along_dim(chosen, 1),
+        torch.cat((kept.position, new), dim=1).gather(1, chosen),
+        surprise.gather(1, chosen),
         kept.nll[:, leaving:],
     )
 

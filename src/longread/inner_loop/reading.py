@@ -5,20 +5,16 @@ mini-batch i + 1. So the step is taken only once that token has arrived; until t
 and its tokens are scored, and new ones predicted, with the weights before the step. This makes reading at once,
 in pieces, or token by token the same computation.
 
-A long reading can stand still for a moment (`_Pauses`), so that whoever called it can do something else.
-
 A guard refuses steps that are no numbers or far too long. Many short steps can still lead where the reader predicts
 worse than one that knows nothing. Whether learning or the text is to blame shows by reading the same tokens frozen
 (`rescue`): a strange text is strange to every reader, and nothing is lost by having learned from it.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,10 +23,12 @@ from torch import Tensor
 
 from longread.config import InnerConfig
 from longread.inner_loop.captured import captured_reader
+from longread.inner_loop.captured_kept import kept_tokens_reader
 from longread.inner_loop.finishing import finish
 from longread.inner_loop.halves import Ahead, lower_stretches, threads_below
 from longread.inner_loop.kept import Kept, decided, long_pasts, undecided
 from longread.inner_loop.optimizers import optimizer_named
+from longread.inner_loop.pauses import STEP, Pauses
 from longread.inner_loop.state import ReadingState, begin
 from longread.inner_loop.step import Carry, Recorded, from_matrices, inner_step, recorded, step_norm_limit
 from longread.model import FastWeights, MixerPast, Transformer, can_capture
@@ -42,8 +40,6 @@ GPU_STRETCH = 8192
 """The same on a GPU where nothing is learned: fewer kernels to launch."""
 LOGITS_AT_A_TIME = 256
 """Tokens of a sequence whose logits exist together, where the likeliest are asked for."""
-STEP = 3
-"""A mini-batch with its step is so many passes of the upper half: one forward, and backward twice as much."""
 FEWEST = 32
 """Tokens on which a verdict over learning can rest, or a mini-batch if that is shorter."""
 MARGIN = 1.0
@@ -92,11 +88,11 @@ def read(
             read without learning, and the state stays good. Decided on the device, which is not waited for.
         top: how many of the likeliest tokens to find in the place of each token; costs all logits.
         outputs: whether to keep the outputs of all tokens.
-        pause: called in between, after about a mini-batch's work each time (`_Pauses`), where nothing is half done: it
+        pause: called in between, after about a mini-batch's work each time (`Pauses`), where nothing is half done: it
             may read and write with the same model. What it raises ends the reading, of which then nothing is left.
             CUDA graphs do not pause.
     """
-    pauses = _Pauses(model, pause, learn=learn)
+    pauses = Pauses(model, pause, learn=learn)
     return _Reader(model, state, inner, pauses, guard, top, outputs).result(tokens, learn, loss_mask)
 
 
@@ -106,7 +102,7 @@ def read_guarded(
 ) -> Reading:
     """`read` of one text, int64 [1, n], that learning cannot break: with a guard, and with `rescue` where many steps
     have led astray; then all steps of this reading count as rolled back."""
-    pauses = _Pauses(model, None, learn=learn)
+    pauses = Pauses(model, None, learn=learn)
     found = _Reader(model, state, inner, pauses, guard=True).result(tokens, learn)
     rescued = rescue(model, state, tokens, found, inner=inner) if learn else None
     if rescued is None:
@@ -145,62 +141,6 @@ def _mean_nll(nll: Tensor, newest: int) -> float:
     return (nll[1:] if nll[0].isnan() else nll).mean().item()
 
 
-class _Pauses:
-    """Calls `pause` whenever a mini-batch's work has been done since it was called last, and more is to come.
-
-    Work is parameters times tokens of a sequence, not time: so a reading always pauses in the same places.
-    """
-
-    def __init__(self, model: Transformer, pause: Callable[[], None] | None, *, learn: bool) -> None:
-        self._pause = pause
-        if pause is None:
-            return
-        self._done = 0.0
-        self._upper = sum(p.numel() for p in model.upper_parameters()) + model.config.num_fast_weights
-        self._lower = sum(p.numel() for block in model.prefix for p in block.parameters())
-        self._lower_parts, self._upper_parts = len(model.prefix) + len(model.suffix[:1]), len(model.suffix) + 1
-        self._most = model.config.mini_batch_size * (self._lower + self._upper * (STEP if learn else 1))
-
-    def in_lower(self, tokens: int) -> Callable[[], None] | None:
-        """What `Transformer.lower` calls before each of its blocks."""
-        return functools.partial(self._before, self._lower * tokens / self._lower_parts) if self._pause else None
-
-    def in_upper(self, tokens: int) -> Callable[[], None] | None:
-        """What `Transformer.upper` calls before each of its blocks; to be called once more before the head."""
-        return functools.partial(self._before, self._upper * tokens / self._upper_parts) if self._pause else None
-
-    def after_lower(self, tokens: int) -> None:
-        """After all of the lower half, where another thread has computed it."""
-        if self._pause:
-            self._before(self._lower * tokens)
-
-    @contextlib.contextmanager
-    def within(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-        """While reading stands still only within such a context."""
-        pause = self._pause
-        self._pause = pause and functools.partial(_call_within, context, pause)
-        try:
-            yield
-        finally:
-            self._pause = pause
-
-    def before_passes(self, passes: int, tokens: int) -> None:
-        """Before all of the upper half and the head, so many times."""
-        if self._pause:
-            self._before(self._upper * passes * tokens)
-
-    def _before(self, work: float) -> None:
-        if self._pause is not None and self._done >= self._most:
-            self._done %= self._most
-            self._pause()
-        self._done += work
-
-
-def _call_within(context: Callable[[], AbstractContextManager[None]], pause: Callable[[], None]) -> None:
-    with context():
-        pause()
-
-
 @dataclass
 class _Reader:
     """One call of `read`: the state as it moves on, and what has been found."""
@@ -208,7 +148,7 @@ class _Reader:
     model: Transformer
     state: ReadingState
     inner: InnerConfig
-    pauses: _Pauses
+    pauses: Pauses
     guard: bool = False
     top: int = 0
     keep_outputs: bool = False
@@ -291,6 +231,10 @@ class _Reader:
             if self.state.hidden.shape[1] == M:
                 self._finish(tokens[:, done : done + 1], mask[:, done : done + 1])
             if not self.state.hidden.shape[1]:
+                replayed = self._replay_kept(tokens[:, done:], mask[:, done:], learn=True)
+                done += replayed
+                if replayed:
+                    continue
                 self._decide()
             room = M - self.state.hidden.shape[1]
             several = room == M and n - done >= 2 * M  # else the lower half has nothing to run ahead to
@@ -339,6 +283,20 @@ class _Reader:
             kept += new
         return self.state.position - before
 
+    def _replay_kept(self, tokens: Tensor, mask: Tensor, *, learn: bool = False) -> int:
+        """The same where tokens are kept, of the mini-batches whose next token is known."""
+        count = (tokens.shape[1] - 1) // self.model.config.mini_batch_size
+        possible = self.state.kept is not None and can_capture(self.model.device) and count > 0
+        possible = possible and not self.top and not self.keep_outputs
+        reader = kept_tokens_reader(self.model, self.state, self.inner, self.guard, learn) if possible else None
+        if reader is None:
+            return 0
+        before, first = self.state.position, self.nll[-1][:, -1:]
+        self.state, *found = reader.read(self.state, tokens, mask, first, count, self.max_step_norm)
+        for kept, new in zip((self.nll, self.norms, self.refusals), found, strict=True):
+            kept += new
+        return self.state.position - before
+
     def _skim(self, tokens: Tensor) -> None:
         """Reads without learning: no mini-batches, only stretches."""
         empty = self.state.hidden[:, :0]
@@ -346,6 +304,7 @@ class _Reader:
         stretch = GPU_STRETCH if tokens.is_cuda else STRETCH
         first = 0
         while first < tokens.shape[1]:
+            first += self._replay_kept(tokens[:, first:], torch.ones_like(tokens[:, first:], dtype=torch.bool))
             last = first + self._until_decision(stretch)
             self._upper(self._lower(tokens[:, first:last]), tokens[:, first + 1 : last + 1], keep=0)
             first = last

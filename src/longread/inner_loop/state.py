@@ -149,6 +149,11 @@ def compact(state: ReadingState) -> ReadingState:
     return dataclasses.replace(alone, run=state.run)
 
 
+def copied(state: ReadingState) -> ReadingState:
+    """The same in memory of its own."""
+    return _mapped(state, lambda x: x.clone(memory_format=torch.contiguous_format))
+
+
 def moved_to(
     state: ReadingState, device: torch.device, moved: Callable[[Tensor, torch.device], Tensor] = Tensor.to
 ) -> ReadingState:
