@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.adapted.plan import BESIDE, Plan
@@ -47,23 +48,16 @@ def jobs(plan: Plan) -> None:
     plan.job("stretches", 0, [Command(command, stretches / "ready")], seconds=10, gibibytes=0)
     models = [str(plan.run_of(name)) for name in ("first-order", "swa", "full")] + [str(original)]
     needs = ("first-order", "swa", "full", "original", "stretches")
-    books, documents = [str(stretches / "texts")], "2" if plan.rehearsed else "28"
+    books, documents = [str(stretches / "texts")], _documents(plan)
     source = Path(sysconfig.get_path("stdlib"))
     files = [str(source / name) for name in SOURCES if (source / name).is_file()]
-    for tier, name, texts in ((1, "books", books), (3, "source", files))[: 1 if plan.rehearsed else 2]:
-        wanted = {
-            "questions": (models[:2], CONTEXTS, ROWS),
-            "questions-full": (models[2:], (READ_BY_ORIGINAL,), ROWS_OF_FULL),
-        }
-        commands = []
-        for what, (asked, contexts, rows) in wanted.items():
-            lengths = sorted({plan.shown(units) * plan.unit for units in contexts})
-            arguments = ["questions", *asked, "--data", *texts, "--contexts", *map(str, lengths)]
-            arguments += ["--documents", documents, "--questions", str(QUESTIONS), "--batch-size", str(rows)]
-            result = plan.result_of(f"questions-{name}", what)
-            commands.append(Command((*arguments, "--json", str(result)), result))
-        seconds = BESIDE * {"books": 65, "source": 45}[name]
-        plan.job(f"questions-{name}", tier, commands, needs, seconds=seconds, gibibytes=30, experiment="answers")
+    wanted = (
+        ("questions", models[:2], CONTEXTS, ROWS),
+        ("questions-full", models[2:], (READ_BY_ORIGINAL,), ROWS_OF_FULL),
+    )
+    ask(plan, "questions-books", 1, books, wanted, needs, seconds=65)
+    if not plan.rehearsed:
+        ask(plan, "questions-source", 3, files, wanted, needs, seconds=45)
     judged = {
         "judge": (2, models[:2], 60, ()),
         "judge-plain": (2, models[:3], 80, ("--repetition-penalty", "1")),
@@ -84,6 +78,32 @@ def jobs(plan: Plan) -> None:
         arguments = ["-m", "benchmarks.speculative", verifier, models[0], "--data", str(plan.data / "validation")]
         arguments += ["--positions", str(position), *count, "--skip-tests", "--json", str(result)]
         plan.job(name, tier, [Command(tuple(arguments), result)], needs, seconds=BESIDE * 40, experiment="answers")
+
+
+def _documents(plan: Plan) -> str:
+    return "2" if plan.rehearsed else "28"
+
+
+def ask(
+    plan: Plan,
+    job: str,
+    tier: int,
+    texts: Sequence[str],
+    wanted: Sequence[tuple[str, Sequence[str], Sequence[int], int]],
+    needs: Sequence[str],
+    *,
+    seconds: float,
+) -> None:
+    """A job that asks about texts: of each result that is wanted its name, the models, contexts in units, and how many
+    answers are read side by side."""
+    commands = []
+    for what, models, contexts, rows in wanted:
+        lengths = sorted({plan.shown(units) * plan.unit for units in contexts})
+        arguments = ["questions", *models, "--data", *texts, "--contexts", *map(str, lengths)]
+        arguments += ["--documents", _documents(plan), "--questions", str(QUESTIONS), "--batch-size", str(rows)]
+        result = plan.result_of(job, what)
+        commands.append(Command((*arguments, "--json", str(result)), result))
+    plan.job(job, tier, commands, needs, seconds=BESIDE * seconds, gibibytes=30, experiment="answers")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from experiments.adapted import recall
+from experiments.adapted import answers, recall
 from experiments.adapted.plan import BESIDE, BOOKS, UNIT, Plan
 from experiments.plan import Command
 
@@ -33,6 +33,9 @@ READ_PER_SECOND = {"learning": 40e3, "frozen": 120e3}
 """Tokens, without CUDA graphs. A guess."""
 GIBIBYTES, BOOK_UNITS = 40, 32
 NEEDLES, CHANCE = "needle", "chance"
+READINGS = ("learning", "frozen")
+QUESTIONS = "questions-kept"
+"""Questions about books, asked as those of `answers` are, with the base beside."""
 
 
 class Arm(NamedTuple):
@@ -46,20 +49,23 @@ class Arm(NamedTuple):
     chosen: str = ""
     """Empty: by surprise."""
     variants: Sequence[int] = recall.VARIANTS
+    readings: Sequence[str] = READINGS
     reads_books: bool = True
 
 
 ARMS = (
-    Arm("kept-256", 1, 256, 48, CONTEXTS),
     Arm("kept-1024", 1, 1024, 48, CONTEXTS),
+    Arm("kept-1024-far", 1, 1024, 48, FAR, "", (2, 3), READINGS[:1], False),
+    Arm("kept-4096-far", 1, 4096, 48, FAR, "", (2, 3), READINGS[:1], False),
+    Arm("kept-none-far", 1, 0, 48, FAR, "", (2, 3), READINGS[:1], False),
+    Arm("kept-256", 1, 256, 48, CONTEXTS),
+    Arm("kept-4096", 1, 4096, 48, (16, 32), "", (2, 3), READINGS[:1]),
     Arm("kept-first", 1, 48, 48, (4,)),
     Arm("kept-256-needle", 1, 256, 48, FEW, NEEDLES, reads_books=False),
-    Arm("kept-1024-far", 1, 1024, 48, FAR, variants=(2, 3), reads_books=False),
-    Arm("kept-256-run-24", 2, 256, 24, FEW, reads_books=False),
     Arm("kept-256-chance", 2, 256, 48, FEW, CHANCE),
     Arm("kept-128", 3, 128, 48, FEW),
 )
-"""The third keeps the first tokens of all alone: what a pretrained model leans on, and nothing of what it has read."""
+"""One keeps the first tokens of all alone: what a pretrained model leans on, and nothing of what it has read."""
 
 
 def jobs(plan: Plan) -> None:
@@ -67,7 +73,7 @@ def jobs(plan: Plan) -> None:
     base = plan.run_of("first-order")
     for arm in ARMS:
         model, result = plan.run_of(arm.name), plan.result_of(arm.name, "question")
-        tokens, run = (max(1, size * plan.unit // UNIT) for size in (arm.tokens, arm.run))
+        tokens, run = (-(-size * plan.unit // UNIT) for size in (arm.tokens, arm.run))
         save = ("-m", __name__, "save", str(base), str(model), "--tokens", str(tokens), "--run", str(run))
         commands = [Command(save, model / "config.json")]
         if arm.reads_books and not arm.chosen:
@@ -78,11 +84,11 @@ def jobs(plan: Plan) -> None:
         )
         ask = ["-m", __name__, "ask", str(model), "--haystack", str(plan.data / "books"), "--contexts"]
         ask += [*map(str, contexts), "--longest", str(longest[-1]), "--json", str(result)]
-        ask += ["--variants", *map(str, arm.variants)]
+        ask += ["--variants", *map(str, arm.variants), "--readings", *arm.readings]
         commands.append(Command((*ask, *(["--choose", arm.chosen] if arm.chosen else [])), result))
         prompts = recall.PER_DEPTH * len(recall.DEPTHS) * len(arm.variants)
         asked = sum(arm.contexts) * prompts + arm.reads_books * BOOKS * BOOK_UNITS
-        seconds = recall.START + asked * UNIT * sum(1 / speed for speed in READ_PER_SECOND.values())
+        seconds = recall.START + asked * UNIT * sum(1 / READ_PER_SECOND[reading] for reading in arm.readings)
         plan.job(
             arm.name,
             arm.tier,
@@ -92,6 +98,9 @@ def jobs(plan: Plan) -> None:
             gibibytes=GIBIBYTES,
             experiment="kept",
         )
+    models = [str(plan.run_of(name)) for name in ("kept-1024", "first-order")]
+    texts, wanted = [str(plan.work / "stretches" / "texts")], [("questions", models, answers.CONTEXTS, answers.ROWS)]
+    answers.ask(plan, QUESTIONS, 1, texts, wanted, ("kept-1024", "stretches"), seconds=90)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     asking.add_argument("--haystack", type=Path, required=True)
     asking.add_argument("--contexts", type=int, nargs="+", required=True)
     asking.add_argument("--variants", type=int, nargs="+", choices=recall.VARIANTS, default=recall.VARIANTS)
+    asking.add_argument("--readings", nargs="+", choices=READINGS, default=READINGS)
     asking.add_argument("--longest", type=int, required=True, help="for which the haystack is made")
     asking.add_argument("--choose", choices=(NEEDLES, CHANCE), help="default: by surprise")
     asking.add_argument("--json", type=Path, required=True)
@@ -159,6 +169,8 @@ def ask(options: argparse.Namespace) -> dict[str, Any]:
     ]
     searches = []
     for learn in (True, False) if opened.learns else (False,):
+        if READINGS[not learn] not in options.readings:
+            continue
         begun = _reader(opened, learn, options.choose) if options.choose else None
         searches.append(
             search(

@@ -52,7 +52,7 @@ LINES = {
 
 
 def gather(found: Results) -> dict[str, Any]:
-    asked = {name: _asked(found.evaluations.get(f"questions-{name}", {}), name) for name in TEXTS}
+    asked = {name: asked_of(found.evaluations.get(f"questions-{name}", {}), name) for name in TEXTS}
     drafts = {name: found.evaluations.get(name, {}).get("speculative") for name in ("drafts", "drafts-full")}
     return {
         "questions": {name: content for name, content in asked.items() if content},
@@ -65,14 +65,14 @@ def merge(before: Data, new: Data, run: Data) -> dict[str, Any]:
     return merged(before, new, run, ROWS)
 
 
-def _asked(files: Data, kind: str) -> dict[str, Any]:
+def asked_of(files: Data, kind: str, names: Data = NAMES) -> dict[str, Any]:
     """Of each question where and what it was, and of each reader, in the same order, what it answered; no text."""
     order: dict[tuple[Any, ...], int] = {}
     asked: dict[str, list[Any]] = {"text": [], "context": [], "kind": [], "distance": []}
     readers: dict[str, dict[int, Any]] = {}
     for what in ("questions", "questions-full"):
         for result in files.get(what, {}).get("results", []):
-            name = NAMES[result["model"]]
+            name = names[result["model"]]
             label = name if result["reading"] == "static" else f"{name}, {result['reading']}"
             for trial in result["trials"]:
                 key = tuple(trial[part] for part in ("text", "context_length", "kind", "question"))
@@ -124,7 +124,7 @@ def _written(found: Results, jobs: Sequence[str]) -> dict[str, Any]:
 
 def tables(results: Data) -> Iterator[Table]:
     for name, content in results["questions"].items():
-        yield from _about(TEXTS[name], _Asked(content))
+        yield from _about(TEXTS[name], Asked(content))
     for what in WRITTEN:
         if results.get(what):
             yield _continuations(what, results[what])
@@ -133,7 +133,7 @@ def tables(results: Data) -> Iterator[Table]:
     yield from runs_table(results)
 
 
-class _Asked:
+class Asked:
     """Questions about one kind of text."""
 
     def __init__(self, content: Data) -> None:
@@ -157,17 +157,22 @@ class _Asked:
     def at(self, what: str, value: Any) -> Callable[[int], bool]:
         return lambda i: bool(self.places[what][i] == value)
 
+    @property
+    def far(self) -> Callable[[int], bool]:
+        """With evidence beyond the window."""
+        return self.between(WINDOW, EDGES[-1] + 1)
+
     def between(self, low: int, high: int) -> Callable[[int], bool]:
         return lambda i: low <= self.places["distance"][i] < high
 
 
-def _about(what: str, asked: _Asked) -> Iterator[Table]:
+def _about(what: str, asked: Asked) -> Iterator[Table]:
     contexts = {short(T): asked.at("context", T) for T in asked.contexts}
     distances = {f"{short(a)}–{short(b)}": asked.between(a, b) for a, b in pairwise(EDGES)}
     count = len(asked.places["text"])
     distances = {name: place for name, place in distances.items() if any(map(place, range(count)))}
     kinds = {kind: asked.at("kind", kind) for kind in asked.kinds}
-    far = asked.between(WINDOW, EDGES[-1] + 1)
+    far = asked.far
 
     def rows(*columns: tuple[str, Sequence[Callable[[int], bool]]]) -> list[list[str]]:
         made = []
@@ -206,12 +211,17 @@ def _about(what: str, asked: _Asked) -> Iterator[Table]:
         ["", *(f"{kind}, {what_}" for what_ in ("right", "written") for kind in kinds)],
         rows(*((m, [lambda i, at=at: at(i) and far(i) for at in kinds.values()]) for m in ("right", "written"))),  # type: ignore[misc]
     )
+    yield pairs_table(what, asked, PAIRS, far)
+
+
+def pairs_table(what: str, asked: Asked, pairs: Sequence[tuple[str, str]], wanted: Callable[[int], bool]) -> Table:
+    """Of two readers each, who alone is right, with McNemar's test."""
     head = ["", "questions", "right: first alone", "second alone", "p", "written: first alone", "second alone", "p"]
-    pairs = [row for pair in PAIRS if (row := _paired(asked, *pair, far))]
-    yield Table(f"Two readers, questions about {what}, evidence beyond the window:", [*head, "nats less"], pairs)
+    rows = [row for pair in pairs if (row := _paired(asked, *pair, wanted))]
+    return Table(f"Two readers, questions about {what}, evidence beyond the window:", [*head, "nats less"], rows)
 
 
-def _paired(asked: _Asked, first: str, second: str, wanted: Callable[[int], bool]) -> list[str] | None:
+def _paired(asked: Asked, first: str, second: str, wanted: Callable[[int], bool]) -> list[str] | None:
     if not {first, second} <= asked.readers.keys():
         return None
     both = [i for i in asked.chosen(first, wanted) if asked.readers[second]["right"][i] != "-"]
@@ -277,7 +287,7 @@ def _half(estimate: Data, digits: int, sign: str = "") -> str:
 
 def plots(results: Data) -> Iterator[Plot]:
     for name, content in results["questions"].items():
-        asked = _Asked(content)
+        asked = Asked(content)
         charts = []
         for measure, title in (("right", "right of six choices"), ("written", "written word for word")):
             lines = []

@@ -7,10 +7,12 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from experiments.adapted.kept import QUESTIONS
 from experiments.figures import panel
 from experiments.merging import merged, runs_table
 from experiments.page import Data, Plot, Table
 from experiments.pages import recall
+from experiments.pages.answers import NOTHING, Asked, asked_of, pairs_table
 from experiments.results import Results
 
 from longread.evaluate import Line
@@ -22,18 +24,23 @@ What came out, at which contexts it ends, what ordinary loss and speed cost, and
 fails."""
 NEEDS = ("kept-256",)
 BASE = recall.BASE
+NONE_FAR = f"{BASE}, 128K"
 MODELS = {
     "first-order": BASE,
+    "kept-none-far": NONE_FAR,
     "kept-first": "first 48 tokens kept",
     "kept-128": "128 kept",
     "kept-256": "256 kept",
-    "kept-256-run-24": "256 kept, runs of 24",
     "kept-1024": "1024 kept",
     "kept-1024-far": "1024 kept, 128K",
+    "kept-4096": "4096 kept",
+    "kept-4096-far": "4096 kept, 128K",
     "kept-256-chance": "256 kept by chance",
     "kept-256-needle": "256 kept, the needle always",
 }
-"""By job. Runs are of 48 tokens where nothing is said."""
+"""By job."""
+BY_MEAN = ("256 kept, by the plain mean", "256 kept, by the plain mean of 24", "1024 kept, by the plain mean")
+"""Rows of an earlier rule of choice, which no job makes any more."""
 
 
 def gather(found: Results) -> dict[str, Any]:
@@ -48,13 +55,16 @@ def gather(found: Results) -> dict[str, Any]:
             asked |= {name: answers} if answers else {}
     books = {name: recall._books(found, job) for job, name in MODELS.items()}
     speeds = {name: _speeds(found, job) for job, name in MODELS.items()}
+    asked = asked_of(found.evaluations.get(QUESTIONS, {}), "books", MODELS)
     return parts | {
+        "questions": {"books": asked} if asked else {},
         "books": {name: row for name, row in books.items() if row},
         "tokens/s": {name: speed for name, speed in speeds.items() if speed},
     }
 
 
-ROWS = dict.fromkeys(("asked", "asked about the beginning", "books", "tokens/s"), tuple(MODELS.values()))
+ROWS = dict.fromkeys(("asked", "asked about the beginning", "books", "tokens/s"), (*MODELS.values(), *BY_MEAN))
+ROWS["questions"] = ("books",)
 
 
 def merge(before: Data, new: Data, run: Data) -> dict[str, Any]:
@@ -88,6 +98,8 @@ def _tables(results: Data) -> Iterator[Table]:
     for variant in recall.VARIANTS[1:]:
         yield _by_context(beginning, variant, f"{variant}, needles found at the beginning of the text:", recall._share)
     yield Table(_PAIRS, _PAIR_HEAD, list(_pairs(results["asked"])))
+    for content in results.get("questions", {}).values():
+        yield from _about(Asked(content))
     yield Table(recall._BOOKS, recall._BOOK_HEAD, list(recall._book_rows(results["books"])))
     speeds = ([name, *(f"{s[r]:,.0f}" if r in s else "" for r in _READINGS)] for name, s in results["tokens/s"].items())
     yield Table(_SPEED, ["", *_READINGS], list(speeds))
@@ -116,8 +128,13 @@ _PAIR_HEAD = ["", "needles", "prompts", "found by the first alone", "by the seco
 _COMPARED = (
     ("256 kept", BASE),
     ("1024 kept", BASE),
+    ("1024 kept, 128K", NONE_FAR),
+    ("4096 kept, 128K", NONE_FAR),
+    ("4096 kept, 128K", "1024 kept, 128K"),
+    ("4096 kept", "1024 kept"),
+    ("1024 kept", "1024 kept, by the plain mean"),
+    ("256 kept", "256 kept, by the plain mean"),
     ("256 kept", "256 kept by chance"),
-    ("256 kept", "256 kept, runs of 24"),
     ("1024 kept", "256 kept"),
     ("256 kept, the needle always", "256 kept"),
 )
@@ -129,6 +146,22 @@ def _pairs(asked: Data) -> Iterator[list[str]]:
         row = recall._paired(*pair, False)
         if row:
             yield [f"{one}, {other}", variant, *row]
+
+
+def _about(asked: Asked) -> Iterator[Table]:
+    """Questions with the evidence beyond the window."""
+    rows = []
+    for label in asked.readers:
+        shares = [asked.share(label, measure, asked.far) for measure in ("right", "written")]
+        rows.append([label, str(len(asked.chosen(label, asked.far))), *shares, asked.nats(label, asked.far)])
+    yield Table(_QUESTIONS, ["", "questions", "right", "written", "nats of the right answer"], rows)
+    yield pairs_table("books", asked, _ASKED_PAIRS, asked.far)
+
+
+_QUESTIONS = "Questions about books, evidence beyond the window; chance 0.17:"
+_ASKED_PAIRS = tuple(
+    ("1024 kept, learning", other) for other in (f"{BASE}, learning", f"1024 kept, {NOTHING}", "1024 kept, frozen")
+)
 
 
 def plots(results: Data) -> Iterator[Plot]:
