@@ -147,6 +147,28 @@ def test_masked_targets_and_refused_steps_are_those_of_plain_reading(device: str
     assert replays
 
 
+def test_a_guard_without_steps_and_inference_mode_change_nothing(device: str, replays: list[object]) -> None:
+    """As a session of a model without fast weights reads, in a caller's `torch.inference_mode`, and after it."""
+    model, tokens = model_on(device, num_suffix_blocks=0), ids(device, 1)
+    with torch.inference_mode():
+        inside = read(model, begin(model), tokens, inner=INNER, guard=True)
+    outside = read(model, begin(model), tokens, inner=INNER, guard=True)
+    torch.testing.assert_close(inside.nll, outside.nll, rtol=0, atol=0, equal_nan=True)
+    assert len(set(replays)) == 1
+    read(model, inside.state, tokens, inner=INNER, guard=True)
+
+
+def test_weights_that_have_moved_or_have_another_type_are_read_with(device: str, replays: list[object]) -> None:
+    model, tokens = model_on(device), ids(device, 1)
+    wide = read(model, begin(model), tokens, inner=INNER)
+    if device == "cpu":
+        model = model.float()
+    narrow = read(model.bfloat16() if device == "cuda" else model, begin(model), tokens, inner=INNER)
+    assert narrow.state.lower_pasts[0].key.dtype == model.dtype != wide.state.lower_pasts[0].key.dtype  # type: ignore[union-attr]
+    torch.testing.assert_close(narrow.nll.double(), wide.nll.double(), rtol=0.05, atol=0.05, equal_nan=True)
+    assert len(set(replays)) == 2
+
+
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_a_graph_that_computes_something_else_is_not_used(
     device: str, replays: list[object], monkeypatch: pytest.MonkeyPatch

@@ -256,10 +256,23 @@ def test_files_of_another_rule_of_choice_are_refused(tmp_path: Path) -> None:
     session.read(TEXT)
     session.save(tmp_path / "s")
     tensors, metadata = read_tensors(tmp_path / "s", kind="session")
+    before = {"model_fingerprint": metadata["model_fingerprint"].rpartition(".")[0]}
     del metadata["kept"]["rule"]
-    write_tensors_atomically(tmp_path / "s", tensors, metadata, kind="session")
+    write_tensors_atomically(tmp_path / "s", tensors, metadata | before, kind="session")
     with pytest.raises(UserError, match="by another rule; read its text again"):
         opened.restore(tmp_path / "s")
+
+
+def test_an_engine_refuses_a_directory_of_another_rule_and_leaves_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(keeping(), INNER, directory=tmp_path / "engine") as engine:
+        engine.append(engine.create().id, text(30)).result(60)
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    monkeypatch.setattr("longread.model.fingerprint.KEPT_RULE", 2)
+    with pytest.raises(UserError, match="belong to another model"):
+        Engine(keeping(), INNER, directory=tmp_path / "engine")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_the_command_line_takes_a_model_that_keeps_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longread.checkpoint import LoadedModel, find_tokenizer, load_model
-from longread.config import InnerConfig, UserError
+from longread.config import KEPT_RULE, InnerConfig, UserError
 from longread.files import open_tensors
 from longread.inner_loop import precompile_reading
 from longread.model import Transformer, find_device, undrawn
@@ -73,7 +73,7 @@ class OpenModel(NamedTuple):
         model = undrawn(config)
         model.load_state_dict(self.model.state_dict(), assign=True)
         model.compute_dtype, model.known_tokens = self.model.compute_dtype, self.model.known_tokens
-        fingerprint = f"{self.fingerprint.partition('+')[0]}+{tokens}.{run}.{distance}"
+        fingerprint = f"{self.fingerprint.partition('+')[0]}+{tokens}.{run}.{distance}.{KEPT_RULE}"
         return self._replace(model=model.requires_grad_(False), fingerprint=fingerprint)
 
     def as_saved(self, path: str | Path) -> OpenModel:

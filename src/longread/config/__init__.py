@@ -10,6 +10,7 @@ K window (paper: k), D width, F MLP hidden, N heads, H head dim, V vocabulary, L
 from longread.config.checked import TrainingHalted, UserError
 from longread.config.model import (
     CONVOLUTION_WIDTH,
+    KEPT_RULE,
     REGISTERED_MIXERS,
     AttentionPattern,
     BindingConfig,
@@ -38,6 +39,7 @@ from longread.config.run import (
 __all__ = [
     "CONVOLUTION_WIDTH",
     "INNER_OPTIMIZERS",
+    "KEPT_RULE",
     "REGISTERED_MIXERS",
     "SCHEDULES",
     "AttentionPattern",

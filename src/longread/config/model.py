@@ -16,6 +16,9 @@ BindingOutput = Literal["query", "key"]
 Gate = Literal["silu", "gelu_tanh"]
 BlockRope = Literal["global", "local", "none"]
 
+KEPT_RULE = 3
+"""Of choosing which tokens are kept beyond the window: part of what a session is bound to, since by another rule
+surprise is on another scale (`longread.inner_loop.kept`)."""
 HYBRID_PERIOD = 6  # hybrid attention: every sixth block sees everything (5 windowed : 1 full)
 
 

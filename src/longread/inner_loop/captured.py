@@ -9,12 +9,13 @@ half the keys and values (`Strips`, which says when a run is captured).
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -146,7 +147,7 @@ def _alone(
 
     @functools.wraps(method)
     def alone(reader: CapturedReader, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with reader.lock:
+        with reader.lock, no_inference_mode():
             return method(reader, *args, **kwargs)
 
     return alone
@@ -187,7 +188,7 @@ class CapturedReader:
         self._fast = [torch.empty_like(w.detach(), memory_format=torch.contiguous_format) for w in initial]
         self._working = [w.to(model.dtype) for w in self._fast]
         self._max_step_norm = torch.zeros((), device=device) if guard else None
-        self.weights_at = model.embedding.weight.data_ptr()
+        self.place = place_of(model)
         self.lock = threading.Lock()
 
     @property
@@ -367,6 +368,18 @@ class CapturedReader:
         return tuple(w.clone() for w in self._fast)
 
 
+@contextlib.contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """What is made in a caller's `torch.inference_mode` could not be changed in place after it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def place_of(model: Transformer) -> Hashable:
+    """What graphs of a model hang on: where its parameters lie, and the type of its products."""
+    return model.dtype, *(parameter.data_ptr() for parameter in model.parameters())
+
+
 def _copied(pasts: Sequence[Past]) -> tuple[Past, ...]:
     return tuple(Past(*(x.clone() for x in past)) for past in pasts)
 
@@ -422,10 +435,10 @@ def _kept_reader(
 ) -> CapturedReader | None:
     """The model's reader of so many sequences; a new one that is `frugal` takes only a `SHARE` of the free memory for
     the strips of so many blocks, or is not made."""
-    with _LOCK:  # else threads that come at once would each make one
+    with _LOCK, no_inference_mode():  # else threads that come at once would each make one
         readers, key = _READERS.setdefault(model, {}), (batch_size, inner, guard)
         reader = readers.pop(key, None)
-        if reader is None or reader.weights_at != model.embedding.weight.data_ptr():
+        if reader is None or reader.place != place_of(model):
             tokens = 2 * max(*_windows(model), STRETCH)
             strips = batch_size * tokens * 2 * blocks * model.config.kv_width * model.dtype.itemsize
             if frugal and strips * SHARE > free_bytes(model.device):

@@ -11,14 +11,14 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longread.config import InnerConfig
-from longread.inner_loop.captured import READERS, TOLERANCE, WORTH
+from longread.inner_loop.captured import SHARE, TOLERANCE, WORTH, no_inference_mode, place_of
 from longread.inner_loop.graphs import CheckedGraphs, put_back_later
 from longread.inner_loop.kept import Kept, decided, long_pasts, undecided
 from longread.inner_loop.optimizers import optimizer_named
@@ -28,15 +28,17 @@ from longread.model import LongPast, MixerPast, Transformer, free_bytes
 
 COPIES = 4
 """Of a state, about, that a reader takes: in place, the next one before it is written there, and what lies between."""
-SHARE = 4
-"""A reader takes one part in so many of the free memory at most: with large states a GPU is busy without graphs."""
+READERS = 4
+"""Of a model that are kept, those used last."""
 
 
 class _Read(NamedTuple):
-    """A mini-batch: −log p of the token after each of its tokens, [B, M]; of its step, if it took one, the norm of the
-    gradient and, where the optimizer says it, whether it was refused, [B]."""
+    """A mini-batch: −log p of the token after each of its tokens, [B, M]; these and the logarithms of the norms of all
+    that the state holds then; of its step, if it took one, the norm of the gradient and, where the optimizer says it,
+    whether it was refused, [B]."""
 
     nll: Tensor
+    checked: Tensor
     grad_norm: Tensor | None
     refused: Tensor | None
 
@@ -44,15 +46,15 @@ class _Read(NamedTuple):
 class KeptTokensReader:
     """Reads B sequences, whole mini-batches of them, from states of one shape."""
 
-    def __init__(self, model: Transformer, state: ReadingState, inner: InnerConfig, guard: bool, learn: bool) -> None:
+    def __init__(self, model: Transformer, state: ReadingState, inner: InnerConfig | None, guard: bool) -> None:
         B, M, device = state.output.shape[0], model.config.mini_batch_size, model.device
-        self._model, self._inner, self._learn = weakref.ref(model), inner, learn
+        self._model, self._inner = weakref.ref(model), inner
         self._graphs = CheckedGraphs[_Read](
             device,
-            compared=lambda found: found.nll,
+            compared=lambda found: found.checked,
             scale=lambda plain: 1.0,
             tolerance=TOLERANCE,
-            warning="captured mini-batches score a token {:.2g} nats off; reading goes on without",
+            warning="captured mini-batches give scores or a state that are {:.2g} off; reading goes on without",
         )
         self._positions = torch.zeros(B, dtype=torch.long, device=device)
         self._state = dataclasses.replace(copied(state), positions=self._positions)
@@ -62,7 +64,7 @@ class KeptTokensReader:
         self._first = _kept_of(self._state).nll.new_zeros(B, 1)
         self._max_step_norm = torch.zeros((), device=device) if guard else None
         self._runs = 0
-        self.weights_at = model.embedding.weight.data_ptr()
+        self.place = place_of(model)
         self._lock = threading.Lock()
 
     @property
@@ -90,7 +92,7 @@ class KeptTokensReader:
             theirs, the norms of the steps' gradients, and which steps were refused, where the optimizer says it.
         """
         M = self._tokens.shape[1]
-        with self._lock:
+        with self._lock, no_inference_mode():
             self._load(state, first, max_step_norm)
             found = []
             for i in range(count):
@@ -136,7 +138,7 @@ class KeptTokensReader:
 
         hidden, lower = model.lower(self._tokens, seen(state.lower_pasts, lower=True), start=start)
         pasts = seen(state.upper_pasts, lower=False)
-        if self._learn:
+        if self._inner is not None:
             step = inner_gradient(
                 model,
                 [w.detach().requires_grad_() for w in self._working],
@@ -157,11 +159,11 @@ class KeptTokensReader:
                 clip=self._inner.clip,
                 max_step_norm=self._max_step_norm,
             )
-            found = _Read(nll, update.grad_norm, update.refused)
+            norm, refused = update.grad_norm, update.refused
         else:
             output, upper = model.upper(hidden, from_matrices(self._working), pasts, start=start, order=0)
             nll = model.token_losses(output, self._targets)
-            found = _Read(nll, None, None)
+            norm = refused = None
         after = dataclasses.replace(
             state,
             lower_pasts=model.advance(state.lower_pasts, lower, 0),
@@ -172,7 +174,9 @@ class KeptTokensReader:
         torch._foreach_copy_(_all_of(state)[stepped:], _all_of(after)[stepped:])
         self._first.copy_(nll[:, -1:])
         self._positions += M
-        return found
+        floats = [x for x in _all_of(state) if x.is_floating_point()]
+        sizes = torch.stack([size.float() for size in torch._foreach_norm(floats)])
+        return _Read(nll, torch.cat((nll.float().flatten(), sizes.clamp(min=1e-10).log())), norm, refused)
 
 
 def _all_of(state: ReadingState) -> list[Tensor]:
@@ -187,29 +191,31 @@ def _kept_of(state: ReadingState) -> Kept:
     return state.kept
 
 
-_READERS: weakref.WeakKeyDictionary[Transformer, dict[tuple[int, InnerConfig, bool, bool], KeptTokensReader]] = (
-    weakref.WeakKeyDictionary()
-)
+_READERS: weakref.WeakKeyDictionary[Transformer, dict[Hashable, KeptTokensReader]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 def kept_tokens_reader(
-    model: Transformer, state: ReadingState, inner: InnerConfig, guard: bool, learn: bool
+    model: Transformer, state: ReadingState, inner: InnerConfig | None, *, guard: bool
 ) -> KeptTokensReader | None:
     """A reader that can go on from `state`, for a device with CUDA graphs; None amid a mini-batch, before the window is
-    full and all is kept that may be, and where memory is short."""
+    full and all is kept that may be, and where memory is short.
+
+    Args:
+        inner: of the steps; None: it reads frozen.
+    """
     config, kept = model.config, _kept_of(state)
     full = undecided(model, kept) == config.window_size and kept.position.shape[1] == config.kept_tokens
     lengths = {past.key.shape[2] for past in (*state.lower_pasts, *state.upper_pasts)}  # type: ignore[union-attr]
     if not full or state.hidden.shape[1] or lengths != {config.window_size}:
         return None
-    with _LOCK:  # else threads that come at once would each make one
-        readers, key = _READERS.setdefault(model, {}), (state.output.shape[0], inner, guard, learn)
+    with _LOCK, no_inference_mode():  # else threads that come at once would each make one
+        readers, key = _READERS.setdefault(model, {}), (state.output.shape[0], model.dtype, inner, guard)
         reader = readers.pop(key, None)
-        if reader is None or reader.weights_at != model.embedding.weight.data_ptr():
+        if reader is None or reader.place != place_of(model):
             if state.nbytes * COPIES * SHARE > free_bytes(model.device):
                 return None
-            reader = KeptTokensReader(model, state, inner, guard, learn)
+            reader = KeptTokensReader(model, state, inner, guard)
         readers[key] = reader
         if len(readers) > READERS:
             del readers[next(iter(readers))]

@@ -30,8 +30,6 @@ from longread.model import LongPast, Past, Rotary, Transformer
 from longread.ops.attention import Further
 from longread.ops.rotary import rotate
 
-RULE = 3
-"""Of choosing what is kept: session files say it, since surprise by another rule is on another scale."""
 FIRST = 1e6
 """Cost of what nothing predicts, nats; a number, as files hold no infinities."""
 MOST = 2.5

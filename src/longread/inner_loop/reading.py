@@ -288,11 +288,13 @@ class _Reader:
         count = (tokens.shape[1] - 1) // self.model.config.mini_batch_size
         possible = self.state.kept is not None and can_capture(self.model.device) and count > 0
         possible = possible and not self.top and not self.keep_outputs
-        reader = kept_tokens_reader(self.model, self.state, self.inner, self.guard, learn) if possible else None
+        inner, guard = (self.inner, self.guard) if learn else (None, False)
+        reader = kept_tokens_reader(self.model, self.state, inner, guard=guard) if possible else None
         if reader is None:
             return 0
         before, first = self.state.position, self.nll[-1][:, -1:]
-        self.state, *found = reader.read(self.state, tokens, mask, first, count, self.max_step_norm)
+        limit = self.max_step_norm if guard else None
+        self.state, *found = reader.read(self.state, tokens, mask, first, count, limit)
         for kept, new in zip((self.nll, self.norms, self.refusals), found, strict=True):
             kept += new
         return self.state.position - before

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from longread.config import ModelConfig
+from longread.config import KEPT_RULE, ModelConfig
 from longread.files import digest
 from longread.model.transformer import Transformer
 
@@ -21,4 +21,6 @@ def fingerprint_of_parts(config: ModelConfig, parameters: Mapping[str, Tensor]) 
     fields = config.as_dict()
     if config.mixer == "attention":  # as it was before there were others: files made then stay valid
         del fields["mixer"], fields["binding"]
+    if config.kept_tokens:
+        fields["kept_rule"] = KEPT_RULE
     return digest(fields, parameters)

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longread.config import InnerConfig, UserError
+from longread.config import KEPT_RULE, InnerConfig, UserError
 from longread.files import Layout, read_tensors, write_tensors_atomically
 from longread.inner_loop import Decoder, ReadingState, begin, drift, read_guarded
-from longread.inner_loop.kept import RULE
 from longread.inner_loop.step import matrices
 from longread.model import Transformer, fingerprint_of
 from longread.session.sampling import Sampling, choose, seeded
@@ -401,7 +400,7 @@ class Session:
         config = self.model.config
         if config.kept_tokens:  # so that whoever restores it need not say it
             kept = {"tokens": config.kept_tokens, "run": config.kept_run, "distance": config.kept_distance}
-            metadata["kept"] = kept | {"rule": RULE}
+            metadata["kept"] = kept | {"rule": KEPT_RULE}
         if self.text is not None:
             metadata["text"] = self.text.as_metadata()
         tensors = packed(state, self._recent, self.model, storage)
@@ -455,11 +454,11 @@ class Session:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a complete session: {error!s:.200}; restore it from a copy") from None
         session = cls(model, inner, learn=learn, fingerprint=fingerprint)
+        kept = metadata.get("kept")
+        if model.config.kept_tokens and isinstance(kept, dict) and kept.get("rule") != KEPT_RULE:
+            raise UserError(f"{path} keeps tokens that another version chose by another rule; read its text again")
         if metadata.get("model_fingerprint") != session._model_fingerprint():
             raise UserError(f"{path} belongs to another model; give the model that read it")
-        kept = metadata.get("kept")
-        if model.config.kept_tokens and (kept.get("rule") if isinstance(kept, dict) else None) != RULE:
-            raise UserError(f"{path} keeps tokens that another version chose by another rule; read its text again")
         session._counted(*counts[1:])
         session.text = text
         return session, counts[0]
