@@ -16,6 +16,7 @@ from experiments.pages.answers import NOTHING, Asked, asked_of, pairs_table
 from experiments.results import Results
 
 from longread.evaluate import Line
+from longread.evaluate.needle import GUESS
 
 SLUG = "kept-tokens"
 HEADING = """# Does a constant memory of surprising tokens bring recall back?
@@ -94,6 +95,8 @@ def _tables(results: Data) -> Iterator[Table]:
     for variant in recall.VARIANTS:
         for what, cell in (("needles found", recall._share), ("nats of the value", recall._mean)):
             yield _by_context(readers, variant, f"{variant}, {what}:", cell)
+    for variant in recall.VARIANTS[1:]:
+        yield _by_context(readers, variant, f"{variant}, values that cost less than half of a guess:", _stored(variant))
     beginning = _readers(results["asked about the beginning"])
     for variant in recall.VARIANTS[1:]:
         yield _by_context(beginning, variant, f"{variant}, needles found at the beginning of the text:", recall._share)
@@ -121,6 +124,12 @@ def _by_context(readers: Mapping[str, Data], variant: str, caption: str, cell: C
     far = [c for c in contexts if any(said.part(False, [c])[0] for said in found.values())]
     rows = [[name, *(cell(*said.part(False, [c])) for c in far)] for name, said in found.items()]
     return Table(caption, ["", *(f"{int(context):,}" for context in far)], [row for row in rows if any(row[1:])])
+
+
+def _stored(variant: str) -> Callable[..., str]:
+    """How many values are known, whether or not the answer begins with them."""
+    most = GUESS["uuid" if variant == recall.VARIANTS[2] else "number"] / 2
+    return lambda _, nats: f"{sum(cost < most for cost in nats)} of {len(nats)}" if nats else ""
 
 
 _PAIRS = "Two readers of the same prompts, both learning, needles beyond the window and not at the beginning:"
