@@ -8,7 +8,6 @@ by writing the next one over it. Launched one by one these are some two thousand
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 import weakref
 from collections.abc import Hashable, Sequence
@@ -21,10 +20,10 @@ from longread.config import InnerConfig
 from longread.inner_loop.captured import SHARE, TOLERANCE, WORTH, no_inference_mode, place_of
 from longread.inner_loop.graphs import CheckedGraphs, put_back_later
 from longread.inner_loop.kept import Kept, decided, long_pasts, undecided
-from longread.inner_loop.optimizers import optimizer_named
+from longread.inner_loop.optimizers import Update, optimizer_named
 from longread.inner_loop.state import ReadingState, copied
 from longread.inner_loop.step import from_matrices, inner_gradient, matrices
-from longread.model import LongPast, MixerPast, Transformer, free_bytes
+from longread.model import LongPast, Past, Transformer, free_bytes
 
 COPIES = 4
 """Of a state, about, that a reader takes: in place, the next one before it is written there, and what lies between."""
@@ -132,9 +131,8 @@ class KeptTokensReader:
         M, start = self._tokens.shape[1], self._positions
         kept = decided(model, _kept_of(state), state.lower_pasts, state.upper_pasts, start)  # type: ignore[arg-type]
 
-        def seen(pasts: Sequence[MixerPast], *, lower: bool) -> tuple[LongPast, ...]:
-            decided_now = functools.partial(long_pasts, model, kept, pasts, position=start, start=start)  # type: ignore[arg-type]
-            return decided_now(lower=lower, tokens=M)
+        def seen(pasts: Sequence[Past], *, lower: bool) -> tuple[LongPast, ...]:
+            return long_pasts(model, kept, pasts, lower=lower, position=start, start=start, tokens=M)
 
         hidden, lower = model.lower(self._tokens, seen(state.lower_pasts, lower=True), start=start)
         pasts = seen(state.upper_pasts, lower=False)
@@ -151,7 +149,7 @@ class KeptTokensReader:
                 surprise=self._inner.surprise,
             )
             nll, upper = step.nll, step.own
-            update = optimizer_named(self._inner.optimizer).step_(
+            update: Update | None = optimizer_named(self._inner.optimizer).step_(
                 matrices(state.fast),
                 step.gradients,
                 self._working,
@@ -159,11 +157,10 @@ class KeptTokensReader:
                 clip=self._inner.clip,
                 max_step_norm=self._max_step_norm,
             )
-            norm, refused = update.grad_norm, update.refused
         else:
             output, upper = model.upper(hidden, from_matrices(self._working), pasts, start=start, order=0)
             nll = model.token_losses(output, self._targets)
-            norm = refused = None
+            update = None
         after = dataclasses.replace(
             state,
             lower_pasts=model.advance(state.lower_pasts, lower, 0),
@@ -176,7 +173,8 @@ class KeptTokensReader:
         self._positions += M
         floats = [x for x in _all_of(state) if x.is_floating_point()]
         sizes = torch.stack([size.float() for size in torch._foreach_norm(floats)])
-        return _Read(nll, torch.cat((nll.float().flatten(), sizes.clamp(min=1e-10).log())), norm, refused)
+        checked = torch.cat((nll.float().flatten(), sizes.clamp(min=1e-10).log()))
+        return _Read(nll, checked, *((update.grad_norm, update.refused) if update else (None, None)))
 
 
 def _all_of(state: ReadingState) -> list[Tensor]:
