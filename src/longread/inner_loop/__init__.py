@@ -6,7 +6,6 @@ state.py       what is left of a text after it has been read; batches of such, a
 kept.py        what has left the window and is seen all the same: the tokens that surprised most
 reading.py     any text in any pieces: the same steps, taken as soon as their tokens have arrived; what is done when
                learning has broken a reader
-pauses.py      where such a reading can stand still for a moment
 halves.py      the two halves of the network side by side on a CPU
 captured.py    long stretches of it on a GPU, as replays of CUDA graphs, and when it is worth to capture one
 captured_kept.py  the same where tokens are kept, one mini-batch after the other

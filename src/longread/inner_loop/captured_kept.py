@@ -31,7 +31,7 @@ READERS = 4
 """Of a model that are kept, those used last."""
 
 
-class _Read(NamedTuple):
+class _MiniBatch(NamedTuple):
     """A mini-batch: −log p of the token after each of its tokens, [B, M]; these and the logarithms of the norms of all
     that the state holds then; of its step, if it took one, the norm of the gradient and, where the optimizer says it,
     whether it was refused, [B]."""
@@ -48,7 +48,7 @@ class KeptTokensReader:
     def __init__(self, model: Transformer, state: ReadingState, inner: InnerConfig | None, guard: bool) -> None:
         B, M, device = state.output.shape[0], model.config.mini_batch_size, model.device
         self._model, self._inner = weakref.ref(model), inner
-        self._graphs = CheckedGraphs[_Read](
+        self._graphs = CheckedGraphs[_MiniBatch](
             device,
             compared=lambda found: found.checked,
             scale=lambda plain: 1.0,
@@ -76,21 +76,22 @@ class KeptTokensReader:
         state: ReadingState,
         tokens: Tensor,
         mask: Tensor,
-        first: Tensor,
-        count: int,
         max_step_norm: Tensor | None,
+        *,
+        first: Tensor,
     ) -> tuple[ReadingState, list[Tensor], list[Tensor], list[Tensor]]:
-        """Reads `count` mini-batches of the tokens [B, n], n > count · M: each knows the token after it.
+        """Reads as many mini-batches of the tokens [B, n], n > M, as know the token after them.
 
         Args:
-            first: what the first token cost, [B, 1].
             max_step_norm: limit of a step for a reader with a guard (see `longread.ops.clipped_sgd`).
+            first: what the first token cost, [B, 1].
 
         Returns:
             the state after them, but for `output`, which is that before; the nll of the tokens that follow each of
             theirs, the norms of the steps' gradients, and which steps were refused, where the optimizer says it.
         """
         M = self._tokens.shape[1]
+        count = (tokens.shape[1] - 1) // M
         with self._lock, no_inference_mode():
             self._load(state, first, max_step_norm)
             found = []
@@ -114,7 +115,7 @@ class KeptTokensReader:
         if self._max_step_norm is not None and max_step_norm is not None:
             self._max_step_norm.copy_(max_step_norm)
 
-    def _mini_batch(self, runs: int) -> _Read:
+    def _mini_batch(self, runs: int) -> _MiniBatch:
         """The next one, of so many that follow each other: plainly, or by the graph once that pays."""
         self._runs += 1
         if self._runs + runs - 1 < WORTH:
@@ -122,9 +123,9 @@ class KeptTokensReader:
         else:
             changed = (*_all_of(self._state), *self._working, self._positions, self._first)
             found = self._graphs.run("mini-batch", self._run, kept=lambda: put_back_later(*changed))
-        return _Read(*(None if x is None else x.clone() for x in found))  # type: ignore[arg-type]
+        return _MiniBatch(*(None if x is None else x.clone() for x in found))  # type: ignore[arg-type]
 
-    def _run(self) -> _Read:
+    def _run(self) -> _MiniBatch:
         state, model = self._state, self._model()
         if model is None:
             raise ReferenceError("the model of this reader is gone")
@@ -174,7 +175,7 @@ class KeptTokensReader:
         floats = [x for x in _all_of(state) if x.is_floating_point()]
         sizes = torch.stack([size.float() for size in torch._foreach_norm(floats)])
         checked = torch.cat((nll.float().flatten(), sizes.clamp(min=1e-10).log()))
-        return _Read(nll, checked, *((update.grad_norm, update.refused) if update else (None, None)))
+        return _MiniBatch(nll, checked, *((update.grad_norm, update.refused) if update else (None, None)))
 
 
 def _all_of(state: ReadingState) -> list[Tensor]:

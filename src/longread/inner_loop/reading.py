@@ -5,16 +5,20 @@ mini-batch i + 1. So the step is taken only once that token has arrived; until t
 and its tokens are scored, and new ones predicted, with the weights before the step. This makes reading at once,
 in pieces, or token by token the same computation.
 
+A long reading can stand still for a moment (`_Pauses`), so that whoever called it can do something else.
+
 A guard refuses steps that are no numbers or far too long. Many short steps can still lead where the reader predicts
 worse than one that knows nothing. Whether learning or the text is to blame shows by reading the same tokens frozen
 (`rescue`): a strange text is strange to every reader, and nothing is lost by having learned from it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,7 +32,6 @@ from longread.inner_loop.finishing import finish
 from longread.inner_loop.halves import Ahead, lower_stretches, threads_below
 from longread.inner_loop.kept import Kept, decided, long_pasts, undecided
 from longread.inner_loop.optimizers import optimizer_named
-from longread.inner_loop.pauses import STEP, Pauses
 from longread.inner_loop.state import ReadingState, begin
 from longread.inner_loop.step import Carry, Recorded, from_matrices, inner_step, recorded, step_norm_limit
 from longread.model import FastWeights, MixerPast, Transformer, can_capture
@@ -40,6 +43,8 @@ GPU_STRETCH = 8192
 """The same on a GPU where nothing is learned: fewer kernels to launch."""
 LOGITS_AT_A_TIME = 256
 """Tokens of a sequence whose logits exist together, where the likeliest are asked for."""
+STEP = 3
+"""A mini-batch with its step is so many passes of the upper half: one forward, and backward twice as much."""
 FEWEST = 32
 """Tokens on which a verdict over learning can rest, or a mini-batch if that is shorter."""
 MARGIN = 1.0
@@ -88,11 +93,11 @@ def read(
             read without learning, and the state stays good. Decided on the device, which is not waited for.
         top: how many of the likeliest tokens to find in the place of each token; costs all logits.
         outputs: whether to keep the outputs of all tokens.
-        pause: called in between, after about a mini-batch's work each time (`Pauses`), where nothing is half done: it
+        pause: called in between, after about a mini-batch's work each time (`_Pauses`), where nothing is half done: it
             may read and write with the same model. What it raises ends the reading, of which then nothing is left.
             CUDA graphs do not pause.
     """
-    pauses = Pauses(model, pause, learn=learn)
+    pauses = _Pauses(model, pause, learn=learn)
     return _Reader(model, state, inner, pauses, guard, top, outputs).result(tokens, learn, loss_mask)
 
 
@@ -102,7 +107,7 @@ def read_guarded(
 ) -> Reading:
     """`read` of one text, int64 [1, n], that learning cannot break: with a guard, and with `rescue` where many steps
     have led astray; then all steps of this reading count as rolled back."""
-    pauses = Pauses(model, None, learn=learn)
+    pauses = _Pauses(model, None, learn=learn)
     found = _Reader(model, state, inner, pauses, guard=True).result(tokens, learn)
     rescued = rescue(model, state, tokens, found, inner=inner) if learn else None
     if rescued is None:
@@ -141,6 +146,62 @@ def _mean_nll(nll: Tensor, newest: int) -> float:
     return (nll[1:] if nll[0].isnan() else nll).mean().item()
 
 
+class _Pauses:
+    """Calls `pause` whenever a mini-batch's work has been done since it was called last, and more is to come.
+
+    Work is parameters times tokens of a sequence, not time: so a reading always pauses in the same places.
+    """
+
+    def __init__(self, model: Transformer, pause: Callable[[], None] | None, *, learn: bool) -> None:
+        self._pause = pause
+        if pause is None:
+            return
+        self._done = 0.0
+        self._upper = sum(p.numel() for p in model.upper_parameters()) + model.config.num_fast_weights
+        self._lower = sum(p.numel() for block in model.prefix for p in block.parameters())
+        self._lower_parts, self._upper_parts = len(model.prefix) + len(model.suffix[:1]), len(model.suffix) + 1
+        self._most = model.config.mini_batch_size * (self._lower + self._upper * (STEP if learn else 1))
+
+    def in_lower(self, tokens: int) -> Callable[[], None] | None:
+        """What `Transformer.lower` calls before each of its blocks."""
+        return functools.partial(self._before, self._lower * tokens / self._lower_parts) if self._pause else None
+
+    def in_upper(self, tokens: int) -> Callable[[], None] | None:
+        """What `Transformer.upper` calls before each of its blocks; to be called once more before the head."""
+        return functools.partial(self._before, self._upper * tokens / self._upper_parts) if self._pause else None
+
+    def after_lower(self, tokens: int) -> None:
+        """After all of the lower half, where another thread has computed it."""
+        if self._pause:
+            self._before(self._lower * tokens)
+
+    @contextlib.contextmanager
+    def within(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """While reading stands still only within such a context."""
+        pause = self._pause
+
+        def inside() -> None:
+            with context():
+                pause()  # type: ignore[misc]
+
+        self._pause = pause and inside
+        try:
+            yield
+        finally:
+            self._pause = pause
+
+    def before_passes(self, passes: int, tokens: int) -> None:
+        """Before all of the upper half and the head, so many times."""
+        if self._pause:
+            self._before(self._upper * passes * tokens)
+
+    def _before(self, work: float) -> None:
+        if self._pause is not None and self._done >= self._most:
+            self._done %= self._most
+            self._pause()
+        self._done += work
+
+
 @dataclass
 class _Reader:
     """One call of `read`: the state as it moves on, and what has been found."""
@@ -148,7 +209,7 @@ class _Reader:
     model: Transformer
     state: ReadingState
     inner: InnerConfig
-    pauses: Pauses
+    pauses: _Pauses
     guard: bool = False
     top: int = 0
     keep_outputs: bool = False
@@ -224,22 +285,17 @@ class _Reader:
         stretch = M * max(1, STRETCH // M) if self.state.kept is None else M
         done = 0
         while done < n:
-            replayed = self._replay(tokens[:, done:], mask[:, done:])
-            if replayed:
+            if replayed := self._replay(tokens[:, done:], mask[:, done:]):
                 done += replayed
                 continue
             if self.state.hidden.shape[1] == M:
                 self._finish(tokens[:, done : done + 1], mask[:, done : done + 1])
+                continue  # from here on there may be graphs
             if not self.state.hidden.shape[1]:
-                replayed = self._replay_kept(tokens[:, done:], mask[:, done:], learn=True)
-                done += replayed
-                if replayed:
-                    continue
                 self._decide()
             room = M - self.state.hidden.shape[1]
             several = room == M and n - done >= 2 * M  # else the lower half has nothing to run ahead to
-            threads = threads_below(self.model, len(tokens), n - done) if several else 0
-            if threads:
+            if several and (threads := threads_below(self.model, len(tokens), n - done)):
                 self._learn_side_by_side(tokens[:, done:], mask[:, done:], threads)
                 return
             end = min(n, done + (room if room < M else stretch))
@@ -270,43 +326,30 @@ class _Reader:
             known = slice(first if self.state.hidden.shape[1] else first + 1, last)
             self._part(part, tokens[:, following], tokens[:, known], mask[:, known])
 
-    def _replay(self, tokens: Tensor, mask: Tensor) -> int:
+    def _replay(self, tokens: Tensor, mask: Tensor, *, learn: bool = True) -> int:
         """Reads the mini-batches that the tokens fill as CUDA graphs, if they can be; returns the tokens read."""
-        possible = can_capture(self.model.device) and tokens.shape[1] >= self.model.config.mini_batch_size
-        possible = possible and not self.top and not self.keep_outputs
-        reader = captured_reader(self.model, self.state, self.inner, guard=self.guard) if possible else None
-        if reader is None:
-            return 0
-        before = self.state.position
-        self.state, *found = reader.read(self.state, tokens, mask, self.max_step_norm)
+        state, M, n = self.state, self.model.config.mini_batch_size, tokens.shape[1]
+        possible = can_capture(self.model.device) and not self.top and not self.keep_outputs
+        limit, read = self.max_step_norm if possible and learn else None, None
+        if possible and state.kept is not None and n > M:
+            kept_reader = kept_tokens_reader(self.model, state, self.inner if learn else None, guard=limit is not None)
+            if kept_reader is not None:
+                read = kept_reader.read(state, tokens, mask, limit, first=self.nll[-1][:, -1:])
+        elif possible and state.kept is None and learn and n >= M:
+            reader = captured_reader(self.model, state, self.inner, guard=self.guard)
+            read = None if reader is None else reader.read(state, tokens, mask, limit)
+        self.state, *found = read or (state, [], [], [])
         for kept, new in zip((self.nll, self.norms, self.refusals), found, strict=True):
             kept += new
-        return self.state.position - before
-
-    def _replay_kept(self, tokens: Tensor, mask: Tensor, *, learn: bool = False) -> int:
-        """The same where tokens are kept, of the mini-batches whose next token is known."""
-        count = (tokens.shape[1] - 1) // self.model.config.mini_batch_size
-        possible = self.state.kept is not None and can_capture(self.model.device) and count > 0
-        possible = possible and not self.top and not self.keep_outputs
-        inner, guard = (self.inner, self.guard) if learn else (None, False)
-        reader = kept_tokens_reader(self.model, self.state, inner, guard=guard) if possible else None
-        if reader is None:
-            return 0
-        before, first = self.state.position, self.nll[-1][:, -1:]
-        limit = self.max_step_norm if guard else None
-        self.state, *found = reader.read(self.state, tokens, mask, first, count, limit)
-        for kept, new in zip((self.nll, self.norms, self.refusals), found, strict=True):
-            kept += new
-        return self.state.position - before
+        return self.state.position - state.position
 
     def _skim(self, tokens: Tensor) -> None:
         """Reads without learning: no mini-batches, only stretches."""
         empty = self.state.hidden[:, :0]
         self._move(hidden=empty, targets=self.state.targets[:, :0], targets_mask=self.state.targets_mask[:, :0])
-        stretch = GPU_STRETCH if tokens.is_cuda else STRETCH
-        first = 0
+        stretch, first = GPU_STRETCH if tokens.is_cuda else STRETCH, 0
         while first < tokens.shape[1]:
-            first += self._replay_kept(tokens[:, first:], torch.ones_like(tokens[:, first:], dtype=torch.bool))
+            first += self._replay(tokens[:, first:], torch.ones_like(tokens[:, first:], dtype=torch.bool), learn=False)
             last = first + self._until_decision(stretch)
             self._upper(self._lower(tokens[:, first:last]), tokens[:, first + 1 : last + 1], keep=0)
             first = last
