@@ -75,7 +75,7 @@ class KeptTokensReader:
         self,
         state: ReadingState,
         tokens: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         max_step_norm: Tensor | None,
         *,
         first: Tensor,
@@ -83,6 +83,7 @@ class KeptTokensReader:
         """Reads as many mini-batches of the tokens [B, n], n > M, as know the token after them.
 
         Args:
+            mask: which tokens are targets of the steps; a frozen reader needs none.
             max_step_norm: limit of a step for a reader with a guard (see `longread.ops.clipped_sgd`).
             first: what the first token cost, [B, 1].
 
@@ -99,7 +100,8 @@ class KeptTokensReader:
                 here, following = slice(i * M, (i + 1) * M), slice(i * M + 1, (i + 1) * M + 1)
                 self._tokens.copy_(tokens[:, here])
                 self._targets.copy_(tokens[:, following])
-                self._mask.copy_(mask[:, following])
+                if mask is not None:
+                    self._mask.copy_(mask[:, following])
                 found.append(self._mini_batch(count - i))
             after = dataclasses.replace(copied(self._state), **state.moved(count * M), output=state.output)
         norms = [one.grad_norm for one in found if one.grad_norm is not None]

@@ -326,16 +326,16 @@ class _Reader:
             known = slice(first if self.state.hidden.shape[1] else first + 1, last)
             self._part(part, tokens[:, following], tokens[:, known], mask[:, known])
 
-    def _replay(self, tokens: Tensor, mask: Tensor, *, learn: bool = True) -> int:
-        """Reads the mini-batches that the tokens fill as CUDA graphs, if they can be; returns the tokens read."""
+    def _replay(self, tokens: Tensor, mask: Tensor | None) -> int:
+        """Reads mini-batches as CUDA graphs, if they can be, without a mask frozen; returns the tokens read."""
         state, M, n = self.state, self.model.config.mini_batch_size, tokens.shape[1]
         possible = can_capture(self.model.device) and not self.top and not self.keep_outputs
-        limit, read = self.max_step_norm if possible and learn else None, None
+        inner, limit = (None, None) if mask is None or not possible else (self.inner, self.max_step_norm)
+        read = None
         if possible and state.kept is not None and n > M:
-            kept_reader = kept_tokens_reader(self.model, state, self.inner if learn else None, guard=limit is not None)
-            if kept_reader is not None:
-                read = kept_reader.read(state, tokens, mask, limit, first=self.nll[-1][:, -1:])
-        elif possible and state.kept is None and learn and n >= M:
+            if (keeping := kept_tokens_reader(self.model, state, inner, guard=limit is not None)) is not None:
+                read = keeping.read(state, tokens, mask, limit, first=self.nll[-1][:, -1:])
+        elif possible and state.kept is None and mask is not None and n >= M:
             reader = captured_reader(self.model, state, self.inner, guard=self.guard)
             read = None if reader is None else reader.read(state, tokens, mask, limit)
         self.state, *found = read or (state, [], [], [])
@@ -349,7 +349,7 @@ class _Reader:
         self._move(hidden=empty, targets=self.state.targets[:, :0], targets_mask=self.state.targets_mask[:, :0])
         stretch, first = GPU_STRETCH if tokens.is_cuda else STRETCH, 0
         while first < tokens.shape[1]:
-            first += self._replay(tokens[:, first:], torch.ones_like(tokens[:, first:], dtype=torch.bool), learn=False)
+            first += self._replay(tokens[:, first:], None)
             last = first + self._until_decision(stretch)
             self._upper(self._lower(tokens[:, first:last]), tokens[:, first + 1 : last + 1], keep=0)
             first = last
