@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from longread.checkpoint import export_official, save_model
 from longread.cli import main as command
@@ -17,7 +19,7 @@ from longread.files import read_tensors, write_tensors_atomically
 from longread.flops import decoding_bytes, reading_flops
 from longread.inner_loop import begin, read
 from longread.inner_loop.state import apart, shapes_of, together
-from longread.loading import open_model
+from longread.loading import OpenModel, open_model
 from longread.model import Transformer
 from longread.ops.attention import Further, attention
 from longread.ops.attention.reference import reference_attention
@@ -235,14 +237,19 @@ def test_its_fingerprint_is_of_no_type_of_numbers_and_no_history(tmp_path: Path)
     assert opened.restore(tmp_path / "s").model.config.kept_run == 4
 
 
-@pytest.mark.parametrize("kept", [3, "all", {"tokens": 16}, {"tokens": -1, "run": 1, "distance": None}])
-def test_files_that_do_not_say_what_is_kept_are_refused(tmp_path: Path, kept: object) -> None:
+def saved(tmp_path: Path) -> tuple[OpenModel, dict[str, Tensor], dict[str, Any]]:
+    """A session that keeps tokens is in tmp_path / "s": its model, and what the file holds."""
     save_small_model(tmp_path / "model", seed=1)
     opened = open_model(tmp_path / "model", "cpu")
     session = opened.keeping(16).session()
     session.read(TEXT)
     session.save(tmp_path / "s")
-    tensors, metadata = read_tensors(tmp_path / "s", kind="session")
+    return opened, *read_tensors(tmp_path / "s", kind="session")
+
+
+@pytest.mark.parametrize("kept", [3, "all", {"tokens": 16}, {"tokens": -1, "run": 1, "distance": None}])
+def test_files_that_do_not_say_what_is_kept_are_refused(tmp_path: Path, kept: object) -> None:
+    opened, tensors, metadata = saved(tmp_path)
     write_tensors_atomically(tmp_path / "s", tensors, metadata | {"kept": kept}, kind="session")
     with pytest.raises(UserError, match=r"is no valid session: it keeps|model.kept_tokens is -1"):
         opened.restore(tmp_path / "s")
@@ -250,12 +257,7 @@ def test_files_that_do_not_say_what_is_kept_are_refused(tmp_path: Path, kept: ob
 
 def test_files_of_another_rule_of_choice_are_refused(tmp_path: Path) -> None:
     """Surprise on another scale would never be replaced, or at once."""
-    save_small_model(tmp_path / "model", seed=1)
-    opened = open_model(tmp_path / "model", "cpu")
-    session = opened.keeping(16).session()
-    session.read(TEXT)
-    session.save(tmp_path / "s")
-    tensors, metadata = read_tensors(tmp_path / "s", kind="session")
+    opened, tensors, metadata = saved(tmp_path)
     before = {"model_fingerprint": metadata["model_fingerprint"].rpartition(".")[0]}
     del metadata["kept"]["rule"]
     write_tensors_atomically(tmp_path / "s", tensors, metadata | before, kind="session")

@@ -124,7 +124,7 @@ class ModelConfig(Checked):
     kept_tokens: int = field(default=0, metadata=_LATER)
     """Keys and values that each attention keeps of tokens that have left the window, those that surprised most."""
     kept_run: int = field(default=48, metadata=_LATER)
-    """A token counts as surprising as the most surprising run of so many tokens that it lies in."""
+    """A token counts as surprising as the most surprising run that it lies in, of so many tokens or a third as many."""
     kept_distance: int | None = field(default=None, metadata=_LATER)
     """How far before a mini-batch kept tokens seem to lie at most; None: a window."""
 
