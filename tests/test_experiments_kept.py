@@ -9,6 +9,7 @@ import pytest
 import torch
 from experiments.adapted import kept, recall
 from experiments.pages import kept_tokens as page
+from experiments.pages.answers import Asked
 from experiments.results import Results
 
 from longread.evaluate import VARIANTS, Sample, essays, make_samples
@@ -75,6 +76,32 @@ def test_needles_are_asked_for_as_the_command_line_asks(
     assert all(len(result["trials"]) == 2 for result in results)
     costs = [trial["value_nats"] for trial in results[1]["trials"]]
     assert all(0 < cost < 100 for cost in costs)
+    assert kept.main([*arguments, "--readings", "frozen"]) == 0
+    (alone,) = json.loads(out.read_text())["results"]
+    assert (alone["reading"], alone["trials"]) == ("frozen", results[1]["trials"])
+
+
+def test_questions_of_readers_that_keep_tokens_have_their_tables() -> None:
+    """Of evidence beyond the window alone, with the pairs that were asked the same."""
+
+    def trial(question: str, distance: int, right: bool) -> dict[str, object]:
+        facts = {"text": "text 1", "context_length": 8192, "kind": "name", "question": question, "distance": distance}
+        return facts | {"is_right": right, "is_greedy": False, "nats": [1.0 if right else 3.0, 2.0]}
+
+    results = []
+    for model, right in (("kept-1024", (True, True, True)), ("first-order", (True, False, False))):
+        places = zip("abc", (10, 2000, 3000), right, strict=True)
+        trials = [trial(*place) for place in places]
+        results.append({"model": model, "reading": "learning", "trials": trials})
+    found = Results()
+    found.evaluations = {"questions-kept": {"questions": {"results": results}}}
+    gathered = page.gather(found)
+    shown, pairs = page._about(Asked(gathered["questions"]["books"]))
+    assert shown.rows == [
+        ["1024 kept, learning", "2", "1.00", "0.00", "1.00"],
+        ["reader, learning", "2", "0.00", "0.00", "3.00"],
+    ]
+    assert [row[:4] for row in pairs.rows] == [["1024 kept, learning, against reader, learning", "2", "2", "0"]]
 
 
 def test_the_page_says_which_needles_were_found_at_which_context() -> None:

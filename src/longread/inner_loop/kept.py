@@ -124,7 +124,7 @@ def decided(
 
 
 def _surprises(nll: Tensor, undecided: int, run: int) -> Tensor:
-    """Of the newest tokens, [B, undecided]: of runs that end among them, as all that is read yet.
+    """How surprising each of the newest tokens is, [B, undecided], by the runs that end among them.
 
     Args:
         nll: of these and of the `run` − 1 tokens before them.
